@@ -1,1 +1,3 @@
-//! See the crate's description.
+//! Where a write meets the wire: capture, shipping, receiving, sync, checkpoints and the control API.
+
+pub mod api;

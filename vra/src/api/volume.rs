@@ -1,0 +1,70 @@
+//! Protected disks of this host.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::{DoorAddress, DoorRequest, VmId, VolumeId, VpgId};
+
+/// Most volumes of one VM.
+pub const MAX_VOLUMES_PER_VM: usize = 64;
+
+/// Longest name of a VM, VPG or tag, in bytes of UTF-8.
+pub const MAX_NAME_BYTES: usize = 128;
+
+/// Serves a raw file or block device as a protected volume. The same disk for the same VM again answers with the volume at hand.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attach {
+    /// The VM it belongs to.
+    pub vm: VmId,
+    /// The VM's name, for people.
+    pub vm_name: String,
+    /// The volume's id, by default a new one.
+    #[serde(default)]
+    pub volume: Option<VolumeId>,
+    /// The volume's number in its VM, by default the lowest free one.
+    #[serde(default)]
+    pub number: Option<u16>,
+    /// Absolute path of the raw file or block device.
+    pub path: PathBuf,
+    /// How the guest gets it.
+    pub door: DoorRequest,
+    /// Take a disk whose first bytes look like an image format as raw.
+    #[serde(default)]
+    pub force_raw: bool,
+}
+
+/// Stops serving a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Detach {
+    /// Which one.
+    pub volume: VolumeId,
+    /// Also when a VPG protects it: its VM's protection then waits until it is attached again.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// An attached volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeInfo {
+    /// Its id.
+    pub volume: VolumeId,
+    /// Its VM.
+    pub vm: VmId,
+    /// Its VM's name.
+    pub vm_name: String,
+    /// Its number in the VM.
+    pub number: u16,
+    /// The raw file or block device.
+    pub path: PathBuf,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// Logical block size, 512 or 4096.
+    pub logical_block_bytes: u32,
+    /// The VPG that protects it, if any.
+    pub vpg: Option<VpgId>,
+    /// The open door; none while it can't be served, for the reason in `problem`.
+    pub door: Option<DoorAddress>,
+    /// Why it isn't served, for people.
+    pub problem: Option<String>,
+}

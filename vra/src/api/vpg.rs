@@ -1,0 +1,168 @@
+//! Virtual protection groups and their checkpoints.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::{CheckpointId, TimeUs, VmId, VolumeId, VpgId, VraId};
+
+/// Most VMs of one VPG.
+pub const MAX_VMS_PER_VPG: usize = 256;
+
+/// A VPG, as every VRA of it gets it. A VRA is source of the VMs whose [`VmDefinition::source`] has its id, and target of those
+/// whose [`VmDefinition::target`] has it.
+///
+/// Applying a definition again is harmless. One with a lower [`VpgDefinition::revision`] is refused as `stale`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VpgDefinition {
+    /// Its id.
+    pub id: VpgId,
+    /// Its name, for people and for the datastore's folder.
+    pub name: String,
+    /// Raised at every change of the definition.
+    pub revision: u64,
+    /// Raised when VMs or volumes come or go; checkpoint records carry it (D1).
+    pub member_set_version: u32,
+    /// Time between checkpoints, in milliseconds: 1000 to 3,600,000.
+    pub checkpoint_interval_ms: u32,
+    /// Longest time that a checkpoint may hold the guests' writes, in milliseconds: 10 to 1000.
+    pub hold_deadline_ms: u32,
+    /// The VMs.
+    pub vms: Vec<VmDefinition>,
+}
+
+/// A VM of a VPG.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmDefinition {
+    /// Its id.
+    pub id: VmId,
+    /// Its name, for people and for the datastore's folder.
+    pub name: String,
+    /// Its disks, at least one.
+    pub volumes: Vec<VolumeDefinition>,
+    /// Where it runs.
+    pub source: VraEndpoint,
+    /// Where its journal lies.
+    pub target: VraEndpoint,
+    /// Target: absolute path of the datastore folder.
+    pub datastore: PathBuf,
+    /// Target: space for the journal, in bytes.
+    pub journal_limit_bytes: u64,
+    /// Target: how long history is kept if the journal is large enough, in seconds.
+    pub history_s: u64,
+    /// Target: when a full sync doesn't fit into the journal, give up the older checkpoints (with an alert) rather than stop
+    /// replicating.
+    pub give_up_history: bool,
+}
+
+/// A disk of a VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeDefinition {
+    /// Its id, as the source's [`super::VolumeInfo`] has it.
+    pub id: VolumeId,
+    /// Its number in the VM.
+    pub number: u16,
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// Logical block size at the source, 512 or 4096.
+    pub logical_block_bytes: u32,
+    /// The raw file or block device at the source, for people.
+    pub source_path: PathBuf,
+}
+
+/// A VRA and the way to it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct VraEndpoint {
+    /// Its id: the peer's certificate must have it.
+    pub id: VraId,
+    /// `host:port` of its UDP port, as the other VRA reaches it.
+    pub address: String,
+}
+
+/// What came of a definition.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VpgApplied {
+    /// Which VPG.
+    pub vpg: VpgId,
+    /// The revision in force.
+    pub revision: u64,
+    /// VMs that this VRA is source of.
+    pub source_vms: Vec<VmId>,
+    /// VMs that this VRA is target of.
+    pub target_vms: Vec<VmId>,
+    /// Volumes of source VMs that must be attached before the VM's replication starts.
+    pub missing_volumes: Vec<VolumeId>,
+}
+
+/// Asks for a page of checkpoints.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListCheckpoints {
+    /// Of which VPG.
+    pub vpg: VpgId,
+    /// Only those of this VM's journal: they count as complete when this journal holds them.
+    #[serde(default)]
+    pub vm: Option<VmId>,
+    /// Only those taken at or after it.
+    #[serde(default)]
+    pub from_us: Option<TimeUs>,
+    /// Only those taken at or before it.
+    #[serde(default)]
+    pub to_us: Option<TimeUs>,
+    /// Only those with a tag.
+    #[serde(default)]
+    pub tagged: bool,
+    /// Newest first instead of oldest first.
+    #[serde(default)]
+    pub newest_first: bool,
+    /// The former page's [`CheckpointPage::next`].
+    #[serde(default)]
+    pub after: Option<CheckpointId>,
+    /// Most of them in the answer, up to [`super::MAX_CHECKPOINTS_PER_PAGE`].
+    pub limit: u32,
+}
+
+/// A page of checkpoints.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointPage {
+    /// In the order asked for.
+    pub checkpoints: Vec<CheckpointInfo>,
+    /// How many there are in all that fit the request, over all pages.
+    pub total: u64,
+    /// Where the next page goes on, if there is one.
+    pub next: Option<CheckpointId>,
+}
+
+/// A checkpoint of a VPG.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointInfo {
+    /// Its id.
+    pub id: CheckpointId,
+    /// When it was taken, by the coordinator's clock.
+    pub time_us: TimeUs,
+    /// Its name, if it was asked for.
+    pub tag: Option<String>,
+    /// The members it was taken over.
+    pub member_set_version: u32,
+    /// Every journal of the group that this VRA has holds it (D3). Only complete ones can be opened for the group.
+    pub complete: bool,
+    /// Its place in each VM's journal.
+    pub vms: Vec<CheckpointPlace>,
+}
+
+/// A checkpoint's place in one VM's journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointPlace {
+    /// Which VM.
+    pub vm: VmId,
+    /// The sequence number up to which its writes belong to the checkpoint.
+    pub cut: u64,
+}
+
+/// Makes a named checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TagCheckpoint {
+    /// Of which VPG.
+    pub vpg: VpgId,
+    /// The name, 1 to 128 bytes. The same tag again makes another checkpoint.
+    pub tag: String,
+}
