@@ -1,3 +1,4 @@
 //! Where a write meets the wire: capture, shipping, receiving, sync, checkpoints and the control API.
 
 pub mod api;
+pub mod wire;
