@@ -1,1 +1,3 @@
-//! See the crate's description.
+//! The per-VM journal: batches, segments, recovery and views. Knows no network and no guest, and never reads the clock.
+
+pub mod batch;
