@@ -1,1 +1,15 @@
-//! See the crate's description.
+//! The rig: real kernels with ublk anywhere, the tests that need them, foreign peers and the power-cut replayer.
+//!
+//! See `docs/rig.md` for how it works and how to add a test.
+
+pub mod apt;
+pub mod cache;
+pub mod cpio;
+pub mod error;
+pub mod initramfs;
+pub mod kernel;
+pub mod machine;
+pub mod mode;
+pub mod qemu;
+pub mod runs;
+pub mod tool;

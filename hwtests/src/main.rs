@@ -1,0 +1,177 @@
+//! `rig`: kernels with ublk, machines that boot them, tests that run inside.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use hwtests::cache::Cache;
+use hwtests::initramfs::Job;
+use hwtests::kernel::{Kernel, Series};
+use hwtests::machine::{Disk, DiskContent, Machine};
+use hwtests::mode::{self, Accel, ModeChoice};
+use hwtests::qemu::Qemu;
+
+#[derive(Parser)]
+#[command(version, about = "Real kernels with ublk, anywhere: boots them, runs tests inside")]
+struct Cli {
+    /// Folder for kernels, emulator and logs [default: .cache/rig in the repository]
+    #[arg(long, global = true, value_name = "DIR")]
+    cache: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Cmd,
+}
+
+#[derive(Subcommand)]
+enum Cmd {
+    /// Fetch the kernels and the emulator into the cache
+    Kernels {
+        /// Ask the mirror for newer ones
+        #[arg(long)]
+        refresh: bool,
+    },
+    /// Run a command in a machine, or a shell when none is given
+    Shell(ShellArgs),
+}
+
+#[derive(Args)]
+struct ShellArgs {
+    /// Which kernel: 6.12 or 7
+    #[arg(long, default_value = "7", value_parser = series)]
+    kernel: Series,
+    /// Emulate even where KVM works, or the other way round
+    #[arg(long, value_enum, default_value_t)]
+    mode: ModeChoice,
+    /// Memory of the machine
+    #[arg(long, value_name = "MIB", default_value_t = 1500)]
+    memory: u64,
+    /// Processors of the machine
+    #[arg(long, default_value_t = 2)]
+    cpus: u32,
+    /// Stop the machine after this time
+    #[arg(long, value_name = "SECONDS", default_value_t = 120)]
+    limit: u64,
+    /// An empty disk (/dev/vda, …) of this many MiB; `:log` keeps a log of its writes
+    #[arg(long, value_name = "MIB[:log]", value_parser = disk)]
+    disk: Vec<Disk>,
+    /// A program to bring along, besides the project's own
+    #[arg(long, value_name = "FILE")]
+    program: Vec<PathBuf>,
+    /// A file to bring along
+    #[arg(long, value_name = "FILE:PLACE", value_parser = file_and_place)]
+    file: Vec<(PathBuf, String)>,
+    /// A kernel module to load first
+    #[arg(long, value_name = "NAME", default_values = ["ublk_drv", "loop"])]
+    module: Vec<String>,
+    /// Where to copy what the command left in $RIG_OUT
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// The command and its arguments
+    #[arg(last = true)]
+    command: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
+    match run(Cli::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("rig: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<ExitCode> {
+    let cache = Cache::open(cli.cache.as_deref())?;
+    match cli.command {
+        Cmd::Kernels { refresh } => kernels(&cache, refresh),
+        Cmd::Shell(args) => shell(&cache, args),
+    }
+}
+
+fn kernels(cache: &Cache, refresh: bool) -> Result<ExitCode> {
+    for series in Series::ALL {
+        let kernel = Kernel::get(cache, series, refresh)?;
+        println!("{series}: {}", kernel.release);
+    }
+    println!("QEMU: {}", Qemu::get(cache)?.version);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn shell(cache: &Cache, args: ShellArgs) -> Result<ExitCode> {
+    let started = Instant::now();
+    let qemu = Qemu::get(cache)?;
+    let kernel = Kernel::get(cache, args.kernel, false)?;
+    let accel = match args.mode {
+        ModeChoice::Kvm => Accel::Kvm,
+        ModeChoice::Tcg => Accel::Tcg,
+        _ if mode::kvm_works(cache, &qemu, &kernel)? => Accel::Kvm,
+        _ => Accel::Tcg,
+    };
+    let mut machine = Machine::new(cache, &qemu, accel, &kernel);
+    machine.memory_mib = args.memory;
+    machine.cpus = args.cpus;
+    machine.limit = Duration::from_secs(args.limit);
+    machine.disks = args.disk;
+    let mut job = Job { argv: args.command, files: args.file, modules: args.module, ..Job::default() };
+    job.programs = project_programs()?;
+    job.programs.extend(args.program);
+    eprintln!("rig: {} under {} (QEMU {})", kernel.release, accel.name(), qemu.version);
+    if job.argv.is_empty() {
+        machine.interact(&job)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut stdout = std::io::stdout();
+    let finished = machine.run(&job, &mut |chunk| {
+        // A reader that went away doesn't stop the machine.
+        let _ = stdout.write_all(chunk).and_then(|()| stdout.flush());
+    })?;
+    if let Some(out) = args.out {
+        copy_out(&finished.file(""), &out)?;
+    }
+    eprintln!(
+        "rig: exit {} after {:.1} s ({:.1} s of boot); logs in {}",
+        finished.exit,
+        started.elapsed().as_secs_f64(),
+        finished.boot_s,
+        finished.folder.path().display()
+    );
+    Ok(ExitCode::from(u8::try_from(finished.exit).unwrap_or(1)))
+}
+
+/// The project's binaries that were built into the same folder as this program.
+fn project_programs() -> Result<Vec<PathBuf>> {
+    let own = std::env::current_exe().context("finding the rig's own program")?;
+    let folder = own.parent().context("the rig's own program has no folder")?;
+    let names = ["vra", "vra-journal", "vra-ublk", "zvm", "rig"];
+    Ok(names.iter().map(|name| folder.join(name)).filter(|path| path.is_file()).collect())
+}
+
+fn copy_out(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
+    if from.is_dir() {
+        std::fs::create_dir_all(to)?;
+        hwtests::tool::run(std::process::Command::new("cp").arg("-a").arg(from.join(".")).arg(to))?;
+    }
+    Ok(())
+}
+
+fn series(name: &str) -> Result<Series, String> {
+    Series::ALL.into_iter().find(|series| series.name() == name).ok_or_else(|| "6.12 or 7".to_owned())
+}
+
+fn disk(text: &str) -> Result<Disk, String> {
+    let (size, log_writes) = match text.strip_suffix(":log") {
+        Some(size) => (size, true),
+        None => (text, false),
+    };
+    let size_mib = size.parse().map_err(|_| "a size in MiB, as 64 or 64:log".to_owned())?;
+    Ok(Disk { content: DiskContent::Empty { size_mib }, log_writes })
+}
+
+fn file_and_place(text: &str) -> Result<(PathBuf, String), String> {
+    let (file, place) = text.split_once(':').ok_or("FILE:PLACE, as ./x.sh:/root/x.sh")?;
+    Ok((PathBuf::from(file), place.to_owned()))
+}
