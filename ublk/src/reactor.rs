@@ -220,9 +220,9 @@ impl Shared {
 
     /// Ends the thread's wait in the kernel.
     fn ring_bell(&self) {
-        let one = 1_u64.to_ne_bytes();
-        // SAFETY: the descriptor is open for as long as `self`, and eight bytes are read from a local array.
-        let written = unsafe { libc::write(self.eventfd.as_raw_fd(), one.as_ptr().cast(), one.len()) };
+        let one = 1_u64;
+        // SAFETY: the descriptor is open for as long as `self`, and eight bytes are read from a local number.
+        let written = unsafe { libc::write(self.eventfd.as_raw_fd(), (&raw const one).cast(), 8) };
         debug_assert_eq!(written, 8, "an eventfd takes eight bytes");
     }
 }
