@@ -1,0 +1,5 @@
+//! Configuration and persistent state.
+
+mod store;
+
+pub use store::{Store, StoreError, write_atomic};
