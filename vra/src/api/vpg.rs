@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{CheckpointId, TimeUs, VmId, VolumeId, VpgId, VraId};
+use super::{CheckpointId, JournalId, TimeUs, VmId, VolumeId, VpgId, VraId};
 
 /// Most VMs of one VPG.
 pub const MAX_VMS_PER_VPG: usize = 256;
@@ -38,7 +38,9 @@ pub struct VmDefinition {
     pub id: VmId,
     /// Its name, for people and for the datastore's folder.
     pub name: String,
-    /// Its disks, at least one.
+    /// Its journal at the target. Another id means another journal: an initial sync into new files.
+    pub journal: JournalId,
+    /// Its disks, at least one, numbered from 0 without gaps.
     pub volumes: Vec<VolumeDefinition>,
     /// Where it runs.
     pub source: VraEndpoint,
