@@ -2,6 +2,7 @@
 
 pub mod arena;
 pub mod host;
+pub mod nbd;
 #[allow(dead_code, reason = "used by the doors")]
 pub mod reactor;
 pub mod serve;

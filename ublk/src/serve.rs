@@ -157,6 +157,33 @@ pub trait Disk: Send + Sync {
     fn files(&self) -> &[std::fs::File];
     /// A new way in, for one queue of a door. `waker` reaches the lane's [`Lane::wake`].
     fn lane(self: Arc<Self>, waker: Waker) -> Box<dyn Lane>;
+    /// What is known, without I/O to the data, of how a range is allocated: consecutive extents from `offset_bytes` on, at least
+    /// one and at most `count_max`, none of zero length, together no longer than `len_bytes`. [`Allocation::Data`] is
+    /// always true enough, and so says this default.
+    fn extents(&self, offset_bytes: u64, len_bytes: u64, count_max: usize) -> Vec<Extent> {
+        let _ = (offset_bytes, count_max);
+        vec![Extent { len_bytes, allocation: Allocation::Data }]
+    }
+}
+
+/// A run of bytes that are allocated alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Length in bytes.
+    pub len_bytes: u64,
+    /// How.
+    pub allocation: Allocation,
+}
+
+/// How a range of a disk is allocated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Allocation {
+    /// Allocated, or unknown.
+    Data,
+    /// Allocated, and reads zeroes.
+    Zero,
+    /// Not allocated, and reads zeroes.
+    Hole,
 }
 
 /// What a guest sees of a disk.
