@@ -250,6 +250,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
+    use crate::api::{GenerationId, JournalId, VmId, VolumeId, VpgId};
     use crate::wire::{AckState, MAX_ANCESTORS, MAX_VOLUMES, RefuseCode, VolumeShape};
 
     fn uuid() -> impl Strategy<Value = Uuid> {
@@ -262,7 +263,7 @@ mod tests {
                 let logical_block_bytes = if small { 512 } else { 4096 };
                 VolumeShape {
                     volume: index as u16,
-                    id,
+                    id: VolumeId(id),
                     logical_block_bytes,
                     size_bytes: blocks * u64::from(logical_block_bytes),
                 }
@@ -272,18 +273,18 @@ mod tests {
     }
 
     fn open() -> impl Strategy<Value = Frame> {
-        let ids = (uuid(), uuid(), uuid(), uuid());
+        let ids = (uuid(), uuid(), prop_oneof![Just(Uuid::nil()), uuid()], uuid());
         let ancestors = prop::collection::vec(uuid(), 0..=MAX_ANCESTORS);
         (ids, any::<(u64, u64)>(), 1..u64::MAX, ancestors, volumes()).prop_map(
             |((vm, vpg, journal, generation), (offered, required), first_seq, ancestors, volumes)| {
                 Frame::Open(Open {
                     features_offered: offered | required,
                     features_required: required,
-                    vm,
-                    vpg,
-                    journal,
-                    generation,
-                    ancestors,
+                    vm: VmId(vm),
+                    vpg: VpgId(vpg),
+                    journal: (!journal.is_nil()).then_some(JournalId(journal)),
+                    generation: GenerationId(generation),
+                    ancestors: ancestors.into_iter().map(GenerationId).collect(),
                     first_seq,
                     volumes,
                 })
@@ -292,20 +293,17 @@ mod tests {
     }
 
     fn grant() -> impl Strategy<Value = Frame> {
-        let numbers = any::<(u64, u64, u64, u32)>();
-        (numbers, any::<(bool, bool)>(), 4096..=u32::MAX).prop_map(
-            |(
-                (features, open_count, durable_through, tail_crc),
-                (fresh_image, new_generation),
-                window_bytes,
-            )| {
+        let numbers = any::<(u64, u64, u64, u32, u32)>();
+        (numbers, uuid(), any::<bool>(), any::<bool>()).prop_map(
+            |((features, open_count, durable_through, tail_crc, window_bytes), journal, fresh, new)| {
                 Frame::Grant(Grant {
                     features,
+                    journal: JournalId(journal),
                     open_count,
                     durable_through,
                     tail_crc,
-                    fresh_image,
-                    new_generation,
+                    fresh_image: fresh,
+                    new_generation: new,
                     window_bytes,
                 })
             },

@@ -11,6 +11,7 @@ mod ack;
 mod answer;
 mod frame;
 mod open;
+mod reader;
 
 pub use ack::{ACK_FRAME_BYTES, Ack, AckState};
 pub use answer::{GRANT_FRAME_BYTES, Grant, Refuse, RefuseCode, SENDABLE_REFUSE_TEXT_BYTES};
@@ -18,6 +19,7 @@ pub use frame::{
     FRAME_HEADER_BYTES, FRAME_MAGIC, Frame, FrameKind, MAX_FRAME_BYTES, WireError, frame_len_bytes,
 };
 pub use open::{Open, VolumeShape};
+pub use reader::{FrameReader, ReadFrameError};
 
 /// Version of the protocol that this build speaks. A target that doesn't speak an [`Open`]'s version answers
 /// [`RefuseCode::Version`] with its own newest version in [`Refuse::detail`].

@@ -3,6 +3,8 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::frame::{FRAME_HEADER_BYTES, FrameKind, Header};
+use crate::api::{GenerationId, JournalId, VmId, VolumeId, VpgId};
+
 use super::{MAX_ANCESTORS, MAX_FRAME_BYTES, MAX_VOLUMES, WireError};
 
 /// The source asks for a VM's stream: which journal, whose numbers, from where.
@@ -13,15 +15,15 @@ pub struct Open {
     /// Those of the offered that the source can't do without: a target that lacks one refuses.
     pub features_required: u64,
     /// The VM.
-    pub vm: Uuid,
+    pub vm: VmId,
     /// Its group.
-    pub vpg: Uuid,
-    /// The journal that the source was told to write to.
-    pub journal: Uuid,
+    pub vpg: VpgId,
+    /// The journal that already has some of this generation, as far as the source knows; none before the first grant.
+    pub journal: Option<JournalId>,
     /// The generation of the numbers that follow.
-    pub generation: Uuid,
+    pub generation: GenerationId,
     /// Generations that this one continues, newest first, back to the last one that the target is known to have granted (A5).
-    pub ancestors: Vec<Uuid>,
+    pub ancestors: Vec<GenerationId>,
     /// First sequence number of the generation, above zero.
     pub first_seq: u64,
     /// The VM's volumes: 1 to [`MAX_VOLUMES`], numbered from 0 without gaps.
@@ -34,7 +36,7 @@ pub struct VolumeShape {
     /// Its number within the VM.
     pub volume: u16,
     /// Its id.
-    pub id: Uuid,
+    pub id: VolumeId,
     /// Size of its logical blocks, 512 or 4096 bytes.
     pub logical_block_bytes: u32,
     /// Its size in bytes, a multiple of the logical block size.
@@ -50,10 +52,10 @@ impl Open {
         let fixed = OpenLayout {
             features_offered: self.features_offered.into(),
             features_required: self.features_required.into(),
-            vm: *self.vm.as_bytes(),
-            vpg: *self.vpg.as_bytes(),
-            journal: *self.journal.as_bytes(),
-            generation: *self.generation.as_bytes(),
+            vm: *self.vm.0.as_bytes(),
+            vpg: *self.vpg.0.as_bytes(),
+            journal: *self.journal.map_or(Uuid::nil(), |journal| journal.0).as_bytes(),
+            generation: *self.generation.0.as_bytes(),
             first_seq: self.first_seq.into(),
             ancestor_count: (self.ancestors.len() as u16).into(),
             volume_count: (self.volumes.len() as u16).into(),
@@ -63,11 +65,11 @@ impl Open {
         bytes.extend_from_slice(Header::new(FrameKind::Open, len_bytes).as_bytes());
         bytes.extend_from_slice(fixed.as_bytes());
         for ancestor in &self.ancestors {
-            bytes.extend_from_slice(ancestor.as_bytes());
+            bytes.extend_from_slice(ancestor.0.as_bytes());
         }
         for volume in &self.volumes {
             let layout = VolumeLayout {
-                id: *volume.id.as_bytes(),
+                id: *volume.id.0.as_bytes(),
                 size_bytes: volume.size_bytes.into(),
                 logical_block_bytes: volume.logical_block_bytes.into(),
                 volume: volume.volume.into(),
@@ -110,11 +112,11 @@ impl Open {
         Ok(Self {
             features_offered: fixed.features_offered.get(),
             features_required: fixed.features_required.get(),
-            vm: Uuid::from_bytes(fixed.vm),
-            vpg: Uuid::from_bytes(fixed.vpg),
-            journal: Uuid::from_bytes(fixed.journal),
-            generation: Uuid::from_bytes(fixed.generation),
-            ancestors: ancestors.iter().map(|id| Uuid::from_bytes(*id)).collect(),
+            vm: VmId(Uuid::from_bytes(fixed.vm)),
+            vpg: VpgId(Uuid::from_bytes(fixed.vpg)),
+            journal: Some(JournalId(Uuid::from_bytes(fixed.journal))).filter(|journal| !journal.0.is_nil()),
+            generation: GenerationId(Uuid::from_bytes(fixed.generation)),
+            ancestors: ancestors.iter().map(|id| GenerationId(Uuid::from_bytes(*id))).collect(),
             first_seq: fixed.first_seq.get(),
             volumes: volumes.collect::<Result<_, _>>()?,
         })
@@ -133,7 +135,7 @@ struct OpenLayout {
     vm: [u8; 16],
     /// [`Open::vpg`].
     vpg: [u8; 16],
-    /// [`Open::journal`].
+    /// [`Open::journal`], or zeroes.
     journal: [u8; 16],
     /// [`Open::generation`].
     generation: [u8; 16],
@@ -191,7 +193,7 @@ impl VolumeLayout {
         }
         Ok(VolumeShape {
             volume: self.volume.get(),
-            id: Uuid::from_bytes(self.id),
+            id: VolumeId(Uuid::from_bytes(self.id)),
             logical_block_bytes,
             size_bytes,
         })

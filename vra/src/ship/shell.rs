@@ -1,0 +1,270 @@
+//! Drives a [`Sender`] over a QUIC stream: one tokio task for each VM.
+//!
+//! Checksums are computed in this task, so never on a reactor's thread. The task sleeps until the machine's deadline, a frame, room on
+//! the stream, a command, or, when the machine asks for it, the capturing side's [`Doorbell`].
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use quinn::{RecvStream, SendStream, VarInt};
+use tokio::sync::mpsc;
+
+use super::{Doorbell, GenerationStart, Output, Retained, Sender, SenderEvent, SenderStatus};
+use crate::clock::Clock;
+use crate::wire::{Frame, FrameReader};
+
+/// Makes streams to a VM's target.
+pub trait DataConnector: Send + Sync + 'static {
+    /// Connects, proves both ends' identity and opens a bidirectional stream.
+    ///
+    /// # Errors
+    /// Why it can't, for people; the sender tries again later.
+    fn open(&self) -> impl Future<Output = Result<(SendStream, RecvStream), ConnectError>> + Send;
+}
+
+/// Why a stream to the target could not be made, for people.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct ConnectError(pub String);
+
+/// What a shipper needs.
+pub struct ShipperParts<C> {
+    /// The machine.
+    pub sender: Sender,
+    /// Where captured writes wait.
+    pub retained: Box<dyn Retained + Send>,
+    /// Rung by the capturing side after each publication.
+    pub doorbell: Arc<Doorbell>,
+    /// Makes streams.
+    pub connector: C,
+    /// Told each event, on the shipper's task: it must not block.
+    pub on_event: Box<dyn FnMut(SenderEvent) + Send>,
+}
+
+/// A running shipper. Dropping it ends the task and the stream.
+#[derive(Debug)]
+pub struct Shipper {
+    commands: mpsc::Sender<Command>,
+    status: Arc<Mutex<SenderStatus>>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Shipper {
+    /// Starts the task on the current tokio runtime.
+    pub fn start<C: DataConnector>(parts: ShipperParts<C>) -> Self {
+        let (commands, receiver) = mpsc::channel(COMMAND_QUEUE);
+        let status = Arc::new(Mutex::new(parts.sender.status()));
+        let shell = Shell {
+            sender: parts.sender,
+            retained: parts.retained,
+            doorbell: parts.doorbell,
+            connector: Arc::new(parts.connector),
+            on_event: parts.on_event,
+            clock: Clock::start(),
+            commands: receiver,
+            status: status.clone(),
+            link: None,
+            dialing: None,
+        };
+        Self { commands, status, task: tokio::spawn(shell.run()) }
+    }
+
+    /// The sender's state, as of its last step.
+    pub fn status(&self) -> SenderStatus {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Goes on with another generation, whose records wait in `retained`.
+    pub async fn begin_generation(&self, start: GenerationStart, retained: Box<dyn Retained + Send>) {
+        // The task ends only with this handle, so the command always has a reader.
+        let _ = self.commands.send(Command::BeginGeneration(start, retained)).await;
+    }
+
+    /// Tries again now; see [`Sender::resume`].
+    pub async fn resume(&self) {
+        let _ = self.commands.send(Command::Resume).await;
+    }
+}
+
+impl Drop for Shipper {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+enum Command {
+    BeginGeneration(GenerationStart, Box<dyn Retained + Send>),
+    Resume,
+}
+
+/// Commands that may wait for the task.
+const COMMAND_QUEUE: usize = 8;
+
+/// While this much waits for room on the stream no further batch is sealed, in bytes: enough to keep the stream busy, so little that
+/// batches fill up while they wait.
+const QUEUED_BYTES_MAX: usize = 2 << 20;
+
+type Dialing = Pin<Box<dyn Future<Output = Result<(SendStream, RecvStream), ConnectError>> + Send>>;
+
+struct Shell<C> {
+    sender: Sender,
+    retained: Box<dyn Retained + Send>,
+    doorbell: Arc<Doorbell>,
+    connector: Arc<C>,
+    on_event: Box<dyn FnMut(SenderEvent) + Send>,
+    clock: Clock,
+    commands: mpsc::Receiver<Command>,
+    status: Arc<Mutex<SenderStatus>>,
+    link: Option<Link>,
+    dialing: Option<Dialing>,
+}
+
+/// A stream and what waits for room on it.
+struct Link {
+    send: SendStream,
+    recv: RecvStream,
+    frames: FrameReader,
+    queue: VecDeque<Bytes>,
+    queued_bytes: usize,
+}
+
+enum Woken {
+    Dialed(Result<(SendStream, RecvStream), ConnectError>),
+    Link(Result<Option<Frame>, String>),
+    Command(Option<Command>),
+    Time,
+    Bell,
+}
+
+impl<C: DataConnector> Shell<C> {
+    async fn run(mut self) {
+        loop {
+            self.step();
+            *self.status.lock().unwrap_or_else(PoisonError::into_inner) = self.sender.status();
+            let wake = self.sender.wake();
+            let deadline = wake.at_us.map(|at_us| self.clock.instant(at_us).into());
+            let woken = tokio::select! {
+                dialed = dialed(&mut self.dialing) => Woken::Dialed(dialed),
+                progress = progress(&mut self.link) => Woken::Link(progress),
+                command = self.commands.recv() => Woken::Command(command),
+                () = sleep_until(deadline) => Woken::Time,
+                () = self.doorbell.rung(), if wake.on_publish => Woken::Bell,
+            };
+            self.doorbell.disarm();
+            let now = self.clock.now();
+            match woken {
+                Woken::Dialed(Ok((send, recv))) => {
+                    self.dialing = None;
+                    self.link = Some(Link {
+                        send,
+                        recv,
+                        frames: FrameReader::new(),
+                        queue: VecDeque::new(),
+                        queued_bytes: 0,
+                    });
+                    self.sender.dialed(now);
+                }
+                Woken::Dialed(Err(error)) => {
+                    self.dialing = None;
+                    self.sender.dial_failed(now, &error.0);
+                }
+                Woken::Link(Ok(Some(frame))) => self.sender.frame(frame, now, &*self.retained),
+                Woken::Link(Err(reason)) => {
+                    self.hang_up();
+                    self.sender.stream_lost(now, &reason);
+                }
+                Woken::Command(Some(Command::BeginGeneration(start, retained))) => {
+                    self.retained = retained;
+                    self.sender.begin_generation(start, now);
+                }
+                Woken::Command(Some(Command::Resume)) => self.sender.resume(now),
+                Woken::Command(None) => return,
+                Woken::Link(Ok(None)) | Woken::Time | Woken::Bell => {}
+            }
+        }
+    }
+
+    /// Does all that the machine wants now.
+    fn step(&mut self) {
+        let mut armed = false;
+        loop {
+            let may_send = self.link.as_ref().is_some_and(|link| link.queued_bytes < QUEUED_BYTES_MAX);
+            match self.sender.poll(self.clock.now(), &mut *self.retained, may_send) {
+                Some(Output::Dial) => {
+                    let connector = self.connector.clone();
+                    self.dialing = Some(Box::pin(async move { connector.open().await }));
+                }
+                Some(Output::Open(open)) => self.enqueue([open.encode().into()]),
+                Some(Output::Batch(batch)) => self.enqueue(batch.chunks),
+                Some(Output::Hangup) => self.hang_up(),
+                Some(Output::Free { through_seq }) => self.retained.free_through(through_seq),
+                Some(Output::Event(event)) => (self.on_event)(event),
+                None if !armed && self.sender.wake().on_publish => {
+                    self.doorbell.arm();
+                    armed = true;
+                }
+                None => return,
+            }
+        }
+    }
+
+    fn enqueue(&mut self, chunks: impl IntoIterator<Item = Bytes>) {
+        let Some(link) = &mut self.link else { return };
+        for chunk in chunks {
+            link.queued_bytes += chunk.len();
+            link.queue.push_back(chunk);
+        }
+    }
+
+    fn hang_up(&mut self) {
+        self.dialing = None;
+        if let Some(mut link) = self.link.take() {
+            // Both fail only when the stream has ended already, which is what is wanted.
+            let _ = link.send.reset(VarInt::from_u32(0));
+            let _ = link.recv.stop(VarInt::from_u32(0));
+        }
+    }
+}
+
+async fn dialed(dialing: &mut Option<Dialing>) -> Result<(SendStream, RecvStream), ConnectError> {
+    match dialing {
+        Some(dialing) => dialing.await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep_until(deadline: Option<tokio::time::Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until(deadline).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// The next frame, or nothing when some of the queue went onto the stream. Cancel-safe.
+async fn progress(link: &mut Option<Link>) -> Result<Option<Frame>, String> {
+    let Some(Link { send, recv, frames, queue, queued_bytes }) = link else {
+        return std::future::pending().await;
+    };
+    let write = async {
+        if queue.is_empty() {
+            return std::future::pending().await;
+        }
+        let written = send.write_chunks(queue.make_contiguous()).await.map_err(|error| error.to_string())?;
+        queue.drain(..written.chunks);
+        *queued_bytes -= written.bytes;
+        Ok(None)
+    };
+    let read = async {
+        match frames.next(recv).await {
+            Ok(Some(frame)) => Ok(Some(frame)),
+            Ok(None) => Err("the target closed the stream".to_owned()),
+            Err(error) => Err(error.to_string()),
+        }
+    };
+    tokio::select! {
+        written = write => written,
+        frame = read => frame,
+    }
+}
