@@ -1,6 +1,15 @@
 //! Where a write meets the wire: capture, shipping, receiving, sync, checkpoints and the control API.
 
+#![cfg_attr(
+    test,
+    allow(
+        clippy::duplicate_mod,
+        reason = "the numbering core is compiled twice: see capture::interleavings"
+    )
+)]
+
 pub mod api;
+pub mod capture;
 pub mod clock;
 pub mod config;
 pub mod control;

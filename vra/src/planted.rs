@@ -4,6 +4,18 @@
 /// A rule that can be taken out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Planted {
+    /// A1: the number is taken in one critical section, insertion and publication happen in another.
+    NumberOutsideLock,
+    /// A1: the local issue doesn't wait for earlier overlapping writes.
+    OverlapIgnored,
+    /// A2: the number word is stored before the entry.
+    WordBeforeEntry,
+    /// B3: sync data is published whatever was written meanwhile.
+    SyncOverWrites,
+    /// D2: the hold flag is set after the cut is read and the lock is gone.
+    FlagAfterCut,
+    /// D2: reads are not held.
+    ReadsNotHeld,
     /// After a reconnect the sender goes on with what was never sent, instead of what is not durable.
     ResendSkipped,
     /// The target acknowledges as durable what it has received.
@@ -39,3 +51,41 @@ pub fn is_planted(bug: Planted) -> bool {
 pub fn is_planted(_bug: Planted) -> bool {
     false
 }
+
+/// Points of the publication of a write where a process may be killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// The number is taken.
+    NumberTaken,
+    /// The range is in the in-flight set.
+    RangeInserted,
+    /// The entry is stored, the number word isn't.
+    EntryStored,
+    /// The number word is stored.
+    WordStored,
+}
+
+#[cfg(any(test, feature = "sim"))]
+thread_local! {
+    static KILL_AT: std::cell::Cell<Option<Step>> = const { std::cell::Cell::new(None) };
+}
+
+/// Lets this thread die by a panic the next time that it comes to `step`.
+#[cfg(any(test, feature = "sim"))]
+pub fn kill_at(step: Step) {
+    KILL_AT.set(Some(step));
+}
+
+/// Dies here if the test asked for it.
+#[cfg(any(test, feature = "sim"))]
+pub fn pass(step: Step) {
+    if KILL_AT.get() == Some(step) {
+        KILL_AT.set(None);
+        panic!("killed at {step:?} as the test asked");
+    }
+}
+
+/// A step of a product build: nothing.
+#[cfg(not(any(test, feature = "sim")))]
+#[inline(always)]
+pub fn pass(_step: Step) {}
