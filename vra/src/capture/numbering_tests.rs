@@ -187,17 +187,18 @@ fn a_closed_volume_sends_its_writes_elsewhere() {
 }
 
 #[test]
-fn the_consumer_is_woken_only_when_it_sleeps() {
+fn the_doorbell_rings_for_publications_and_changes_of_mode() {
     let (core, _consumer, lane) = core(64, LIMITS);
     let count = Arc::new(Count::default());
-    core.with(|core, _| core.set_consumer(count.clone()));
-    issue(&core, lane, 0, 0);
-    assert_eq!(count.0.load(Ordering::Relaxed), 0);
-    assert!(!core.with(|core, _| core.consumer_sleeps(1)), "number 1 is there");
-    assert!(core.with(|core, _| core.consumer_sleeps(2)));
-    issue(&core, lane, 1, 512);
-    issue(&core, lane, 2, 1024);
+    core.set_doorbell(count.clone());
+    let ticket = issue(&core, lane, 0, 0);
     assert_eq!(count.0.load(Ordering::Relaxed), 1);
+    core.landed(ticket, true, &mut Wakeups::default());
+    assert_eq!(count.0.load(Ordering::Relaxed), 1);
+    receive(&core, lane, 1, 0, 512, Offer::NoMemory);
+    assert_eq!(count.0.load(Ordering::Relaxed), 2, "overflow");
+    issue(&core, lane, 2, 512);
+    assert_eq!(count.0.load(Ordering::Relaxed), 2, "nothing is captured any more");
 }
 
 /// Kills a lane's thread at `step` of its second write. Returns what the consumer finds afterwards, in order without gap.

@@ -42,3 +42,10 @@ impl Doorbell {
         self.notify.notified().await;
     }
 }
+
+/// What the numbering core calls after a publication.
+impl ublk::serve::Wake for Doorbell {
+    fn wake(&self) {
+        self.ring();
+    }
+}

@@ -51,7 +51,6 @@ pub struct Core {
     room_wanted: bool,
     pub(super) watches: Vec<Option<Watch>>,
     pub(super) next_watch_serial: u64,
-    consumer: Sleeper,
     pub(super) syncer: Sleeper,
 }
 
@@ -81,7 +80,6 @@ impl Core {
             room_wanted: false,
             watches: Vec::with_capacity(MAX_WATCHES),
             next_watch_serial: 0,
-            consumer: Sleeper::default(),
             syncer: Sleeper::default(),
         }
     }
@@ -205,7 +203,7 @@ impl Core {
         pass(Step::RangeInserted);
         if first_seq > 0 {
             self.publish_write(new, first_seq, count, std::mem::replace(offer, Offer::Nothing), now_us);
-            self.consumer.rouse(wakeups);
+            wakeups.published = true;
         }
         if waits { Received::Wait(ticket) } else { Received::Issue(ticket) }
     }
@@ -282,7 +280,7 @@ impl Core {
                 self.producer.publish(void_entry(seq, self.last_time_us), || {});
             }
         }
-        self.consumer.rouse(wakeups);
+        wakeups.published = true;
     }
 
     /// Numbers below `ceiling_seq` are reserved durably now.
@@ -315,17 +313,6 @@ impl Core {
         let (entries, bytes) = self.retained();
         let by_bytes = bytes.saturating_mul(100).checked_div(self.limits.retained_bytes).unwrap_or(100);
         (entries * 100 / self.producer.capacity() as u64).max(by_bytes)
-    }
-
-    /// Who is woken when entries come, and the mode changes.
-    pub fn set_consumer(&mut self, waker: Waker) {
-        self.consumer.waker = Some(waker);
-    }
-
-    /// The consumer sleeps until `seq` or a change of mode, unless it is there already.
-    pub fn consumer_sleeps(&mut self, seq: u64) -> bool {
-        self.consumer.asleep = self.next_seq <= seq;
-        self.consumer.asleep
     }
 
     pub(super) fn is_streaming(&self) -> bool {
@@ -400,7 +387,7 @@ impl Core {
             self.next_seq += 1;
             self.producer.publish(Entry { seq, time_us, ..entry }, || {});
         }
-        self.consumer.rouse(wakeups);
+        wakeups.published = true;
         Ok(first_seq)
     }
 
@@ -448,7 +435,7 @@ impl Core {
             self.end_hold(wakeups);
         }
         self.wake_deferred(wakeups);
-        self.consumer.rouse(wakeups);
+        wakeups.published = true;
         self.syncer.rouse(wakeups);
     }
 }

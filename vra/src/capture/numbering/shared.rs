@@ -5,7 +5,7 @@
 //! at [`VmCore::is_holding`]: a write that the read can have seen took its number under the lock before its local issue,
 //! so a hold that began before that number was taken is visible to the read, and a later one has the number below its cut.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use ublk::serve::Waker;
@@ -23,6 +23,7 @@ use super::terms::{CoreLimits, Drained, Flags, Landed, NewWrite, Offer, Received
 pub struct VmCore {
     core: Mutex<Core>,
     flags: Arc<Flags>,
+    doorbell: OnceLock<Waker>,
 }
 
 impl VmCore {
@@ -30,14 +31,20 @@ impl VmCore {
     pub fn new(producer: Producer, limits: CoreLimits, first_seq: u64, ceiling_seq: u64) -> Self {
         let flags = Arc::new(Flags { holding: AtomicBool::new(false), capturing: AtomicBool::new(false) });
         let core = Core::new(producer, flags.clone(), limits, first_seq, ceiling_seq);
-        Self { core: Mutex::new(core), flags }
+        Self { core: Mutex::new(core), flags, doorbell: OnceLock::new() }
+    }
+
+    /// Names who is told, after the lock is gone, that something was published or that the mode changed. It must cost little
+    /// while the stream is awake. Only the first call counts.
+    pub fn set_doorbell(&self, doorbell: Waker) {
+        let _ = self.doorbell.set(doorbell);
     }
 
     /// Runs one critical section, then gives the wake-ups it asked for. For everything but a guest's I/O.
     pub fn with<T>(&self, section: impl FnOnce(&mut Core, &mut Wakeups) -> T) -> T {
         let mut wakeups = Wakeups::default();
         let value = section(&mut self.lock(), &mut wakeups);
-        wakeups.fire();
+        self.fire(&mut wakeups);
         value
     }
 
@@ -58,21 +65,21 @@ impl VmCore {
         } else {
             self.lock().receive(new, offer, now_us, wakeups)
         };
-        wakeups.fire();
+        self.fire(wakeups);
         received
     }
 
     /// See [`Core::landed`].
     pub fn landed(&self, ticket: Ticket, ok: bool, wakeups: &mut Wakeups) -> Landed {
         let landed = self.lock().landed(ticket, ok, wakeups);
-        wakeups.fire();
+        self.fire(wakeups);
         landed
     }
 
     /// See [`Core::complete_held`].
     pub fn complete_held(&self, ticket: Ticket, wakeups: &mut Wakeups) -> bool {
         let may_complete = self.lock().complete_held(ticket, wakeups);
-        wakeups.fire();
+        self.fire(wakeups);
         may_complete
     }
 
@@ -128,12 +135,16 @@ impl VmCore {
         self.lock().enter(new, first_seq, offer, now_us, wakeups)
     }
 
+    fn fire(&self, wakeups: &mut Wakeups) {
+        wakeups.fire(self.doorbell.get());
+    }
+
     fn lock(&self) -> MutexGuard<'_, Core> {
         self.core.lock().unwrap_or_else(|poisoned| {
             let mut core = poisoned.into_inner();
             let mut wakeups = Wakeups::default();
             core.repair(&mut wakeups);
-            wakeups.fire();
+            self.fire(&mut wakeups);
             core
         })
     }

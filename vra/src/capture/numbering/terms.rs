@@ -81,16 +81,23 @@ pub struct Drained {
 #[derive(Default)]
 pub struct Wakeups {
     list: Vec<Waker>,
+    /// Something was published, or the mode changed: the stream's doorbell is to be rung.
+    pub(super) published: bool,
 }
 
 impl Wakeups {
     /// An empty list with room, so that the guest's path doesn't allocate.
     pub fn with_room() -> Self {
-        Self { list: Vec::with_capacity(16) }
+        Self { list: Vec::with_capacity(16), published: false }
     }
 
     /// Gives them.
-    pub fn fire(&mut self) {
+    pub(super) fn fire(&mut self, doorbell: Option<&Waker>) {
+        if std::mem::take(&mut self.published)
+            && let Some(doorbell) = doorbell
+        {
+            doorbell.wake();
+        }
         for waker in self.list.drain(..) {
             waker.wake();
         }
