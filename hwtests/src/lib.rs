@@ -10,6 +10,7 @@ pub mod initramfs;
 pub mod kernel;
 pub mod machine;
 pub mod mode;
+pub mod powercut;
 pub mod qemu;
 pub mod runs;
 pub mod tool;
