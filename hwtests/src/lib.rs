@@ -4,6 +4,7 @@
 
 pub mod apt;
 pub mod cache;
+pub mod cases;
 pub mod cpio;
 pub mod error;
 pub mod initramfs;
@@ -13,4 +14,5 @@ pub mod mode;
 pub mod powercut;
 pub mod qemu;
 pub mod runs;
+pub mod suite;
 pub mod tool;

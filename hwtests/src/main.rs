@@ -5,14 +5,16 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
 use hwtests::cache::Cache;
+use hwtests::cases;
 use hwtests::initramfs::Job;
 use hwtests::kernel::{Kernel, Series};
 use hwtests::machine::{Disk, DiskContent, Machine};
 use hwtests::mode::{self, Accel, ModeChoice};
 use hwtests::qemu::Qemu;
+use hwtests::suite::{self, Case, Place, Report, Runner};
 
 #[derive(Parser)]
 #[command(version, about = "Real kernels with ublk, anywhere: boots them, runs tests inside")]
@@ -32,9 +34,52 @@ enum Cmd {
         #[arg(long)]
         refresh: bool,
     },
+    /// Run the rig's tests: a line for each, non-zero when one failed
+    Test(TestArgs),
+    /// Run tests by their whole names and show all they say
+    Run(TestArgs),
+    /// List the tests
+    List,
+    /// Run cases in this very machine (the runner does that)
+    #[command(hide = true)]
+    Inside {
+        /// Their names
+        cases: Vec<String>,
+    },
+    /// Run one case in this very process (the runner does that)
+    #[command(hide = true)]
+    InsideOne {
+        /// Its name
+        case: String,
+    },
     /// Run a command in a machine, or a shell when none is given
     Shell(ShellArgs),
 }
+
+#[derive(Args)]
+struct TestArgs {
+    /// Tests whose names contain one of these [default: all]
+    #[arg(value_name = "TEST")]
+    names: Vec<String>,
+    /// The same as naming a test
+    #[arg(long, value_name = "TEST")]
+    filter: Vec<String>,
+    /// Which kernels: 6.12, 7 or all
+    #[arg(long, default_value = "all", value_parser = kernel_choice)]
+    kernel: KernelChoice,
+    /// Where to run
+    #[arg(long, value_enum, default_value_t)]
+    mode: ModeChoice,
+    /// The long tests too
+    #[arg(long)]
+    long: bool,
+    /// Show all that the tests say
+    #[arg(long, short)]
+    verbose: bool,
+}
+
+#[derive(Clone, Debug)]
+struct KernelChoice(Vec<Series>);
 
 #[derive(Args)]
 struct ShellArgs {
@@ -85,10 +130,23 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> Result<ExitCode> {
-    let cache = Cache::open(cli.cache.as_deref())?;
+    // The commands for the inside of a machine work without a cache.
+    let cache = || Cache::open(cli.cache.as_deref());
     match cli.command {
-        Cmd::Kernels { refresh } => kernels(&cache, refresh),
-        Cmd::Shell(args) => shell(&cache, args),
+        Cmd::Kernels { refresh } => kernels(&cache()?, refresh),
+        Cmd::Test(args) => test(&cache()?, args, false),
+        Cmd::Run(args) => test(&cache()?, args, true),
+        Cmd::List => list(),
+        Cmd::Inside { cases } => {
+            let chosen: Vec<Case> = cases.iter().filter_map(|name| cases::named(name)).collect();
+            suite::run_all_inside(&chosen)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Cmd::InsideOne { case } => {
+            suite::run_one_inside(&cases::named(&case).context("no such case")?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Cmd::Shell(args) => shell(&cache()?, args),
     }
 }
 
@@ -101,16 +159,62 @@ fn kernels(cache: &Cache, refresh: bool) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+fn list() -> Result<ExitCode> {
+    for case in cases::all() {
+        let long = if case.long { " (long)" } else { "" };
+        println!("{:<44} {}{long}", case.name, case.idea);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn test(cache: &Cache, args: TestArgs, whole_names: bool) -> Result<ExitCode> {
+    let all = cases::all();
+    let wanted: Vec<&String> = args.names.iter().chain(&args.filter).collect();
+    let matches = |case: &Case| {
+        wanted.iter().any(|name| if whole_names { case.name == *name } else { case.name.contains(*name) })
+    };
+    let chosen: Vec<&Case> = all
+        .iter()
+        .filter(|case| if wanted.is_empty() { !whole_names } else { matches(case) })
+        .filter(|case| args.long || whole_names || !case.long)
+        .collect();
+    ensure!(!chosen.is_empty(), "no test has such a name; `rig list` shows them all");
+    let programs = project_programs()?;
+    let verbose = args.verbose || whole_names;
+    let mut report = Report::default();
+    if args.mode == ModeChoice::Native || (args.mode == ModeChoice::Auto && mode::native_works()) {
+        println!("on this host's own kernel {}", nix::sys::utsname::uname()?.release().to_string_lossy());
+        let runner = Runner { cache, place: Place::Native, programs, verbose, quiet: false };
+        report.add(runner.run(&chosen)?);
+    } else {
+        let qemu = Qemu::get(cache)?;
+        for series in args.kernel.0 {
+            let kernel = Kernel::get(cache, series, false)?;
+            let accel = accel(args.mode, cache, &qemu, &kernel)?;
+            println!("kernel {} under {} (QEMU {})", kernel.release, accel.name(), qemu.version);
+            let place = Place::Machines { qemu: &qemu, accel, kernel: &kernel, series: series.to_string() };
+            let runner = Runner { cache, place, programs: programs.clone(), verbose, quiet: false };
+            report.add(runner.run(&chosen)?);
+        }
+    }
+    report.print_totals();
+    Ok(if report.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn accel(choice: ModeChoice, cache: &Cache, qemu: &Qemu, kernel: &Kernel) -> Result<Accel> {
+    Ok(match choice {
+        ModeChoice::Kvm => Accel::Kvm,
+        ModeChoice::Tcg => Accel::Tcg,
+        _ if mode::kvm_works(cache, qemu, kernel)? => Accel::Kvm,
+        _ => Accel::Tcg,
+    })
+}
+
 fn shell(cache: &Cache, args: ShellArgs) -> Result<ExitCode> {
     let started = Instant::now();
     let qemu = Qemu::get(cache)?;
     let kernel = Kernel::get(cache, args.kernel, false)?;
-    let accel = match args.mode {
-        ModeChoice::Kvm => Accel::Kvm,
-        ModeChoice::Tcg => Accel::Tcg,
-        _ if mode::kvm_works(cache, &qemu, &kernel)? => Accel::Kvm,
-        _ => Accel::Tcg,
-    };
+    let accel = accel(args.mode, cache, &qemu, &kernel)?;
     let mut machine = Machine::new(cache, &qemu, accel, &kernel);
     machine.memory_mib = args.memory;
     machine.cpus = args.cpus;
@@ -160,6 +264,10 @@ fn copy_out(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
 
 fn series(name: &str) -> Result<Series, String> {
     Series::ALL.into_iter().find(|series| series.name() == name).ok_or_else(|| "6.12 or 7".to_owned())
+}
+
+fn kernel_choice(name: &str) -> Result<KernelChoice, String> {
+    Ok(KernelChoice(if name == "all" { Series::ALL.to_vec() } else { vec![series(name)?] }))
 }
 
 fn disk(text: &str) -> Result<Disk, String> {

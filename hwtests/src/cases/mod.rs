@@ -1,0 +1,16 @@
+//! The table of rig tests.
+
+mod judged;
+mod machine;
+
+use crate::suite::Case;
+
+/// All cases, in the order in which they run.
+pub fn all() -> Vec<Case> {
+    [machine::CASES, judged::CASES].concat()
+}
+
+/// The case of this name, also one that is not in the table because it goes wrong on purpose.
+pub fn named(name: &str) -> Option<Case> {
+    all().into_iter().chain(judged::WRONG_CASES.iter().copied()).find(|case| case.name == name)
+}
