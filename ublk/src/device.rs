@@ -1,0 +1,579 @@
+//! The life of a ublk device: add, serve, stop, delete, quiesce, recover, list.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use crate::arena::Arena;
+use crate::control::{Control, ControlError};
+use crate::cookie::Cookie;
+use crate::features::Features;
+use crate::params::{self, GeometryError};
+use crate::queue::QueueConfig;
+use crate::reactor::{ReactorError, Reactors, SourceHandle};
+use crate::serve::Disk;
+use crate::uapi::{self, CtrlDevInfo};
+
+/// How long to wait for a dead daemon's I/O, for queues to end and for a deleted device to go.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Pause between two looks at a device's state.
+const POLL: Duration = Duration::from_millis(20);
+
+/// Why a device's life took no good turn.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// A command failed.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// No reactor thread took a queue.
+    #[error("cannot serve ublk device {device}")]
+    Reactor {
+        /// The device.
+        device: u32,
+        /// Why.
+        source: ReactorError,
+    },
+    /// The disk's shape does not fit.
+    #[error("cannot make a ublk device of this disk")]
+    Geometry {
+        /// Why.
+        source: GeometryError,
+    },
+    /// Settings that the driver cannot take.
+    #[error("{queues} queues of depth {depth} cannot be: both must be positive, the depth at most 4096")]
+    Settings {
+        /// Queues asked for.
+        queues: u16,
+        /// Depth asked for.
+        depth: u16,
+    },
+    /// Not enough slots.
+    #[error(
+        "ublk device {device} needs {needed} buffers of {needed_bytes} bytes, the arena has {free} free ones of \
+         {slot_bytes} bytes: make the arena larger, or the device's queues or depth smaller"
+    )]
+    Arena {
+        /// The device.
+        device: u32,
+        /// Queues times depth.
+        needed: usize,
+        /// Longest request of the device.
+        needed_bytes: u32,
+        /// What the arena has.
+        free: usize,
+        /// Length of its slots.
+        slot_bytes: usize,
+    },
+    /// `/dev/ublkcN` could not be opened.
+    #[error("cannot open {}: is devtmpfs mounted at /dev, and does no other process serve the device?", path.display())]
+    Open {
+        /// The path.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// There is no such device.
+    #[error("there is no ublk device {device}: see `vra-ublk list`")]
+    Missing {
+        /// Its number.
+        device: u32,
+    },
+    /// Recovery of a device whose daemon lives.
+    #[error("ublk device {device} is served by process {pid}: end that process first")]
+    Served {
+        /// The device.
+        device: u32,
+        /// Its daemon.
+        pid: i32,
+    },
+    /// Recovery with a disk that is not what the device was made for.
+    #[error("ublk device {device} cannot be recovered with this disk: {difference}")]
+    Changed {
+        /// The device.
+        device: u32,
+        /// What changed, with both values.
+        difference: String,
+    },
+    /// A mounted or otherwise claimed device is not taken away.
+    #[error("{} is in use (mounted, or part of another device): unmount it first, or force", path.display())]
+    InUse {
+        /// `/dev/ublkbN`.
+        path: PathBuf,
+    },
+    /// The driver refused to hand out requests.
+    #[error("the ublk driver refused the queues of device {device}: see dmesg")]
+    Fault {
+        /// The device.
+        device: u32,
+        /// What the driver said.
+        source: io::Error,
+    },
+    /// Queues did not end.
+    #[error("the queues of ublk device {device} have not ended within {waited_s} s of being told: see dmesg")]
+    QueuesRemain {
+        /// The device.
+        device: u32,
+        /// How long was waited.
+        waited_s: u64,
+    },
+    /// Deleted, but somebody holds it open.
+    #[error(
+        "ublk device {device} is deleted but still held open: close /dev/ublkb{device} and /dev/ublkc{device} \
+         (`fuser -v` names the holders); its number is free after that"
+    )]
+    HeldOpen {
+        /// The device.
+        device: u32,
+    },
+}
+
+/// How a device is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceSettings {
+    /// Number wished for, or the driver's choice.
+    pub id: Option<u32>,
+    /// Hardware queues; the driver gives no more than there are CPUs.
+    pub queues: u16,
+    /// Requests of a queue that can be with us at once; each holds one slot of the arena all the time.
+    pub depth: u16,
+    /// Marks the device as ours.
+    pub cookie: Cookie,
+}
+
+impl DeviceSettings {
+    /// One queue of 64 requests: small, since every tag holds a resident slot.
+    pub fn new(cookie: Cookie) -> Self {
+        Self { id: None, queues: 1, depth: 64, cookie }
+    }
+}
+
+/// The ublk driver and the threads that serve its devices. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Driver {
+    control: Control,
+    reactors: Arc<Reactors>,
+}
+
+impl Driver {
+    /// Opens the driver; devices are served by `reactors`.
+    ///
+    /// # Errors
+    /// [`ControlError::Host`] or [`ControlError::Open`].
+    pub fn open(reactors: Arc<Reactors>) -> Result<Self, ControlError> {
+        Ok(Self { control: Control::open()?, reactors })
+    }
+
+    /// What the driver offers.
+    pub fn features(&self) -> Features {
+        self.control.features()
+    }
+
+    /// Makes a device for `disk` and serves it. Its longest request is one slot of `arena`, which must have a free slot for
+    /// each tag of each queue, and some more if the disk's lanes keep slots.
+    ///
+    /// # Errors
+    /// [`DeviceError`]; nothing is left behind then.
+    pub fn add(
+        &self,
+        disk: Arc<dyn Disk>,
+        arena: &Arena,
+        settings: DeviceSettings,
+    ) -> Result<Device, DeviceError> {
+        let DeviceSettings { id, queues, depth, cookie } = settings;
+        if queues == 0 || depth == 0 || depth > uapi::QUEUE_DEPTH_MAX {
+            return Err(DeviceError::Settings { queues, depth });
+        }
+        let io_bytes_max = u32::try_from(arena.slot_len_bytes()).unwrap_or(1 << 25).min(1 << 25);
+        let params = params::params_of(&disk.geometry(), io_bytes_max)
+            .map_err(|source| DeviceError::Geometry { source })?;
+        self.warn_near_limit();
+        let info = self.control.add(&CtrlDevInfo {
+            nr_hw_queues: queues,
+            queue_depth: depth,
+            max_io_buf_bytes: io_bytes_max,
+            dev_id: id.unwrap_or(uapi::DEV_ID_ANY),
+            ublksrv_pid: -1,
+            flags: self.control.features().for_new_device(),
+            ublksrv_flags: cookie.to_flags(),
+            ..CtrlDevInfo::default()
+        })?;
+        let mut device =
+            Device { info, control: self.control.clone(), queues: Vec::new(), fault: Arc::default() };
+        let started = self
+            .control
+            .set_params(info.dev_id, &params)
+            .map_err(DeviceError::from)
+            .and_then(|()| self.serve(&mut device, &disk, arena))
+            .and_then(|()| self.control.start(info.dev_id).map_err(|error| device.fault_or(error)));
+        match started {
+            Ok(()) => Ok(device),
+            Err(error) => {
+                if let Err(left) = device.remove() {
+                    tracing::warn!(device = info.dev_id, error = %left, "a device that failed to start remains");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Takes over a device whose daemon is gone; requests that it had come again as new ones. Waits for the dead daemon's
+    /// I/O to end.
+    ///
+    /// # Errors
+    /// [`DeviceError`]; the device stays as it was, unless the driver failed half-way (then delete it or restart).
+    pub fn recover(&self, id: u32, disk: Arc<dyn Disk>, arena: &Arena) -> Result<Device, DeviceError> {
+        let info = self.control.info(id)?.ok_or(DeviceError::Missing { device: id })?;
+        let now = params::params_of(&disk.geometry(), info.max_io_buf_bytes)
+            .map_err(|source| DeviceError::Geometry { source })?;
+        let made_with = self.control.params(id)?;
+        if let Some(difference) = params::difference(&made_with, &now) {
+            return Err(DeviceError::Changed { device: id, difference });
+        }
+        self.start_recovery(&info)?;
+        let mut device =
+            Device { info, control: self.control.clone(), queues: Vec::new(), fault: Arc::default() };
+        self.serve(&mut device, &disk, arena)?;
+        self.control.end_recovery(id).map_err(|error| device.fault_or(error))?;
+        Ok(device)
+    }
+
+    /// All ublk devices of this host, ours and strangers'.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub fn list(&self) -> Result<Vec<DeviceInfo>, ControlError> {
+        list(&self.control)
+    }
+
+    /// Deletes a device, whoever served it. Unless forced, one that is mounted or part of another device stays.
+    ///
+    /// # Errors
+    /// [`DeviceError::InUse`], [`DeviceError::HeldOpen`] or a failed command.
+    pub fn delete(&self, id: u32, force: bool) -> Result<(), DeviceError> {
+        delete(&self.control, id, force)
+    }
+
+    /// The commands of this driver.
+    pub fn control(&self) -> &Control {
+        &self.control
+    }
+
+    fn start_recovery(&self, info: &CtrlDevInfo) -> Result<(), DeviceError> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.control.start_recovery(info.dev_id) {
+                Ok(()) => return Ok(()),
+                Err(error) if error.errno() != Some(libc::EBUSY) => return Err(error.into()),
+                Err(error) if Instant::now() >= deadline => {
+                    return Err(if process_lives(info.ublksrv_pid) {
+                        DeviceError::Served { device: info.dev_id, pid: info.ublksrv_pid }
+                    } else {
+                        error.into()
+                    });
+                }
+                Err(_) => std::thread::sleep(POLL),
+            }
+        }
+    }
+
+    /// Attaches all queues to reactor threads.
+    fn serve(&self, device: &mut Device, disk: &Arc<dyn Disk>, arena: &Arena) -> Result<(), DeviceError> {
+        let CtrlDevInfo { dev_id, nr_hw_queues, queue_depth, max_io_buf_bytes, .. } = device.info;
+        let needed = usize::from(nr_hw_queues) * usize::from(queue_depth);
+        let (free, slot_bytes) = (arena.free_count(), arena.slot_len_bytes());
+        if free < needed || slot_bytes < max_io_buf_bytes as usize {
+            let needed_bytes = max_io_buf_bytes;
+            return Err(DeviceError::Arena { device: dev_id, needed, needed_bytes, free, slot_bytes });
+        }
+        let char_file = Arc::new(open_char_device(dev_id)?);
+        for queue in 0..nr_hw_queues {
+            let config = QueueConfig {
+                char_file: Arc::clone(&char_file),
+                queue,
+                depth: queue_depth,
+                arena: arena.clone(),
+                disk: Arc::clone(disk),
+                fault: Arc::clone(&device.fault),
+            };
+            let attached = self.reactors.attach(config.builder());
+            let handle = attached.map_err(|source| DeviceError::Reactor { device: dev_id, source })?;
+            device.queues.push(handle);
+        }
+        Ok(())
+    }
+
+    fn warn_near_limit(&self) {
+        let Some(limit) = crate::host::device_count_max() else {
+            return;
+        };
+        let count = device_ids().len();
+        if count + 1 >= limit as usize {
+            tracing::warn!(
+                count,
+                limit,
+                "near the ublk driver's limit on devices: raise /sys/module/ublk_drv/parameters/ublks_max"
+            );
+        }
+    }
+}
+
+/// A device that this process serves. Dropping it changes nothing: it is served as long as the process lives, and can be
+/// recovered after.
+#[derive(Debug)]
+pub struct Device {
+    info: CtrlDevInfo,
+    control: Control,
+    queues: Vec<SourceHandle>,
+    fault: Arc<AtomicI32>,
+}
+
+impl Device {
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.info.dev_id
+    }
+
+    /// Hardware queues that the driver granted.
+    pub fn queues(&self) -> u16 {
+        self.info.nr_hw_queues
+    }
+
+    /// `/dev/ublkbN`.
+    pub fn block_path(&self) -> PathBuf {
+        block_path(self.id())
+    }
+
+    /// Whether all queues have ended, because somebody stopped or deleted the device.
+    pub fn has_ended(&self) -> bool {
+        self.queues.iter().all(SourceHandle::has_ended)
+    }
+
+    /// Writes back the page cache of `/dev/ublkbN`, stops the device and deletes it. Whoever has it open gets errors.
+    ///
+    /// # Errors
+    /// A failed command, [`DeviceError::QueuesRemain`], [`DeviceError::HeldOpen`].
+    pub fn delete(mut self) -> Result<(), DeviceError> {
+        write_back(self.id());
+        self.remove()
+    }
+
+    /// Lets go of the device, which stays with its requests waiting, so that another process can [`Driver::recover`] it
+    /// without reissued requests. Needs the driver's QUIESCE (6.16).
+    ///
+    /// # Errors
+    /// A failed command: after EBUSY the device takes no I/O until this is tried again or it is stopped.
+    pub fn quiesce(&mut self, timeout: Duration) -> Result<(), DeviceError> {
+        self.control.quiesce(self.id(), timeout)?;
+        self.wait_ended()
+    }
+
+    fn remove(&mut self) -> Result<(), DeviceError> {
+        self.control.stop(self.id())?;
+        self.wait_ended()?;
+        delete_and_wait(&self.control, self.id())
+    }
+
+    fn wait_ended(&self) -> Result<(), DeviceError> {
+        let deadline = Instant::now() + PATIENCE;
+        let ended = |queue: &SourceHandle| queue.wait(deadline.saturating_duration_since(Instant::now()));
+        if self.queues.iter().all(ended) {
+            Ok(())
+        } else {
+            Err(DeviceError::QueuesRemain { device: self.id(), waited_s: PATIENCE.as_secs() })
+        }
+    }
+
+    /// A fetch that the driver refused explains a start that never ended.
+    fn fault_or(&self, error: ControlError) -> DeviceError {
+        match self.fault.load(Ordering::Relaxed) {
+            0 => error.into(),
+            errno => DeviceError::Fault { device: self.id(), source: io::Error::from_raw_os_error(-errno) },
+        }
+    }
+}
+
+/// What the driver knows of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// Its number.
+    pub id: u32,
+    /// Whether somebody serves it.
+    pub state: DeviceState,
+    /// Hardware queues.
+    pub queues: u16,
+    /// Requests of each queue.
+    pub depth: u16,
+    /// Longest request, in bytes.
+    pub io_bytes_max: u32,
+    /// Process that serves it or served it last, if any.
+    pub daemon_pid: Option<i32>,
+    /// What it was made with.
+    pub features: Features,
+    /// Our mark, if it is ours.
+    pub cookie: Option<Cookie>,
+    /// Size, in bytes.
+    pub size_bytes: u64,
+}
+
+/// State of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceState {
+    /// Not started, or stopped.
+    Dead,
+    /// Served.
+    Live,
+    /// Without a daemon; requests wait for its successor.
+    Quiesced,
+    /// Without a daemon; requests fail.
+    FailIo,
+    /// Newer than this program.
+    Unknown(u16),
+}
+
+impl std::fmt::Display for DeviceState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Dead => f.write_str("dead"),
+            Self::Live => f.write_str("live"),
+            Self::Quiesced => f.write_str("quiesced"),
+            Self::FailIo => f.write_str("fail-io"),
+            Self::Unknown(state) => write!(f, "unknown-{state}"),
+        }
+    }
+}
+
+/// All ublk devices of this host.
+///
+/// # Errors
+/// [`ControlError`].
+pub fn list(control: &Control) -> Result<Vec<DeviceInfo>, ControlError> {
+    let mut devices = Vec::new();
+    for id in device_ids() {
+        // One that goes away meanwhile is left out.
+        let Some(info) = control.info(id)? else {
+            continue;
+        };
+        let size_bytes = match control.params(id) {
+            Ok(params) => params.basic.dev_sectors << 9,
+            Err(error) if error.errno() == Some(libc::ENODEV) => continue,
+            Err(error) => return Err(error),
+        };
+        devices.push(DeviceInfo {
+            id,
+            state: match info.state {
+                uapi::DEV_STATE_DEAD => DeviceState::Dead,
+                uapi::DEV_STATE_LIVE => DeviceState::Live,
+                uapi::DEV_STATE_QUIESCED => DeviceState::Quiesced,
+                uapi::DEV_STATE_FAIL_IO => DeviceState::FailIo,
+                state => DeviceState::Unknown(state),
+            },
+            queues: info.nr_hw_queues,
+            depth: info.queue_depth,
+            io_bytes_max: info.max_io_buf_bytes,
+            daemon_pid: (info.ublksrv_pid > 0).then_some(info.ublksrv_pid),
+            features: Features(info.flags),
+            cookie: Cookie::from_flags(info.ublksrv_flags),
+            size_bytes,
+        });
+    }
+    Ok(devices)
+}
+
+/// Deletes a device, whoever served it.
+///
+/// # Errors
+/// As for [`Driver::delete`].
+pub fn delete(control: &Control, id: u32, force: bool) -> Result<(), DeviceError> {
+    let info = control.info(id)?.ok_or(DeviceError::Missing { device: id })?;
+    if info.state == uapi::DEV_STATE_LIVE {
+        if !force && is_in_use(&block_path(id)) {
+            return Err(DeviceError::InUse { path: block_path(id) });
+        }
+        write_back(id);
+    }
+    control.stop(id)?;
+    delete_and_wait(control, id)
+}
+
+/// `/dev/ublkbN`.
+pub fn block_path(id: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkb{id}"))
+}
+
+/// The driver keeps the number until everybody has closed the device.
+fn delete_and_wait(control: &Control, id: u32) -> Result<(), DeviceError> {
+    control.delete(id)?;
+    let deadline = Instant::now() + PATIENCE;
+    while control.info(id)?.is_some() {
+        if Instant::now() >= deadline {
+            return Err(DeviceError::HeldOpen { device: id });
+        }
+        std::thread::sleep(POLL);
+    }
+    Ok(())
+}
+
+fn device_ids() -> Vec<u32> {
+    let Ok(entries) = std::fs::read_dir("/sys/class/ublk-char") else {
+        return Vec::new();
+    };
+    let id_of = |name: &str| name.strip_prefix("ublkc")?.parse().ok();
+    let mut ids: Vec<u32> =
+        entries.flatten().filter_map(|entry| id_of(entry.file_name().to_str()?)).collect();
+    ids.sort_unstable();
+    ids
+}
+
+/// The node appears a moment after ADD_DEV, and a dead daemon's hold on it may outlast START_USER_RECOVERY's answer.
+fn open_char_device(id: u32) -> Result<File, DeviceError> {
+    let path = PathBuf::from(format!("/dev/ublkc{id}"));
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        match File::options().read(true).write(true).open(&path) {
+            Ok(file) => return Ok(file),
+            Err(error) => {
+                let passing = matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EBUSY | libc::EACCES));
+                if !passing || Instant::now() >= deadline {
+                    return Err(DeviceError::Open { path, source: error });
+                }
+                std::thread::sleep(POLL);
+            }
+        }
+    }
+}
+
+/// Before 6.16 the driver fails what its own removal of the disk would write back, so this comes first. Without success
+/// nothing is lost that STOP_DEV would keep.
+fn write_back(id: u32) {
+    let (reply, answer) = mpsc::sync_channel(1);
+    let spawned = std::thread::Builder::new().name("ublk-writeback".to_owned()).spawn(move || {
+        let synced =
+            File::options().read(true).write(true).open(block_path(id)).and_then(|file| file.sync_all());
+        let _ = reply.send(synced);
+    });
+    let synced = match spawned {
+        Ok(_) => answer.recv_timeout(PATIENCE).unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
+        Err(error) => Err(error),
+    };
+    if let Err(error) = synced
+        && error.kind() != io::ErrorKind::NotFound
+        && error.raw_os_error() != Some(libc::EROFS)
+    {
+        tracing::warn!(device = id, %error, "could not write back the device's page cache before stopping it");
+    }
+}
+
+/// An exclusive open fails where a filesystem or another device has claimed it.
+fn is_in_use(path: &Path) -> bool {
+    let opened = File::options().read(true).custom_flags(libc::O_EXCL | libc::O_NONBLOCK).open(path);
+    opened.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+}
+
+fn process_lives(pid: i32) -> bool {
+    pid > 0 && Path::new(&format!("/proc/{pid}")).exists()
+}
