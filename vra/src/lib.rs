@@ -16,5 +16,6 @@ pub mod control;
 pub mod link;
 pub mod pki;
 pub mod planted;
+pub mod receive;
 pub mod ship;
 pub mod wire;

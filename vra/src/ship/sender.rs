@@ -21,6 +21,8 @@ pub struct StreamIdentity {
     pub vm: VmId,
     /// Its group.
     pub vpg: VpgId,
+    /// Its journal at the target.
+    pub journal: JournalId,
     /// Its volumes, numbered from 0.
     pub volumes: Vec<VolumeShape>,
 }
@@ -96,8 +98,6 @@ pub enum Output {
 pub enum SenderEvent {
     /// The stream runs. From the first grant of a generation on its ancestors need not be remembered.
     Granted {
-        /// The journal that it goes to.
-        journal: JournalId,
         /// The generation.
         generation: GenerationId,
         /// The target has nothing of this generation yet.
@@ -158,7 +158,7 @@ impl StopReason {
     pub fn needs_new_generation(&self) -> bool {
         match self {
             Self::TargetLostData { .. } | Self::TargetAhead { .. } | Self::BadRecord(_) => true,
-            Self::Refused(refuse) => refuse.code == RefuseCode::JournalDiffers,
+            Self::Refused(_) => false,
         }
     }
 }
@@ -210,8 +210,6 @@ pub struct SenderStatus {
     pub phase: Phase,
     /// The generation in which it sends.
     pub generation: GenerationId,
-    /// The journal that granted it, once one has.
-    pub journal: Option<JournalId>,
     /// Everything up to here is durable at the target.
     pub durable_through: u64,
     /// Everything up to here has arrived there.
@@ -234,8 +232,6 @@ pub struct Sender {
     identity: StreamIdentity,
     limits: SenderLimits,
     generation: GenerationStart,
-    /// The journal that has some of this generation.
-    journal: Option<JournalId>,
     /// The highest number of this generation that was freed here.
     freed_through: Option<u64>,
     /// What the target last said of this generation.
@@ -270,7 +266,6 @@ impl Sender {
             limits,
             durable_through: generation.first_seq - 1,
             generation,
-            journal: None,
             freed_through: None,
             state: State::Waiting { retry_at_us: 0 },
             backoff: Backoff::new(limits.retry_min_us, limits.retry_max_us, seed),
@@ -336,7 +331,7 @@ impl Sender {
             features_required: 0,
             vm: self.identity.vm,
             vpg: self.identity.vpg,
-            journal: self.journal,
+            journal: self.identity.journal,
             generation: self.generation.generation,
             ancestors: self.generation.ancestors.clone(),
             first_seq: self.generation.first_seq,
@@ -391,7 +386,7 @@ impl Sender {
         }
         self.durable_through = generation.first_seq - 1;
         self.generation = generation;
-        (self.journal, self.freed_through) = (None, None);
+        self.freed_through = None;
         self.state = State::Waiting { retry_at_us: now.mono_us };
     }
 
@@ -415,7 +410,6 @@ impl Sender {
         SenderStatus {
             phase,
             generation: self.generation.generation,
-            journal: self.journal,
             durable_through: self.durable_through,
             received_through: pipeline.map_or(self.durable_through, |pipeline| pipeline.received_through()),
             oldest_wall_us: pipeline.and_then(|pipeline| pipeline.oldest_wall_us()),
@@ -446,16 +440,14 @@ impl Sender {
         let next_seq =
             if is_planted(Planted::ResendSkipped) { published_through + 1 } else { durable_through + 1 };
         let link = BatchLink {
-            journal_id: grant.journal.0,
+            journal_id: self.identity.journal.0,
             generation: self.generation.generation.0,
             open_count: grant.open_count,
             prev_batch_crc: grant.tail_crc,
         };
         let pipeline = Box::new(Pipeline::new(link, self.limits, next_seq, now));
         self.state = State::Streaming { open_count: grant.open_count, pipeline };
-        self.journal = Some(grant.journal);
         self.outputs.push_back(Output::Event(SenderEvent::Granted {
-            journal: grant.journal,
             generation: self.generation.generation,
             new_generation: grant.new_generation,
             fresh_image: grant.fresh_image,
@@ -495,8 +487,7 @@ impl Sender {
     fn refused(&mut self, refuse: Refuse, now: Now) {
         self.outputs.push_back(Output::Hangup);
         let wait_us = match refuse.code {
-            RefuseCode::JournalDiffers
-            | RefuseCode::NotDescendant
+            RefuseCode::NotDescendant
             | RefuseCode::VolumesDiffer
             | RefuseCode::Fenced
             | RefuseCode::NotAllowed
@@ -507,6 +498,7 @@ impl Sender {
             RefuseCode::Version
             | RefuseCode::Feature
             | RefuseCode::UnknownVm
+            | RefuseCode::JournalDiffers
             | RefuseCode::Storage
             | RefuseCode::Other(_) => self.backoff.spread(self.limits.retry_slow_us),
         };

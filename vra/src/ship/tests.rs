@@ -13,7 +13,6 @@ struct World {
     now_us: u64,
     ring: PlainRing,
     sender: Sender,
-    journal: JournalId,
 }
 
 fn generation(first_seq: u64) -> GenerationStart {
@@ -28,9 +27,14 @@ impl World {
             logical_block_bytes: 512,
             size_bytes: 1 << 30,
         }];
-        let identity = StreamIdentity { vm: VmId::random(), vpg: VpgId::random(), volumes };
+        let identity = StreamIdentity {
+            vm: VmId::random(),
+            vpg: VpgId::random(),
+            journal: JournalId(Uuid::from_u128(5)),
+            volumes,
+        };
         let sender = Sender::new(identity, generation(1), SenderLimits::STANDARD, 1);
-        Self { now_us: 1_000_000, ring: PlainRing::new(1), sender, journal: JournalId::random() }
+        Self { now_us: 1_000_000, ring: PlainRing::new(1), sender }
     }
 
     fn now(&self) -> Now {
@@ -93,11 +97,9 @@ impl World {
     }
 
     fn grant(&mut self, open_count: u64, durable_through: u64, tail_crc: u32) {
-        let journal = self.journal;
         let new_generation = durable_through == 0;
         self.frame(Frame::Grant(Grant {
             features: 0,
-            journal,
             open_count,
             durable_through,
             tail_crc,
@@ -197,7 +199,7 @@ fn batches_parse_and_are_chained() {
         assert_eq!(bytes.len(), batch.len_bytes);
         let view = BatchView::parse(&bytes).expect("a good batch");
         assert_eq!(view.link().prev_batch_crc, expected_crc);
-        assert_eq!(view.link().journal_id, world.journal.0);
+        assert_eq!(view.link().journal_id, Uuid::from_u128(5));
         assert_eq!((view.first_seq(), view.last_seq()), (batch.first_seq, batch.last_seq));
         expected_crc = view.crc();
     }

@@ -3,8 +3,6 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::WireError;
 use super::frame::{FRAME_HEADER_BYTES, FrameKind, Header, fixed_body};
-use crate::api::JournalId;
-use uuid::Uuid;
 
 /// Length of a grant frame, in bytes.
 pub const GRANT_FRAME_BYTES: usize = FRAME_HEADER_BYTES + size_of::<GrantLayout>();
@@ -17,8 +15,6 @@ pub const SENDABLE_REFUSE_TEXT_BYTES: usize = 1024;
 pub struct Grant {
     /// Of the features offered, those that the stream uses.
     pub features: u64,
-    /// The journal, whose id every batch of the stream carries.
-    pub journal: JournalId,
     /// The journal's open count, which every batch of the stream carries.
     pub open_count: u64,
     /// Everything up to here is durable at the target, of this generation or an ancestor. Zero: nothing yet.
@@ -53,7 +49,7 @@ pub enum RefuseCode {
     Feature,
     /// 3: the target has no such VM.
     UnknownVm,
-    /// 4: the VM's journal is another one.
+    /// 4: the VM's journal has another id.
     JournalDiffers,
     /// 5: the journal's tail is neither the generation nor one of its ancestors (A5).
     NotDescendant,
@@ -87,7 +83,6 @@ impl Grant {
         }
         let layout = GrantLayout {
             features: self.features.into(),
-            journal: *self.journal.0.as_bytes(),
             open_count: self.open_count.into(),
             durable_through: self.durable_through.into(),
             tail_crc: self.tail_crc.into(),
@@ -113,7 +108,6 @@ impl Grant {
         }
         Ok(Self {
             features: layout.features.get(),
-            journal: JournalId(Uuid::from_bytes(layout.journal)),
             open_count: layout.open_count.get(),
             durable_through: layout.durable_through.get(),
             tail_crc: layout.tail_crc.get(),
@@ -208,14 +202,12 @@ impl RefuseCode {
     }
 }
 
-/// A grant frame after the header, 56 bytes.
+/// A grant frame after the header, 40 bytes.
 #[derive(Clone, Copy, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct GrantLayout {
     /// [`Grant::features`].
     features: U64,
-    /// [`Grant::journal`].
-    journal: [u8; 16],
     /// [`Grant::open_count`].
     open_count: U64,
     /// [`Grant::durable_through`].
@@ -249,8 +241,8 @@ const FLAG_FRESH_IMAGE: u32 = 1;
 /// [`Grant::new_generation`].
 const FLAG_NEW_GENERATION: u32 = 2;
 
-const _: () = assert!(size_of::<GrantLayout>() == 56);
-const _: () = assert!(std::mem::offset_of!(GrantLayout, tail_crc) == 40);
-const _: () = assert!(std::mem::offset_of!(GrantLayout, window_bytes) == 48);
+const _: () = assert!(size_of::<GrantLayout>() == 40);
+const _: () = assert!(std::mem::offset_of!(GrantLayout, tail_crc) == 24);
+const _: () = assert!(std::mem::offset_of!(GrantLayout, window_bytes) == 32);
 const _: () = assert!(size_of::<RefuseLayout>() == 16);
 const _: () = assert!(std::mem::offset_of!(RefuseLayout, code) == 8);

@@ -273,7 +273,7 @@ mod tests {
     }
 
     fn open() -> impl Strategy<Value = Frame> {
-        let ids = (uuid(), uuid(), prop_oneof![Just(Uuid::nil()), uuid()], uuid());
+        let ids = (uuid(), uuid(), uuid(), uuid());
         let ancestors = prop::collection::vec(uuid(), 0..=MAX_ANCESTORS);
         (ids, any::<(u64, u64)>(), 1..u64::MAX, ancestors, volumes()).prop_map(
             |((vm, vpg, journal, generation), (offered, required), first_seq, ancestors, volumes)| {
@@ -282,7 +282,7 @@ mod tests {
                     features_required: required,
                     vm: VmId(vm),
                     vpg: VpgId(vpg),
-                    journal: (!journal.is_nil()).then_some(JournalId(journal)),
+                    journal: JournalId(journal),
                     generation: GenerationId(generation),
                     ancestors: ancestors.into_iter().map(GenerationId).collect(),
                     first_seq,
@@ -294,11 +294,10 @@ mod tests {
 
     fn grant() -> impl Strategy<Value = Frame> {
         let numbers = any::<(u64, u64, u64, u32, u32)>();
-        (numbers, uuid(), any::<bool>(), any::<bool>()).prop_map(
-            |((features, open_count, durable_through, tail_crc, window_bytes), journal, fresh, new)| {
+        (numbers, any::<bool>(), any::<bool>()).prop_map(
+            |((features, open_count, durable_through, tail_crc, window_bytes), fresh, new)| {
                 Frame::Grant(Grant {
                     features,
-                    journal: JournalId(journal),
                     open_count,
                     durable_through,
                     tail_crc,

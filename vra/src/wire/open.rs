@@ -18,8 +18,8 @@ pub struct Open {
     pub vm: VmId,
     /// Its group.
     pub vpg: VpgId,
-    /// The journal that already has some of this generation, as far as the source knows; none before the first grant.
-    pub journal: Option<JournalId>,
+    /// The journal that the VM's definition names.
+    pub journal: JournalId,
     /// The generation of the numbers that follow.
     pub generation: GenerationId,
     /// Generations that this one continues, newest first, back to the last one that the target is known to have granted (A5).
@@ -54,7 +54,7 @@ impl Open {
             features_required: self.features_required.into(),
             vm: *self.vm.0.as_bytes(),
             vpg: *self.vpg.0.as_bytes(),
-            journal: *self.journal.map_or(Uuid::nil(), |journal| journal.0).as_bytes(),
+            journal: *self.journal.0.as_bytes(),
             generation: *self.generation.0.as_bytes(),
             first_seq: self.first_seq.into(),
             ancestor_count: (self.ancestors.len() as u16).into(),
@@ -114,7 +114,7 @@ impl Open {
             features_required: fixed.features_required.get(),
             vm: VmId(Uuid::from_bytes(fixed.vm)),
             vpg: VpgId(Uuid::from_bytes(fixed.vpg)),
-            journal: Some(JournalId(Uuid::from_bytes(fixed.journal))).filter(|journal| !journal.0.is_nil()),
+            journal: JournalId(Uuid::from_bytes(fixed.journal)),
             generation: GenerationId(Uuid::from_bytes(fixed.generation)),
             ancestors: ancestors.iter().map(|id| GenerationId(Uuid::from_bytes(*id))).collect(),
             first_seq: fixed.first_seq.get(),
@@ -135,7 +135,7 @@ struct OpenLayout {
     vm: [u8; 16],
     /// [`Open::vpg`].
     vpg: [u8; 16],
-    /// [`Open::journal`], or zeroes.
+    /// [`Open::journal`].
     journal: [u8; 16],
     /// [`Open::generation`].
     generation: [u8; 16],
