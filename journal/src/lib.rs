@@ -1,3 +1,12 @@
 //! The per-VM journal: batches, segments, recovery and views. Knows no network and no guest, and never reads the clock.
 
 pub mod batch;
+pub mod catalogue;
+pub mod format;
+pub mod index;
+pub mod planted;
+pub mod recovery;
+pub mod scan;
+pub mod storage;
+pub mod view;
+pub mod writer;

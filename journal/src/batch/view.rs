@@ -104,8 +104,9 @@ impl<'a> BatchView<'a> {
         Ok(view)
     }
 
-    /// Like [`Self::parse`], but without the payloads, which need not even be there.
-    fn parse_head(bytes: &'a [u8]) -> Result<Self, BatchError> {
+    /// Like [`Self::parse`], but without looking at the payloads, which need not even be there: for batches that were
+    /// parsed before.
+    pub(crate) fn parse_head(bytes: &'a [u8]) -> Result<Self, BatchError> {
         let short = |needed_bytes| BatchError::Short { needed_bytes, given_bytes: bytes.len() };
         let (header, rest) = BatchHeader::ref_from_prefix(bytes)
             .map_err(|_| short(BatchHeader::needed(bytes).unwrap_or(0)))?;

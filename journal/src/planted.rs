@@ -1,0 +1,83 @@
+//! Bugs that can be switched on, one at a time, to prove that the simulation finds them. Without feature `sim` no switch
+//! exists and [`planted`] is a constant.
+
+/// A bug that a simulation must find.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Bug {
+    /// A group of batches counts as durable without its fdatasync.
+    SkippedSyncBeforeAck,
+    /// After a failed sync the writer goes on as if nothing had happened.
+    FailedSyncForgotten,
+    /// The copy of the last segment is not synced before the first acknowledgement (C1).
+    RecoveryWithoutSync,
+    /// An opener goes on in the segment of the opener before it (C1).
+    AppendToForeignSegment,
+    /// A scan checks neither chain nor open count nor generation (C1).
+    ChainNotChecked,
+    /// A half-made copy of the last segment is taken for the segment.
+    HalfCarriedSegmentTaken,
+    /// A footer is written before the batches that it speaks of are durable.
+    SealedBeforeSync,
+    /// The superblock that was found is taken for durable.
+    SuperblockNotSettled,
+    /// The open count is not raised.
+    OpenCountNotRaised,
+    /// Slots are reused before the superblock that gives them up is durable.
+    SlotsFreedBeforeSuperblock,
+    /// The superblock copy with the lower sequence is taken.
+    OlderSuperblockTaken,
+    /// A new owner is granted before its generation is durable (A5).
+    GrantBeforeGenerationDurable,
+    /// A checkpoint inside a sync counts (B5).
+    CheckpointInsideSyncCounted,
+    /// A view applies records that the recovery disk already has (B6).
+    BaseIgnoredByView,
+    /// A view doesn't check what it read (C4).
+    ViewWithoutChecksums,
+    /// The durable base moves before the recovery disk is synced (B6).
+    BaseBeforeDiskSync,
+}
+
+/// All of them.
+pub const ALL: [Bug; 16] = [
+    Bug::SkippedSyncBeforeAck,
+    Bug::FailedSyncForgotten,
+    Bug::RecoveryWithoutSync,
+    Bug::AppendToForeignSegment,
+    Bug::ChainNotChecked,
+    Bug::HalfCarriedSegmentTaken,
+    Bug::SealedBeforeSync,
+    Bug::SuperblockNotSettled,
+    Bug::OpenCountNotRaised,
+    Bug::SlotsFreedBeforeSuperblock,
+    Bug::OlderSuperblockTaken,
+    Bug::GrantBeforeGenerationDurable,
+    Bug::CheckpointInsideSyncCounted,
+    Bug::BaseIgnoredByView,
+    Bug::ViewWithoutChecksums,
+    Bug::BaseBeforeDiskSync,
+];
+
+/// Whether the bug is switched on in this thread.
+#[cfg(not(feature = "sim"))]
+#[inline(always)]
+pub const fn planted(_bug: Bug) -> bool {
+    false
+}
+
+/// Whether the bug is switched on in this thread.
+#[cfg(feature = "sim")]
+pub fn planted(bug: Bug) -> bool {
+    PLANTED.get() == Some(bug)
+}
+
+/// Switches a bug on in this thread, or all off.
+#[cfg(feature = "sim")]
+pub fn plant(bug: Option<Bug>) {
+    PLANTED.set(bug);
+}
+
+#[cfg(feature = "sim")]
+thread_local! {
+    static PLANTED: std::cell::Cell<Option<Bug>> = const { std::cell::Cell::new(None) };
+}

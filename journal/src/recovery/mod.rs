@@ -1,0 +1,219 @@
+//! Opening a journal: finding out what is there, read-only or as its next writer (C1).
+
+mod decide;
+mod survey;
+
+use bytes::Bytes;
+use uuid::Uuid;
+
+pub(crate) use survey::read_superblock;
+pub use survey::{Content, Damage, Segment, SegmentError, Survey, SurveyOptions, survey};
+
+use crate::format::manifest::{Manifest, ManifestError};
+use crate::format::{
+    ChainPoint, JournalState, MAX_SLOT_BYTES, MAX_SLOTS, MIN_SLOT_BYTES, PAGE_BYTES, SUPERBLOCK_OFFSETS,
+    SegmentHeader, Superblock, SuperblockError, VolumeState, slot_offset_bytes,
+};
+use crate::planted::{Bug, planted};
+use crate::storage::{Blocking, FileId, Op, Purpose, Storage, StorageError};
+
+/// What a new journal is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewJournal {
+    /// The journal's id, random.
+    pub journal_id: Uuid,
+    /// The VM.
+    pub vm_id: Uuid,
+    /// Its group.
+    pub vpg_id: Uuid,
+    /// Length of a segment slot, in bytes; see [`crate::format::DEFAULT_SLOT_BYTES`].
+    pub slot_len_bytes: u64,
+    /// How many slots to begin with, at least 2: one is always kept free for recovery.
+    pub slot_count: u32,
+    /// The VM's volumes.
+    pub volumes: Vec<VolumeState>,
+    /// JSON.
+    pub manifest: String,
+}
+
+/// Why a journal cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The file failed.
+    #[error("the journal's file failed")]
+    Storage(#[from] StorageError),
+    /// There is no journal in the file.
+    #[error("the file is not a journal")]
+    NotAJournal,
+    /// A newer release wrote it.
+    #[error("the journal's format is newer than this release")]
+    Newer(#[source] SuperblockError),
+    /// Both superblocks are damaged.
+    #[error("both superblocks are damaged: the journal can only be read by scanning it")]
+    SuperblocksDamaged(#[source] SuperblockError),
+    /// It is another VM's.
+    #[error("the journal belongs to VM {found}, not to VM {expected}")]
+    OtherVm {
+        /// Whose it is.
+        found: Uuid,
+        /// Whose was wanted.
+        expected: Uuid,
+    },
+    /// Records in the middle of the history cannot be read, though later ones are there.
+    #[error("the journal is damaged after record {}: open it read-only to recover an older checkpoint, then replicate anew", _0.after_seq)]
+    Damaged(Damage),
+    /// A parameter of a new journal is out of bounds.
+    #[error("a new journal cannot have this {0}")]
+    Parameter(&'static str),
+    /// The manifest doesn't fit.
+    #[error("the manifest cannot be written")]
+    Manifest(#[source] ManifestError),
+    /// All slots are in use, even the one that is kept for recovery.
+    #[error("no slot is free for recovery: the journal's file was not written by this software")]
+    NoRecoverySlot,
+}
+
+/// Makes a journal in an empty file.
+///
+/// # Errors
+/// A parameter is out of bounds or the file failed.
+pub fn create<S: Storage>(storage: &mut S, file: FileId, new: &NewJournal) -> Result<(), OpenError> {
+    let parameter = |good: bool, name| if good { Ok(()) } else { Err(OpenError::Parameter(name)) };
+    let aligned = new.slot_len_bytes.is_multiple_of(PAGE_BYTES as u64);
+    parameter(aligned && (MIN_SLOT_BYTES..=MAX_SLOT_BYTES).contains(&new.slot_len_bytes), "slot length")?;
+    parameter((2..=MAX_SLOTS).contains(&new.slot_count), "slot count")?;
+    parameter(new.volumes.len() <= crate::batch::MAX_VOLUMES, "number of volumes")?;
+    let manifest = Manifest { journal_id: new.journal_id, sequence: 1, text: new.manifest.clone() };
+    let (manifest_bytes, manifest_crc) = manifest.encode().map_err(OpenError::Manifest)?;
+    let superblock = Superblock {
+        sequence: 1,
+        journal_id: new.journal_id,
+        vm_id: new.vm_id,
+        vpg_id: new.vpg_id,
+        slot_len_bytes: new.slot_len_bytes,
+        slot_count: new.slot_count,
+        open_count: 0,
+        manifest: Some(crate::format::superblock::ManifestPlace { slot: 0, crc: manifest_crc }),
+        low_water_segment: 1,
+        low_water: ChainPoint::default(),
+        state: JournalState::FirstSync { sync_id: 0 },
+        promotion_intent_seq: 0,
+        tail_generation: Uuid::nil(),
+        parent_generation: Uuid::nil(),
+        generation_first_seq: 0,
+        receive_time_us: 0,
+        volumes: new.volumes.clone(),
+    };
+    let mut io = Blocking::new(storage, file, Purpose::Create);
+    let len_bytes = slot_offset_bytes(new.slot_count, new.slot_len_bytes);
+    io.run(Op::Allocate { offset_bytes: 0, len_bytes })?;
+    io.write(crate::format::MANIFEST_OFFSETS[0], manifest_bytes)?;
+    io.sync()?;
+    for offset_bytes in SUPERBLOCK_OFFSETS {
+        io.write(offset_bytes, superblock.encode().to_vec())?;
+    }
+    io.sync()?;
+    Ok(())
+}
+
+/// A journal opened for writing: everything that [`crate::writer::Writer`] begins with.
+#[derive(Debug)]
+pub struct Opened {
+    /// As it is in the file now, with this opening counted.
+    pub superblock: Superblock,
+    /// What the history consists of, oldest first. If the last one is unsealed, it is this opening's own copy.
+    pub segments: Vec<Segment>,
+    /// The stream's durable end.
+    pub tail: ChainPoint,
+    /// The manifest's text, if it can be read.
+    pub manifest: Option<Manifest>,
+    /// Slots that hold nothing, lowest first.
+    pub free_slots: Vec<u32>,
+}
+
+/// How to open for writing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OpenOptions {
+    /// Refuse another VM's journal.
+    pub vm_id: Option<Uuid>,
+    /// After a failed write or sync in this process: the last number that was known to be durable. Nothing after it is
+    /// believed (C1).
+    pub trusted_through: Option<u64>,
+}
+
+/// Opens a journal for writing. The caller holds the file's lock (A4). When this returns, all that it found is durable
+/// (C1): the records of an unsealed last segment were copied into a slot of this opening's own, so that neither a sync
+/// that once failed nor a late write of a dead process can take them back.
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) -> Result<Opened, OpenError> {
+    let look = SurveyOptions { trusted_through: options.trusted_through, skip_unreadable: false };
+    let Survey { mut superblock, mut segments, tail, damage, free_slots, manifest } =
+        survey(storage, file, look)?;
+    if let Some(expected) = options.vm_id
+        && expected != superblock.vm_id
+    {
+        return Err(OpenError::OtherVm { found: superblock.vm_id, expected });
+    }
+    if let Some(damage) = damage {
+        return Err(OpenError::Damaged(damage));
+    }
+    let mut io = Blocking::new(storage, file, Purpose::Superblock);
+    // What was read may not be durable, and the copy that is written next may be the durable one: the same bytes again,
+    // synced, settle it.
+    if !planted(Bug::SuperblockNotSettled) {
+        let page = Bytes::copy_from_slice(&superblock.encode());
+        io.write(SUPERBLOCK_OFFSETS[(superblock.sequence % 2) as usize], page)?;
+        io.sync()?;
+    }
+    if !planted(Bug::OpenCountNotRaised) {
+        superblock.open_count += 1;
+    }
+    superblock.sequence += 1;
+    let page = Bytes::copy_from_slice(&superblock.encode());
+    let first = (superblock.sequence % 2) as usize;
+    io.write(SUPERBLOCK_OFFSETS[first], page.clone())?;
+    io.sync()?;
+    io.purpose(Purpose::SuperblockMirror).write(SUPERBLOCK_OFFSETS[1 - first], page)?;
+
+    let mut free_slots = free_slots;
+    if let Some(last) = segments.last_mut()
+        && matches!(last.content, Content::Scanned(_))
+        && !planted(Bug::AppendToForeignSegment)
+    {
+        let slot =
+            if free_slots.is_empty() { return Err(OpenError::NoRecoverySlot) } else { free_slots.remove(0) };
+        let old_slot = last.header.slot;
+        carry(io.purpose(Purpose::Carry), last, slot, &superblock)?;
+        free_slots.push(old_slot);
+        free_slots.sort_unstable();
+    }
+    if !planted(Bug::RecoveryWithoutSync) {
+        io.purpose(Purpose::Carry).sync()?;
+    }
+    Ok(Opened { superblock, segments, tail, manifest, free_slots })
+}
+
+/// Copies an unsealed segment into a free slot as this opening's own.
+fn carry<S: Storage>(
+    io: &mut Blocking<'_, S>,
+    segment: &mut Segment,
+    slot: u32,
+    superblock: &Superblock,
+) -> Result<(), OpenError> {
+    let Content::Scanned(scan) = &segment.content else { return Ok(()) };
+    let slot_len_bytes = superblock.slot_len_bytes;
+    let old_offset_bytes = slot_offset_bytes(segment.header.slot, slot_len_bytes);
+    let header = SegmentHeader {
+        slot,
+        open_count: superblock.open_count,
+        carried_end_bytes: scan.end_bytes,
+        ..segment.header.clone()
+    };
+    let mut bytes = io.read(old_offset_bytes, scan.end_bytes as usize)?;
+    bytes[..PAGE_BYTES].copy_from_slice(&header.encode());
+    io.write(slot_offset_bytes(slot, slot_len_bytes), bytes.into_bytes())?;
+    segment.header = header;
+    Ok(())
+}

@@ -1,0 +1,366 @@
+//! What a journal's file holds, found out without writing.
+
+use super::OpenError;
+use super::decide::{self, Choice, SegmentFacts, Verdict};
+use crate::format::manifest::Manifest;
+use crate::format::{
+    ChainPoint, Footer, FooterError, MANIFEST_OFFSETS, MANIFEST_SLOT_BYTES, PAGE_BYTES, SUPERBLOCK_OFFSETS,
+    SegmentHeader, SegmentTrailer, Superblock, slot_offset_bytes,
+};
+use crate::scan::{Ownership, Scan, ScanStop, scan};
+use crate::storage::{AlignedBuf, Blocking, FileId, Op, Purpose, Storage, StorageError};
+
+/// All that counts in a journal's file.
+#[derive(Clone, Debug)]
+pub struct Survey {
+    /// The superblock that counts.
+    pub superblock: Superblock,
+    /// The segments that hold the history, oldest first.
+    pub segments: Vec<Segment>,
+    /// The stream's end.
+    pub tail: ChainPoint,
+    /// Set if later records are there that the segments don't reach.
+    pub damage: Option<Damage>,
+    /// Slots that hold nothing that counts, lowest first.
+    pub free_slots: Vec<u32>,
+    /// The manifest, if it can be read.
+    pub manifest: Option<Manifest>,
+}
+
+/// A segment that counts.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    /// Its first page, or what its last page says of it.
+    pub header: SegmentHeader,
+    /// What it holds.
+    pub content: Content,
+}
+
+/// What a segment holds.
+#[derive(Clone, Debug)]
+pub enum Content {
+    /// It is full and has a footer.
+    Sealed(SegmentTrailer),
+    /// It has none; its batches were read.
+    Scanned(Box<Scan>),
+}
+
+impl Segment {
+    /// The stream's place after it.
+    pub fn last(&self) -> ChainPoint {
+        match &self.content {
+            Content::Sealed(trailer) => trailer.last,
+            Content::Scanned(scan) => scan.last,
+        }
+    }
+
+    /// When its last batch was received, µs since the Unix epoch, as far as it is known (C6).
+    pub fn end_time_us(&self) -> Option<u64> {
+        match &self.content {
+            Content::Sealed(trailer) => Some(trailer.end_time_us),
+            Content::Scanned(_) => None,
+        }
+    }
+
+    /// Where its batches end, in bytes from the slot's start.
+    pub fn data_end_bytes(&self) -> u64 {
+        match &self.content {
+            Content::Sealed(trailer) => trailer.data_end_bytes,
+            Content::Scanned(scan) => scan.end_bytes,
+        }
+    }
+
+    /// Its footer, read from the file if it is sealed. A damaged footer is replaced by scanning the batches.
+    ///
+    /// # Errors
+    /// The file failed, or neither footer nor batches can be believed.
+    pub fn footer<S: Storage>(
+        &self,
+        io: &mut Blocking<'_, S>,
+        superblock: &Superblock,
+    ) -> Result<Footer, SegmentError> {
+        let trailer = match &self.content {
+            Content::Scanned(scan) => return Ok(scan.footer()),
+            Content::Sealed(trailer) => trailer,
+        };
+        let slot_offset = slot_offset_bytes(self.header.slot, superblock.slot_len_bytes);
+        let bytes = io.read(slot_offset + trailer.data_end_bytes, trailer.footer_len_bytes as usize)?;
+        let damaged = match Footer::decode(&bytes, trailer.footer_crc, trailer.data_end_bytes) {
+            Ok(footer) => return Ok(footer),
+            Err(error) => error,
+        };
+        let found = self.rescan(io, superblock)?;
+        if found.last != trailer.last {
+            return Err(SegmentError::Damaged {
+                number: self.header.number,
+                after_seq: found.last.seq,
+                footer: damaged,
+                stop: found.stop,
+            });
+        }
+        Ok(found.footer())
+    }
+
+    /// Reads and checks all its batches.
+    ///
+    /// # Errors
+    /// The file failed.
+    pub fn rescan<S: Storage>(
+        &self,
+        io: &mut Blocking<'_, S>,
+        superblock: &Superblock,
+    ) -> Result<Scan, StorageError> {
+        let slot_offset = slot_offset_bytes(self.header.slot, superblock.slot_len_bytes);
+        // One page more than the batches, because a scan doesn't look at the slot's last page.
+        let bytes = io.read(slot_offset, self.data_end_bytes() as usize + PAGE_BYTES)?;
+        Ok(scan(&bytes, &self.header, Ownership::of(superblock), None))
+    }
+}
+
+/// Why a segment cannot be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SegmentError {
+    /// The file failed.
+    #[error("the journal's file failed")]
+    Storage(#[from] StorageError),
+    /// Footer and batches are damaged.
+    #[error("segment {number} is damaged after record {after_seq} ({stop}), and so is its footer")]
+    Damaged {
+        /// The segment.
+        number: u64,
+        /// The last record that can be read.
+        after_seq: u64,
+        /// What is wrong with the footer.
+        #[source]
+        footer: FooterError,
+        /// What is wrong with the batch after that record.
+        stop: ScanStop,
+    },
+}
+
+/// A hole in the history: records after it are there, and those in it were durable once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Damage {
+    /// The last record before the hole.
+    pub after_seq: u64,
+    /// The first place after the hole that is known to have been reached.
+    pub resumes_after_seq: u64,
+    /// Where and why reading stopped, if in a segment.
+    pub stop: Option<(u64, ScanStop)>,
+}
+
+/// How to look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SurveyOptions {
+    /// Nothing after this number is believed.
+    pub trusted_through: Option<u64>,
+    /// Pages that the disk can't give back count as empty instead of ending the survey: for tools that save what can be
+    /// saved, never for a writer, who would take the history's end to be earlier than it is.
+    pub skip_unreadable: bool,
+}
+
+/// Finds out what a journal's file holds.
+///
+/// # Errors
+/// The file failed or is not a journal that this release knows.
+pub fn survey<S: Storage>(
+    storage: &mut S,
+    file: FileId,
+    options: SurveyOptions,
+) -> Result<Survey, OpenError> {
+    let SurveyOptions { trusted_through, skip_unreadable } = options;
+    let mut io = Blocking::new(storage, file, Purpose::Survey);
+    let superblock = read_superblock(&mut io, skip_unreadable)?;
+    let manifest = read_manifest(&mut io, &superblock)?;
+    let mut slots = read_slots(&mut io, &superblock, skip_unreadable)?;
+    let (mut segments, mut tail) = (Vec::<Segment>::new(), superblock.low_water);
+    let ownership = Ownership::of(&superblock);
+    loop {
+        let wanted = segments.last().map_or(superblock.low_water_segment, |last| last.header.number + 1);
+        let mut next: Option<Segment> = None;
+        for slot in &mut slots {
+            if slot.header.number != wanted {
+                continue;
+            }
+            slot.scan(&mut io, &superblock, ownership, trusted_through)?;
+            if slot.judge(&superblock, wanted, tail) != Verdict::Use {
+                continue;
+            }
+            if next.as_ref().is_none_or(|next| next.header.open_count < slot.header.open_count) {
+                next = Some(slot.segment());
+            }
+        }
+        let Some(next) = next else { break };
+        if matches!(&next.content, Content::Scanned(scan) if scan.is_empty()) {
+            break;
+        }
+        tail = next.last();
+        segments.push(next);
+    }
+    let wanted = segments.last().map_or(superblock.low_water_segment, |last| last.header.number + 1);
+    let later = slots.iter().filter(|slot| slot.judge(&superblock, wanted, tail) == Verdict::Later);
+    let resumes_after_seq = later.map(|slot| slot.header.after.seq).min();
+    let damage = resumes_after_seq.map(|resumes_after_seq| Damage {
+        after_seq: tail.seq,
+        resumes_after_seq,
+        stop: segments.last().and_then(|last| match &last.content {
+            Content::Scanned(scan) => Some((last.header.number, scan.stop)),
+            Content::Sealed(_) => None,
+        }),
+    });
+    let in_use = |slot: &u32| segments.iter().any(|segment| segment.header.slot == *slot);
+    let free_slots = (0..superblock.slot_count).filter(|slot| !in_use(slot)).collect();
+    Ok(Survey { superblock, segments, tail, damage, free_slots, manifest })
+}
+
+/// Reads both superblocks and takes the one that counts.
+pub(crate) fn read_superblock<S: Storage>(
+    io: &mut Blocking<'_, S>,
+    skip_unreadable: bool,
+) -> Result<Superblock, OpenError> {
+    if io.file_len_bytes()? < SUPERBLOCK_OFFSETS[1] + PAGE_BYTES as u64 {
+        return Err(OpenError::NotAJournal);
+    }
+    let [first, second] = SUPERBLOCK_OFFSETS
+        .map(|offset_bytes| io.read(offset_bytes, PAGE_BYTES).map(|page| Superblock::decode(&page)));
+    let (first, second) = match (first, second) {
+        (Err(error), Err(_)) => return Err(error.into()),
+        (Err(error), _) | (_, Err(error)) if !skip_unreadable => return Err(error.into()),
+        (first, second) => {
+            let damaged = crate::format::SuperblockError::Crc;
+            (first.unwrap_or(Err(damaged)), second.unwrap_or(Err(damaged)))
+        }
+    };
+    let sequence = |copy: &Result<Superblock, _>| copy.as_ref().map_or(0, |copy| copy.sequence);
+    let kinds = (decide::Copy::of(&first), decide::Copy::of(&second));
+    let choice = decide::choose_superblock(kinds.0, kinds.1, sequence(&first), sequence(&second));
+    match (choice, first, second) {
+        (Choice::First, Ok(copy), _) | (Choice::Second, _, Ok(copy)) => Ok(copy),
+        (Choice::RefuseNewer, first, second) => {
+            let newer = [first.err(), second.err()].into_iter().flatten();
+            let is_newer = |error: &_| decide::Copy::of::<()>(&Err(*error)) == decide::Copy::Newer;
+            Err(OpenError::Newer(newer.into_iter().find(is_newer).expect("a newer copy was seen")))
+        }
+        (Choice::BothDamaged, first, second) => {
+            let error = first.err().or(second.err()).expect("no copy is valid");
+            Err(OpenError::SuperblocksDamaged(error))
+        }
+        _ => Err(OpenError::NotAJournal),
+    }
+}
+
+fn read_manifest<S: Storage>(
+    io: &mut Blocking<'_, S>,
+    superblock: &Superblock,
+) -> Result<Option<Manifest>, StorageError> {
+    let Some(place) = superblock.manifest else { return Ok(None) };
+    let bytes = io.read(MANIFEST_OFFSETS[place.slot as usize], MANIFEST_SLOT_BYTES)?;
+    let manifest = Manifest::decode(&bytes).ok();
+    Ok(manifest.filter(|(_, crc)| *crc == place.crc).map(|(manifest, _)| manifest))
+}
+
+/// A slot that names a segment of this journal.
+struct Slot {
+    header: SegmentHeader,
+    trailer: Option<SegmentTrailer>,
+    scan: Option<Scan>,
+}
+
+impl Slot {
+    fn scan<S: Storage>(
+        &mut self,
+        io: &mut Blocking<'_, S>,
+        superblock: &Superblock,
+        ownership: Ownership,
+        trusted_through: Option<u64>,
+    ) -> Result<(), StorageError> {
+        if self.trailer.is_none() && self.scan.is_none() {
+            let slot_len_bytes = superblock.slot_len_bytes;
+            let bytes =
+                io.read(slot_offset_bytes(self.header.slot, slot_len_bytes), slot_len_bytes as usize)?;
+            self.scan = Some(scan(&bytes, &self.header, ownership, trusted_through));
+        }
+        Ok(())
+    }
+
+    fn judge(&self, superblock: &Superblock, wanted: u64, tail: ChainPoint) -> Verdict {
+        decide::judge(SegmentFacts {
+            wanted: self.header.number == wanted,
+            above: self.header.number > wanted,
+            opened: self.header.open_count <= superblock.open_count,
+            follows: self.header.after == tail,
+            ahead: self.header.after.seq > tail.seq,
+            sealed: self.trailer.is_some(),
+            carried: self.scan.as_ref().is_some_and(|scan| {
+                scan.end_bytes >= self.header.carried_end_bytes || scan.stop == ScanStop::Untrusted
+            }),
+        })
+    }
+
+    fn segment(&self) -> Segment {
+        let content = match (&self.trailer, &self.scan) {
+            (Some(trailer), _) => Content::Sealed(trailer.clone()),
+            (None, Some(scan)) => Content::Scanned(Box::new(scan.clone())),
+            (None, None) => unreachable!("a slot is scanned before it is used"),
+        };
+        Segment { header: self.header.clone(), content }
+    }
+}
+
+fn read_slots<S: Storage>(
+    io: &mut Blocking<'_, S>,
+    superblock: &Superblock,
+    skip_unreadable: bool,
+) -> Result<Vec<Slot>, StorageError> {
+    let slot_len_bytes = superblock.slot_len_bytes;
+    let file_len_bytes = io.file_len_bytes()?;
+    let page = |offset_bytes| Op::Read { offset_bytes, buffer: AlignedBuf::zeroed(PAGE_BYTES) };
+    let mut slots = Vec::new();
+    // A file cut short has lost its last slots; the survey finds out whether they are missed.
+    let whole = |slot: &u32| slot_offset_bytes(slot + 1, slot_len_bytes) <= file_len_bytes;
+    let present: Vec<u32> = (0..superblock.slot_count).filter(whole).collect();
+    for chunk in present.chunks(SLOTS_AT_ONCE) {
+        let ops = chunk
+            .iter()
+            .flat_map(|&slot| {
+                let offset = slot_offset_bytes(slot, slot_len_bytes);
+                [page(offset), page(offset + slot_len_bytes - PAGE_BYTES as u64)]
+            })
+            .collect();
+        let mut pages = io.run_all(ops).into_iter();
+        for &index in chunk {
+            let header = readable(pages.next(), skip_unreadable)?
+                .and_then(|page| SegmentHeader::decode(&page, slot_len_bytes).ok());
+            let trailer = readable(pages.next(), skip_unreadable)?
+                .and_then(|page| SegmentTrailer::decode(&page, slot_len_bytes).ok());
+            let ours =
+                |header: &SegmentHeader| header.journal_id == superblock.journal_id && header.slot == index;
+            let header = header.filter(ours);
+            // A trailer under another header is one of the slot's earlier life.
+            let trailer = trailer
+                .filter(|trailer| ours(&trailer.header))
+                .filter(|trailer| header.as_ref().is_none_or(|header| *header == trailer.header));
+            let header = header.or_else(|| trailer.as_ref().map(|trailer| trailer.header.clone()));
+            if let Some(header) = header {
+                slots.push(Slot { header, trailer, scan: None });
+            }
+        }
+    }
+    Ok(slots)
+}
+
+/// A page, or nothing where the disk can't give it back and that is to be passed by.
+fn readable(
+    page: Option<Result<Option<AlignedBuf>, StorageError>>,
+    skip_unreadable: bool,
+) -> Result<Option<AlignedBuf>, StorageError> {
+    match page {
+        Some(Ok(page)) => Ok(page),
+        Some(Err(error)) if skip_unreadable && error.errno == nix::errno::Errno::EIO => Ok(None),
+        Some(Err(error)) => Err(error),
+        None => Ok(None),
+    }
+}
+
+/// How many slots' pages are read together.
+const SLOTS_AT_ONCE: usize = 256;

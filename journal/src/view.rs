@@ -1,0 +1,397 @@
+//! A VM's disks as they were at a sequence number: recovery disks and the journal up to it.
+
+use std::collections::BTreeMap;
+
+use crate::batch::{CRC_UNIT_BYTES, RecordKind, unit_count, unit_matches};
+use crate::catalogue::Catalogue;
+use crate::format::{Footer, FooterEvent, PAGE_BYTES, Superblock, SuperblockError, VolumeState};
+use crate::index::{Index, IndexBuilder};
+use crate::planted::{Bug, planted};
+use crate::recovery::{OpenError, SegmentError, Survey, SurveyOptions, survey};
+use crate::storage::{AlignedBuf, Blocking, FileId, Purpose, Storage, StorageError};
+
+/// A journal opened to read, beside its writer if there is one. Nothing is written and no lock is needed.
+#[derive(Debug)]
+pub struct Reader {
+    /// What the file holds.
+    pub survey: Survey,
+    footers: Vec<Footer>,
+    catalogue: Catalogue,
+}
+
+/// Why a view cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum ViewError {
+    /// The journal cannot be opened.
+    #[error("the journal cannot be opened")]
+    Open(#[from] OpenError),
+    /// A segment cannot be read.
+    #[error("the journal cannot be read")]
+    Segment(#[from] SegmentError),
+    /// The file failed.
+    #[error("the journal's file failed")]
+    Storage(#[from] StorageError),
+    /// The number is older or newer than the history, or promotion has announced itself through it (C2).
+    #[error("record {seq} is not in the history, which reaches from {oldest_seq} to {newest_seq}")]
+    Gone {
+        /// The number.
+        seq: u64,
+        /// The oldest number that can be opened.
+        oldest_seq: u64,
+        /// The newest.
+        newest_seq: u64,
+    },
+    /// There is no history: the first sync isn't complete, or the history was given up.
+    #[error("the journal has no history: a sync is not complete")]
+    NoHistory,
+    /// A sync was under way at that number.
+    #[error("at record {seq} a sync was under way: the disks were not consistent")]
+    InsideSync {
+        /// The number.
+        seq: u64,
+    },
+    /// The VM has no such volume, or it had none at that number.
+    #[error("volume {0} is not in this view")]
+    NoVolume(u16),
+    /// The read goes over the disk's end.
+    #[error("the range is outside of the disk")]
+    Range,
+    /// What was read is not what was written.
+    #[error("checksum of record {seq} is wrong at {offset_bytes} of volume {volume}")]
+    Corrupt {
+        /// The record.
+        seq: u64,
+        /// The volume.
+        volume: u16,
+        /// Where on the volume, in bytes.
+        offset_bytes: u64,
+    },
+    /// The superblock can't be read any more.
+    #[error("the journal's superblock cannot be read")]
+    Superblock(#[source] SuperblockError),
+}
+
+impl Reader {
+    /// Finds out what a journal holds.
+    ///
+    /// # Errors
+    /// The file is no journal, or a segment cannot be read.
+    pub fn open<S: Storage>(
+        storage: &mut S,
+        file: FileId,
+        options: SurveyOptions,
+    ) -> Result<Self, ViewError> {
+        let mut tries_left = 10;
+        loop {
+            let found = Self::try_open(storage, file, options);
+            // Beside a writer, segments may have been freed and reused meanwhile.
+            let mut io = Blocking::new(storage, file, Purpose::View);
+            let now = crate::recovery::read_superblock(&mut io, options.skip_unreadable)?;
+            let unchanged = found
+                .as_ref()
+                .is_ok_and(|reader| reader.survey.superblock.low_water_segment == now.low_water_segment);
+            tries_left -= 1;
+            if unchanged || tries_left == 0 || (found.is_err() && tries_left < 8) {
+                return found;
+            }
+        }
+    }
+
+    fn try_open<S: Storage>(
+        storage: &mut S,
+        file: FileId,
+        options: SurveyOptions,
+    ) -> Result<Self, ViewError> {
+        let survey = survey(storage, file, options)?;
+        let mut io = Blocking::new(storage, file, Purpose::View);
+        let mut footers = Vec::with_capacity(survey.segments.len());
+        for segment in &survey.segments {
+            footers.push(segment.footer(&mut io, &survey.superblock)?);
+        }
+        let catalogue =
+            Catalogue::build(&survey.superblock, footers.iter().flat_map(|footer| &footer.events));
+        Ok(Self { survey, footers, catalogue })
+    }
+
+    /// The journal's checkpoints.
+    pub fn catalogue(&self) -> &Catalogue {
+        &self.catalogue
+    }
+
+    /// Everything in the journal that is not data, in the order of the stream.
+    pub fn events(&self) -> impl Iterator<Item = &FooterEvent> {
+        self.footers.iter().flat_map(|footer| &footer.events)
+    }
+
+    /// The footers of the segments, oldest first.
+    pub fn footers(&self) -> &[Footer] {
+        &self.footers
+    }
+
+    /// The newest number.
+    pub fn newest_seq(&self) -> u64 {
+        self.survey.tail.seq
+    }
+
+    /// The disks as they were after record `seq`. Any number of the history between syncs will do; a group's disks belong
+    /// together only at a checkpoint's cut.
+    ///
+    /// # Errors
+    /// The number is not in the history.
+    pub fn view(&self, seq: u64) -> Result<View, ViewError> {
+        let superblock = &self.survey.superblock;
+        if superblock.state.is_base_sync() {
+            return Err(ViewError::NoHistory);
+        }
+        let (oldest_seq, newest_seq) = (superblock.oldest_seq(), self.newest_seq());
+        if seq < oldest_seq || seq > newest_seq {
+            return Err(ViewError::Gone { seq, oldest_seq, newest_seq });
+        }
+        if !self.catalogue.is_consistent(seq) {
+            return Err(ViewError::InsideSync { seq });
+        }
+        let mut volumes = BTreeMap::new();
+        for (number, state) in (0_u16..).zip(&superblock.volumes) {
+            if state.base_seq > seq {
+                continue;
+            }
+            volumes.insert(number, self.volume_view(number, state, seq));
+        }
+        Ok(View { seq, volumes })
+    }
+
+    fn volume_view(&self, number: u16, state: &VolumeState, seq: u64) -> VolumeView {
+        let slot_len_bytes = self.survey.superblock.slot_len_bytes;
+        let base_seq = if planted(Bug::BaseIgnoredByView) { 0 } else { state.base_seq };
+        let mut builder = IndexBuilder::default();
+        for (segment, footer) in self.survey.segments.iter().zip(&self.footers) {
+            if footer.base_seq < seq {
+                builder.add(footer, segment.header.slot, slot_len_bytes, number, base_seq, seq);
+            }
+        }
+        let resizes = self.events().filter(|event| {
+            let record = &event.record;
+            record.kind == RecordKind::Resize && record.volume == number && record.seq <= seq
+        });
+        let size_bytes = resizes.last().map_or(state.size_bytes, |event| event.record.len_bytes);
+        VolumeView { number, size_bytes, index: builder.build() }
+    }
+}
+
+/// The disks of a VM at a sequence number.
+#[derive(Debug)]
+pub struct View {
+    seq: u64,
+    volumes: BTreeMap<u16, VolumeView>,
+}
+
+impl View {
+    /// The number.
+    pub fn seq(&self) -> u64 {
+        self.seq
+    }
+
+    /// The volumes that existed then.
+    pub fn volumes(&self) -> impl Iterator<Item = &VolumeView> {
+        self.volumes.values()
+    }
+
+    /// One volume.
+    ///
+    /// # Errors
+    /// It isn't in the view.
+    pub fn volume(&self, number: u16) -> Result<&VolumeView, ViewError> {
+        self.volumes.get(&number).ok_or(ViewError::NoVolume(number))
+    }
+
+    /// Takes one volume out, to serve it.
+    ///
+    /// # Errors
+    /// It isn't in the view.
+    pub fn take_volume(&mut self, number: u16) -> Result<VolumeView, ViewError> {
+        self.volumes.remove(&number).ok_or(ViewError::NoVolume(number))
+    }
+}
+
+/// Whether a view at `seq` may still be read, from a superblock read after the recovery disk was (C2). Recovery disks
+/// change under a view only after promotion has announced itself, so a reader in another process asks this after each read
+/// of a recovery disk.
+///
+/// # Errors
+/// The checkpoint is gone.
+pub fn still_there(superblock: &Superblock, seq: u64) -> Result<(), ViewError> {
+    let oldest_seq = superblock.oldest_seq();
+    if superblock.state.is_base_sync() || seq < oldest_seq {
+        return Err(ViewError::Gone { seq, oldest_seq, newest_seq: seq });
+    }
+    Ok(())
+}
+
+/// One disk at a sequence number.
+#[derive(Debug)]
+pub struct VolumeView {
+    number: u16,
+    size_bytes: u64,
+    index: Index,
+}
+
+/// A part of a read: where it comes from. Parts are in order and cover the range asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReadPart {
+    /// From the recovery disk, at the same place.
+    RecoveryDisk {
+        /// Place on the volume and on the recovery disk, in bytes.
+        offset_bytes: u64,
+        /// Length, in bytes.
+        len_bytes: u64,
+    },
+    /// Zeroes.
+    Zeroes {
+        /// Place on the volume, in bytes.
+        offset_bytes: u64,
+        /// Length, in bytes.
+        len_bytes: u64,
+    },
+    /// From the journal's file.
+    Journal(JournalPart),
+}
+
+/// A part of a read that comes from the journal. More is read than is wanted, so that whole units can be checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JournalPart {
+    /// Place on the volume, in bytes.
+    pub offset_bytes: u64,
+    /// How much of the volume, in bytes.
+    pub len_bytes: u64,
+    /// What to read of the journal's file: a multiple of [`PAGE_BYTES`], in bytes.
+    pub read_offset_bytes: u64,
+    /// How much to read, a multiple of [`PAGE_BYTES`], in bytes.
+    pub read_len_bytes: usize,
+    /// Where the wanted bytes are in what was read, in bytes.
+    pub skip_bytes: usize,
+    /// The record that wrote them.
+    pub seq: u64,
+    units_skip_bytes: usize,
+    units_len_bytes: usize,
+    crcs: Vec<u32>,
+    volume: u16,
+}
+
+impl JournalPart {
+    /// Checks what was read and gives the wanted bytes of it (C4).
+    ///
+    /// # Errors
+    /// A checksum is wrong: the record is named.
+    pub fn check<'a>(&self, read: &'a [u8]) -> Result<&'a [u8], ViewError> {
+        let units = &read[self.units_skip_bytes..self.units_skip_bytes + self.units_len_bytes];
+        let good = planted(Bug::ViewWithoutChecksums)
+            || units.chunks(CRC_UNIT_BYTES).zip(&self.crcs).all(|(unit, crc)| unit_matches(unit, *crc));
+        if !good {
+            let (seq, volume, offset_bytes) = (self.seq, self.volume, self.offset_bytes);
+            return Err(ViewError::Corrupt { seq, volume, offset_bytes });
+        }
+        Ok(&read[self.skip_bytes..self.skip_bytes + self.len_bytes as usize])
+    }
+}
+
+impl VolumeView {
+    /// Which volume of the VM.
+    pub fn number(&self) -> u16 {
+        self.number
+    }
+
+    /// Its size then, in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// Where each byte is.
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// How to read a range, in parts.
+    ///
+    /// # Errors
+    /// The range is outside of the disk.
+    pub fn plan_read(&self, offset_bytes: u64, len_bytes: u64) -> Result<Vec<ReadPart>, ViewError> {
+        let end_bytes = offset_bytes.checked_add(len_bytes).filter(|end| *end <= self.size_bytes);
+        let end_bytes = end_bytes.ok_or(ViewError::Range)?;
+        let (mut parts, mut at) = (Vec::new(), offset_bytes);
+        let gap = |parts: &mut Vec<ReadPart>, from: u64, until: u64| {
+            if from < until {
+                parts.push(ReadPart::RecoveryDisk { offset_bytes: from, len_bytes: until - from });
+            }
+        };
+        for (piece, extent) in self.index.overlapping(offset_bytes, len_bytes) {
+            let (from, until) = (piece.offset_bytes.max(at), piece.end_bytes.min(end_bytes));
+            gap(&mut parts, at, from);
+            let (offset_bytes, len_bytes) = (from, until - from);
+            parts.push(match extent.payload_offset_bytes {
+                None => ReadPart::Zeroes { offset_bytes, len_bytes },
+                Some(payload_offset_bytes) => {
+                    let in_payload = from - extent.offset_bytes;
+                    let unit = CRC_UNIT_BYTES as u64;
+                    let first_unit = in_payload / unit;
+                    let units_begin = first_unit * unit;
+                    let units_end = (in_payload + len_bytes).next_multiple_of(unit).min(extent.len_bytes);
+                    let file_begin = payload_offset_bytes + units_begin;
+                    let page = PAGE_BYTES as u64;
+                    let read_offset_bytes = file_begin / page * page;
+                    let read_end = (payload_offset_bytes + units_end).next_multiple_of(page);
+                    let unit_count = unit_count((units_end - units_begin) as usize);
+                    ReadPart::Journal(JournalPart {
+                        offset_bytes,
+                        len_bytes,
+                        read_offset_bytes,
+                        read_len_bytes: (read_end - read_offset_bytes) as usize,
+                        skip_bytes: (payload_offset_bytes + in_payload - read_offset_bytes) as usize,
+                        seq: extent.seq,
+                        units_skip_bytes: (file_begin - read_offset_bytes) as usize,
+                        units_len_bytes: (units_end - units_begin) as usize,
+                        crcs: (0..unit_count)
+                            .map(|unit| self.index.unit_crc(extent, first_unit as usize + unit))
+                            .collect(),
+                        volume: self.number,
+                    })
+                }
+            });
+            at = until;
+        }
+        gap(&mut parts, at, end_bytes);
+        Ok(parts)
+    }
+
+    /// Reads a range at once, for tools and tests. `read_disk` reads the recovery disk: place, memory to fill.
+    ///
+    /// # Errors
+    /// A file failed, or a checksum is wrong.
+    pub fn read<S: Storage>(
+        &self,
+        storage: &mut S,
+        journal: FileId,
+        offset_bytes: u64,
+        into: &mut [u8],
+        mut read_disk: impl FnMut(&mut S, u64, &mut [u8]) -> Result<(), StorageError>,
+    ) -> Result<(), ViewError> {
+        let mut rest = into;
+        for part in self.plan_read(offset_bytes, rest.len() as u64)? {
+            let len_bytes = match &part {
+                ReadPart::RecoveryDisk { len_bytes, .. } | ReadPart::Zeroes { len_bytes, .. } => *len_bytes,
+                ReadPart::Journal(part) => part.len_bytes,
+            };
+            let (now, later) = rest.split_at_mut(len_bytes as usize);
+            rest = later;
+            match part {
+                ReadPart::Zeroes { .. } => now.fill(0),
+                ReadPart::RecoveryDisk { offset_bytes, .. } => read_disk(storage, offset_bytes, now)?,
+                ReadPart::Journal(part) => {
+                    let mut io = Blocking::new(storage, journal, Purpose::View);
+                    let read: AlignedBuf = io.read(part.read_offset_bytes, part.read_len_bytes)?;
+                    now.copy_from_slice(part.check(&read)?);
+                }
+            }
+        }
+        Ok(())
+    }
+}

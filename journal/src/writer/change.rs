@@ -1,0 +1,346 @@
+//! Changes of the superblock: who owns the tail, where the base is, how long the file is, what the manifest says.
+
+use uuid::Uuid;
+
+use crate::format::manifest::{Manifest, ManifestError};
+use crate::format::superblock::ManifestPlace;
+use crate::format::{
+    ChainPoint, JournalState, MANIFEST_OFFSETS, SUPERBLOCK_OFFSETS, Superblock, VolumeState,
+    slot_offset_bytes,
+};
+use crate::planted::{Bug, planted};
+use crate::storage::{Op, Purpose};
+
+use super::step::{Effect, Step};
+use super::{Event, Writer, segment};
+
+/// Something that must be durable in the superblock before it counts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A stream wants to own the tail (A5). Batches that wait from an older stream are dropped; answered by
+    /// [`Event::Granted`] or [`Event::Refused`].
+    Claim {
+        /// The stream's generation.
+        generation: Uuid,
+        /// The generation before it; nil if none.
+        parent: Uuid,
+        /// Its first number. Means nothing when the generation owns the tail already.
+        first_seq: u64,
+    },
+    /// A sync of the whole VM begins that goes straight to the recovery disks (B6), the first one or after
+    /// [`Change::GiveUpHistory`].
+    BeginBaseSync {
+        /// The sync.
+        sync_id: u64,
+    },
+    /// All records up to here are durable in the recovery disks, which the caller has synced (B6). Answered by
+    /// [`Event::Durable`].
+    AdvanceBase {
+        /// Where.
+        through: ChainPoint,
+        /// The sync is complete: from now on batches are journaled.
+        end: bool,
+    },
+    /// Give up all history (C5): all segments are freed, and nothing can be recovered until the sync's end.
+    GiveUpHistory {
+        /// The sync that is to follow.
+        sync_id: u64,
+    },
+    /// The VM's volumes. Bases given are kept as they are given.
+    SetVolumes(Vec<VolumeState>),
+    /// The manifest's text.
+    SetManifest(String),
+    /// Seal the open segment, so that the next opening has nothing to copy.
+    Seal,
+}
+
+/// What a stream that owns the tail goes by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// To be carried by its batches.
+    pub open_count: u64,
+    /// Where it goes on.
+    pub durable: ChainPoint,
+    /// Whether records go to the recovery disks, or to the journal.
+    pub state: JournalState,
+}
+
+/// Why a stream can't own the tail (A5): both sides stop, and a human chooses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ClaimError {
+    /// The journal's tail was written by a generation that is not the stream's ancestor.
+    #[error(
+        "the journal's tail, record {tail_seq}, was written by generation {tail_generation}, of which the stream's generation is no child"
+    )]
+    NoAncestor {
+        /// Who wrote the tail.
+        tail_generation: Uuid,
+        /// The last durable number.
+        tail_seq: u64,
+    },
+    /// The new generation would use numbers that are in the journal already.
+    #[error(
+        "the new generation begins with record {first_seq}, but the journal holds record {tail_seq} already"
+    )]
+    NumberUsed {
+        /// Its first number.
+        first_seq: u64,
+        /// The last durable number.
+        tail_seq: u64,
+    },
+}
+
+/// Why a change is refused at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChangeError {
+    /// The journal is poisoned.
+    #[error("the journal failed and must be opened again")]
+    Poisoned,
+    /// Nobody may own the tail like this.
+    #[error("the stream cannot own the journal")]
+    Claim(#[source] ClaimError),
+    /// The journal is not in the state that the change needs.
+    #[error("the journal's state doesn't allow this change")]
+    State,
+    /// More volumes than the superblock has room for.
+    #[error("{0} volumes are more than a journal has room for")]
+    Volumes(usize),
+    /// The manifest doesn't fit.
+    #[error("the manifest cannot be written")]
+    Manifest(#[source] ManifestError),
+}
+
+/// What follows when a change is durable.
+#[derive(Debug)]
+pub(super) enum AfterChange {
+    Grown,
+    Change { ticket: u64, change: Box<Change> },
+}
+
+impl Writer {
+    /// Asks for a change; gives its ticket for [`Event::Changed`]. Changes go before waiting batches.
+    ///
+    /// # Errors
+    /// The change is refused.
+    pub fn change(&mut self, change: Change) -> Result<u64, ChangeError> {
+        if self.poisoned {
+            return Err(ChangeError::Poisoned);
+        }
+        self.check_change(&change)?;
+        if matches!(change, Change::Claim { .. }) {
+            self.claims_pending += 1;
+        }
+        let ticket = self.next_ticket;
+        self.next_ticket += 1;
+        self.changes.push_back((ticket, change));
+        Ok(ticket)
+    }
+
+    fn check_change(&self, change: &Change) -> Result<(), ChangeError> {
+        let allowed = |good: bool| if good { Ok(()) } else { Err(ChangeError::State) };
+        match change {
+            &Change::Claim { generation, parent, first_seq } => {
+                self.check_claim(generation, parent, first_seq).map_err(ChangeError::Claim)
+            }
+            Change::BeginBaseSync { .. } => allowed(self.superblock.state.is_base_sync()),
+            Change::AdvanceBase { through, .. } => allowed(
+                self.superblock.state.is_base_sync()
+                    && through.seq >= self.durable.seq
+                    && through.seq <= self.accepted.seq,
+            ),
+            Change::GiveUpHistory { .. } => Ok(()),
+            Change::SetVolumes(volumes) => {
+                if volumes.len() > crate::batch::MAX_VOLUMES {
+                    return Err(ChangeError::Volumes(volumes.len()));
+                }
+                Ok(())
+            }
+            Change::SetManifest(text) => {
+                self.manifest(text).encode().map(drop).map_err(ChangeError::Manifest)
+            }
+            Change::Seal => Ok(()),
+        }
+    }
+
+    /// Whether a stream may own the tail; the same answer as [`Self::change`] gives.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check_claim(&self, generation: Uuid, parent: Uuid, first_seq: u64) -> Result<(), ClaimError> {
+        let (tail_generation, tail_seq) = (self.superblock.tail_generation, self.durable.seq);
+        if tail_generation == generation {
+            return Ok(());
+        }
+        if !tail_generation.is_nil() && tail_generation != parent {
+            return Err(ClaimError::NoAncestor { tail_generation, tail_seq });
+        }
+        // A group under way still moves the tail, so even what was only accepted counts.
+        if first_seq <= self.accepted.seq.max(tail_seq) {
+            return Err(ClaimError::NumberUsed { first_seq, tail_seq });
+        }
+        Ok(())
+    }
+
+    pub(super) fn begin_change(&mut self) -> Option<Step> {
+        while let Some((ticket, change)) = self.changes.pop_front() {
+            if let Some(step) = self.begin_one_change(ticket, change) {
+                return Some(step);
+            }
+        }
+        None
+    }
+
+    /// The step of a change, or nothing if it needed none and is done.
+    fn begin_one_change(&mut self, ticket: u64, change: Change) -> Option<Step> {
+        let mut next = self.superblock.clone();
+        let mut before = Vec::new();
+        match &change {
+            &Change::Claim { generation, parent, first_seq } => {
+                self.drop_waiting();
+                if let Err(reason) = self.check_claim(generation, parent, first_seq) {
+                    self.claims_pending -= 1;
+                    self.events.push_back(Event::Refused { ticket, reason });
+                    return None;
+                }
+                if next.tail_generation == generation {
+                    self.after_change(AfterChange::Change { ticket, change: Box::new(change) });
+                    return None;
+                }
+                next.parent_generation = next.tail_generation;
+                if next.parent_generation.is_nil() {
+                    next.parent_generation = parent;
+                }
+                next.tail_generation = generation;
+                next.generation_first_seq = first_seq;
+            }
+            &Change::BeginBaseSync { sync_id } => {
+                next.state = match next.state {
+                    JournalState::HistoryGivenUp { .. } => JournalState::HistoryGivenUp { sync_id },
+                    _ => JournalState::FirstSync { sync_id },
+                };
+            }
+            &Change::AdvanceBase { through, end } => {
+                next.low_water = through;
+                next.volumes.iter_mut().for_each(|volume| volume.base_seq = through.seq);
+                if end {
+                    next.state = JournalState::Consistent;
+                }
+            }
+            &Change::GiveUpHistory { sync_id } => {
+                self.drop_waiting();
+                next.state = JournalState::HistoryGivenUp { sync_id };
+                next.low_water = self.durable;
+                next.low_water_segment = self.next_number;
+                if planted(Bug::SlotsFreedBeforeSuperblock) {
+                    self.superblock = next;
+                    self.after_change(AfterChange::Change { ticket, change: Box::new(change) });
+                    return None;
+                }
+            }
+            Change::SetVolumes(volumes) => next.volumes.clone_from(volumes),
+            Change::SetManifest(text) => {
+                let (bytes, crc) = self.manifest(text).encode().expect("checked when it was asked for");
+                let slot = next.manifest.map_or(0, |place| 1 - place.slot);
+                next.manifest = Some(ManifestPlace { slot, crc });
+                let offset_bytes = MANIFEST_OFFSETS[slot as usize];
+                let write = Op::Write { offset_bytes, pieces: vec![bytes.into()] };
+                before.push(vec![(Purpose::Manifest, write)]);
+                before.push(vec![(Purpose::Manifest, Op::Sync)]);
+            }
+            Change::Seal => {
+                if let Some(open) = self.open.take() {
+                    self.seal(open);
+                }
+                before.push(std::mem::take(&mut self.riders));
+            }
+        }
+        let then = AfterChange::Change { ticket, change: Box::new(change) };
+        Some(self.superblock_step(before, next, then))
+    }
+
+    /// Grows the file: the new slots count when the superblock says so.
+    pub(super) fn grow(&mut self) -> Step {
+        let mut next = self.superblock.clone();
+        let first_slot = next.slot_count;
+        next.slot_count = first_slot.saturating_add(self.limits.grow_slots.max(1)).min(self.limits.max_slots);
+        let allocate = Op::Allocate {
+            offset_bytes: slot_offset_bytes(first_slot, next.slot_len_bytes),
+            len_bytes: u64::from(next.slot_count - first_slot) * next.slot_len_bytes,
+        };
+        let before = vec![vec![(Purpose::Grow, allocate)], vec![(Purpose::Grow, Op::Sync)]];
+        self.superblock_step(before, next, AfterChange::Grown).growing()
+    }
+
+    /// One copy is written and synced before the change counts; the other follows with the next step. The next change
+    /// begins with that other one, so a crash never finds both in doubt.
+    fn superblock_step(
+        &mut self,
+        before: Vec<Vec<(Purpose, Op)>>,
+        mut next: Superblock,
+        then: AfterChange,
+    ) -> Step {
+        next.sequence += 1;
+        next.receive_time_us = self.receive_time_us;
+        let page = segment::page(&next.encode());
+        let first = (next.sequence % 2) as usize;
+        // Its place is written next in any case.
+        self.riders.retain(|(purpose, _)| *purpose != Purpose::SuperblockMirror);
+        let write =
+            |copy: usize| Op::Write { offset_bytes: SUPERBLOCK_OFFSETS[copy], pieces: vec![page.clone()] };
+        let mirror = Some((Purpose::SuperblockMirror, write(1 - first)));
+        let mut phases = before;
+        phases.push(vec![(Purpose::Superblock, write(first))]);
+        let is_claim =
+            matches!(&then, AfterChange::Change { change, .. } if matches!(**change, Change::Claim { .. }));
+        if !(planted(Bug::GrantBeforeGenerationDurable) && is_claim) {
+            phases.push(vec![(Purpose::Superblock, Op::Sync)]);
+        }
+        Step::new(phases, Effect::Superblock { superblock: Box::new(next), mirror, then })
+    }
+
+    pub(super) fn after_change(&mut self, then: AfterChange) {
+        let (ticket, change) = match then {
+            AfterChange::Grown => return,
+            AfterChange::Change { ticket, change } => (ticket, *change),
+        };
+        match change {
+            Change::Claim { .. } => {
+                self.claims_pending -= 1;
+                let (open_count, state) = (self.superblock.open_count, self.superblock.state);
+                let grant = Grant { open_count, durable: self.durable, state };
+                self.events.push_back(Event::Granted { ticket, grant });
+                return;
+            }
+            Change::AdvanceBase { through, .. } => {
+                self.durable = through;
+                self.events.push_back(Event::Durable(through));
+            }
+            Change::GiveUpHistory { .. } => {
+                let open = self.open.take().map(|open| open.header().slot);
+                let closed = self.closed.drain(..).map(|segment| segment.header.slot);
+                self.free_slots.extend(closed.chain(open));
+                self.riders.retain(|(purpose, _)| *purpose != Purpose::Seal);
+            }
+            Change::BeginBaseSync { .. } | Change::SetVolumes(_) | Change::SetManifest(_) | Change::Seal => {}
+        }
+        self.events.push_back(Event::Changed { ticket });
+    }
+
+    /// Forgets batches that wait: nobody was told that they are durable, and their sender sends them again.
+    fn drop_waiting(&mut self) {
+        self.queue.clear();
+        self.queued_bytes = 0;
+        self.accepted = self.durable;
+        if std::mem::take(&mut self.full) {
+            self.events.push_back(Event::Room);
+        }
+    }
+
+    fn manifest(&self, text: &str) -> Manifest {
+        Manifest {
+            journal_id: self.superblock.journal_id,
+            sequence: self.superblock.sequence + 1,
+            text: text.to_owned(),
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! The segment that takes batches.
+
+use bytes::Bytes;
+
+use crate::batch::BatchView;
+use crate::format::{
+    ChainPoint, FooterBuilder, PAGE_BYTES, SegmentHeader, SegmentTrailer, slot_offset_bytes,
+};
+use crate::scan::Scan;
+use crate::storage::{AlignedBuf, Op, Purpose};
+
+use super::ClosedSegment;
+
+#[derive(Debug)]
+pub(super) struct OpenSegment {
+    header: SegmentHeader,
+    end_bytes: u64,
+    last: ChainPoint,
+    footer: FooterBuilder,
+    end_time_us: u64,
+}
+
+impl OpenSegment {
+    pub(super) fn begin(header: SegmentHeader) -> Self {
+        let (last, end_time_us) = (header.after, header.begin_time_us);
+        let footer = FooterBuilder::new(header.after.seq);
+        Self { header, end_bytes: PAGE_BYTES as u64, last, footer, end_time_us }
+    }
+
+    /// The segment as recovery copied it. When its last batch was received is not known until the next one comes.
+    pub(super) fn resume(header: SegmentHeader, scan: Scan) -> Self {
+        let end_time_us = header.begin_time_us;
+        Self { header, end_bytes: scan.end_bytes, last: scan.last, footer: scan.footer, end_time_us }
+    }
+
+    pub(super) fn header(&self) -> &SegmentHeader {
+        &self.header
+    }
+
+    pub(super) fn end_bytes(&self) -> u64 {
+        self.end_bytes
+    }
+
+    /// Whether a batch, its part of the footer and the trailer have room.
+    pub(super) fn fits(&self, batch: &Bytes, slot_len_bytes: u64) -> bool {
+        let footer_len_bytes = self.footer.len_bytes_with(&reparse(batch));
+        footer_len_bytes.is_some_and(|footer_len_bytes| {
+            self.end_bytes + batch.len() as u64 + footer_len_bytes + PAGE_BYTES as u64 <= slot_len_bytes
+        })
+    }
+
+    /// The longest batch that an empty slot could take, with this batch's footer.
+    pub(super) fn longest_batch_bytes(view: &BatchView<'_>, slot_len_bytes: u64) -> Option<u64> {
+        let footer_len_bytes = FooterBuilder::new(view.first_seq() - 1).len_bytes_with(view)?;
+        slot_len_bytes.checked_sub(2 * PAGE_BYTES as u64 + footer_len_bytes)
+    }
+
+    pub(super) fn add(&mut self, batch: &Bytes, last: ChainPoint, receive_time_us: u64) {
+        self.footer.add(&reparse(batch), self.end_bytes);
+        self.end_bytes += batch.len() as u64;
+        self.last = last;
+        self.end_time_us = self.end_time_us.max(receive_time_us);
+    }
+
+    /// Closes it: footer and trailer to write.
+    pub(super) fn seal(self, slot_len_bytes: u64) -> (ClosedSegment, Vec<(Purpose, Op)>) {
+        let footer = self.footer.finish().encode();
+        let trailer = SegmentTrailer {
+            header: self.header.clone(),
+            data_end_bytes: self.end_bytes,
+            footer_len_bytes: footer.len() as u64,
+            footer_crc: crc32c::crc32c(&footer),
+            last: self.last,
+            end_time_us: self.end_time_us,
+        };
+        let slot_offset = slot_offset_bytes(self.header.slot, slot_len_bytes);
+        let write = |offset_bytes, piece| (Purpose::Seal, Op::Write { offset_bytes, pieces: vec![piece] });
+        let writes = vec![
+            write(slot_offset + self.end_bytes, Bytes::from(footer)),
+            write(slot_offset + slot_len_bytes - PAGE_BYTES as u64, page(&trailer.encode())),
+        ];
+        (ClosedSegment { header: self.header, last: self.last }, writes)
+    }
+}
+
+/// A page in aligned memory.
+pub(super) fn page(bytes: &[u8; PAGE_BYTES]) -> Bytes {
+    let mut buffer = AlignedBuf::zeroed(PAGE_BYTES);
+    buffer.copy_from_slice(bytes);
+    buffer.into_bytes()
+}
+
+fn reparse(batch: &Bytes) -> BatchView<'_> {
+    BatchView::parse_head(batch).expect("the batch was parsed when it was offered")
+}

@@ -1,0 +1,273 @@
+//! A journal in a real file, through io_uring and O_DIRECT.
+
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use journal::batch::{BatchLink, BatchSealer, BatchView, Checkpoint, CheckpointKind, Epoch, Record};
+use journal::format::{JournalState, VolumeState};
+use journal::recovery::{NewJournal, OpenError, OpenOptions, SurveyOptions, create, open};
+use journal::storage::ring::{Access, DirectFile, OpenFileError, RingStorage};
+use journal::storage::{FileId, Storage};
+use journal::view::{Reader, ViewError};
+use journal::writer::{Change, Event, Limits, State, Writer, drive};
+use uuid::Uuid;
+
+const GENERATION: Uuid = Uuid::from_u128(0x6e);
+const SLOT_BYTES: u64 = 64 << 10;
+
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("holdfast-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(&path).expect("a temporary folder");
+        Self(path)
+    }
+
+    fn journal(&self) -> PathBuf {
+        self.0.join("journal.hfj")
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn ring(path: &Path, access: Access) -> (RingStorage, FileId) {
+    let mut storage = RingStorage::new(64).expect("io_uring");
+    let file = storage.add_file(DirectFile::open(path, access).expect("open"));
+    (storage, file)
+}
+
+fn create_journal(path: &Path) {
+    let (mut storage, file) = ring(path, Access::Create);
+    let volume = VolumeState { id: Uuid::from_u128(5), base_seq: 0, size_bytes: 1 << 20, fresh_image: true };
+    let new = NewJournal {
+        journal_id: Uuid::from_u128(1),
+        vm_id: Uuid::from_u128(2),
+        vpg_id: Uuid::from_u128(3),
+        slot_len_bytes: SLOT_BYTES,
+        slot_count: 3,
+        volumes: vec![volume],
+        manifest: r#"{"vm":"test"}"#.into(),
+    };
+    create(&mut storage, file, &new).expect("create");
+}
+
+/// A writer with its stream: batches follow one another as a source would send them.
+struct Target {
+    storage: RingStorage,
+    file: FileId,
+    writer: Writer,
+    sealer: BatchSealer,
+    seq: u64,
+    crc: u32,
+}
+
+impl Target {
+    fn open(path: &Path) -> Self {
+        let (mut storage, file) = ring(path, Access::Exclusive);
+        let opened = open(&mut storage, file, &OpenOptions::default()).expect("open");
+        let mut writer = Writer::new(opened, Limits { max_slots: 6, grow_slots: 2, group_bytes: 1 << 20 });
+        writer
+            .change(Change::Claim { generation: GENERATION, parent: Uuid::nil(), first_seq: 1 })
+            .expect("claim");
+        let events = drive(&mut writer, &mut storage, file).expect("drive");
+        assert!(matches!(events[..], [Event::Granted { .. }]), "{events:?}");
+        let durable = writer.durable();
+        let (seq, crc) = (durable.seq, durable.batch_crc);
+        Self { storage, file, writer, sealer: BatchSealer::new(), seq, crc }
+    }
+
+    fn drive(&mut self) -> Vec<Event> {
+        drive(&mut self.writer, &mut self.storage, self.file).expect("drive")
+    }
+
+    fn change(&mut self, change: Change) {
+        self.writer.change(change).expect("allowed");
+        self.drive();
+    }
+
+    fn push(&mut self, make: impl FnOnce(u64) -> Record) {
+        self.seq += 1;
+        self.sealer.push(make(self.seq)).expect("fits");
+    }
+
+    fn seal(&mut self) -> Bytes {
+        let link = BatchLink {
+            journal_id: Uuid::from_u128(1),
+            generation: GENERATION,
+            open_count: self.writer.superblock().open_count,
+            prev_batch_crc: self.crc,
+        };
+        let batch = self.sealer.seal(&link, 0).expect("not empty");
+        self.crc = batch.crc;
+        batch.to_bytes()
+    }
+
+    fn offer(&mut self) {
+        let batch = self.seal();
+        let view = BatchView::parse(&batch).expect("valid");
+        self.writer.offer(batch.clone(), &view, 1000 + self.seq).expect("offered");
+    }
+
+    /// The first sync, of nothing, and its end: from now on there is a history.
+    fn end_base_sync(&mut self) {
+        self.change(Change::BeginBaseSync { sync_id: 9 });
+        self.push(|seq| Record::sync_begin(seq, 1, 0, 1 << 20, 9));
+        self.push(|seq| Record::sync_end(seq, 1, 0, 1 << 20, 9));
+        let batch = self.seal();
+        let view = BatchView::parse(&batch).expect("valid");
+        let through = self.writer.accept_for_base(&view, 1).expect("accepted");
+        self.change(Change::AdvanceBase { through, end: true });
+        assert_eq!(self.writer.superblock().state, JournalState::Consistent);
+        assert_eq!(self.writer.durable(), through);
+    }
+
+    fn checkpoint(&mut self, tag: &str) {
+        let cut = self.seq;
+        let epoch = Epoch { nonce: Uuid::from_u128(77), counter: cut };
+        let (kind, tag) = (CheckpointKind::Tagged, tag.to_owned());
+        let checkpoint =
+            Checkpoint { epoch, cut, member_set_version: 1, time_us: 1_000_000 + cut, kind, tag };
+        self.push(|seq| Record::checkpoint(seq, 1, &checkpoint));
+    }
+}
+
+fn reader(path: &Path) -> (RingStorage, FileId, Reader) {
+    let (mut storage, file) = ring(path, Access::ReadOnly);
+    let reader = Reader::open(&mut storage, file, SurveyOptions::default()).expect("readable");
+    (storage, file, reader)
+}
+
+fn read_at(path: &Path, seq: u64, offset_bytes: u64, len_bytes: usize) -> Result<Vec<u8>, ViewError> {
+    let (mut storage, file, reader) = reader(path);
+    let view = reader.view(seq)?;
+    let mut bytes = vec![0xee; len_bytes];
+    view.volume(0)?.read(&mut storage, file, offset_bytes, &mut bytes, |_, _, into| {
+        into.fill(0xdd);
+        Ok(())
+    })?;
+    Ok(bytes)
+}
+
+#[test]
+fn writes_come_back_at_every_checkpoint_across_slots_and_openings() {
+    let folder = Folder::new("roundtrip");
+    create_journal(&folder.journal());
+    let mut target = Target::open(&folder.journal());
+    target.end_base_sync();
+    let mut cuts = Vec::new();
+    for round in 0..24_u8 {
+        // Overlapping places, so that newest must win; 20 KiB a round fills a slot every third time.
+        let data = vec![round + 1; 12 << 10];
+        target.push(|seq| Record::write(seq, 1, 0, u64::from(round % 3) * 4096, data.into()));
+        target.push(|seq| Record::write(seq, 1, 0, 512, vec![0x80 | round; 512].into()));
+        target.checkpoint(&format!("round {round}"));
+        cuts.push(target.seq - 1);
+        target.offer();
+        let events = target.drive();
+        if target.writer.state() == State::Full {
+            cuts.pop();
+            break;
+        }
+        assert!(events.iter().any(|event| matches!(event, Event::Durable(point) if point.seq == target.seq)));
+        if round % 5 == 4 {
+            drop(target);
+            target = Target::open(&folder.journal());
+        }
+    }
+    assert_eq!(target.writer.superblock().slot_count, 6, "it grew to its limit");
+    assert!(cuts.len() >= 12, "{}", cuts.len());
+    let (_, _, reader) = reader(&folder.journal());
+    let found: Vec<u64> = reader.catalogue().checkpoints().iter().map(|entry| entry.checkpoint.cut).collect();
+    assert_eq!(found, cuts);
+    assert_eq!(
+        reader.survey.manifest.as_ref().map(|manifest| manifest.text.as_str()),
+        Some(r#"{"vm":"test"}"#)
+    );
+
+    let mut model = vec![0xdd_u8; 24 << 10];
+    for (round, cut) in (0_u8..).zip(cuts) {
+        let at = usize::from(round % 3) * 4096;
+        model[at..at + (12 << 10)].fill(round + 1);
+        model[512..1024].fill(0x80 | round);
+        assert_eq!(
+            read_at(&folder.journal(), cut, 0, model.len()).expect("readable"),
+            model,
+            "round {round}"
+        );
+    }
+}
+
+#[test]
+fn a_flipped_bit_is_named_by_its_record() {
+    let folder = Folder::new("flip");
+    create_journal(&folder.journal());
+    let mut target = Target::open(&folder.journal());
+    target.end_base_sync();
+    target.push(|seq| Record::write(seq, 1, 0, 0, vec![1; 8192].into()));
+    target.offer();
+    target.push(|seq| Record::write(seq, 1, 0, 65536, vec![2; 8192].into()));
+    target.offer();
+    target.drive();
+    target.change(Change::Seal);
+    let seq = target.seq;
+    drop(target);
+    let mut bytes = std::fs::read(folder.journal()).expect("read");
+    let place =
+        bytes.windows(8192).position(|window| window == [2; 8192]).expect("the payload is in the file");
+    bytes[place + 5000] ^= 4;
+    std::fs::write(folder.journal(), bytes).expect("write");
+    assert_eq!(read_at(&folder.journal(), seq, 0, 8192).expect("the other record is whole"), vec![1; 8192]);
+    assert_eq!(read_at(&folder.journal(), seq, 65536, 4096).expect("its first unit is whole"), vec![2; 4096]);
+    let error = read_at(&folder.journal(), seq, 65536 + 4096, 512).expect_err("damaged");
+    assert!(matches!(error, ViewError::Corrupt { seq: 4, volume: 0, .. }), "{error}");
+}
+
+#[test]
+fn refusals_name_the_reason() {
+    let folder = Folder::new("refuse");
+    create_journal(&folder.journal());
+    let target = Target::open(&folder.journal());
+    let busy = DirectFile::open(&folder.journal(), Access::Exclusive).expect_err("locked");
+    assert!(matches!(busy, OpenFileError::Busy { .. }), "{busy}");
+    drop(target);
+    let (mut storage, file) = ring(&folder.journal(), Access::Exclusive);
+    let options = OpenOptions { vm_id: Some(Uuid::from_u128(99)), trusted_through: None };
+    let error = open(&mut storage, file, &options).expect_err("another VM's");
+    assert!(matches!(error, OpenError::OtherVm { .. }), "{error}");
+    drop(storage);
+
+    let mut bytes = std::fs::read(folder.journal()).expect("read");
+    let newer = {
+        bytes[8] = 2;
+        bytes.clone()
+    };
+    std::fs::write(folder.journal(), newer).expect("write");
+    let (mut storage, file) = ring(&folder.journal(), Access::Exclusive);
+    let error = open(&mut storage, file, &OpenOptions::default()).expect_err("newer");
+    assert!(matches!(error, OpenError::Newer(_)), "{error}");
+    drop(storage);
+
+    std::fs::write(folder.journal(), vec![0; 1 << 20]).expect("write");
+    let (mut storage, file) = ring(&folder.journal(), Access::Exclusive);
+    let error = open(&mut storage, file, &OpenOptions::default()).expect_err("no journal");
+    assert!(matches!(error, OpenError::NotAJournal), "{error}");
+}
+
+#[test]
+fn another_thread_wakes_a_waiting_ring() {
+    let mut storage = RingStorage::new(8).expect("io_uring");
+    let waker = storage.waker();
+    let waiting = std::thread::spawn(move || {
+        let mut done = Vec::new();
+        storage.collect(true, &mut done).expect("woken");
+        assert!(done.is_empty());
+    });
+    waker.wake();
+    waiting.join().expect("ended");
+}
