@@ -1,13 +1,15 @@
 //! The table of rig tests.
 
+mod crash;
 mod judged;
 mod machine;
+mod ublk;
 
 use crate::suite::Case;
 
 /// All cases, in the order in which they run.
 pub fn all() -> Vec<Case> {
-    [machine::CASES, judged::CASES].concat()
+    [machine::CASES, ublk::CASES, crash::CASES, judged::CASES].concat()
 }
 
 /// The case of this name, also one that is not in the table because it goes wrong on purpose.

@@ -5,6 +5,7 @@ mod inside;
 mod leftover;
 mod report;
 mod runner;
+pub mod ublk;
 
 use anyhow::Result;
 
