@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
-use hwtests::cache::Cache;
+use hwtests::cache::{Cache, repository_root};
 use hwtests::cases;
 use hwtests::initramfs::Job;
 use hwtests::kernel::{Kernel, Series};
@@ -246,12 +246,14 @@ fn shell(cache: &Cache, args: ShellArgs) -> Result<ExitCode> {
     Ok(ExitCode::from(u8::try_from(finished.exit).unwrap_or(1)))
 }
 
-/// The project's binaries that were built into the same folder as this program.
+/// The project's binaries that were built into the same folder as this program, and the peers that were built.
 fn project_programs() -> Result<Vec<PathBuf>> {
     let own = std::env::current_exe().context("finding the rig's own program")?;
     let folder = own.parent().context("the rig's own program has no folder")?;
     let names = ["vra", "vra-journal", "vra-ublk", "zvm", "rig"];
-    Ok(names.iter().map(|name| folder.join(name)).filter(|path| path.is_file()).collect())
+    let own = names.iter().map(|name| folder.join(name));
+    let peers = [repository_root().join(".cache/peers/bin/rublk")];
+    Ok(own.chain(peers).filter(|path| path.is_file()).collect())
 }
 
 fn copy_out(from: &std::path::Path, to: &std::path::Path) -> Result<()> {

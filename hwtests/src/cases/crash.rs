@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::ublk::same_content;
+use super::ublk::{RamDisk, same_content};
 use crate::suite::context::Context;
 use crate::suite::ublk::{UblkServer, list, state};
 use crate::suite::{Body, Case, Need};
@@ -57,7 +57,8 @@ pub(super) const CASES: &[Case] = &[
 ];
 
 fn under_load(context: &mut Context, crashes: u32) -> Result<()> {
-    let mut server = UblkServer::add(context, &["loop", "/dev/ram0", "--queues", "2", "--depth", "32"])?;
+    let ram = RamDisk::new(context, 16)?;
+    let mut server = UblkServer::add(context, &["loop", ram.device(), "--queues", "2", "--depth", "32"])?;
     let device = server.device();
     let runtime = format!("--runtime={}", 4 + crashes * 3);
     // Each pass writes a range once and reads it back, over and over until the time is up.
@@ -83,16 +84,17 @@ fn under_load(context: &mut Context, crashes: u32) -> Result<()> {
         std::thread::sleep(Duration::from_millis(700 + u64::from(crash) * 37 % 400));
         ensure!(load.ended()?.is_none(), "the load ended before crash {crash}:\n{}", load.output());
         let id = server.crash(context)?;
-        server = UblkServer::recover(context, id, &["loop", "/dev/ram0"])?;
+        server = UblkServer::recover(context, id, &["loop", ram.device()])?;
         ensure!(state(id)?.as_deref() == Some("live"), "the device is not live after its recovery");
     }
     load.finish(120)?;
-    same_content(&device, "/dev/ram0", 8 << 20)?;
+    same_content(&device, ram.device(), 8 << 20)?;
     server.delete(context)
 }
 
 fn then_delete(context: &mut Context) -> Result<()> {
-    let server = UblkServer::add(context, &["loop", "/dev/ram0"])?;
+    let ram = RamDisk::new(context, 16)?;
+    let server = UblkServer::add(context, &["loop", ram.device()])?;
     let device = server.device();
     let mut load = context.spawn(&[
         "fio",
@@ -135,7 +137,8 @@ fn while_starting(context: &mut Context, attempts: u64) -> Result<()> {
 }
 
 fn while_recovering(context: &mut Context, attempts: u64) -> Result<()> {
-    let server = UblkServer::add(context, &["loop", "/dev/ram0", "--queues", "2", "--depth", "64"])?;
+    let ram = RamDisk::new(context, 16)?;
+    let server = UblkServer::add(context, &["loop", ram.device(), "--queues", "2", "--depth", "64"])?;
     let device = server.device();
     let mut load = context.spawn(&[
         "fio",
@@ -155,17 +158,19 @@ fn while_recovering(context: &mut Context, attempts: u64) -> Result<()> {
     std::thread::sleep(Duration::from_millis(200));
     let id = server.crash(context)?;
     for attempt in 0..attempts {
-        let mut successor = context.spawn(&["vra-ublk", "recover", &id.to_string(), "loop", "/dev/ram0"])?;
+        let mut successor = context.spawn(&["vra-ublk", "recover", &id.to_string(), "loop", ram.device()])?;
         std::thread::sleep(Duration::from_millis(10 + attempt * 29));
         successor.kill()?;
         context.note(format_args!("killed after {} ms: {:?}", 10 + attempt * 29, state(id)?));
     }
     // The driver may still be taking leave of the last one.
     let server = context.wait_for("a recovery", 30, || {
-        Ok(UblkServer::recover(context, id, &["loop", "/dev/ram0"]).map_err(|error| context.note(error)).ok())
+        Ok(UblkServer::recover(context, id, &["loop", ram.device()])
+            .map_err(|error| context.note(error))
+            .ok())
     })?;
     load.finish(120)?;
-    same_content(&device, "/dev/ram0", 2 << 20)?;
+    same_content(&device, ram.device(), 2 << 20)?;
     server.delete(context)
 }
 

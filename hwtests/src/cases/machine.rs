@@ -5,6 +5,7 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{Context as _, Result, ensure};
 
+use super::ublk::RamDisk;
 use crate::machine::{Disk, DiskContent};
 use crate::powercut::log::Log;
 use crate::powercut::replay::Fate;
@@ -39,8 +40,9 @@ fn ublk_control(context: &mut Context) -> Result<()> {
 }
 
 fn brd_fio_verify(context: &mut Context) -> Result<()> {
+    let ram = RamDisk::new(context, 16)?;
     let report = context.fio(&[
-        "--filename=/dev/ram0",
+        &format!("--filename={}", ram.device()),
         "--rw=randwrite",
         "--bs=4k",
         "--size=4m",

@@ -77,10 +77,18 @@ pub(super) const CASES: &[Case] = &[
     .needs(OURS),
     Case::new(
         "ublk-refuses-what-is-in-use",
-        "A disk that is served already is refused to a second server, with its holder's name; so is a second server for a live device.",
+        "A disk that is served already, one that isn't there and a device that isn't there are refused by name.",
         Body::Inside(refuses_in_use),
     )
     .needs(BRD),
+    Case::new(
+        "ublk-recover-refuses-live-server",
+        "A recovery of a device whose server lives gives up after its patience and names the server.",
+        Body::Inside(recover_refuses_live),
+    )
+    .needs(OURS)
+    .limit_s(90)
+    .long(),
 ];
 
 fn features(context: &mut Context) -> Result<()> {
@@ -133,7 +141,8 @@ fn loop_sysfs_limits(context: &mut Context) -> Result<()> {
 }
 
 fn loop_fio_verify(context: &mut Context) -> Result<()> {
-    let server = UblkServer::add(context, &["loop", "/dev/ram0", "--queues", "2", "--depth", "32"])?;
+    let ram = RamDisk::new(context, 48)?;
+    let server = UblkServer::add(context, &["loop", ram.device(), "--queues", "2", "--depth", "32"])?;
     let device = server.device();
     let filename = format!("--filename={device}");
     let shape = [
@@ -157,7 +166,7 @@ fn loop_fio_verify(context: &mut Context) -> Result<()> {
         "--iodepth=8",
         "--verify=crc32c",
     ])?;
-    same_content(&device, "/dev/ram0", 48 << 20)?;
+    same_content(&device, ram.device(), 48 << 20)?;
     server.delete(context)
 }
 
@@ -228,9 +237,8 @@ fn loop_filesystems(context: &mut Context) -> Result<()> {
         (&["mkfs.ext4", "-q", "-F"][..], &["e2fsck", "-fn"][..]),
         (&["mkfs.xfs", "-q", "-f"][..], &["xfs_repair", "-n"][..]),
     ] {
-        context.run(&["modprobe", "-r", "brd"])?;
-        context.run(&["modprobe", "brd", "rd_size=393216", "rd_nr=1"])?;
-        let server = UblkServer::add(context, &["loop", "/dev/ram0", "--queues", "2"])?;
+        let ram = RamDisk::new(context, 384)?;
+        let server = UblkServer::add(context, &["loop", ram.device(), "--queues", "2"])?;
         let device = server.device();
         context.run(&[make, &[device.as_str()]].concat())?;
         {
@@ -250,7 +258,8 @@ fn loop_filesystems(context: &mut Context) -> Result<()> {
 }
 
 fn del_while_busy(context: &mut Context) -> Result<()> {
-    let server = UblkServer::add(context, &["loop", "/dev/ram0"])?;
+    let ram = RamDisk::new(context, 32)?;
+    let server = UblkServer::add(context, &["loop", ram.device()])?;
     let (device, id) = (server.device(), server.id.to_string());
     context.run(&["mkfs.ext4", "-q", "-F", &device])?;
     {
@@ -293,21 +302,49 @@ fn term_deletes(context: &mut Context) -> Result<()> {
 }
 
 fn refuses_in_use(context: &mut Context) -> Result<()> {
-    let server = UblkServer::add(context, &["loop", "/dev/ram0"])?;
-    let refused = |words: &[&str], parts: &[&str]| -> Result<()> {
-        let (status, _, said) = context.try_run(&[&["vra-ublk"], words].concat())?;
-        ensure!(!status.success(), "{words:?} was not refused");
-        ensure!(
-            parts.iter().all(|part| said.contains(part)),
-            "the refusal says nothing of {parts:?}: {said}"
-        );
-        Ok(())
-    };
-    refused(&["add", "loop", "/dev/ram0"], &["/dev/ram0"])?;
-    refused(&["recover", &server.id.to_string(), "loop", "/dev/ram0"], &[&server.process.pid().to_string()])?;
-    refused(&["add", "loop", "/dev/no-such-disk"], &["/dev/no-such-disk"])?;
-    refused(&["recover", "63", "null"], &["63"])?;
+    let ram = RamDisk::new(context, 16)?;
+    let server = UblkServer::add(context, &["loop", ram.device()])?;
+    refused(context, &["add", "loop", ram.device()], &[ram.device()])?;
+    refused(context, &["add", "loop", "/dev/no-such-disk"], &["/dev/no-such-disk"])?;
+    refused(context, &["recover", "63", "null"], &["63"])?;
     server.delete(context)
+}
+
+fn recover_refuses_live(context: &mut Context) -> Result<()> {
+    let server = UblkServer::add(context, &["null"])?;
+    refused(context, &["recover", &server.id.to_string(), "null"], &[&server.process.pid().to_string()])?;
+    server.delete(context)
+}
+
+fn refused(context: &Context, words: &[&str], parts: &[&str]) -> Result<()> {
+    let (status, _, said) = context.try_run(&[&["vra-ublk"], words].concat())?;
+    ensure!(!status.success(), "{words:?} was not refused");
+    ensure!(parts.iter().all(|part| said.contains(part)), "the refusal says nothing of {parts:?}: {said}");
+    Ok(())
+}
+
+/// A RAM disk, `/dev/ram0`, that goes with its owner.
+pub(super) struct RamDisk<'a> {
+    context: &'a Context,
+}
+
+impl<'a> RamDisk<'a> {
+    pub(super) fn new(context: &'a Context, size_mib: u64) -> Result<Self> {
+        // Of a RAM disk that somebody left: no harm if there is none.
+        context.try_run(&["modprobe", "-r", "brd"])?;
+        context.run(&["modprobe", "brd", "rd_nr=1", &format!("rd_size={}", size_mib << 10)])?;
+        Ok(Self { context })
+    }
+
+    pub(super) fn device(&self) -> &'static str {
+        "/dev/ram0"
+    }
+}
+
+impl Drop for RamDisk<'_> {
+    fn drop(&mut self) {
+        let _ = self.context.run(&["modprobe", "-r", "brd"]);
+    }
 }
 
 /// A mount that ends with its owner.

@@ -70,8 +70,8 @@ fn check_need(need: Need, context: &Context) -> Result<()> {
     match need {
         Need::Tool(name) if tool::find(name).is_none() => Err(context.skip(format!("{name} is not there"))),
         Need::Module(name) => {
-            let builtin = Path::new("/sys/module").join(name).exists();
-            if !builtin && context.run(&["modprobe", name]).is_err() {
+            let loaded = Path::new("/sys/module").join(name).exists();
+            if !loaded && !context.try_run(&["modprobe", "-D", name])?.0.success() {
                 return Err(context.skip(format!("the kernel has no module {name}")));
             }
             Ok(())

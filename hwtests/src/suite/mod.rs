@@ -50,7 +50,7 @@ pub enum Body {
 pub enum Need {
     /// A command.
     Tool(&'static str),
-    /// A kernel module, which is loaded.
+    /// A kernel module, which the case loads itself.
     Module(&'static str),
     /// A feature of the ublk driver, by the name that `vra-ublk features` prints.
     UblkFeature(&'static str),
