@@ -3,19 +3,20 @@
 //! Every certificate carries its owner as a URI name: `urn:holdfast:zvm:<uuid>` or `urn:holdfast:vra:<uuid>`. The
 //! authority decides the names; of a VRA's signing request it takes the public key alone.
 
-use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose, IsCa,
-    Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
+    IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
 };
+use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
+use vra::api::enroll::hex;
+use vra::pki::{Credentials, Role};
 
 const DAY: Duration = Duration::from_secs(86_400);
 const AUTHORITY_DAYS: u32 = 20 * 365;
@@ -38,22 +39,9 @@ pub struct Authority {
 pub struct Issued {
     /// The certificate, PEM.
     pub pem: String,
-    /// Serial number, lower-case hex: what a revocation names.
+    /// Serial number, lower-case hex without leading zeroes: what a revocation names.
     pub serial: String,
     /// End of validity, microseconds since the Unix epoch.
-    pub not_after_us: u64,
-}
-
-/// The manager's own certificate and key, and the site certificate that signed it.
-#[derive(Debug)]
-pub struct Identity {
-    /// The manager's id, from its certificate.
-    pub zvm_id: Uuid,
-    /// The manager's certificate.
-    pub certificate: CertificateDer<'static>,
-    /// Its private key.
-    pub key: PrivateKeyDer<'static>,
-    /// End of the certificate's validity, microseconds since the Unix epoch.
     pub not_after_us: u64,
 }
 
@@ -69,13 +57,17 @@ pub enum AuthorityError {
         path: PathBuf,
     },
     /// `zvm init` was not run.
-    #[error("{path} is missing: run `zvm init` first, or set state_dir to the folder of an initialised manager")]
+    #[error(
+        "{path} is missing: run `zvm init` first, or set state_dir to the folder of an initialised manager"
+    )]
     NotInitialised {
         /// The file looked for.
         path: PathBuf,
     },
     /// A key file that others may read.
-    #[error("{path} can be read by others (mode {mode:03o}): run `chmod 600 {path}`, and consider the key lost if others use this host")]
+    #[error(
+        "{path} can be read by others (mode {mode:03o}): run `chmod 600 {path}`, and consider the key lost if others use this host"
+    )]
     KeyExposed {
         /// The key file.
         path: PathBuf,
@@ -146,8 +138,10 @@ impl Authority {
         let key = KeyPair::from_pem(&key_pem)
             .map_err(|_| AuthorityError::Damaged { path: files.ca_key.clone(), what: "private key" })?;
         let certificate_pem = read(&files.ca_cert)?;
-        let damaged = || AuthorityError::Damaged { path: files.ca_cert.clone(), what: "certificate of that key" };
-        let certificate = CertificateDer::from_pem_slice(certificate_pem.as_bytes()).map_err(|_| damaged())?;
+        let damaged =
+            || AuthorityError::Damaged { path: files.ca_cert.clone(), what: "certificate of that key" };
+        let certificate =
+            CertificateDer::from_pem_slice(certificate_pem.as_bytes()).map_err(|_| damaged())?;
         let (_, parsed) = x509_parser::parse_x509_certificate(&certificate).map_err(|_| damaged())?;
         if parsed.public_key().subject_public_key.data != key.der_bytes() {
             return Err(damaged());
@@ -157,15 +151,15 @@ impl Authority {
     }
 
     /// Opens the manager's own identity; one with less than half of its life left is renewed first.
-    pub fn open_identity(&self, pki_dir: &Path, now_us: u64) -> Result<Identity, AuthorityError> {
+    pub fn open_identity(&self, pki_dir: &Path, now_us: u64) -> Result<Credentials, AuthorityError> {
         let files = Files::new(pki_dir);
-        let identity = Self::load_identity(&files)?;
+        let identity = self.load_identity(&files)?;
         let half_life_us = u64::from(ZVM_DAYS / 2) * 86_400_000_000;
-        if identity.not_after_us > now_us + half_life_us {
+        if identity.own.ends_us.0 > now_us + half_life_us {
             return Ok(identity);
         }
-        self.write_identity(&files, identity.zvm_id, now_us)?;
-        Self::load_identity(&files)
+        self.write_identity(&files, identity.own.identity.id, now_us)?;
+        self.load_identity(&files)
     }
 
     /// The site's certificate, DER.
@@ -185,11 +179,18 @@ impl Authority {
 
     /// Signs the public key of `request_pem` (PKCS #10) for VRA `vra_id`.
     ///
-    /// Names, usages and validity are the authority's; whatever else the request asks for is not looked at.
+    /// A request for any other name is refused; usages and validity are the authority's.
     pub fn sign_vra(&self, request_pem: &str, vra_id: Uuid, now_us: u64) -> Result<Issued, AuthorityError> {
         let request = CertificateSigningRequestParams::from_pem(request_pem)
             .map_err(|error| AuthorityError::Request(error.to_string()))?;
         let (params, serial, not_after_us) = leaf_params("vra", vra_id, now_us, VRA_DAYS)?;
+        if let Some(name) =
+            request.params.subject_alt_names.iter().find(|name| !params.subject_alt_names.contains(name))
+        {
+            return Err(AuthorityError::Request(format!(
+                "it asks for the name {name:?}, not for VRA {vra_id} alone"
+            )));
+        }
         let certificate = params.signed_by(&request.public_key, &self.issuer)?;
         Ok(Issued { pem: certificate.pem(), serial, not_after_us })
     }
@@ -202,29 +203,18 @@ impl Authority {
         replace(&files.identity, format!("{}{}", certificate.pem(), key.serialize_pem()).as_bytes(), 0o600)
     }
 
-    fn load_identity(files: &Files) -> Result<Identity, AuthorityError> {
+    fn load_identity(&self, files: &Files) -> Result<Credentials, AuthorityError> {
         check_private(&files.identity)?;
         let pem = read(&files.identity)?;
-        let damaged =
-            || AuthorityError::Damaged { path: files.identity.clone(), what: "manager's certificate and key" };
-        let key = PrivateKeyDer::from_pem_slice(pem.as_bytes()).map_err(|_| damaged())?;
-        let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|_| damaged())?;
-        let (_, parsed) = x509_parser::parse_x509_certificate(&certificate).map_err(|_| damaged())?;
-        let zvm_id = uri_names(&parsed)
-            .find_map(|uri| uri.strip_prefix("urn:holdfast:zvm:")?.parse().ok())
-            .ok_or_else(damaged)?;
-        let not_after_us = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0) * 1_000_000;
-        Ok(Identity { zvm_id, certificate: certificate.clone(), key, not_after_us })
+        let own = (pem.as_str(), files.identity.as_path());
+        Credentials::from_pem(own, own, (&self.certificate_pem, &files.ca_cert))
+            .ok()
+            .filter(|credentials| credentials.own.identity.role == Role::Zvm)
+            .ok_or_else(|| AuthorityError::Damaged {
+                path: files.identity.clone(),
+                what: "manager's certificate and key",
+            })
     }
-}
-
-/// Lower-case hex of `bytes`.
-pub fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 struct Files {
@@ -263,7 +253,8 @@ fn leaf_params(
     params.subject_alt_names = vec![SanType::URI(format!("urn:holdfast:{role}:{id}").try_into()?)];
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     params.use_authority_key_identifier_extension = true;
     // RFC 5280 4.1.2.2: positive and at most 20 octets; the leading octet keeps both true.
     let mut serial = [0_u8; 17];
@@ -271,15 +262,7 @@ fn leaf_params(
     serial[1..].copy_from_slice(Uuid::new_v4().as_bytes());
     params.serial_number = Some(SerialNumber::from_slice(&serial));
     let not_after_us = (now_us / 1_000_000 + (DAY * days).as_secs()) * 1_000_000;
-    Ok((params, hex(&serial), not_after_us))
-}
-
-fn uri_names<'a>(certificate: &'a x509_parser::certificate::X509Certificate<'a>) -> impl Iterator<Item = &'a str> {
-    let names = certificate.subject_alternative_name().ok().flatten();
-    names.into_iter().flat_map(|extension| &extension.value.general_names).filter_map(|name| match name {
-        x509_parser::extensions::GeneralName::URI(uri) => Some(*uri),
-        _ => None,
-    })
+    Ok((params, hex(&serial).trim_start_matches('0').to_owned(), not_after_us))
 }
 
 fn check_private(path: &Path) -> Result<(), AuthorityError> {
@@ -301,28 +284,15 @@ fn read(path: &Path) -> Result<String, AuthorityError> {
     })
 }
 
-/// Writes `path` so that a crash leaves the old or the new content: new file, fsync, rename, fsync of the folder.
 fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), AuthorityError> {
-    let write = || -> std::io::Result<()> {
-        let new_path = path.with_extension("new");
-        match std::fs::remove_file(&new_path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&new_path)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&new_path, path)?;
-        match path.parent() {
-            Some(dir) => std::fs::File::open(dir)?.sync_all(),
-            None => Ok(()),
-        }
-    };
-    write().map_err(|source| AuthorityError::File { path: path.into(), source })
+    vra::config::write_atomic(path, bytes, mode)
+        .map_err(|source| AuthorityError::File { path: path.into(), source })
 }
 
 #[cfg(test)]
 mod tests {
+    use vra::pki::PeerCertificate;
+
     use super::*;
 
     const NOW_US: u64 = 1_790_000_000_000_000;
@@ -337,23 +307,26 @@ mod tests {
         let (created, zvm_id) = Authority::create(&dir, "london", NOW_US).unwrap();
         let authority = Authority::open(&dir).unwrap();
         assert_eq!(created.fingerprint(), authority.fingerprint());
-        assert_eq!(authority.open_identity(&dir, NOW_US).unwrap().zvm_id, zvm_id);
+        assert_eq!(authority.open_identity(&dir, NOW_US).unwrap().own.identity.id, zvm_id);
 
         let vra_id = Uuid::new_v4();
         let vra_key = KeyPair::generate().unwrap();
-        // A request that asks for a name that is not its owner's.
-        let mut greedy = CertificateParams::default();
-        greedy.subject_alt_names =
-            vec![SanType::URI(format!("urn:holdfast:zvm:{}", Uuid::new_v4()).try_into().unwrap())];
-        let request = greedy.serialize_request(&vra_key).unwrap().pem().unwrap();
+        let request_for = |urn: String| {
+            let mut params = CertificateParams::default();
+            params.subject_alt_names = vec![SanType::URI(urn.try_into().unwrap())];
+            params.serialize_request(&vra_key).unwrap().pem().unwrap()
+        };
+        let greedy = request_for(format!("urn:holdfast:zvm:{zvm_id}"));
+        assert!(matches!(authority.sign_vra(&greedy, vra_id, NOW_US), Err(AuthorityError::Request(_))));
+        let request = request_for(format!("urn:holdfast:vra:{vra_id}"));
         let issued = authority.sign_vra(&request, vra_id, NOW_US).unwrap();
 
         let der = CertificateDer::from_pem_slice(issued.pem.as_bytes()).unwrap();
+        let named = PeerCertificate::from_der(&der).unwrap();
+        assert_eq!((named.identity.role, named.identity.id), (Role::Vra, vra_id));
+        assert_eq!(named.serial, issued.serial);
+        assert_eq!(named.ends_us.0, issued.not_after_us);
         let (_, certificate) = x509_parser::parse_x509_certificate(&der).unwrap();
-        let names: Vec<&str> = uri_names(&certificate).collect();
-        assert_eq!(names, [format!("urn:holdfast:vra:{vra_id}")]);
-        assert_eq!(hex(certificate.raw_serial()), issued.serial);
-        assert_eq!(certificate.validity().not_after.timestamp() as u64 * 1_000_000, issued.not_after_us);
         let (_, site) = x509_parser::parse_x509_certificate(authority.certificate()).unwrap();
         assert!(site.is_ca() && !certificate.is_ca());
         assert_eq!(certificate.issuer(), site.subject());
@@ -376,9 +349,9 @@ mod tests {
         let first = authority.open_identity(&dir, NOW_US).unwrap();
         let later_us = NOW_US + u64::from(ZVM_DAYS - 10) * 86_400_000_000;
         let second = authority.open_identity(&dir, later_us).unwrap();
-        assert_eq!(second.zvm_id, zvm_id);
-        assert!(second.not_after_us > first.not_after_us);
-        assert_ne!(second.certificate, first.certificate);
+        assert_eq!(second.own.identity.id, zvm_id);
+        assert!(second.own.ends_us > first.own.ends_us);
+        assert_ne!(second.chain, first.chain);
         std::fs::remove_dir_all(dir).unwrap();
     }
 

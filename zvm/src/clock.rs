@@ -27,15 +27,6 @@ impl Clock {
     }
 }
 
-/// `at_us` as ISO 8601 in UTC with milliseconds; empty for times that no calendar holds.
-pub fn iso8601(at_us: u64) -> String {
-    i64::try_from(at_us)
-        .ok()
-        .and_then(|at_us| jiff::Timestamp::from_microsecond(at_us).ok())
-        .map(|time| format!("{time:.3}"))
-        .unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -45,10 +36,5 @@ mod tests {
         let clock = Clock::new();
         let readings: Vec<u64> = (0..1000).map(|_| clock.now_us()).collect();
         assert!(readings.windows(2).all(|pair| pair[0] < pair[1]));
-    }
-
-    #[test]
-    fn times_are_written_in_utc() {
-        assert_eq!(iso8601(1_700_000_000_123_456), "2023-11-14T22:13:20.123Z");
     }
 }

@@ -140,7 +140,10 @@ mod tests {
     fn an_unknown_key_is_named_with_its_line() {
         let error = Config::parse("state_dir = \"/s\"\nlissten = \"[::]:1\"\n", Path::new("/etc/zvm.toml"));
         let text = error.unwrap_err().to_string();
-        assert!(text.contains("/etc/zvm.toml") && text.contains("lissten") && text.contains("line 2"), "{text}");
+        assert!(
+            text.contains("/etc/zvm.toml") && text.contains("lissten") && text.contains("line 2"),
+            "{text}"
+        );
     }
 
     #[test]

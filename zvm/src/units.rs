@@ -19,7 +19,9 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
         (Ok(number), Some(factor)) => {
             number.checked_mul(factor).ok_or_else(|| format!("{text} is larger than any disk"))
         }
-        _ => Err(format!("{text:?} is not a size; write a whole number and B, KiB, MiB, GiB or TiB, as in 10GiB")),
+        _ => Err(format!(
+            "{text:?} is not a size; write a whole number and B, KiB, MiB, GiB or TiB, as in 10GiB"
+        )),
     }
 }
 

@@ -123,7 +123,8 @@ pub enum InventoryError {
 }
 
 /// Answer of a provider's reading.
-pub type ReadFuture<'a> = Pin<Box<dyn Future<Output = Result<Option<Inventory>, InventoryError>> + Send + 'a>>;
+pub type ReadFuture<'a> =
+    Pin<Box<dyn Future<Output = Result<Option<Inventory>, InventoryError>> + Send + 'a>>;
 
 /// A source of inventory.
 pub trait Provider: Send {

@@ -224,9 +224,10 @@ impl Checker<'_> {
 
     fn vm(&self, vm: &VmEntry, hosts: &Names, networks: &Names) -> Result<Vm, InventoryError> {
         self.not_empty("vm.name", &vm.name)?;
-        let uuid = vm.uuid.get_ref().parse::<Uuid>().map_err(|_| {
-            self.wrong("vm.uuid", &vm.uuid, format!("{:?} is not a UUID", vm.uuid.get_ref()))
-        })?;
+        let uuid =
+            vm.uuid.get_ref().parse::<Uuid>().map_err(|_| {
+                self.wrong("vm.uuid", &vm.uuid, format!("{:?} is not a UUID", vm.uuid.get_ref()))
+            })?;
         self.refer("vm.host", &vm.host, hosts)?;
         let mut names = Names::new("vm.disk.name");
         let mut disks = Vec::with_capacity(vm.disk.len());
@@ -249,7 +250,8 @@ impl Checker<'_> {
         for nic in &vm.nic {
             self.refer("vm.nic.network", &nic.network, networks)?;
             if !is_mac(nic.mac.get_ref()) {
-                let reason = format!("{:?} is not a MAC address such as 52:54:00:12:34:56", nic.mac.get_ref());
+                let reason =
+                    format!("{:?} is not a MAC address such as 52:54:00:12:34:56", nic.mac.get_ref());
                 return Err(self.wrong("vm.nic.mac", &nic.mac, reason));
             }
             nics.push(Nic { mac: nic.mac.get_ref().clone(), network: nic.network.get_ref().clone() });
@@ -338,7 +340,8 @@ fn key_of_line(text: &str, at: usize) -> Option<String> {
 
 fn is_mac(text: &str) -> bool {
     let parts: Vec<&str> = text.split(':').collect();
-    parts.len() == 6 && parts.iter().all(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()))
+    parts.len() == 6
+        && parts.iter().all(|part| part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit()))
 }
 
 #[cfg(test)]
@@ -411,7 +414,10 @@ network = "prod"
             assert!(GOOD.contains(from), "{from}");
             let text = GOOD.replacen(from, to, 1);
             let message = parse(&text, "/etc/inv.toml").expect_err(to).to_string();
-            assert!(message.starts_with(&format!("inventory /etc/inv.toml, line {line}: ")), "{to}: {message}");
+            assert!(
+                message.starts_with(&format!("inventory /etc/inv.toml, line {line}: ")),
+                "{to}: {message}"
+            );
             assert!(message.contains(words), "{to}: {message}");
         }
     }

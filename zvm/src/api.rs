@@ -1,0 +1,475 @@
+//! What the `zvm` command asks of `zvm serve`: JSON frames over a unix socket, as VRAs use them (`vra::control`).
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+use vra::api::view::ViewInfo;
+use vra::api::{ApiError, CheckpointId, CheckpointInfo, DoorRequest, TimeUs, VraStatus};
+
+use crate::inventory::Inventory;
+use crate::model::alert::Alert;
+use crate::model::event::Event;
+use crate::model::status::VpgReport;
+use crate::model::task::Task;
+use crate::model::test_run::TestRun;
+use crate::model::vpg::{Priority, Vpg};
+use crate::model::vra::Vra;
+
+/// Longest JSON message in either direction, in bytes.
+pub const MAX_MESSAGE_BYTES: u32 = 64 << 20;
+
+/// Most entries that a list request may ask for.
+pub const MAX_LIST: u32 = 10_000;
+
+/// What the command sends.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RequestFrame {
+    /// The sender's number for the request, given back in [`ResponseFrame::id`].
+    pub id: u64,
+    /// The request.
+    pub request: Request,
+}
+
+/// What the manager answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ResponseFrame {
+    /// [`RequestFrame::id`], or 0 when the request could not be read.
+    pub id: u64,
+    /// The answer.
+    pub outcome: Outcome,
+}
+
+/// Success or failure of one request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// It was done, or begun.
+    Ok(Box<Response>),
+    /// It was not done.
+    Error(ApiError),
+}
+
+/// A request.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+pub enum Request {
+    /// The whole at a glance. Answer: [`Response::Status`].
+    Status,
+    /// What there is to protect. Answer: [`Response::Inventory`].
+    Inventory,
+    /// Makes a one-time token. Answer: [`Response::Token`].
+    VraTokenCreate {
+        /// Name that the VRA will have.
+        name: String,
+        /// How long it can be used, seconds.
+        ttl_s: u64,
+    },
+    /// All VRAs. Answer: [`Response::Vras`].
+    VraList,
+    /// One VRA. Answer: [`Response::Vra`].
+    VraShow {
+        /// Its name or id.
+        vra: String,
+    },
+    /// Revokes a VRA's certificates. Answer: [`Response::Task`].
+    VraRevoke {
+        /// Its name or id.
+        vra: String,
+        /// Although groups still use it.
+        force: bool,
+    },
+    /// Changes where a VRA is reached. Answer: [`Response::Vra`].
+    VraSetAddress {
+        /// Its name or id.
+        vra: String,
+        /// `host:port`.
+        address: String,
+    },
+    /// Creates a group. Answer: [`Response::Task`].
+    VpgCreate(VpgSpec),
+    /// One group. Answer: [`Response::Vpg`].
+    VpgShow {
+        /// Its name or id.
+        vpg: String,
+    },
+    /// Deletes a group. Answer: [`Response::Task`].
+    VpgDelete {
+        /// Its name or id.
+        vpg: String,
+        /// Leave journals and recovery disks in the datastore.
+        keep_disks: bool,
+        /// Don't wait for VRAs that cannot be reached.
+        force: bool,
+    },
+    /// A group's checkpoints, newest first. Answer: [`Response::Checkpoints`].
+    CheckpointList {
+        /// The group's name or id.
+        vpg: String,
+        /// Only named ones.
+        tagged: bool,
+        /// Only those taken at or after it.
+        from_us: Option<TimeUs>,
+        /// Only those taken at or before it.
+        to_us: Option<TimeUs>,
+        /// At most so many.
+        limit: u32,
+    },
+    /// Makes a checkpoint now and names it. Answer: [`Response::Checkpoint`].
+    CheckpointTag {
+        /// The group's name or id.
+        vpg: String,
+        /// The name.
+        tag: String,
+    },
+    /// Opens a group's disks for a test. Answer: [`Response::Task`].
+    TestStart {
+        /// The group's name or id.
+        vpg: String,
+        /// As of when.
+        at: At,
+        /// How the disks are offered.
+        door: DoorRequest,
+    },
+    /// Ends a group's test. Answer: [`Response::Task`].
+    TestStop {
+        /// The group's name or id.
+        vpg: String,
+    },
+    /// A group's test with its disks. Answer: [`Response::Test`].
+    TestShow {
+        /// The group's name or id.
+        vpg: String,
+    },
+    /// The newest tasks. Answer: [`Response::Tasks`].
+    TaskList {
+        /// At most so many.
+        limit: u32,
+    },
+    /// One task. Answer: [`Response::Task`].
+    TaskShow {
+        /// Its id.
+        task: Uuid,
+    },
+    /// The newest events. Answer: [`Response::Events`].
+    EventList {
+        /// At most so many.
+        limit: u32,
+    },
+    /// Alerts. Answer: [`Response::Alerts`].
+    AlertList {
+        /// Also those that are over.
+        all: bool,
+        /// At most so many.
+        limit: u32,
+    },
+}
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "is", content = "value", rename_all = "snake_case")]
+pub enum Response {
+    /// To [`Request::Status`].
+    Status(Status),
+    /// To [`Request::Inventory`].
+    Inventory(InventoryState),
+    /// To [`Request::VraTokenCreate`].
+    Token(NewToken),
+    /// To [`Request::VraList`].
+    Vras(Vec<VraState>),
+    /// To [`Request::VraShow`] and [`Request::VraSetAddress`].
+    Vra(Box<VraDetails>),
+    /// To [`Request::VpgShow`].
+    Vpg(Box<VpgDetails>),
+    /// To [`Request::CheckpointList`].
+    Checkpoints(Vec<CheckpointInfo>),
+    /// To [`Request::CheckpointTag`].
+    Checkpoint(CheckpointInfo),
+    /// To [`Request::TestShow`].
+    Test(TestShown),
+    /// To what takes time, and to [`Request::TaskShow`].
+    Task(Task),
+    /// To [`Request::TaskList`].
+    Tasks(Vec<Task>),
+    /// To [`Request::EventList`].
+    Events(Vec<Event>),
+    /// To [`Request::AlertList`].
+    Alerts(Vec<Alert>),
+}
+
+/// A group to be created, as the user describes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VpgSpec {
+    /// Its name.
+    pub name: String,
+    /// For people.
+    #[serde(default)]
+    pub description: String,
+    /// Which group goes first when there is not enough for all.
+    #[serde(default = "defaults::priority")]
+    pub priority: Priority,
+    /// Name or id of the VRA that keeps the journals.
+    pub target: String,
+    /// Name of a datastore in the inventory, or the absolute path of a folder at the target.
+    pub datastore: String,
+    /// Space for each VM's journal, bytes.
+    #[serde(default = "defaults::journal_limit_bytes")]
+    pub journal_limit_bytes: u64,
+    /// How long history is wanted, seconds.
+    #[serde(default = "defaults::history_s")]
+    pub history_s: u64,
+    /// Time between checkpoints, milliseconds.
+    #[serde(default = "defaults::checkpoint_interval_ms")]
+    pub checkpoint_interval_ms: u32,
+    /// Longest time that a checkpoint may hold guests' writes, milliseconds.
+    #[serde(default = "defaults::hold_deadline_ms")]
+    pub hold_deadline_ms: u32,
+    /// The RPO to be warned beyond, seconds.
+    #[serde(default = "defaults::rpo_target_s")]
+    pub rpo_target_s: u64,
+    /// Give up old checkpoints rather than stop replicating when a full sync does not fit the journal.
+    #[serde(default = "defaults::give_up_history")]
+    pub give_up_history: bool,
+    /// The VMs.
+    pub vms: Vec<VmSpec>,
+}
+
+/// A VM of a group to be created.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmSpec {
+    /// Its name or UUID in the inventory.
+    pub vm: String,
+    /// Another target than the group's.
+    #[serde(default)]
+    pub target: Option<String>,
+    /// Another datastore than the group's.
+    #[serde(default)]
+    pub datastore: Option<String>,
+    /// Another journal limit than the group's, bytes.
+    #[serde(default)]
+    pub journal_limit_bytes: Option<u64>,
+}
+
+/// What a group gets that its user says nothing of.
+pub mod defaults {
+    use crate::model::vpg::Priority;
+
+    /// Medium.
+    pub fn priority() -> Priority {
+        Priority::Medium
+    }
+
+    /// 10 GiB.
+    pub fn journal_limit_bytes() -> u64 {
+        10 << 30
+    }
+
+    /// 4 hours.
+    pub fn history_s() -> u64 {
+        4 * 3_600
+    }
+
+    /// 5 seconds.
+    pub fn checkpoint_interval_ms() -> u32 {
+        5_000
+    }
+
+    /// 100 milliseconds.
+    pub fn hold_deadline_ms() -> u32 {
+        100
+    }
+
+    /// Half a minute.
+    pub fn rpo_target_s() -> u64 {
+        30
+    }
+
+    /// Yes: replication is worth more than old checkpoints.
+    pub fn give_up_history() -> bool {
+        true
+    }
+}
+
+/// A moment that a user names.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum At {
+    /// The newest complete checkpoint.
+    Latest,
+    /// A checkpoint by its id.
+    Checkpoint {
+        /// Its id.
+        checkpoint: CheckpointId,
+    },
+    /// The newest complete checkpoint at or before a time (D4).
+    Time {
+        /// The time.
+        time_us: TimeUs,
+    },
+    /// The newest complete checkpoint of that name.
+    Tag {
+        /// Its name.
+        tag: String,
+    },
+}
+
+/// The whole at a glance.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The site's name.
+    pub site: String,
+    /// The manager's version.
+    pub version: String,
+    /// The manager's clock.
+    pub now_us: TimeUs,
+    /// Groups.
+    pub vpgs: Vec<VpgReport>,
+    /// Enrolled VRAs.
+    pub vras: Vec<VraState>,
+    /// What is wrong.
+    pub alerts: Vec<Alert>,
+}
+
+/// A VRA and whether it answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VraState {
+    /// The VRA.
+    #[serde(flatten)]
+    pub vra: Vra,
+    /// It answered the last time it was asked.
+    pub reachable: bool,
+    /// Why it didn't.
+    pub error: Option<String>,
+    /// VMs that it protects.
+    pub source_vms: usize,
+    /// VMs whose journals it keeps.
+    pub target_vms: usize,
+}
+
+/// A VRA with all that it tells.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VraDetails {
+    /// The VRA.
+    pub state: VraState,
+    /// Its last answer.
+    pub status: Option<VraStatus>,
+}
+
+/// A group, wanted and as it is.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct VpgDetails {
+    /// As it is wanted.
+    pub vpg: Vpg,
+    /// As it is; none before the first look.
+    pub report: Option<VpgReport>,
+}
+
+/// A new token.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewToken {
+    /// The text for `vra enroll`. It is kept nowhere.
+    pub token: String,
+    /// Name that the VRA will have.
+    pub name: String,
+    /// Until when it can be used.
+    pub ends_us: TimeUs,
+}
+
+impl std::fmt::Debug for NewToken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("NewToken")
+            .field("name", &self.name)
+            .field("ends_us", &self.ends_us)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The inventory in force.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InventoryState {
+    /// Where it comes from.
+    pub from: String,
+    /// When it was last read well.
+    pub read_us: Option<TimeUs>,
+    /// Why the newest reading failed; the one before stays in force.
+    pub error: Option<String>,
+    /// What was read.
+    pub inventory: Inventory,
+}
+
+/// A test and its disks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TestShown {
+    /// The test.
+    pub test: TestRun,
+    /// Its views, by VRA.
+    pub views: Vec<ViewShown>,
+}
+
+/// A test's view at one VRA.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ViewShown {
+    /// The VRA's name.
+    pub vra: String,
+    /// The view; none while it isn't open.
+    pub view: Option<ViewInfo>,
+}
+
+/// The unix socket and what to ask there.
+#[derive(Debug)]
+pub struct Client {
+    stream: tokio::net::UnixStream,
+    next_id: u64,
+}
+
+/// Why a request got no good answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nothing answers at the socket.
+    #[error(
+        "cannot reach the manager at {path}: is `zvm serve` running, and does this user have the right to it?"
+    )]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The manager said no.
+    #[error(transparent)]
+    Refused(#[from] ApiError),
+    /// The connection broke.
+    #[error("the connection to the manager broke")]
+    Broken(#[from] vra::control::FrameError),
+    /// The manager closed the connection before it answered.
+    #[error("the manager closed the connection before it answered; see its log")]
+    Closed,
+}
+
+impl Client {
+    /// Connects to `zvm serve`.
+    pub async fn connect(path: &std::path::Path) -> Result<Self, ClientError> {
+        let stream = tokio::net::UnixStream::connect(path)
+            .await
+            .map_err(|source| ClientError::Connect { path: path.into(), source })?;
+        Ok(Self { stream, next_id: 1 })
+    }
+
+    /// Sends a request and waits for its answer.
+    ///
+    /// Not cancel safe: after a dropped call the client is of no more use.
+    pub async fn call(&mut self, request: Request) -> Result<Response, ClientError> {
+        let id = self.next_id;
+        self.next_id += 1;
+        vra::control::write_frame(&mut self.stream, &RequestFrame { id, request }, MAX_MESSAGE_BYTES).await?;
+        let frame: ResponseFrame = vra::control::read_frame(&mut self.stream, MAX_MESSAGE_BYTES)
+            .await?
+            .ok_or(ClientError::Closed)?;
+        match frame.outcome {
+            Outcome::Ok(response) => Ok(*response),
+            Outcome::Error(error) => Err(error.into()),
+        }
+    }
+}

@@ -1,0 +1,398 @@
+//! Commands that ask the running manager.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use clap::{Args, Subcommand, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use uuid::Uuid;
+use vra::api::{DoorRequest, TimeUs};
+
+use super::{Command, Failure, VpgFile, show};
+use crate::api::{At, Client, MAX_LIST, Request, Response};
+use crate::config::Config;
+use crate::model::status::VpgStatus;
+use crate::model::task::{Task, TaskState};
+use crate::units::parse_duration;
+
+/// VRAs and the tokens that let them enrol.
+#[derive(Debug, Subcommand)]
+pub(super) enum VraCommand {
+    /// One-time tokens.
+    #[command(subcommand)]
+    Token(TokenCommand),
+    /// All VRAs.
+    List,
+    /// One VRA with its disks, VMs and views.
+    Show {
+        /// Its name or id.
+        vra: String,
+    },
+    /// Revoke a VRA's certificates; all other VRAs are told.
+    Revoke {
+        /// Its name or id.
+        vra: String,
+        /// Although groups still use it.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Change where a VRA is reached.
+    SetAddress {
+        /// Its name or id.
+        vra: String,
+        /// `host:port` of its UDP port.
+        address: String,
+    },
+}
+
+/// One-time tokens.
+#[derive(Debug, Subcommand)]
+pub(super) enum TokenCommand {
+    /// Make a token for `vra enroll`. It is shown once and kept nowhere.
+    Create {
+        /// Name that the VRA will have; the inventory's hosts refer to it.
+        #[arg(long)]
+        name: String,
+        /// How long it can be used.
+        #[arg(long, default_value = "1h", value_parser = parse_duration)]
+        ttl: Duration,
+    },
+}
+
+/// Virtual protection groups.
+#[derive(Debug, Subcommand)]
+pub(super) enum VpgCommand {
+    /// Protect VMs together.
+    Create(Box<VpgCreate>),
+    /// One group with its VMs.
+    Show {
+        /// Its name or id.
+        vpg: String,
+    },
+    /// All groups.
+    List,
+    /// End a group's protection.
+    Delete {
+        /// Its name or id.
+        vpg: String,
+        /// Leave journals and recovery disks in the datastore.
+        #[arg(long)]
+        keep_disks: bool,
+        /// Don't wait for VRAs that cannot be reached.
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        wait: Wait,
+    },
+}
+
+/// What a group is created from.
+#[derive(Debug, Args)]
+pub(super) struct VpgCreate {
+    /// TOML file to take settings from; options go before it.
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    #[command(flatten)]
+    vpg: VpgFile,
+    #[command(flatten)]
+    wait: Wait,
+}
+
+/// Whether to wait for a task.
+#[derive(Debug, Args)]
+pub(super) struct Wait {
+    /// Don't wait for the end.
+    #[arg(long)]
+    no_wait: bool,
+    /// Longest wait for the end.
+    #[arg(long, default_value = "2m", value_parser = parse_duration)]
+    timeout: Duration,
+}
+
+/// Checkpoints of a group.
+#[derive(Debug, Subcommand)]
+pub(super) enum CheckpointCommand {
+    /// The newest checkpoints.
+    List {
+        /// The group's name or id.
+        vpg: String,
+        /// Only named ones.
+        #[arg(long)]
+        tagged: bool,
+        /// Only those at or after this time (RFC 3339, as 2026-11-22T16:00:05Z).
+        #[arg(long)]
+        from: Option<TimeUs>,
+        /// Only those at or before this time.
+        #[arg(long)]
+        to: Option<TimeUs>,
+        /// How many at most.
+        #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_LIST)))]
+        limit: u32,
+    },
+    /// Make a checkpoint now and name it.
+    Tag {
+        /// The group's name or id.
+        vpg: String,
+        /// The name.
+        tag: String,
+    },
+}
+
+/// Tests of a group.
+#[derive(Debug, Subcommand)]
+pub(super) enum TestCommand {
+    /// Open all disks of a group at a checkpoint, at its target; replication goes on.
+    Start {
+        /// The group's name or id.
+        vpg: String,
+        /// `latest`, a checkpoint's id or tag, or a time (RFC 3339).
+        #[arg(long, default_value = "latest")]
+        at: String,
+        /// How the disks are offered at the target.
+        #[arg(long, value_enum, default_value_t = Door::Ublk)]
+        door: Door,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Close them and delete everything that was written to them.
+    Stop {
+        /// The group's name or id.
+        vpg: String,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Where the disks are.
+    Show {
+        /// The group's name or id.
+        vpg: String,
+    },
+}
+
+/// How a disk is offered.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum Door {
+    /// A block device.
+    Ublk,
+    /// An NBD export on a unix socket.
+    Nbd,
+}
+
+/// Tasks.
+#[derive(Debug, Subcommand)]
+pub(super) enum TaskCommand {
+    /// The newest tasks.
+    List {
+        /// How many at most.
+        #[arg(long, default_value_t = 20)]
+        limit: u32,
+    },
+    /// One task.
+    Show {
+        /// Its id.
+        task: Uuid,
+    },
+}
+
+/// Events.
+#[derive(Debug, Subcommand)]
+pub(super) enum EventCommand {
+    /// The newest events.
+    List {
+        /// How many at most.
+        #[arg(long, default_value_t = 50)]
+        limit: u32,
+    },
+}
+
+/// Alerts.
+#[derive(Debug, Subcommand)]
+pub(super) enum AlertCommand {
+    /// What is wrong now.
+    List {
+        /// Also what is over.
+        #[arg(long)]
+        all: bool,
+        /// How many at most.
+        #[arg(long, default_value_t = 100)]
+        limit: u32,
+    },
+}
+
+/// How to ask and how to show.
+#[derive(Debug)]
+pub(super) struct Ask<'a> {
+    config: &'a Config,
+    json: bool,
+}
+
+impl<'a> Ask<'a> {
+    pub(super) fn new(config: &'a Config, json: bool) -> Self {
+        Self { config, json }
+    }
+
+    pub(super) async fn run(&self, command: Command) -> Result<(), Failure> {
+        match command {
+            Command::Init { .. } | Command::Serve => Err(Failure::Unexpected),
+            Command::Status { watch, check } => self.status(watch, check).await,
+            Command::Inventory => self.print(Request::Inventory).await,
+            Command::Vra(command) => self.vra(command).await,
+            Command::Vpg(command) => self.vpg(command).await,
+            Command::Checkpoint(command) => self.checkpoint(command).await,
+            Command::Test(command) => self.test(command).await,
+            Command::Task(TaskCommand::List { limit }) => self.print(Request::TaskList { limit }).await,
+            Command::Task(TaskCommand::Show { task }) => self.print(Request::TaskShow { task }).await,
+            Command::Event(EventCommand::List { limit }) => self.print(Request::EventList { limit }).await,
+            Command::Alert(AlertCommand::List { all, limit }) => {
+                self.print(Request::AlertList { all, limit }).await
+            }
+        }
+    }
+
+    async fn status(&self, watch: bool, check: bool) -> Result<(), Failure> {
+        loop {
+            let mut client = Client::connect(&self.config.socket).await?;
+            let response = client.call(Request::Status).await?;
+            if watch && !self.json {
+                // ANSI: cursor to the top, clear what follows.
+                print!("\x1b[H\x1b[2J");
+            }
+            self.show(&response)?;
+            let Response::Status(status) = &response else { return Err(Failure::Unexpected) };
+            if check && status.vpgs.iter().any(|vpg| vpg.status != VpgStatus::MeetingSla) {
+                return Err(Failure::SlaMissed);
+            }
+            if !watch {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_secs(2)).await;
+        }
+    }
+
+    async fn vra(&self, command: VraCommand) -> Result<(), Failure> {
+        let request = match command {
+            VraCommand::Token(TokenCommand::Create { name, ttl }) => {
+                Request::VraTokenCreate { name, ttl_s: ttl.as_secs() }
+            }
+            VraCommand::List => Request::VraList,
+            VraCommand::Show { vra } => Request::VraShow { vra },
+            VraCommand::Revoke { vra, force } => Request::VraRevoke { vra, force },
+            VraCommand::SetAddress { vra, address } => Request::VraSetAddress { vra, address },
+        };
+        self.print(request).await
+    }
+
+    async fn vpg(&self, command: VpgCommand) -> Result<(), Failure> {
+        match command {
+            VpgCommand::Create(create) => {
+                let file = match &create.file {
+                    Some(path) => VpgFile::read(path).map_err(Failure::Usage)?,
+                    None => VpgFile::default(),
+                };
+                let spec = create.vpg.or(file).into_spec().map_err(Failure::Usage)?;
+                self.task(Request::VpgCreate(spec), &create.wait).await
+            }
+            VpgCommand::Show { vpg } => self.print(Request::VpgShow { vpg }).await,
+            VpgCommand::List => {
+                let mut client = Client::connect(&self.config.socket).await?;
+                let Response::Status(status) = client.call(Request::Status).await? else {
+                    return Err(Failure::Unexpected);
+                };
+                show::vpgs(&status.vpgs, self.json)?;
+                Ok(())
+            }
+            VpgCommand::Delete { vpg, keep_disks, force, wait } => {
+                self.task(Request::VpgDelete { vpg, keep_disks, force }, &wait).await
+            }
+        }
+    }
+
+    async fn checkpoint(&self, command: CheckpointCommand) -> Result<(), Failure> {
+        let request = match command {
+            CheckpointCommand::List { vpg, tagged, from, to, limit } => {
+                Request::CheckpointList { vpg, tagged, from_us: from, to_us: to, limit }
+            }
+            CheckpointCommand::Tag { vpg, tag } => Request::CheckpointTag { vpg, tag },
+        };
+        self.print(request).await
+    }
+
+    async fn test(&self, command: TestCommand) -> Result<(), Failure> {
+        match command {
+            TestCommand::Start { vpg, at, door, wait } => {
+                let door = match door {
+                    Door::Ublk => DoorRequest::Ublk { queues: None, depth: None },
+                    Door::Nbd => DoorRequest::Nbd { listen: None },
+                };
+                let request = Request::TestStart { vpg: vpg.clone(), at: parse_at(&at), door };
+                if wait.no_wait {
+                    return self.task(request, &wait).await;
+                }
+                let mut client = Client::connect(&self.config.socket).await?;
+                self.follow(&mut client, request, &wait).await?;
+                let response = client.call(Request::TestShow { vpg }).await?;
+                self.show(&response)
+            }
+            TestCommand::Stop { vpg, wait } => self.task(Request::TestStop { vpg }, &wait).await,
+            TestCommand::Show { vpg } => self.print(Request::TestShow { vpg }).await,
+        }
+    }
+
+    async fn print(&self, request: Request) -> Result<(), Failure> {
+        let mut client = Client::connect(&self.config.socket).await?;
+        let response = client.call(request).await?;
+        self.show(&response)
+    }
+
+    async fn task(&self, request: Request, wait: &Wait) -> Result<(), Failure> {
+        let mut client = Client::connect(&self.config.socket).await?;
+        let task = self.follow(&mut client, request, wait).await?;
+        self.show(&Response::Task(task))
+    }
+
+    /// Sends a request that begins a task and waits for its end.
+    async fn follow(&self, client: &mut Client, request: Request, wait: &Wait) -> Result<Task, Failure> {
+        let Response::Task(mut task) = client.call(request).await? else { return Err(Failure::Unexpected) };
+        let deadline = Instant::now() + wait.timeout;
+        // Draws on stderr, and nothing where that is no terminal.
+        let bar = ProgressBar::new(100).with_style(
+            ProgressStyle::with_template("{bar:20} {pos:>3} %  {wide_msg}")
+                .unwrap_or_else(|_| ProgressStyle::default_bar()),
+        );
+        while !wait.no_wait && task.state == TaskState::InProgress {
+            if Instant::now() >= deadline {
+                bar.finish_and_clear();
+                return Err(Failure::StillUnderWay(task.step));
+            }
+            bar.set_position(u64::from(task.progress_percent));
+            bar.set_message(task.step.clone());
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let Response::Task(next) = client.call(Request::TaskShow { task: task.id }).await? else {
+                return Err(Failure::Unexpected);
+            };
+            task = next;
+        }
+        bar.finish_and_clear();
+        if task.state == TaskState::Failed {
+            return Err(Failure::TaskFailed(task.step));
+        }
+        Ok(task)
+    }
+
+    fn show(&self, response: &Response) -> Result<(), Failure> {
+        show::response(response, self.json)?;
+        Ok(())
+    }
+}
+
+/// `latest`, a checkpoint's id, a time, and everything else is a tag.
+fn parse_at(text: &str) -> At {
+    if text == "latest" {
+        At::Latest
+    } else if let Ok(checkpoint) = text.parse() {
+        At::Checkpoint { checkpoint }
+    } else if let Ok(time_us) = text.parse() {
+        At::Time { time_us }
+    } else {
+        At::Tag { tag: text.into() }
+    }
+}

@@ -1,0 +1,197 @@
+//! The `zvm` command: `init` and `serve` work on the state folder, everything else asks the running manager.
+//!
+//! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 no such thing, 4 refused in the present state, 5 the manager (or a VRA that is
+//! needed) does not answer, 6 still under way when `--timeout` ended, 7 `status --check` found a group not as wanted.
+
+mod ask;
+mod shape;
+mod show;
+mod table;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use vra::api::ErrorCode;
+
+use crate::api::ClientError;
+use crate::config::Config;
+use crate::manager::{self, StartError};
+use crate::remote::chain;
+use crate::serve::Server;
+
+pub use shape::VpgFile;
+
+/// The manager of Holdfast: inventory, protection groups, checkpoints and recovery tests.
+#[derive(Debug, Parser)]
+#[command(name = "zvm", version, propagate_version = true)]
+struct Cli {
+    /// Configuration file [default: /etc/holdfast/zvm.toml].
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Print JSON instead of tables.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make a new site: its certificate authority, this manager's identity, its database.
+    Init {
+        /// Name of the site.
+        #[arg(long, default_value = "site")]
+        name: String,
+    },
+    /// Run the manager.
+    Serve,
+    /// Groups with their RPO, what is wrong and what to do about it.
+    Status {
+        /// Show again every two seconds until interrupted.
+        #[arg(long)]
+        watch: bool,
+        /// Exit with 7 unless every group meets its SLA.
+        #[arg(long)]
+        check: bool,
+    },
+    /// Hosts, datastores, networks and VMs that there are.
+    Inventory,
+    /// VRAs and the tokens that let them enrol.
+    #[command(subcommand)]
+    Vra(ask::VraCommand),
+    /// Virtual protection groups.
+    #[command(subcommand)]
+    Vpg(ask::VpgCommand),
+    /// Checkpoints of a group.
+    #[command(subcommand)]
+    Checkpoint(ask::CheckpointCommand),
+    /// Open a group's disks as they were, for a test.
+    #[command(subcommand)]
+    Test(ask::TestCommand),
+    /// What users asked for and how far it is.
+    #[command(subcommand)]
+    Task(ask::TaskCommand),
+    /// What happened.
+    #[command(subcommand)]
+    Event(ask::EventCommand),
+    /// What is wrong.
+    #[command(subcommand)]
+    Alert(ask::AlertCommand),
+}
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Config(#[from] crate::config::ConfigError),
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    #[error("{0}")]
+    Usage(String),
+    #[error("{0}")]
+    TaskFailed(String),
+    #[error("still under way: {0}; `zvm task list` shows when it is done")]
+    StillUnderWay(String),
+    #[error("not every group meets its SLA")]
+    SlaMissed,
+    #[error("cannot write the output")]
+    Output(#[from] std::io::Error),
+    #[error("the manager answered with something that wasn't asked for: is it of another version?")]
+    Unexpected,
+}
+
+impl Failure {
+    fn exit_code(&self) -> u8 {
+        match self {
+            Self::Usage(_) => 2,
+            Self::StillUnderWay(_) => 6,
+            Self::SlaMissed => 7,
+            Self::Client(ClientError::Refused(error)) => match error.code {
+                ErrorCode::NotFound => 3,
+                ErrorCode::Busy | ErrorCode::Conflict | ErrorCode::NotReady | ErrorCode::Stale => 4,
+                ErrorCode::BadRequest => 2,
+                _ => 1,
+            },
+            Self::Client(_) => 5,
+            _ => 1,
+        }
+    }
+
+    fn remedy(&self) -> Option<&str> {
+        match self {
+            Self::Client(ClientError::Refused(error)) => error.remedy.as_deref(),
+            _ => None,
+        }
+    }
+}
+
+/// Runs the command line of this process.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("zvm: cannot start threads: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(execute(cli)) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read the output has enough of it.
+        Err(Failure::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("zvm: {}", chain(&failure));
+            if let Some(remedy) = failure.remedy() {
+                eprintln!("     {remedy}");
+            }
+            ExitCode::from(failure.exit_code())
+        }
+    }
+}
+
+async fn execute(cli: Cli) -> Result<(), Failure> {
+    let config = Config::load(cli.config.as_deref())?;
+    match cli.command {
+        Command::Init { name } => init(&config, &name, cli.json).await,
+        Command::Serve => serve(config).await,
+        command => ask::Ask::new(&config, cli.json).run(command).await,
+    }
+}
+
+async fn init(config: &Config, name: &str, json: bool) -> Result<(), Failure> {
+    let (zvm, fingerprint) = manager::initialise(config, name).await?;
+    let fingerprint = vra::api::enroll::hex(&fingerprint);
+    if json {
+        println!("{}", serde_json::json!({ "site": name, "zvm": zvm, "ca_sha256": fingerprint }));
+    } else {
+        println!("Site {name} is ready in {}.", config.state_dir.display());
+        println!("Manager        {zvm}");
+        println!("CA (SHA-256)   {fingerprint}");
+        println!("Keep a backup of {}: whoever has it is the manager.", config.pki_dir().display());
+    }
+    Ok(())
+}
+
+async fn serve(config: Config) -> Result<(), Failure> {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("HOLDFAST_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,sqlx=warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let socket = config.socket.clone();
+    let server = Server::open(config).await?;
+    let address = server.enrolment_address()?;
+    tracing::info!(socket = %socket.display(), enrolment = %address, "the manager runs");
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    server
+        .run(async move {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = tokio::signal::ctrl_c() => {}
+            }
+            tracing::info!("the manager ends");
+        })
+        .await;
+    Ok(())
+}

@@ -1,0 +1,373 @@
+//! Answers as tables or JSON.
+
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+
+use serde::Serialize;
+use vra::api::{CheckpointInfo, TimeUs};
+
+use super::table::Table;
+use crate::api::{InventoryState, NewToken, Response, Status, TestShown, VpgDetails, VraDetails, VraState};
+use crate::model::alert::Alert;
+use crate::model::event::Event;
+use crate::model::status::VpgReport;
+use crate::model::task::{Task, TaskState};
+use crate::units::{format_bytes, format_duration_us};
+
+/// Writes an answer to standard output.
+pub(super) fn response(response: &Response, json: bool) -> io::Result<()> {
+    match response {
+        Response::Status(status) => out(status, json, status_text),
+        Response::Inventory(state) => out(state, json, inventory_text),
+        Response::Token(token) => out(token, json, token_text),
+        Response::Vras(vras) => out(vras, json, |vras| vras_table(vras)),
+        Response::Vra(details) => out(details, json, |details| vra_text(details)),
+        Response::Vpg(details) => out(details, json, |details| vpg_text(details)),
+        Response::Checkpoints(checkpoints) => out(checkpoints, json, |list| checkpoints_table(list)),
+        Response::Checkpoint(checkpoint) => {
+            out(checkpoint, json, |checkpoint| checkpoints_table(std::slice::from_ref(checkpoint)))
+        }
+        Response::Test(test) => out(test, json, test_text),
+        Response::Task(task) => out(task, json, |task| tasks_table(std::slice::from_ref(task))),
+        Response::Tasks(tasks) => out(tasks, json, |tasks| tasks_table(tasks)),
+        Response::Events(events) => out(events, json, |events| events_table(events)),
+        Response::Alerts(alerts) => out(alerts, json, |alerts| alerts_table(alerts)),
+    }
+}
+
+/// Writes groups to standard output.
+pub(super) fn vpgs(reports: &[VpgReport], json: bool) -> io::Result<()> {
+    out(&reports, json, |reports| vpgs_table(reports))
+}
+
+fn out<T: Serialize>(value: &T, json: bool, text: impl Fn(&T) -> String) -> io::Result<()> {
+    let text = if json {
+        let mut text = serde_json::to_string_pretty(value).map_err(io::Error::other)?;
+        text.push('\n');
+        text
+    } else {
+        text(value)
+    };
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
+}
+
+fn status_text(status: &Status) -> String {
+    let mut text = format!("Site {}, manager {}, {}\n\n", status.site, status.version, status.now_us);
+    if status.vpgs.is_empty() {
+        text.push_str("No VPGs. `zvm vpg create` makes one.\n");
+    } else {
+        text.push_str(&vpgs_table(&status.vpgs));
+    }
+    for report in &status.vpgs {
+        for problem in &report.problems {
+            let _ = write!(text, "\n{}: {}\n  -> {}\n", report.name, problem.description, problem.remedy);
+        }
+    }
+    let silent: Vec<&str> =
+        status.vras.iter().filter(|vra| !vra.reachable).map(|vra| vra.vra.name.as_str()).collect();
+    let _ = write!(text, "\n{} VRAs", status.vras.len());
+    if !silent.is_empty() {
+        let _ = write!(text, ", not answering: {}", silent.join(", "));
+    }
+    let _ = writeln!(
+        text,
+        ". {} alerts{}",
+        status.alerts.len(),
+        if status.alerts.is_empty() { "." } else { " (`zvm alert list`)." }
+    );
+    text
+}
+
+fn vpgs_table(reports: &[VpgReport]) -> String {
+    let mut table = Table::new([
+        "VPG",
+        "STATUS",
+        "SUBSTATUS",
+        "RPO",
+        "SLOWEST STAGE",
+        "SYNC",
+        "HISTORY",
+        "CHECKPOINTS",
+        "TEST",
+    ]);
+    for report in reports {
+        let history = match (report.history_from_us, report.history_to_us) {
+            (Some(from), Some(to)) => format_duration_us(to.0.saturating_sub(from.0)),
+            _ => "-".into(),
+        };
+        let sync = report.sync_percent.map_or_else(
+            || "-".into(),
+            |percent| match report.sync_remaining_us {
+                Some(us) => format!("{percent} %, {} left", format_duration_us(us)),
+                None => format!("{percent} %"),
+            },
+        );
+        table.row([
+            report.name.clone(),
+            report.status.to_string(),
+            report.substatus.to_string(),
+            report.rpo_us.map_or_else(|| "-".into(), format_duration_us),
+            report
+                .slowest_stage
+                .map_or_else(|| "-".into(), |(stage, us)| format!("{stage} {}", format_duration_us(us))),
+            sync,
+            history,
+            report.checkpoint_count.to_string(),
+            report.test.map_or_else(|| "-".into(), |state| state.to_string()),
+        ]);
+    }
+    table.render()
+}
+
+fn vpg_text(details: &VpgDetails) -> String {
+    let (vpg, settings) = (&details.vpg, &details.vpg.settings);
+    let mut text = String::new();
+    if let Some(report) = &details.report {
+        text.push_str(&vpgs_table(std::slice::from_ref(report)));
+        for problem in &report.problems {
+            let _ = write!(text, "\n{}\n  -> {}\n", problem.description, problem.remedy);
+        }
+        text.push('\n');
+        let mut table =
+            Table::new(["VM", "SOURCE", "TARGET", "SOURCE DOES", "TARGET DOES", "LINK", "BEHIND", "JOURNAL"]);
+        for vm in &report.vms {
+            table.row([
+                vm.name.clone(),
+                vm.source.clone(),
+                vm.target.clone(),
+                vm.source_mode.map_or_else(|| "-".into(), |mode| json_word(&mode)),
+                vm.target_state.map_or_else(|| "-".into(), |state| json_word(&state)),
+                if vm.connected { "up" } else { "down" }.into(),
+                vm.rpo.map_or_else(|| "-".into(), |rpo| format_duration_us(rpo.total_us)),
+                match vm.journal_used_bytes {
+                    Some(used) => {
+                        format!("{} of {}", format_bytes(used), format_bytes(vm.journal_limit_bytes))
+                    }
+                    None => format!("limit {}", format_bytes(vm.journal_limit_bytes)),
+                },
+            ]);
+        }
+        text.push_str(&table.render());
+        text.push('\n');
+    }
+    let _ = writeln!(text, "Id                   {}", vpg.id);
+    let _ = writeln!(
+        text,
+        "Revision             {} ({} in force everywhere)",
+        vpg.revision, vpg.applied_revision
+    );
+    let _ = writeln!(text, "Created              {}", vpg.created_us);
+    let _ = writeln!(text, "Priority             {}", settings.priority);
+    let _ = writeln!(
+        text,
+        "Checkpoint interval  {}",
+        format_duration_us(u64::from(settings.checkpoint_interval_ms) * 1_000)
+    );
+    let _ = writeln!(text, "History wanted       {}", format_duration_us(settings.history_s * 1_000_000));
+    let _ = writeln!(text, "RPO target           {}", format_duration_us(settings.rpo_target_s * 1_000_000));
+    if !settings.description.is_empty() {
+        let _ =
+            writeln!(text, "Description          {}", settings.description.replace(char::is_control, "?"));
+    }
+    for member in &settings.vms {
+        for volume in &member.volumes {
+            let _ = writeln!(
+                text,
+                "Disk                 {} {}: {} ({})",
+                member.name,
+                volume.number,
+                volume.source_path.display(),
+                format_bytes(volume.size_bytes)
+            );
+        }
+    }
+    text
+}
+
+fn vras_table(vras: &[VraState]) -> String {
+    let mut table =
+        Table::new(["VRA", "STATE", "ADDRESS", "VERSION", "PROTECTS", "KEEPS", "CERTIFICATE ENDS", "ID"]);
+    for state in vras {
+        let vra = &state.vra;
+        let word = match (vra.state, state.reachable) {
+            (crate::model::vra::VraState::Revoked, _) => "revoked",
+            (_, true) => "up",
+            (_, false) => "silent",
+        };
+        table.row([
+            vra.name.clone(),
+            word.into(),
+            vra.address.clone(),
+            vra.version.clone(),
+            format!("{} VMs", state.source_vms),
+            format!("{} journals", state.target_vms),
+            vra.certificate_ends_us.to_string().chars().take(10).collect(),
+            vra.id.to_string(),
+        ]);
+    }
+    if table.is_empty() {
+        return "No VRAs. `zvm vra token create --name NAME` lets one enrol.\n".into();
+    }
+    let mut text = table.render();
+    for state in vras.iter().filter(|state| !state.reachable) {
+        if let Some(error) = &state.error {
+            let _ = write!(text, "\n{}: {error}\n", state.vra.name);
+        }
+    }
+    text
+}
+
+fn vra_text(details: &VraDetails) -> String {
+    let mut text = vras_table(std::slice::from_ref(&details.state));
+    let Some(status) = &details.status else { return text };
+    let _ = writeln!(text, "\nHost {}, kernel {}", status.host.hostname, status.host.kernel);
+    let mut table = Table::new(["DISK", "VM", "SIZE", "DOOR"]);
+    for volume in &status.volumes {
+        table.row([
+            volume.path.display().to_string(),
+            format!("{}:{}", volume.vm_name, volume.number),
+            format_bytes(volume.size_bytes),
+            match (&volume.door, &volume.problem) {
+                (Some(door), _) => door.to_string(),
+                (None, Some(problem)) => problem.clone(),
+                (None, None) => "-".into(),
+            },
+        ]);
+    }
+    if !table.is_empty() {
+        let _ = write!(text, "\n{}", table.render());
+    }
+    for alert in &status.alerts {
+        let _ = writeln!(text, "\n{}", alert.message);
+        if let Some(remedy) = &alert.remedy {
+            let _ = writeln!(text, "  -> {remedy}");
+        }
+    }
+    text
+}
+
+fn inventory_text(state: &InventoryState) -> String {
+    let inventory = &state.inventory;
+    let mut text = format!("From {}", state.from);
+    match state.read_us {
+        Some(read_us) => {
+            let _ = writeln!(text, ", read {read_us}");
+        }
+        None => text.push_str(", not read yet\n"),
+    }
+    if let Some(error) = &state.error {
+        let _ = writeln!(text, "The newest reading failed: {error}");
+    }
+    for site in &inventory.sites {
+        let _ = writeln!(text, "\nSite {}", site.name);
+        for host in inventory.hosts.iter().filter(|host| host.site == site.name) {
+            let _ = writeln!(text, "  Host {} (VRA {})", host.name, host.vra);
+            for vm in inventory.vms.iter().filter(|vm| vm.host == host.name) {
+                let _ = writeln!(text, "    VM {} {}", vm.name, vm.uuid);
+                for disk in &vm.disks {
+                    let size =
+                        disk.size_bytes.map(|size| format!(", {}", format_bytes(size))).unwrap_or_default();
+                    let _ = writeln!(text, "      Disk {} {}{size}", disk.name, disk.path.display());
+                }
+                for nic in &vm.nics {
+                    let _ = writeln!(text, "      NIC {} on {}", nic.mac, nic.network);
+                }
+            }
+            let mounts = |names: &[String]| names.contains(&host.name);
+            for datastore in inventory.datastores.iter().filter(|datastore| mounts(&datastore.hosts)) {
+                let _ = writeln!(text, "    Datastore {} {}", datastore.name, datastore.path.display());
+            }
+        }
+        for network in inventory.networks.iter().filter(|network| network.site == site.name) {
+            let _ = writeln!(text, "  Network {}", network.name);
+        }
+    }
+    text
+}
+
+fn token_text(token: &NewToken) -> String {
+    // The token alone goes to standard output, so that it can be piped into `vra enroll`.
+    eprintln!("One-time token for VRA {}, good until {}; it is kept nowhere:", token.name, token.ends_us);
+    format!("{}\n", token.token)
+}
+
+fn checkpoints_table(checkpoints: &[CheckpointInfo]) -> String {
+    let mut table = Table::new(["TIME", "COMPLETE", "TAG", "ID"]);
+    for checkpoint in checkpoints {
+        table.row([
+            checkpoint.time_us.to_string(),
+            if checkpoint.complete { "yes" } else { "no" }.into(),
+            checkpoint.tag.clone().unwrap_or_else(|| "-".into()),
+            checkpoint.id.to_string(),
+        ]);
+    }
+    if table.is_empty() { "No checkpoints.\n".into() } else { table.render() }
+}
+
+fn test_text(shown: &TestShown) -> String {
+    let test = &shown.test;
+    let tag = test.details.checkpoint_tag.as_ref().map(|tag| format!(" ({tag})")).unwrap_or_default();
+    let mut text = format!(
+        "Test {} of the checkpoint of {}{tag}, since {}\n\n",
+        test.state, test.details.checkpoint_time_us, test.started_us
+    );
+    let mut table = Table::new(["VM", "DISK", "SIZE", "VRA", "DOOR"]);
+    for shown in &shown.views {
+        for disk in shown.view.iter().flat_map(|view| &view.disks) {
+            table.row([
+                disk.vm_name.clone(),
+                disk.number.to_string(),
+                format_bytes(disk.size_bytes),
+                shown.vra.clone(),
+                disk.door.to_string(),
+            ]);
+        }
+    }
+    text.push_str(&table.render());
+    text
+}
+
+fn tasks_table(tasks: &[Task]) -> String {
+    let mut table = Table::new(["STARTED", "TASK", "SUBJECT", "STATE", "STEP", "ID"]);
+    for task in tasks {
+        let state = match task.state {
+            TaskState::InProgress => format!("{} %", task.progress_percent),
+            state => state.to_string(),
+        };
+        table.row([
+            task.started_us.to_string(),
+            task.kind.to_string(),
+            task.subject.clone(),
+            state,
+            task.step.clone(),
+            task.id.to_string(),
+        ]);
+    }
+    if table.is_empty() { "No tasks.\n".into() } else { table.render() }
+}
+
+fn events_table(events: &[Event]) -> String {
+    let mut table = Table::new(["TIME", "EVENT", "", "DESCRIPTION"]);
+    for event in events {
+        let mark = if event.success { "" } else { "!" };
+        table.row([event.at_us.to_string(), event.kind.to_string(), mark.into(), event.description.clone()]);
+    }
+    if table.is_empty() { "No events.\n".into() } else { table.render() }
+}
+
+fn alerts_table(alerts: &[Alert]) -> String {
+    let mut text = String::new();
+    for alert in alerts {
+        let over = alert.turned_off_us.map(|off: TimeUs| format!(", over at {off}")).unwrap_or_default();
+        let condition = &alert.condition;
+        let _ = writeln!(text, "{} {} since {}{over}", condition.level, condition.code, alert.turned_on_us);
+        let _ = writeln!(text, "  {}\n  -> {}", condition.description, condition.remedy);
+    }
+    if text.is_empty() { "No alerts.\n".into() } else { text }
+}
+
+fn json_word(value: &impl Serialize) -> String {
+    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+}

@@ -1,0 +1,241 @@
+//! What is wrong, found anew at each look: the alerts are the difference to the look before. No I/O.
+
+use std::collections::{BTreeMap, HashSet};
+
+use vra::api::VraId;
+use vra::api::status::Severity;
+
+use crate::inventory::Inventory;
+use crate::model::alert::{Condition, Level};
+use crate::model::event::{Entity, EventKind};
+use crate::model::status::{VpgReport, VpgStatus};
+use crate::model::test_run::TestState;
+use crate::model::vpg::{Vpg, VpgState};
+use crate::reconcile::{ActionOutcome, Desired, Failure, Observed, Seen, Subject};
+
+/// A VRA may be silent so long (a restart) before it is an alert, microseconds.
+const SILENCE_GRACE_US: u64 = 3_000_000;
+
+/// A certificate that ends within so long is an alert, microseconds.
+const CERTIFICATE_WARNING_US: u64 = 60 * 86_400_000_000;
+
+/// Everything that a look goes through.
+#[derive(Debug)]
+pub struct Look<'a> {
+    /// What should be.
+    pub desired: &'a Desired,
+    /// What was seen.
+    pub observed: &'a Observed,
+    /// How the groups do.
+    pub reports: &'a [VpgReport],
+    /// Actions that failed.
+    pub failures: &'a BTreeMap<(VraId, Subject), Failure>,
+    /// The inventory in force.
+    pub inventory: &'a Inventory,
+    /// The manager's clock, microseconds.
+    pub now_us: u64,
+}
+
+impl Look<'_> {
+    /// What is wrong now, at most one condition of a code for each thing.
+    pub fn conditions(&self) -> Vec<Condition> {
+        let mut found = Vec::new();
+        self.vras(&mut found);
+        self.vra_alerts(&mut found);
+        self.vpgs(&mut found);
+        self.unknown_vpgs(&mut found);
+        self.tests(&mut found);
+        self.refused_actions(&mut found);
+        self.moved_vms(&mut found);
+        let mut seen = HashSet::new();
+        found.retain(|condition| seen.insert((condition.code.clone(), condition.entity.clone())));
+        found
+    }
+
+    fn vras(&self, found: &mut Vec<Condition>) {
+        for vra in self.desired.vras.values() {
+            if let Some(Seen { reachable: false, error, since_us, .. }) = self.observed.get(&vra.id)
+                && self.now_us.saturating_sub(*since_us) > SILENCE_GRACE_US
+            {
+                let reason = error.as_deref().unwrap_or("no answer");
+                found.push(condition(
+                    "vra-unreachable",
+                    Entity::vra(vra.id),
+                    Level::Error,
+                    format!("VRA {} does not answer: {reason}", vra.name),
+                    "start it, or check the network and its address in `zvm vra list`; replication between VRAs goes on without the manager",
+                ));
+            }
+            if vra.certificate_ends_us.0.saturating_sub(self.now_us) < CERTIFICATE_WARNING_US {
+                found.push(condition(
+                    "vra-certificate-ends",
+                    Entity::vra(vra.id),
+                    Level::Warning,
+                    format!("the certificate of VRA {} ends at {}", vra.name, vra.certificate_ends_us),
+                    &format!(
+                        "make a token with `zvm vra token create --name {}` and run `vra enroll` on its host again",
+                        vra.name
+                    ),
+                ));
+            }
+        }
+    }
+
+    fn vra_alerts(&self, found: &mut Vec<Condition>) {
+        for (id, seen) in self.observed {
+            let Some(last) = seen.last.as_ref().filter(|_| seen.reachable) else { continue };
+            let Some(vra) = self.desired.vras.get(id) else { continue };
+            for alert in last.status.alerts.iter().filter(|alert| alert.severity > Severity::Info) {
+                let entity = match (alert.vm, alert.vpg) {
+                    (Some(vm), _) => Entity::vm(vm),
+                    (None, Some(vpg)) => Entity::vpg(vpg),
+                    (None, None) => Entity::vra(*id),
+                };
+                let level = if alert.severity == Severity::Critical { Level::Error } else { Level::Warning };
+                found.push(condition(
+                    &alert.code,
+                    entity,
+                    level,
+                    format!("VRA {}: {}", vra.name, alert.message),
+                    alert.remedy.as_deref().unwrap_or("see the VRA's log"),
+                ));
+            }
+        }
+    }
+
+    fn vpgs(&self, found: &mut Vec<Condition>) {
+        for report in self.reports {
+            let (code, level) = match report.status {
+                VpgStatus::NotMeetingSla => ("vpg-not-protected", Level::Error),
+                VpgStatus::RpoNotMeetingSla => ("vpg-rpo", Level::Warning),
+                VpgStatus::HistoryNotMeetingSla => ("vpg-history", Level::Warning),
+                VpgStatus::Initializing | VpgStatus::MeetingSla | VpgStatus::Deleting => continue,
+            };
+            let Some(problem) = report.problems.first() else { continue };
+            let description = format!("VPG {} is {}: {}", report.name, report.status, problem.description);
+            found.push(condition(code, Entity::vpg(report.vpg), level, description, &problem.remedy));
+        }
+    }
+
+    /// A group that a VRA has and the manager doesn't: of a lost database, or of a forced deletion.
+    fn unknown_vpgs(&self, found: &mut Vec<Condition>) {
+        let known: HashSet<_> = self.desired.vpgs.iter().map(|vpg| vpg.id).collect();
+        for (id, seen) in self.observed {
+            let Some(last) = seen.last.as_ref().filter(|_| seen.reachable) else { continue };
+            let Some(vra) = self.desired.vras.get(id) else { continue };
+            for vpg in last.status.vpgs.iter().filter(|vpg| !known.contains(&vpg.vpg)) {
+                // The answer may be older than the deletion: the next one tells.
+                if self.now_us.saturating_sub(last.asked_us) > SILENCE_GRACE_US {
+                    continue;
+                }
+                found.push(condition(
+                    "vpg-unknown",
+                    Entity::vpg(vpg.vpg),
+                    Level::Warning,
+                    format!("VRA {} has a part in VPG {} ({}), which the manager does not know", vra.name, vpg.name, vpg.vpg),
+                    "if it was deleted by force, end it on that host with `vra vpg remove`; else restore the manager's database",
+                ));
+            }
+        }
+    }
+
+    fn tests(&self, found: &mut Vec<Condition>) {
+        for test in self.desired.tests.iter().filter(|test| test.state == TestState::Running) {
+            for view in &test.details.views {
+                let Some(last) = self.observed.get(&view.vra).and_then(|seen| seen.last.as_ref()) else {
+                    continue;
+                };
+                if last.asked_us > test.started_us.0 + SILENCE_GRACE_US
+                    && !last.status.views.iter().any(|open| open.view == view.view)
+                {
+                    let name = self.vpg_name(test.vpg);
+                    found.push(condition(
+                        "test-view-lost",
+                        Entity::vpg(test.vpg),
+                        Level::Warning,
+                        format!("disks of the test of VPG {name} are no longer open at their VRA"),
+                        &format!("stop the test with `zvm test stop {name}` and start it again"),
+                    ));
+                }
+            }
+        }
+    }
+
+    fn refused_actions(&self, found: &mut Vec<Condition>) {
+        for ((vra, subject), failure) in self.failures {
+            let ActionOutcome::Refused(error) = &failure.outcome else { continue };
+            let name = self.desired.vras.get(vra).map_or_else(|| vra.to_string(), |vra| vra.name.clone());
+            let (entity, what) = match subject {
+                Subject::Trust => (Entity::vra(*vra), "the list of revoked certificates".to_owned()),
+                Subject::Apply(vpg) => {
+                    (Entity::vpg(*vpg), format!("the definition of VPG {}", self.vpg_name(*vpg)))
+                }
+                Subject::Remove(vpg) => {
+                    (Entity::vpg(*vpg), format!("the end of VPG {}", self.vpg_name(*vpg)))
+                }
+                Subject::Open(_) => continue,
+                Subject::Close(_) => (Entity::vra(*vra), "the closing of a test's disks".to_owned()),
+            };
+            found.push(condition(
+                "vra-refused",
+                entity,
+                Level::Error,
+                format!("VRA {name} refuses {what}: {error}"),
+                error.remedy.as_deref().unwrap_or("see the VRA's log; the manager tries again by itself"),
+            ));
+        }
+    }
+
+    fn moved_vms(&self, found: &mut Vec<Condition>) {
+        if self.inventory.vms.is_empty() {
+            return;
+        }
+        let active = |vpg: &&Vpg| vpg.state == VpgState::Active;
+        for vpg in self.desired.vpgs.iter().filter(active) {
+            for member in &vpg.settings.vms {
+                let now_at = self
+                    .inventory
+                    .vms
+                    .iter()
+                    .find(|vm| vm.uuid == member.vm.0)
+                    .map(|vm| self.inventory.host(&vm.host).map(|host| host.vra.as_str()));
+                let source = self.desired.vras.get(&member.source).map(|vra| vra.name.as_str());
+                let (code, description) = match now_at {
+                    None => (
+                        "vm-gone",
+                        format!("VM {} of VPG {} is no longer in the inventory", member.name, vpg.name),
+                    ),
+                    Some(Some(vra)) if Some(vra) != source => (
+                        "vm-moved",
+                        format!("VM {} of VPG {} now runs where VRA {vra} is", member.name, vpg.name),
+                    ),
+                    Some(_) => continue,
+                };
+                found.push(condition(
+                    code,
+                    Entity::vm(member.vm),
+                    Level::Warning,
+                    description,
+                    "correct the inventory, or delete the group and create it anew; its journal stays as it is until then",
+                ));
+            }
+        }
+    }
+
+    fn vpg_name(&self, id: vra::api::VpgId) -> String {
+        self.desired
+            .vpgs
+            .iter()
+            .find(|vpg| vpg.id == id)
+            .map_or_else(|| id.to_string(), |vpg| vpg.name.clone())
+    }
+}
+
+/// Whether an alert went on or off.
+pub fn event_kind(turned_on: bool) -> EventKind {
+    if turned_on { EventKind::AlertTurnedOn } else { EventKind::AlertTurnedOff }
+}
+
+fn condition(code: &str, entity: Entity, level: Level, description: String, remedy: &str) -> Condition {
+    Condition { code: code.into(), entity, level, description, remedy: remedy.into() }
+}

@@ -1,0 +1,209 @@
+//! Checkpoints of a group: listed at its targets, named at its source.
+
+use vra::api::{
+    ApiError, CheckpointId, CheckpointInfo, CheckpointPage, ErrorCode, ListCheckpoints,
+    MAX_CHECKPOINTS_PER_PAGE, Request, Response, TagCheckpoint, TimeUs, VraId,
+};
+
+use super::{Manager, internal};
+use crate::api::At;
+use crate::model::event::{Entity, EventKind};
+use crate::model::task::{TaskKind, TaskState};
+use crate::model::vpg::Vpg;
+use crate::model::vra::Vra;
+use crate::store::{self, StoreError};
+
+/// Pages that a search for one checkpoint reads at most.
+const MAX_SEARCH_PAGES: usize = 1_000;
+
+impl Manager {
+    /// A group's checkpoints, newest first, at most `limit`. One counts as complete when all targets say so.
+    pub async fn list_checkpoints(
+        &self,
+        name: &str,
+        tagged: bool,
+        from_us: Option<TimeUs>,
+        to_us: Option<TimeUs>,
+        limit: u32,
+    ) -> Result<Vec<CheckpointInfo>, ApiError> {
+        let vpg = self.find_vpg(name).await?;
+        let targets = self.targets(&vpg).await?;
+        let (first, others) = split(&targets, &vpg)?;
+        let mut found: Vec<CheckpointInfo> = Vec::new();
+        let mut query = ListCheckpoints { tagged, from_us, to_us, ..newest_of(&vpg) };
+        while found.len() < limit as usize {
+            let left = limit as usize - found.len();
+            query.limit = u32::try_from(left).unwrap_or(u32::MAX).min(MAX_CHECKPOINTS_PER_PAGE);
+            let page = self.page(first, query.clone()).await?;
+            found.extend(page.checkpoints);
+            query.after = page.next;
+            if page.next.is_none() {
+                break;
+            }
+        }
+        for other in others {
+            for checkpoint in &mut found {
+                checkpoint.complete = checkpoint.complete && self.has(other, &vpg, checkpoint).await?;
+            }
+        }
+        Ok(found)
+    }
+
+    /// Makes a checkpoint at the source now and names it.
+    pub async fn tag_checkpoint(&self, name: &str, tag: &str) -> Result<CheckpointInfo, ApiError> {
+        let vpg = self.find_vpg(name).await?;
+        if tag.trim().is_empty()
+            || tag.len() > vra::api::volume::MAX_NAME_BYTES
+            || tag.chars().any(char::is_control)
+        {
+            return Err(ApiError::new(
+                ErrorCode::BadRequest,
+                "a tag has 1 to 128 bytes and no control characters",
+            ));
+        }
+        let vras = self.desired().await.map_err(internal)?.vras;
+        let source = vpg.sources().into_iter().find_map(|vra| vras.get(&vra)).ok_or_else(|| {
+            ApiError::new(ErrorCode::NotReady, format!("no source VRA of VPG {name} is enrolled"))
+        })?;
+        let request = Request::TagCheckpoint(TagCheckpoint { vpg: vpg.id, tag: tag.into() });
+        let result = match self.remote.call(&source.endpoint(), request, self.request_timeout()).await {
+            Ok(Response::Checkpoint(checkpoint)) => Ok(checkpoint),
+            Ok(_) => Err(ApiError::new(ErrorCode::Other, format!("VRA {} gave a wrong answer", source.name))),
+            Err(error) => Err(error.into_api_error(&source.name)),
+        };
+        let now_us = self.now_us();
+        let mut task = self.new_task(TaskKind::InsertTaggedCp, &vpg.name, Some(vpg.id), "");
+        task.completed_us = Some(now_us);
+        let description;
+        match &result {
+            Ok(checkpoint) => {
+                task.state = TaskState::Completed;
+                task.progress_percent = 100;
+                description = format!("checkpoint {tag:?} of VPG {} was made ({})", vpg.name, checkpoint.id);
+            }
+            Err(error) => {
+                task.state = TaskState::Failed;
+                description = format!("checkpoint {tag:?} of VPG {} could not be made: {error}", vpg.name);
+            }
+        }
+        task.step.clone_from(&description);
+        let save = async {
+            let mut tx = self.store.begin().await?;
+            store::tasks::insert(&mut tx, &task).await?;
+            let entity = Entity::vpg(vpg.id);
+            let kind = EventKind::InsertTaggedCp;
+            self.note(&mut tx, kind, result.is_ok(), entity, description, Some(task.id)).await?;
+            Ok::<_, StoreError>(tx.commit().await?)
+        };
+        save.await.map_err(internal)?;
+        result
+    }
+
+    /// The complete checkpoint that a user means.
+    pub(super) async fn find_checkpoint(&self, vpg: &Vpg, at: &At) -> Result<CheckpointInfo, ApiError> {
+        let targets = self.targets(vpg).await?;
+        let (first, others) = split(&targets, vpg)?;
+        let mut query = newest_of(vpg);
+        match at {
+            At::Latest | At::Checkpoint { .. } => {}
+            At::Time { time_us } => query.to_us = Some(*time_us),
+            At::Tag { .. } => query.tagged = true,
+        }
+        for _ in 0..MAX_SEARCH_PAGES {
+            let page = self.page(first, query.clone()).await?;
+            for candidate in page.checkpoints {
+                let meant = match at {
+                    At::Latest | At::Time { .. } => candidate.complete,
+                    At::Checkpoint { checkpoint } => candidate.id == *checkpoint,
+                    At::Tag { tag } => candidate.complete && candidate.tag.as_ref() == Some(tag),
+                };
+                if !meant {
+                    continue;
+                }
+                let mut complete = candidate.complete;
+                for other in others {
+                    complete = complete && self.has(other, vpg, &candidate).await?;
+                }
+                if complete {
+                    return Ok(candidate);
+                }
+                if matches!(at, At::Checkpoint { .. }) {
+                    let message = format!("checkpoint {} of VPG {} is not complete", candidate.id, vpg.name);
+                    return Err(ApiError::new(ErrorCode::NotReady, message).remedy(
+                        "not every VM's journal holds it: choose another, or wait until all have arrived",
+                    ));
+                }
+            }
+            query.after = page.next;
+            if page.next.is_none() {
+                break;
+            }
+        }
+        Err(no_such(vpg, at))
+    }
+
+    async fn targets(&self, vpg: &Vpg) -> Result<Vec<Vra>, ApiError> {
+        let vras = self.desired().await.map_err(internal)?.vras;
+        vpg.targets()
+            .into_iter()
+            .map(|vra: VraId| {
+                vras.get(&vra).cloned().ok_or_else(|| {
+                    ApiError::new(ErrorCode::NotReady, format!("target VRA {vra} of VPG {} is revoked", vpg.name))
+                        .remedy("enrol it again under the same name, or recover from its datastore with `vra-journal`")
+                })
+            })
+            .collect()
+    }
+
+    async fn has(&self, target: &Vra, vpg: &Vpg, checkpoint: &CheckpointInfo) -> Result<bool, ApiError> {
+        let at_us = Some(checkpoint.time_us);
+        let query = ListCheckpoints { from_us: at_us, to_us: at_us, ..newest_of(vpg) };
+        let page = self.page(target, query).await?;
+        Ok(page.checkpoints.iter().any(|at| at.id == checkpoint.id && at.complete))
+    }
+
+    async fn page(&self, target: &Vra, query: ListCheckpoints) -> Result<CheckpointPage, ApiError> {
+        let request = Request::ListCheckpoints(query);
+        match self.remote.call(&target.endpoint(), request, self.request_timeout()).await {
+            Ok(Response::Checkpoints(page)) => Ok(page),
+            Ok(_) => Err(ApiError::new(ErrorCode::Other, format!("VRA {} gave a wrong answer", target.name))),
+            Err(error) => Err(error.into_api_error(&target.name)),
+        }
+    }
+}
+
+fn newest_of(vpg: &Vpg) -> ListCheckpoints {
+    ListCheckpoints {
+        vpg: vpg.id,
+        vm: None,
+        from_us: None,
+        to_us: None,
+        tagged: false,
+        newest_first: true,
+        after: None::<CheckpointId>,
+        limit: MAX_CHECKPOINTS_PER_PAGE,
+    }
+}
+
+fn split<'a>(targets: &'a [Vra], vpg: &Vpg) -> Result<(&'a Vra, &'a [Vra]), ApiError> {
+    targets
+        .split_first()
+        .ok_or_else(|| ApiError::new(ErrorCode::NotReady, format!("VPG {} has no VMs", vpg.name)))
+}
+
+fn no_such(vpg: &Vpg, at: &At) -> ApiError {
+    let what = match at {
+        At::Latest => {
+            return ApiError::new(
+                ErrorCode::NotReady,
+                format!("VPG {} has no complete checkpoint yet", vpg.name),
+            )
+            .remedy("wait for its first sync: `zvm status` shows how far it is");
+        }
+        At::Checkpoint { checkpoint } => format!("checkpoint {checkpoint}"),
+        At::Time { time_us } => format!("complete checkpoint at or before {time_us}"),
+        At::Tag { tag } => format!("complete checkpoint named {tag:?}"),
+    };
+    ApiError::new(ErrorCode::NotFound, format!("VPG {} has no {what}", vpg.name))
+        .remedy(format!("`zvm checkpoint list {}` shows those that there are", vpg.name))
+}

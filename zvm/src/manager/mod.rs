@@ -1,0 +1,301 @@
+//! The manager at work: it holds the store, the authority, the inventory and what was last seen of the VRAs. User actions
+//! are in files by noun; [`engine`] is the loop that brings the world to where it should be.
+
+pub mod checkpoints;
+pub mod engine;
+pub mod enrolment;
+pub mod inventory_watch;
+pub mod listings;
+pub mod spec;
+pub mod test_runs;
+pub mod vpgs;
+pub mod vra_watch;
+pub mod vras;
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use uuid::Uuid;
+use vra::api::{ApiError, ErrorCode, TimeUs, VpgId, VraId, ZvmId};
+use vra::pki::Credentials;
+
+use crate::authority::{Authority, AuthorityError};
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::health;
+use crate::inventory::Inventory;
+use crate::model::event::{Entity, Event, EventKind};
+use crate::model::status::VpgReport;
+use crate::model::task::{Task, TaskKind, TaskState};
+use crate::model::vpg::Vpg;
+use crate::model::vra::{Vra, VraState};
+use crate::reconcile::{Desired, Observed};
+use crate::remote::{Remote, chain};
+use crate::store::{self, Connection, Store, StoreError};
+
+/// Everything that the parts of the manager share.
+#[derive(Debug)]
+pub struct Manager {
+    config: Config,
+    clock: Clock,
+    store: Store,
+    authority: Authority,
+    credentials: Credentials,
+    zvm: ZvmId,
+    site_name: String,
+    remote: Remote,
+    inventory: RwLock<InventoryReading>,
+    observed: Mutex<Observed>,
+    /// Problems of the manager's own that the engine turns into alerts: code, description, remedy.
+    own_problems: Mutex<BTreeMap<&'static str, (String, String)>>,
+    /// Wakes the engine.
+    wake: Notify,
+}
+
+/// The inventory in force and how it came to be.
+#[derive(Debug, Clone, Default)]
+struct InventoryReading {
+    from: String,
+    read_us: Option<TimeUs>,
+    error: Option<String>,
+    inventory: Arc<Inventory>,
+}
+
+/// Why the manager could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Keys and certificates.
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    /// The database.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The database is not that of these keys.
+    #[error(
+        "the database in {state_dir} belongs to another manager than the keys there: restore both from one backup"
+    )]
+    Mixed {
+        /// The state folder.
+        state_dir: std::path::PathBuf,
+    },
+    /// The UDP socket for requests to VRAs.
+    #[error("cannot open a UDP socket for requests to VRAs")]
+    Link(#[from] vra::link::LinkError),
+    /// The UDP socket for enrolment.
+    #[error(
+        "cannot listen for enrolment on udp {address}: is another `zvm serve` running? Set `listen` in the configuration"
+    )]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The unix socket.
+    #[error("cannot listen at {path}: is another `zvm serve` running? Set `socket` in the configuration")]
+    Socket {
+        /// The socket.
+        path: std::path::PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// Another manager runs on the same state.
+    #[error("{path} is locked: another `zvm serve` runs on this state folder")]
+    Locked {
+        /// The lock file.
+        path: std::path::PathBuf,
+    },
+}
+
+impl Manager {
+    /// Opens the state that [`initialise`] made. Must run inside tokio.
+    pub async fn open(config: Config) -> Result<Arc<Self>, StartError> {
+        let clock = Clock::new();
+        let authority = Authority::open(&config.pki_dir())?;
+        let credentials = authority.open_identity(&config.pki_dir(), clock.now_us())?;
+        let store = Store::open(&config.database_path()).await?;
+        let mixed = || StartError::Mixed { state_dir: config.state_dir.clone() };
+        let site = store::site::get(&mut *store.read().await?).await?.ok_or_else(mixed)?;
+        let zvm = credentials.own.identity.as_zvm().filter(|zvm| *zvm == site.zvm).ok_or_else(mixed)?;
+        let remote = Remote::new(config.listen.ip(), credentials.clone())?;
+        Ok(Arc::new(Self {
+            config,
+            clock,
+            store,
+            authority,
+            credentials,
+            zvm,
+            site_name: site.name,
+            remote,
+            inventory: RwLock::default(),
+            observed: Mutex::default(),
+            own_problems: Mutex::default(),
+            wake: Notify::new(),
+        }))
+    }
+
+    /// The configuration that it runs with.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Ends connections and folds the database's log into its file.
+    pub async fn close(&self) {
+        self.remote.close().await;
+        self.store.close().await;
+    }
+
+    fn now_us(&self) -> TimeUs {
+        TimeUs(self.clock.now_us())
+    }
+
+    fn request_timeout(&self) -> Duration {
+        Duration::from_millis(self.config.reconcile.request_timeout_ms)
+    }
+
+    fn inventory(&self) -> InventoryReading {
+        self.inventory.read().expect("no code panics while it holds this lock").clone()
+    }
+
+    fn observed(&self) -> Observed {
+        self.observed.lock().expect("no code panics while it holds this lock").clone()
+    }
+
+    fn set_own_problem(&self, code: &'static str, problem: Option<(String, String)>) {
+        let mut problems = self.own_problems.lock().expect("no code panics while it holds this lock");
+        match problem {
+            Some(problem) => problems.insert(code, problem),
+            None => problems.remove(code),
+        };
+        self.wake.notify_one();
+    }
+
+    /// What should be, as the database has it now.
+    async fn desired(&self) -> Result<Desired, StoreError> {
+        let mut db = self.store.read().await?;
+        let vras = store::vras::list(&mut db).await?;
+        Ok(Desired {
+            vras: vras
+                .into_iter()
+                .filter(|vra| vra.state == VraState::Enrolled)
+                .map(|vra| (vra.id, vra))
+                .collect(),
+            vpgs: store::vpgs::list(&mut db).await?,
+            tests: store::test_runs::list(&mut db).await?,
+            trust: store::certificates::trust(&mut db, self.now_us()).await?,
+        })
+    }
+
+    fn reports(&self, desired: &Desired, observed: &Observed) -> Vec<VpgReport> {
+        let now_us = self.clock.now_us();
+        desired
+            .vpgs
+            .iter()
+            .map(|vpg| health::report(vpg, &desired.vras, observed, &desired.tests, now_us))
+            .collect()
+    }
+
+    /// Adds an event.
+    async fn note(
+        &self,
+        db: &mut Connection,
+        kind: EventKind,
+        success: bool,
+        entity: Entity,
+        description: impl Into<String>,
+        task: Option<Uuid>,
+    ) -> Result<(), StoreError> {
+        let event = Event {
+            id: Uuid::new_v4(),
+            at_us: self.now_us(),
+            kind,
+            success,
+            description: description.into(),
+            entity,
+            task,
+        };
+        store::events::insert(db, &event).await
+    }
+
+    fn new_task(&self, kind: TaskKind, subject: &str, vpg: Option<VpgId>, step: &str) -> Task {
+        Task {
+            id: Uuid::new_v4(),
+            kind,
+            state: TaskState::InProgress,
+            progress_percent: 0,
+            step: step.into(),
+            subject: subject.into(),
+            vpg,
+            started_us: self.now_us(),
+            completed_us: None,
+        }
+    }
+
+    async fn find_vpg(&self, name_or_id: &str) -> Result<Vpg, ApiError> {
+        let vpgs =
+            store::vpgs::list(&mut *self.store.read().await.map_err(internal)?).await.map_err(internal)?;
+        vpgs.into_iter().find(|vpg| vpg.name == name_or_id || vpg.id.to_string() == name_or_id).ok_or_else(
+            || {
+                ApiError::new(ErrorCode::NotFound, format!("there is no VPG {name_or_id:?}"))
+                    .remedy("`zvm vpg list` shows those that there are")
+            },
+        )
+    }
+
+    /// The VRA of that name or id: an enrolled one rather than a revoked one.
+    async fn find_vra(&self, name_or_id: &str) -> Result<Vra, ApiError> {
+        let vras =
+            store::vras::list(&mut *self.store.read().await.map_err(internal)?).await.map_err(internal)?;
+        vras.into_iter().find(|vra| vra.name == name_or_id || vra.id.to_string() == name_or_id).ok_or_else(
+            || {
+                ApiError::new(ErrorCode::NotFound, format!("there is no VRA {name_or_id:?}")).remedy(
+                    "`zvm vra list` shows those that there are; `zvm vra token create` lets one enrol",
+                )
+            },
+        )
+    }
+
+    async fn vra_names(&self) -> Result<HashMap<VraId, String>, ApiError> {
+        let vras =
+            store::vras::list(&mut *self.store.read().await.map_err(internal)?).await.map_err(internal)?;
+        Ok(vras.into_iter().map(|vra| (vra.id, vra.name)).collect())
+    }
+}
+
+/// Makes a new site: authority, identity and database. Fails if there is one in the state folder already.
+pub async fn initialise(config: &Config, site_name: &str) -> Result<(ZvmId, [u8; 32]), StartError> {
+    let (authority, zvm) = Authority::create(&config.pki_dir(), site_name, Clock::new().now_us())?;
+    let store = Store::open(&config.database_path()).await?;
+    let mut tx = store.begin().await?;
+    let site = store::site::Site { name: site_name.into(), zvm: ZvmId(zvm), trust_version: 1 };
+    store::site::insert(&mut tx, &site).await?;
+    tx.commit().await.map_err(StoreError::from)?;
+    store.close().await;
+    Ok((ZvmId(zvm), authority.fingerprint()))
+}
+
+/// A failure of the manager's own, for its user. The details are in the log.
+fn internal(error: StoreError) -> ApiError {
+    let reason = chain(&error);
+    tracing::error!(error = reason, "the database failed");
+    ApiError::new(ErrorCode::Io, reason).remedy("check the disk of the manager's state folder, and its log")
+}
+
+/// Refuses names that could not be a folder's, or that break tables.
+fn check_name(what: &str, name: &str) -> Result<(), ApiError> {
+    let bad = name.is_empty()
+        || name.len() > vra::api::volume::MAX_NAME_BYTES
+        || name.starts_with('.')
+        || name.trim() != name
+        || name.chars().any(|c| c == '/' || c.is_control());
+    if bad {
+        let message = format!("{name:?} cannot be the name of a {what}");
+        return Err(ApiError::new(ErrorCode::BadRequest, message).remedy(
+            "use 1 to 128 bytes without slashes, control characters, a leading dot or outer spaces",
+        ));
+    }
+    Ok(())
+}

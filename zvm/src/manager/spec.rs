@@ -1,0 +1,250 @@
+//! From what a user writes of a group to what its VRAs need: names are looked up, limits checked, disks found. No I/O.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::PathBuf;
+
+use vra::api::volume::{MAX_VOLUMES_PER_VM, VolumeInfo};
+use vra::api::vpg::{MAX_VMS_PER_VPG, VolumeDefinition};
+use vra::api::{ApiError, ErrorCode, JournalId, TimeUs, VmId, VpgId, VraId};
+
+use super::check_name;
+use crate::api::{VmSpec, VpgSpec};
+use crate::inventory::{FindVmError, Inventory, Vm};
+use crate::model::vpg::{Member, Vpg, VpgSettings, VpgState};
+use crate::model::vra::Vra;
+
+const CHECKPOINT_INTERVAL_MS: std::ops::RangeInclusive<u32> = 1_000..=3_600_000;
+const HOLD_DEADLINE_MS: std::ops::RangeInclusive<u32> = 10..=1_000;
+const HISTORY_S: std::ops::RangeInclusive<u64> = 60..=90 * 86_400;
+
+/// What a specification is resolved against.
+#[derive(Debug)]
+pub struct Context<'a> {
+    /// The inventory in force.
+    pub inventory: &'a Inventory,
+    /// Enrolled VRAs.
+    pub vras: &'a BTreeMap<VraId, Vra>,
+    /// The groups that there are.
+    pub vpgs: &'a [Vpg],
+}
+
+/// A specification whose names have been looked up, still without its disks.
+#[derive(Debug)]
+pub struct Resolved<'a> {
+    spec: &'a VpgSpec,
+    members: Vec<Place<'a>>,
+}
+
+#[derive(Debug)]
+struct Place<'a> {
+    vm: &'a Vm,
+    source: &'a Vra,
+    target: &'a Vra,
+    datastore: PathBuf,
+    journal_limit_bytes: u64,
+}
+
+/// Looks up every name and checks every limit.
+pub fn resolve<'a>(spec: &'a VpgSpec, context: &Context<'a>) -> Result<Resolved<'a>, ApiError> {
+    check_name("VPG", &spec.name)?;
+    check_range("the checkpoint interval", spec.checkpoint_interval_ms, &CHECKPOINT_INTERVAL_MS, "ms")?;
+    check_range("the hold deadline", spec.hold_deadline_ms, &HOLD_DEADLINE_MS, "ms")?;
+    check_range("history", spec.history_s, &HISTORY_S, "s")?;
+    check_range("the RPO target", spec.rpo_target_s, &(1..=86_400), "s")?;
+    if context.vpgs.iter().any(|vpg| vpg.name == spec.name) {
+        return Err(ApiError::new(ErrorCode::Conflict, format!("there is a VPG {:?} already", spec.name))
+            .remedy("choose another name, or delete that one first"));
+    }
+    if spec.vms.is_empty() || spec.vms.len() > MAX_VMS_PER_VPG {
+        return Err(bad(format!("a VPG has 1 to {MAX_VMS_PER_VPG} VMs, this one has {}", spec.vms.len())));
+    }
+    let mut seen = HashSet::new();
+    let mut members = Vec::with_capacity(spec.vms.len());
+    for vm_spec in &spec.vms {
+        let place = place(spec, vm_spec, context)?;
+        if !seen.insert(place.vm.uuid) {
+            return Err(bad(format!("VM {:?} is named twice", place.vm.name)));
+        }
+        members.push(place);
+    }
+    let sources: HashSet<VraId> = members.iter().map(|place| place.source.id).collect();
+    if sources.len() > 1 {
+        let message = format!("the VMs of {:?} run at {} different VRAs", spec.name, sources.len());
+        return Err(ApiError::new(ErrorCode::Unsupported, message).remedy(
+            "checkpoints across hosts are not offered by this version: make one group for the VMs of each host",
+        ));
+    }
+    Ok(Resolved { spec, members })
+}
+
+impl Resolved<'_> {
+    /// The VRA that serves the group's disks.
+    pub fn source(&self) -> &Vra {
+        self.members[0].source
+    }
+
+    /// The group, with its disks found among those that the source serves now.
+    pub fn into_vpg(self, served: &[VolumeInfo], now_us: TimeUs) -> Result<Vpg, ApiError> {
+        let spec = self.spec;
+        let vms = self.members.iter().map(|place| member(place, served)).collect::<Result<_, _>>()?;
+        Ok(Vpg {
+            id: VpgId::random(),
+            name: spec.name.clone(),
+            state: VpgState::Active,
+            revision: 1,
+            applied_revision: 0,
+            created_us: now_us,
+            settings: VpgSettings {
+                description: spec.description.chars().take(1_024).collect(),
+                priority: spec.priority,
+                member_set_version: 1,
+                checkpoint_interval_ms: spec.checkpoint_interval_ms,
+                hold_deadline_ms: spec.hold_deadline_ms,
+                history_s: spec.history_s,
+                rpo_target_s: spec.rpo_target_s,
+                give_up_history: spec.give_up_history,
+                vms,
+            },
+            removal: None,
+        })
+    }
+}
+
+fn place<'a>(spec: &'a VpgSpec, vm_spec: &'a VmSpec, context: &Context<'a>) -> Result<Place<'a>, ApiError> {
+    let vm = context.inventory.find_vm(&vm_spec.vm).map_err(|error| {
+        let code = match error {
+            FindVmError::Unknown(_) => ErrorCode::NotFound,
+            FindVmError::Ambiguous { .. } => ErrorCode::BadRequest,
+        };
+        ApiError::new(code, error.to_string()).remedy("`zvm inventory` shows the VMs that there are")
+    })?;
+    if let Some(vpg) = context.vpgs.iter().find(|vpg| vpg.settings.vms.iter().any(|m| m.vm.0 == vm.uuid)) {
+        return Err(ApiError::new(
+            ErrorCode::Conflict,
+            format!("VM {:?} is in VPG {:?} already", vm.name, vpg.name),
+        )
+        .remedy("delete that group first"));
+    }
+    if vm.disks.is_empty() {
+        return Err(bad(format!("VM {:?} has no disks in the inventory", vm.name)));
+    }
+    let source_name = &context
+        .inventory
+        .host(&vm.host)
+        .ok_or_else(|| bad(format!("host {:?} of VM {:?} is not in the inventory", vm.host, vm.name)))?
+        .vra;
+    let source = find_vra(context.vras, source_name)?;
+    let target = find_vra(context.vras, vm_spec.target.as_ref().unwrap_or(&spec.target))?;
+    if source.id == target.id {
+        return Err(bad(format!(
+            "VRA {} is where VM {:?} runs; its journal must be elsewhere",
+            target.name, vm.name
+        )));
+    }
+    let datastore = vm_spec.datastore.as_ref().unwrap_or(&spec.datastore);
+    Ok(Place {
+        vm,
+        source,
+        target,
+        datastore: find_datastore(context.inventory, datastore, target)?,
+        journal_limit_bytes: vm_spec.journal_limit_bytes.unwrap_or(spec.journal_limit_bytes),
+    })
+}
+
+fn member(place: &Place<'_>, served: &[VolumeInfo]) -> Result<Member, ApiError> {
+    let vm_id = VmId(place.vm.uuid);
+    let at_source: Vec<&VolumeInfo> = served.iter().filter(|volume| volume.vm == vm_id).collect();
+    let mut volumes = Vec::with_capacity(place.vm.disks.len());
+    for disk in &place.vm.disks {
+        let volume = at_source.iter().find(|volume| volume.path == disk.path).ok_or_else(|| {
+            let message = format!(
+                "disk {} ({}) of VM {:?} is not served by VRA {}",
+                disk.name,
+                disk.path.display(),
+                place.vm.name,
+                place.source.name
+            );
+            ApiError::new(ErrorCode::NotReady, message).remedy(format!(
+                "on that host run `vra attach {} --vm {} --vm-name {}` and give the guest the device that it prints",
+                disk.path.display(),
+                place.vm.uuid,
+                place.vm.name
+            ))
+        })?;
+        if let Some(size_bytes) = disk.size_bytes.filter(|size_bytes| *size_bytes != volume.size_bytes) {
+            return Err(bad(format!(
+                "disk {} of VM {:?} has {} bytes, the inventory says {size_bytes}",
+                disk.name, place.vm.name, volume.size_bytes
+            )));
+        }
+        volumes.push(VolumeDefinition {
+            id: volume.volume,
+            number: volume.number,
+            size_bytes: volume.size_bytes,
+            logical_block_bytes: volume.logical_block_bytes,
+            source_path: volume.path.clone(),
+        });
+    }
+    volumes.sort_by_key(|volume| volume.number);
+    if volumes.len() > MAX_VOLUMES_PER_VM {
+        return Err(bad(format!("VM {:?} has more than {MAX_VOLUMES_PER_VM} disks", place.vm.name)));
+    }
+    if volumes.iter().enumerate().any(|(at, volume)| usize::from(volume.number) != at) {
+        let message = format!(
+            "VRA {} serves other disks for VM {:?} than the inventory has",
+            place.source.name, place.vm.name
+        );
+        return Err(ApiError::new(ErrorCode::Conflict, message)
+            .remedy("detach those that are not the VM's with `vra detach`, or correct the inventory"));
+    }
+    Ok(Member {
+        vm: vm_id,
+        name: place.vm.name.clone(),
+        journal: JournalId::random(),
+        source: place.source.id,
+        target: place.target.id,
+        datastore: place.datastore.clone(),
+        journal_limit_bytes: place.journal_limit_bytes,
+        volumes,
+    })
+}
+
+fn find_vra<'a>(vras: &'a BTreeMap<VraId, Vra>, name_or_id: &str) -> Result<&'a Vra, ApiError> {
+    vras.values().find(|vra| vra.name == name_or_id || vra.id.to_string() == name_or_id).ok_or_else(|| {
+        ApiError::new(ErrorCode::NotFound, format!("no VRA is enrolled as {name_or_id:?}")).remedy(format!(
+            "enrol it: `zvm vra token create --name {name_or_id}`, then `vra enroll` on its host"
+        ))
+    })
+}
+
+fn find_datastore(inventory: &Inventory, name_or_path: &str, target: &Vra) -> Result<PathBuf, ApiError> {
+    if name_or_path.starts_with('/') {
+        return Ok(name_or_path.into());
+    }
+    let datastore = inventory.datastore(name_or_path).ok_or_else(|| {
+        ApiError::new(ErrorCode::NotFound, format!("no datastore {name_or_path:?} in the inventory")).remedy(
+            "`zvm inventory` shows those that there are; the absolute path of a folder will do as well",
+        )
+    })?;
+    if !inventory.hosts_of_vra(&target.name).any(|host| datastore.hosts.iter().any(|name| name == host)) {
+        let message = format!("no host of VRA {} mounts datastore {name_or_path:?}", target.name);
+        return Err(bad(message));
+    }
+    Ok(datastore.path.clone())
+}
+
+fn check_range<T: PartialOrd + std::fmt::Display>(
+    what: &str,
+    value: T,
+    range: &std::ops::RangeInclusive<T>,
+    unit: &str,
+) -> Result<(), ApiError> {
+    if range.contains(&value) {
+        return Ok(());
+    }
+    Err(bad(format!("{what} must be {} to {} {unit}, not {value}", range.start(), range.end())))
+}
+
+fn bad(message: String) -> ApiError {
+    ApiError::new(ErrorCode::BadRequest, message)
+}

@@ -1,0 +1,156 @@
+//! Virtual protection groups: what the user wants protected, and how.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use vra::api::vpg::{VmDefinition, VolumeDefinition, VpgDefinition};
+use vra::api::{JournalId, TimeUs, VmId, VpgId, VraId};
+
+use super::named;
+use super::vra::Vra;
+
+/// A group as the manager wants it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vpg {
+    /// Its id.
+    pub id: VpgId,
+    /// Its name, unique.
+    pub name: String,
+    /// What should become of it.
+    pub state: VpgState,
+    /// Raised at every change of the definition.
+    pub revision: u64,
+    /// The newest revision that every VRA of the group has taken; 0 before the first.
+    pub applied_revision: u64,
+    /// When it was created.
+    pub created_us: TimeUs,
+    /// Everything that the user chose.
+    pub settings: VpgSettings,
+    /// How it goes, while it is being deleted.
+    pub removal: Option<Removal>,
+}
+
+/// What the user chose for a group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VpgSettings {
+    /// For people.
+    pub description: String,
+    /// Which group goes first when there is not enough for all.
+    pub priority: Priority,
+    /// Raised when VMs or volumes come or go.
+    pub member_set_version: u32,
+    /// Time between checkpoints, milliseconds.
+    pub checkpoint_interval_ms: u32,
+    /// Longest time that a checkpoint may hold guests' writes, milliseconds.
+    pub hold_deadline_ms: u32,
+    /// How long history is wanted, seconds.
+    pub history_s: u64,
+    /// The RPO that the user wants to be warned beyond, seconds.
+    pub rpo_target_s: u64,
+    /// Give up old checkpoints rather than stop replicating when a full sync does not fit the journal.
+    pub give_up_history: bool,
+    /// The VMs.
+    pub vms: Vec<Member>,
+}
+
+/// A VM of a group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// Its UUID in the inventory.
+    pub vm: VmId,
+    /// Its name when the group was defined.
+    pub name: String,
+    /// Its journal.
+    pub journal: JournalId,
+    /// VRA of the host that it runs on.
+    pub source: VraId,
+    /// VRA that keeps its journal.
+    pub target: VraId,
+    /// The target's folder.
+    pub datastore: PathBuf,
+    /// Space for its journal, bytes.
+    pub journal_limit_bytes: u64,
+    /// Its disks.
+    pub volumes: Vec<VolumeDefinition>,
+}
+
+named! {
+    /// What should become of a group.
+    VpgState {
+        /// It is protected.
+        Active = "active",
+        /// It is being removed from its VRAs.
+        Deleting = "deleting",
+    }
+}
+
+named! {
+    /// Which group goes first; names and order of VPGPriority.
+    Priority {
+        /// Last.
+        Low = "Low",
+        /// The default.
+        Medium = "Medium",
+        /// First.
+        High = "High",
+    }
+}
+
+/// How a group is deleted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Removal {
+    /// Leave journals and recovery disks in the datastore.
+    pub keep_disks: bool,
+    /// Don't wait for VRAs that cannot be reached.
+    pub force: bool,
+}
+
+impl Vpg {
+    /// Every VRA that has a part in it.
+    pub fn vras(&self) -> BTreeSet<VraId> {
+        self.settings.vms.iter().flat_map(|member| [member.source, member.target]).collect()
+    }
+
+    /// The VRAs that hold its journals.
+    pub fn targets(&self) -> BTreeSet<VraId> {
+        self.settings.vms.iter().map(|member| member.target).collect()
+    }
+
+    /// The VRAs that its VMs run at.
+    pub fn sources(&self) -> BTreeSet<VraId> {
+        self.settings.vms.iter().map(|member| member.source).collect()
+    }
+
+    /// The definition as its VRAs get it; none if one of them is not enrolled (any more).
+    pub fn definition<'a>(&self, vra_of: impl Fn(VraId) -> Option<&'a Vra>) -> Option<VpgDefinition> {
+        let settings = &self.settings;
+        let vms = settings
+            .vms
+            .iter()
+            .map(|member| {
+                Some(VmDefinition {
+                    id: member.vm,
+                    name: member.name.clone(),
+                    journal: member.journal,
+                    volumes: member.volumes.clone(),
+                    source: vra_of(member.source)?.endpoint(),
+                    target: vra_of(member.target)?.endpoint(),
+                    datastore: member.datastore.clone(),
+                    journal_limit_bytes: member.journal_limit_bytes,
+                    history_s: settings.history_s,
+                    give_up_history: settings.give_up_history,
+                })
+            })
+            .collect::<Option<Vec<_>>>()?;
+        Some(VpgDefinition {
+            id: self.id,
+            name: self.name.clone(),
+            revision: self.revision,
+            member_set_version: settings.member_set_version,
+            checkpoint_interval_ms: settings.checkpoint_interval_ms,
+            hold_deadline_ms: settings.hold_deadline_ms,
+            vms,
+        })
+    }
+}

@@ -1,0 +1,570 @@
+//! The reconciler's core: what is wanted and what was seen go in, what to do comes out. No clock, no I/O.
+//!
+//! Every action can be repeated without harm, so the core may plan one again that was done already; it never has two
+//! of the same in flight, and waits longer after each failure. What it remembers is only what saves work: a restarted
+//! manager begins with an empty memory and arrives at the same place.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use uuid::Uuid;
+use vra::api::view::ViewSubject;
+use vra::api::{
+    ApiError, ErrorCode, OpenView, PointInTime, SetTrust, ViewId, ViewMode, VpgDefinition, VpgId, VraId,
+    VraStatus,
+};
+
+use crate::model::task::TaskKind;
+use crate::model::test_run::{TestRun, TestState};
+use crate::model::vpg::{Vpg, VpgState};
+use crate::model::vra::Vra;
+
+/// How long a test may take to open before it is rolled back, microseconds.
+pub const TEST_START_LIMIT_US: u64 = 120_000_000;
+
+/// Views that tests open carry this before the test's id, so that a forgotten one is known for ours.
+const TEST_LABEL: &str = "zvm test ";
+
+/// What should be.
+#[derive(Debug, Clone, Default)]
+pub struct Desired {
+    /// Enrolled VRAs; revoked ones are not here.
+    pub vras: BTreeMap<VraId, Vra>,
+    /// Groups.
+    pub vpgs: Vec<Vpg>,
+    /// Tests.
+    pub tests: Vec<TestRun>,
+    /// Certificates that VRAs must not trust.
+    pub trust: SetTrust,
+}
+
+/// What was seen of a VRA.
+#[derive(Debug, Clone, Default)]
+pub struct Seen {
+    /// Whether it answered the last time it was asked.
+    pub reachable: bool,
+    /// Why it didn't.
+    pub error: Option<String>,
+    /// Since when it has been as it is, microseconds.
+    pub since_us: u64,
+    /// Its last answer.
+    pub last: Option<LastStatus>,
+}
+
+/// A VRA's answer and when it was asked.
+#[derive(Debug, Clone)]
+pub struct LastStatus {
+    /// When the question was sent: what was done later may not be in the answer.
+    pub asked_us: u64,
+    /// The answer.
+    pub status: VraStatus,
+}
+
+/// What was seen of all VRAs.
+pub type Observed = BTreeMap<VraId, Seen>;
+
+/// A request to a VRA.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Action {
+    /// To whom.
+    pub vra: VraId,
+    /// What.
+    pub kind: ActionKind,
+}
+
+/// What a VRA is asked to do.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ActionKind {
+    /// Take the list of revoked certificates.
+    SetTrust {
+        /// The list.
+        trust: SetTrust,
+        /// The run of the VRA that takes it (its start time).
+        run_us: u64,
+    },
+    /// Take a group's definition.
+    ApplyVpg(VpgDefinition),
+    /// End a group.
+    RemoveVpg {
+        /// Which one.
+        vpg: VpgId,
+        /// Leave its files.
+        keep_files: bool,
+    },
+    /// Open a test's view.
+    OpenView {
+        /// The test.
+        test: Uuid,
+        /// The view; its id is set.
+        open: OpenView,
+    },
+    /// Close a view.
+    CloseView {
+        /// Which one.
+        view: ViewId,
+    },
+}
+
+/// How an action ended.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ActionOutcome {
+    /// It was done.
+    Done,
+    /// The VRA answered that it won't.
+    Refused(ApiError),
+    /// No answer.
+    Unreachable(String),
+}
+
+/// A change of the manager's own state that follows from what was seen or done.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Transition {
+    /// All VRAs of a group have a revision.
+    VpgApplied {
+        /// The group.
+        vpg: VpgId,
+        /// The revision.
+        revision: u64,
+    },
+    /// A VRA refused a group's definition.
+    VpgRefused {
+        /// The group.
+        vpg: VpgId,
+        /// Who refused.
+        vra: VraId,
+        /// Why.
+        error: ApiError,
+    },
+    /// No VRA has a part in a deleted group any more.
+    VpgRemoved {
+        /// The group.
+        vpg: VpgId,
+    },
+    /// All views of a test are open.
+    TestRunning {
+        /// The test.
+        test: Uuid,
+    },
+    /// A view of a starting test cannot be opened: it must be rolled back.
+    TestFailed {
+        /// The test.
+        test: Uuid,
+        /// Where.
+        vra: VraId,
+        /// Why.
+        error: ApiError,
+    },
+    /// All views of a stopping test are closed.
+    TestStopped {
+        /// The test.
+        test: Uuid,
+    },
+}
+
+/// How far a group's open task is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Progress {
+    /// The group.
+    pub vpg: VpgId,
+    /// Which of its tasks.
+    pub kind: TaskKind,
+    /// 0 to 100.
+    pub percent: u8,
+    /// What it waits for.
+    pub step: String,
+}
+
+/// What follows from one look at the world.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Plan {
+    /// To be sent now, each on its own.
+    pub actions: Vec<Action>,
+    /// To be noted now.
+    pub transitions: Vec<Transition>,
+    /// To be shown.
+    pub progress: Vec<Progress>,
+}
+
+/// What an action is about: there is one of each at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Subject {
+    /// The list of revoked certificates.
+    Trust,
+    /// A group's definition.
+    Apply(VpgId),
+    /// A group's end.
+    Remove(VpgId),
+    /// A view's opening.
+    Open(ViewId),
+    /// A view's closing.
+    Close(ViewId),
+}
+
+/// An action that failed and will be tried again.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Failure {
+    /// How often in a row.
+    pub count: u32,
+    /// The last reason.
+    pub outcome: ActionOutcome,
+    next_us: u64,
+}
+
+/// The core and its memory.
+#[derive(Debug)]
+pub struct Reconciler {
+    retry_min_us: u64,
+    retry_max_us: u64,
+    in_flight: HashSet<(VraId, Subject)>,
+    failures: BTreeMap<(VraId, Subject), Failure>,
+    /// Version of the trust list that each VRA's run has taken.
+    trusted: HashMap<VraId, (u64, u64)>,
+    /// Revision that a VRA took, and when it said so.
+    applied: HashMap<(VraId, VpgId), (u64, u64)>,
+    removed: HashSet<(VraId, VpgId)>,
+    opened: HashSet<ViewId>,
+    closed: HashSet<ViewId>,
+}
+
+impl Reconciler {
+    /// A core without memory. It waits `retry_min_us` after a first failure, up to `retry_max_us` after many.
+    pub fn new(retry_min_us: u64, retry_max_us: u64) -> Self {
+        Self {
+            retry_min_us: retry_min_us.max(1),
+            retry_max_us,
+            in_flight: HashSet::new(),
+            failures: BTreeMap::new(),
+            trusted: HashMap::new(),
+            applied: HashMap::new(),
+            removed: HashSet::new(),
+            opened: HashSet::new(),
+            closed: HashSet::new(),
+        }
+    }
+
+    /// What to do now. The actions count as in flight until [`Reconciler::finished`] is told of them.
+    pub fn plan(&mut self, desired: &Desired, observed: &Observed, now_us: u64) -> Plan {
+        let mut plan = Plan::default();
+        self.forget(desired);
+        self.plan_trust(desired, observed, &mut plan);
+        for vpg in &desired.vpgs {
+            match vpg.state {
+                VpgState::Active => self.plan_apply(vpg, desired, observed, &mut plan),
+                VpgState::Deleting => self.plan_removal(vpg, desired, observed, &mut plan),
+            }
+        }
+        for test in &desired.tests {
+            self.plan_test(test, desired, observed, now_us, &mut plan);
+        }
+        self.plan_stray_views(desired, observed, &mut plan);
+        plan.actions.retain(|action| {
+            let key = (action.vra, action.kind.subject());
+            let reachable = observed.get(&action.vra).is_some_and(|seen| seen.reachable);
+            let waits = self.failures.get(&key).is_some_and(|failure| failure.next_us > now_us);
+            reachable && !waits && self.in_flight.insert(key)
+        });
+        plan
+    }
+
+    /// Notes how an action ended and says what follows at once.
+    pub fn finished(&mut self, action: &Action, outcome: ActionOutcome, now_us: u64) -> Vec<Transition> {
+        let key = (action.vra, action.kind.subject());
+        self.in_flight.remove(&key);
+        let gone = matches!(&outcome, ActionOutcome::Refused(error) if error.code == ErrorCode::NotFound);
+        let ends = matches!(action.kind, ActionKind::RemoveVpg { .. } | ActionKind::CloseView { .. });
+        if outcome == ActionOutcome::Done || gone && ends {
+            self.failures.remove(&key);
+            self.note_done(action, now_us);
+            return Vec::new();
+        }
+        let count = self.failures.get(&key).map_or(0, |failure| failure.count) + 1;
+        let wait_us = self.retry_min_us.saturating_mul(1 << (count - 1).min(20)).min(self.retry_max_us);
+        let transitions = match (&action.kind, &outcome) {
+            (ActionKind::ApplyVpg(definition), ActionOutcome::Refused(error)) => {
+                vec![Transition::VpgRefused { vpg: definition.id, vra: action.vra, error: error.clone() }]
+            }
+            (ActionKind::OpenView { test, .. }, ActionOutcome::Refused(error)) => {
+                vec![Transition::TestFailed { test: *test, vra: action.vra, error: error.clone() }]
+            }
+            _ => Vec::new(),
+        };
+        self.failures.insert(key, Failure { count, outcome, next_us: now_us.saturating_add(wait_us) });
+        transitions
+    }
+
+    /// Actions that failed the last time, by VRA.
+    pub fn failures(&self) -> &BTreeMap<(VraId, Subject), Failure> {
+        &self.failures
+    }
+
+    fn note_done(&mut self, action: &Action, now_us: u64) {
+        match &action.kind {
+            ActionKind::SetTrust { trust, run_us } => {
+                self.trusted.insert(action.vra, (trust.version, *run_us));
+            }
+            ActionKind::ApplyVpg(definition) => {
+                self.applied.insert((action.vra, definition.id), (definition.revision, now_us));
+            }
+            ActionKind::RemoveVpg { vpg, .. } => {
+                self.removed.insert((action.vra, *vpg));
+            }
+            ActionKind::OpenView { open, .. } => self.opened.extend(open.view),
+            ActionKind::CloseView { view } => {
+                self.closed.insert(*view);
+            }
+        }
+    }
+
+    /// Drops what is about things that are no more.
+    fn forget(&mut self, desired: &Desired) {
+        let vpgs: HashSet<VpgId> = desired.vpgs.iter().map(|vpg| vpg.id).collect();
+        let views: HashSet<ViewId> =
+            desired.tests.iter().flat_map(|test| &test.details.views).map(|view| view.view).collect();
+        let known = |vra: &VraId| desired.vras.contains_key(vra);
+        self.applied.retain(|(vra, vpg), _| known(vra) && vpgs.contains(vpg));
+        self.removed.retain(|(vra, vpg)| known(vra) && vpgs.contains(vpg));
+        self.trusted.retain(|vra, _| known(vra));
+        self.opened.retain(|view| views.contains(view));
+        self.closed.retain(|view| views.contains(view));
+        self.failures.retain(|(vra, subject), _| {
+            known(vra)
+                && match subject {
+                    Subject::Trust => true,
+                    Subject::Apply(vpg) => {
+                        desired.vpgs.iter().any(|v| v.id == *vpg && v.state == VpgState::Active)
+                    }
+                    Subject::Remove(vpg) => vpgs.contains(vpg),
+                    Subject::Open(view) => desired.tests.iter().any(|test| {
+                        test.state == TestState::Starting
+                            && test.details.views.iter().any(|v| v.view == *view)
+                    }),
+                    Subject::Close(view) => views.contains(view),
+                }
+        });
+    }
+
+    fn plan_trust(&self, desired: &Desired, observed: &Observed, plan: &mut Plan) {
+        for vra in desired.vras.keys() {
+            let Some(last) = observed.get(vra).and_then(|seen| seen.last.as_ref()) else { continue };
+            let run_us = last.status.started_us.0;
+            if self.trusted.get(vra) != Some(&(desired.trust.version, run_us)) {
+                let trust = desired.trust.clone();
+                plan.actions.push(Action { vra: *vra, kind: ActionKind::SetTrust { trust, run_us } });
+            }
+        }
+    }
+
+    fn plan_apply(&self, vpg: &Vpg, desired: &Desired, observed: &Observed, plan: &mut Plan) {
+        let Some(definition) = vpg.definition(|vra| desired.vras.get(&vra)) else { return };
+        let missing: Vec<VraId> = vpg
+            .vras()
+            .into_iter()
+            .filter(|vra| self.revision_at(*vra, vpg.id, observed) < vpg.revision)
+            .collect();
+        let targets = vpg.targets();
+        let a_target_is_missing = missing.iter().any(|vra| targets.contains(vra));
+        for vra in &missing {
+            // A source that streams to a target that doesn't know the group would be refused: targets go first.
+            if targets.contains(vra) || !a_target_is_missing {
+                plan.actions.push(Action { vra: *vra, kind: ActionKind::ApplyVpg(definition.clone()) });
+            }
+        }
+        if vpg.applied_revision >= vpg.revision {
+            return;
+        }
+        if missing.is_empty() {
+            plan.transitions.push(Transition::VpgApplied { vpg: vpg.id, revision: vpg.revision });
+        } else if vpg.applied_revision == 0 {
+            let all = vpg.vras().len();
+            let step =
+                self.waits_for(&missing, "to take the definition", Subject::Apply(vpg.id), desired, observed);
+            plan.progress.push(Progress {
+                vpg: vpg.id,
+                kind: TaskKind::CreateProtectionGroup,
+                percent: percent(all - missing.len(), all),
+                step,
+            });
+        }
+    }
+
+    fn plan_removal(&self, vpg: &Vpg, desired: &Desired, observed: &Observed, plan: &mut Plan) {
+        let Some(removal) = vpg.removal else { return };
+        let reachable = |vra: &VraId| observed.get(vra).is_some_and(|seen| seen.reachable);
+        let members: Vec<VraId> =
+            vpg.vras().into_iter().filter(|vra| desired.vras.contains_key(vra)).collect();
+        let missing: Vec<VraId> = members
+            .iter()
+            .copied()
+            .filter(|vra| !self.removed.contains(&(*vra, vpg.id)) && (!removal.force || reachable(vra)))
+            .collect();
+        let applying = members.iter().any(|vra| self.in_flight.contains(&(*vra, Subject::Apply(vpg.id))));
+        if applying {
+            return;
+        }
+        if missing.is_empty() {
+            plan.transitions.push(Transition::VpgRemoved { vpg: vpg.id });
+            return;
+        }
+        // Sources stop sending before targets stop taking.
+        let sources = vpg.sources();
+        let a_source_is_missing = missing.iter().any(|vra| sources.contains(vra) && reachable(vra));
+        for vra in &missing {
+            if sources.contains(vra) || !a_source_is_missing {
+                let kind = ActionKind::RemoveVpg { vpg: vpg.id, keep_files: removal.keep_disks };
+                plan.actions.push(Action { vra: *vra, kind });
+            }
+        }
+        plan.progress.push(Progress {
+            vpg: vpg.id,
+            kind: TaskKind::RemoveProtectionGroup,
+            percent: percent(members.len() - missing.len(), members.len()),
+            step: self.waits_for(
+                &missing,
+                "to let go of the group",
+                Subject::Remove(vpg.id),
+                desired,
+                observed,
+            ),
+        });
+    }
+
+    fn plan_test(
+        &self,
+        test: &TestRun,
+        desired: &Desired,
+        observed: &Observed,
+        now_us: u64,
+        plan: &mut Plan,
+    ) {
+        let views = || test.details.views.iter().filter(|view| desired.vras.contains_key(&view.vra));
+        match test.state {
+            TestState::Starting => {
+                let missing: Vec<_> = views().filter(|view| !self.opened.contains(&view.view)).collect();
+                if missing.is_empty() && views().count() == test.details.views.len() {
+                    plan.transitions.push(Transition::TestRunning { test: test.id });
+                    return;
+                }
+                let waiting_since_us = now_us.saturating_sub(test.started_us.0);
+                let late = missing.first().filter(|_| waiting_since_us > TEST_START_LIMIT_US);
+                let revoked = test.details.views.iter().find(|view| !desired.vras.contains_key(&view.vra));
+                if let Some(view) = late.copied().or(revoked) {
+                    let error = ApiError::new(ErrorCode::NotReady, "the VRA did not open the disks in time")
+                        .remedy("see `zvm vra list` for what keeps the VRA, then start the test again");
+                    plan.transitions.push(Transition::TestFailed { test: test.id, vra: view.vra, error });
+                    return;
+                }
+                for view in &missing {
+                    let open = OpenView {
+                        subject: ViewSubject::Vpg { vpg: test.vpg },
+                        at: PointInTime::Checkpoint { checkpoint: test.details.checkpoint },
+                        mode: ViewMode::Scratch,
+                        door: test.details.door.clone(),
+                        view: Some(view.view),
+                        label: Some(format!("{TEST_LABEL}{}", test.id)),
+                    };
+                    plan.actions
+                        .push(Action { vra: view.vra, kind: ActionKind::OpenView { test: test.id, open } });
+                }
+                let waiting: Vec<VraId> = missing.iter().map(|view| view.vra).collect();
+                let all = test.details.views.len();
+                plan.progress.push(Progress {
+                    vpg: test.vpg,
+                    kind: TaskKind::FailOverTest,
+                    percent: percent(all - missing.len(), all),
+                    step: self.waits_for(&waiting, "to open the disks", Subject::Trust, desired, observed),
+                });
+            }
+            TestState::Running => {}
+            TestState::Stopping => {
+                let missing: Vec<_> = views().filter(|view| !self.closed.contains(&view.view)).collect();
+                if missing.is_empty() {
+                    plan.transitions.push(Transition::TestStopped { test: test.id });
+                    return;
+                }
+                for view in &missing {
+                    // An opening that is under way must land first, or it would land after the closing.
+                    if !self.in_flight.contains(&(view.vra, Subject::Open(view.view))) {
+                        plan.actions
+                            .push(Action { vra: view.vra, kind: ActionKind::CloseView { view: view.view } });
+                    }
+                }
+                let waiting: Vec<VraId> = missing.iter().map(|view| view.vra).collect();
+                let all = test.details.views.len();
+                plan.progress.push(Progress {
+                    vpg: test.vpg,
+                    kind: TaskKind::StopFailOverTest,
+                    percent: percent(all - missing.len(), all),
+                    step: self.waits_for(&waiting, "to close the disks", Subject::Trust, desired, observed),
+                });
+            }
+        }
+    }
+
+    /// An opening whose answer was lost can leave a view behind that no test knows.
+    fn plan_stray_views(&self, desired: &Desired, observed: &Observed, plan: &mut Plan) {
+        let known: HashSet<ViewId> =
+            desired.tests.iter().flat_map(|test| &test.details.views).map(|view| view.view).collect();
+        for (vra, seen) in observed {
+            let Some(last) = seen.last.as_ref().filter(|_| desired.vras.contains_key(vra)) else { continue };
+            for view in &last.status.views {
+                let is_ours = view.label.as_ref().is_some_and(|label| label.starts_with(TEST_LABEL));
+                if is_ours && !known.contains(&view.view) {
+                    plan.actions.push(Action { vra: *vra, kind: ActionKind::CloseView { view: view.view } });
+                }
+            }
+        }
+    }
+
+    /// The revision that a VRA has, by its last word on it; 0 without one.
+    fn revision_at(&self, vra: VraId, vpg: VpgId, observed: &Observed) -> u64 {
+        let last = observed.get(&vra).and_then(|seen| seen.last.as_ref());
+        let seen_revision = last
+            .and_then(|last| last.status.vpgs.iter().find(|status| status.vpg == vpg))
+            .map_or(0, |status| status.revision);
+        match self.applied.get(&(vra, vpg)) {
+            Some((revision, at_us)) if last.is_none_or(|last| last.asked_us <= *at_us) => *revision,
+            _ => seen_revision,
+        }
+    }
+
+    fn waits_for(
+        &self,
+        vras: &[VraId],
+        what: &str,
+        subject: Subject,
+        desired: &Desired,
+        observed: &Observed,
+    ) -> String {
+        let reasons: Vec<String> = vras
+            .iter()
+            .map(|vra| {
+                let name = desired.vras.get(vra).map_or_else(|| vra.to_string(), |vra| vra.name.clone());
+                let seen = observed.get(vra);
+                match (seen.is_some_and(|seen| seen.reachable), self.failures.get(&(*vra, subject))) {
+                    (false, _) => format!("{name} (not reachable)"),
+                    (true, Some(Failure { outcome: ActionOutcome::Refused(error), .. })) => {
+                        format!("{name} (it answered: {error})")
+                    }
+                    (true, _) => name,
+                }
+            })
+            .collect();
+        format!("waiting for {} {what}", reasons.join(", "))
+    }
+}
+
+impl ActionKind {
+    /// What the action is about.
+    pub fn subject(&self) -> Subject {
+        match self {
+            Self::SetTrust { .. } => Subject::Trust,
+            Self::ApplyVpg(definition) => Subject::Apply(definition.id),
+            Self::RemoveVpg { vpg, .. } => Subject::Remove(*vpg),
+            Self::OpenView { open, .. } => Subject::Open(open.view.unwrap_or(ViewId(Uuid::nil()))),
+            Self::CloseView { view } => Subject::Close(*view),
+        }
+    }
+}
+
+fn percent(done: usize, all: usize) -> u8 {
+    u8::try_from((done * 100).checked_div(all).unwrap_or(100)).unwrap_or(100)
+}

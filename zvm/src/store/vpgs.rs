@@ -1,0 +1,81 @@
+//! Groups.
+
+use sqlx::sqlite::SqliteRow;
+use vra::api::{TimeUs, VpgId};
+
+use super::{Connection, Reader, StoreError, int, to_json};
+use crate::model::vpg::{Removal, Vpg, VpgState};
+
+/// All of them, by name.
+pub async fn list(db: &mut Connection) -> Result<Vec<Vpg>, StoreError> {
+    let query = "SELECT id, name, state, revision, applied_revision, created_us, settings, removal FROM vpg ORDER BY name";
+    sqlx::query(query).fetch_all(db).await?.iter().map(read).collect()
+}
+
+/// Adds a group. [`StoreError::is_taken`] if its name is.
+pub async fn insert(db: &mut Connection, vpg: &Vpg) -> Result<(), StoreError> {
+    sqlx::query(
+        "INSERT INTO vpg (id, name, state, revision, applied_revision, created_us, settings) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7)",
+    )
+    .bind(vpg.id.to_string())
+    .bind(&vpg.name)
+    .bind(vpg.state.as_str())
+    .bind(int(vpg.revision))
+    .bind(int(vpg.applied_revision))
+    .bind(int(vpg.created_us.0))
+    .bind(to_json(&vpg.settings))
+    .execute(db)
+    .await?;
+    Ok(())
+}
+
+/// Begins a group's deletion, or changes how it goes.
+pub async fn set_removal(db: &mut Connection, vpg: VpgId, removal: Removal) -> Result<(), StoreError> {
+    sqlx::query("UPDATE vpg SET state = $2, removal = $3 WHERE id = $1")
+        .bind(vpg.to_string())
+        .bind(VpgState::Deleting.as_str())
+        .bind(to_json(&removal))
+        .execute(db)
+        .await?;
+    Ok(())
+}
+
+/// Notes that all VRAs have a revision.
+pub async fn set_applied(db: &mut Connection, vpg: VpgId, revision: u64) -> Result<(), StoreError> {
+    sqlx::query("UPDATE vpg SET applied_revision = $2 WHERE id = $1 AND applied_revision < $2")
+        .bind(vpg.to_string())
+        .bind(int(revision))
+        .execute(db)
+        .await?;
+    Ok(())
+}
+
+/// Raises the revision, so that the definition goes out again.
+pub async fn raise_revision(db: &mut Connection, vpg: VpgId) -> Result<(), StoreError> {
+    sqlx::query("UPDATE vpg SET revision = revision + 1 WHERE id = $1")
+        .bind(vpg.to_string())
+        .execute(db)
+        .await?;
+    Ok(())
+}
+
+/// Forgets a group.
+pub async fn delete(db: &mut Connection, vpg: VpgId) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM vpg WHERE id = $1").bind(vpg.to_string()).execute(db).await?;
+    Ok(())
+}
+
+fn read(row: &SqliteRow) -> Result<Vpg, StoreError> {
+    let read = Reader::new("vpg", row);
+    Ok(Vpg {
+        id: VpgId(read.uuid("id")?),
+        name: read.text("name")?,
+        state: read.parse("state")?,
+        revision: read.number("revision")?,
+        applied_revision: read.number("applied_revision")?,
+        created_us: TimeUs(read.number("created_us")?),
+        settings: read.json("settings")?,
+        removal: read.optional_json("removal")?,
+    })
+}

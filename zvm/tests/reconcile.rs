@@ -1,0 +1,565 @@
+//! The reconciler's core against a world of VRAs that does what it is told, late, twice or not at all.
+
+use std::collections::BTreeMap;
+
+use uuid::Uuid;
+use vra::api::status::{HostInfo, VpgStatus};
+use vra::api::view::ViewInfo;
+use vra::api::vpg::VolumeDefinition;
+use vra::api::*;
+use zvm::model::test_run::{TestDetails, TestRun, TestState, TestView};
+use zvm::model::vpg::{Member, Priority, Removal, Vpg, VpgSettings, VpgState};
+use zvm::model::vra::{Vra, VraState};
+use zvm::reconcile::*;
+
+const RETRY_MIN_US: u64 = 1_000;
+const RETRY_MAX_US: u64 = 64_000;
+
+#[test]
+fn a_group_reaches_its_target_first_then_its_source_then_is_applied() {
+    let mut world = World::new();
+    let (source, target) = (world.add_vra("a"), world.add_vra("b"));
+    let vpg = world.add_vpg(source, target);
+
+    let first = world.plan();
+    assert_eq!(applies(&first), [target], "a source must not stream to a target that doesn't know the group");
+    assert_eq!(first.progress[0].percent, 0);
+    world.finish_all(&first, ActionOutcome::Done);
+    let second = world.plan();
+    assert_eq!(applies(&second), [source]);
+    assert_eq!(second.progress[0].percent, 50);
+    world.finish_all(&second, ActionOutcome::Done);
+    let third = world.plan();
+    assert_eq!(third.transitions, [Transition::VpgApplied { vpg, revision: 1 }]);
+    assert!(applies(&third).is_empty());
+}
+
+#[test]
+fn nothing_is_sent_twice_at_once_and_failures_wait_longer_each_time() {
+    let mut world = World::new();
+    let (source, target) = (world.add_vra("a"), world.add_vra("b"));
+    world.add_vpg(source, target);
+    world.settle_trust();
+
+    let first = world.plan();
+    assert_eq!(applies(&first), [target]);
+    assert!(world.plan().actions.is_empty(), "one is in flight");
+    let lost = ActionOutcome::Unreachable("lost".into());
+    world.finish_all(&first, lost.clone());
+    assert!(world.plan().actions.is_empty(), "it waits after a failure");
+    let mut waits = Vec::new();
+    for _ in 0..10 {
+        let failed_us = world.now_us;
+        let again = loop {
+            world.now_us += 500;
+            let plan = world.plan();
+            if !plan.actions.is_empty() {
+                break plan;
+            }
+        };
+        waits.push(world.now_us - failed_us);
+        world.finish_all(&again, lost.clone());
+    }
+    assert!(waits.windows(2).all(|pair| pair[0] <= pair[1]), "{waits:?}");
+    assert!(waits[0] <= 2 * RETRY_MIN_US && *waits.last().unwrap() >= RETRY_MAX_US - 500, "{waits:?}");
+}
+
+#[test]
+fn a_vra_that_is_not_reachable_gets_nothing_and_is_named() {
+    let mut world = World::new();
+    let (source, target) = (world.add_vra("a"), world.add_vra("b"));
+    world.add_vpg(source, target);
+    world.settle_trust();
+    world.observed.get_mut(&target).unwrap().reachable = false;
+    let plan = world.plan();
+    assert!(plan.actions.is_empty());
+    assert!(plan.progress[0].step.contains("b (not reachable)"), "{}", plan.progress[0].step);
+}
+
+#[test]
+fn a_refused_definition_is_told_once_for_each_try_and_tried_again() {
+    let mut world = World::new();
+    let (source, target) = (world.add_vra("a"), world.add_vra("b"));
+    let vpg = world.add_vpg(source, target);
+    world.settle_trust();
+    let plan = world.plan();
+    let error = ApiError::new(ErrorCode::Exhausted, "no space");
+    let transitions = world.finish_all(&plan, ActionOutcome::Refused(error.clone()));
+    assert_eq!(transitions, [Transition::VpgRefused { vpg, vra: target, error }]);
+    assert_eq!(world.core.failures().len(), 1);
+    world.now_us += RETRY_MAX_US;
+    let plan = world.plan();
+    assert!(plan.progress[0].step.contains("it answered: no space"));
+    world.finish_all(&plan, ActionOutcome::Done);
+    assert!(world.core.failures().is_empty());
+}
+
+#[test]
+fn a_vra_that_lost_its_state_gets_the_definition_again_but_an_old_answer_does_not_count() {
+    let mut world = World::new();
+    let (source, target) = (world.add_vra("a"), world.add_vra("b"));
+    world.add_vpg(source, target);
+    world.settle();
+    assert!(world.plan().actions.is_empty());
+    // Asked before it took the definition, answered after: says nothing.
+    let asked_us = world.observed[&target].last.as_ref().unwrap().asked_us;
+    world.see(target, asked_us, |status| status.vpgs.clear());
+    assert!(world.plan().actions.is_empty());
+    world.see(target, world.now_us + 1, |status| status.vpgs.clear());
+    assert_eq!(applies(&world.plan()), [target]);
+}
+
+#[test]
+fn a_new_revision_goes_out_everywhere() {
+    let mut world = World::new();
+    let (source, target) = (world.add_vra("a"), world.add_vra("b"));
+    let vpg = world.add_vpg(source, target);
+    world.settle();
+    world.desired.vpgs[0].revision = 2;
+    assert_eq!(world.settle(), [Transition::VpgApplied { vpg, revision: 2 }]);
+}
+
+#[test]
+fn a_group_is_removed_at_the_source_first_and_gone_when_all_have_let_go() {
+    let mut world = World::new();
+    let (source, target) = (world.add_vra("a"), world.add_vra("b"));
+    let vpg = world.add_vpg(source, target);
+    world.settle();
+    world.delete(false);
+    let first = world.plan();
+    assert_eq!(removes(&first), [source]);
+    // One that doesn't know the group has let go of it.
+    let unknown = ActionOutcome::Refused(ApiError::new(ErrorCode::NotFound, "no such group"));
+    world.finish_all(&first, unknown);
+    let second = world.plan();
+    assert_eq!(removes(&second), [target]);
+    world.finish_all(&second, ActionOutcome::Done);
+    assert_eq!(world.plan().transitions, [Transition::VpgRemoved { vpg }]);
+}
+
+#[test]
+fn force_does_not_wait_for_the_dead() {
+    let mut world = World::new();
+    let (source, target) = (world.add_vra("a"), world.add_vra("b"));
+    let vpg = world.add_vpg(source, target);
+    world.settle();
+    world.observed.get_mut(&source).unwrap().reachable = false;
+    world.delete(false);
+    let plan = world.plan();
+    assert_eq!(removes(&plan), [target], "the reachable one need not wait");
+    world.finish_all(&plan, ActionOutcome::Done);
+    assert!(world.plan().transitions.is_empty());
+    world.delete(true);
+    assert_eq!(world.plan().transitions, [Transition::VpgRemoved { vpg }]);
+}
+
+#[test]
+fn a_removal_waits_for_a_definition_that_is_under_way() {
+    let mut world = World::new();
+    let (source, target) = (world.add_vra("a"), world.add_vra("b"));
+    world.add_vpg(source, target);
+    world.settle_trust();
+    let applying = world.plan();
+    world.delete(false);
+    assert!(world.plan().actions.is_empty(), "the definition would land after the removal");
+    world.finish_all(&applying, ActionOutcome::Done);
+    assert_eq!(removes(&world.plan()), [source]);
+}
+
+#[test]
+fn a_test_opens_everywhere_or_nowhere() {
+    let mut world = World::new();
+    let (source, b, c) = (world.add_vra("a"), world.add_vra("b"), world.add_vra("c"));
+    world.add_vpg(source, b);
+    world.add_member(source, c);
+    world.settle();
+    let test = world.add_test(&[b, c]);
+    let plan = world.plan();
+    assert_eq!(opens(&plan).len(), 2);
+    // b opens, c refuses.
+    world.finish(&plan.actions[0], ActionOutcome::Done);
+    let error = ApiError::new(ErrorCode::NotFound, "no such checkpoint");
+    let transitions = world.finish(&plan.actions[1], ActionOutcome::Refused(error.clone()));
+    let failed_at = plan.actions[1].vra;
+    assert_eq!(transitions, [Transition::TestFailed { test, vra: failed_at, error }]);
+    world.desired.tests[0].state = TestState::Stopping;
+    let plan = world.plan();
+    assert_eq!(closes(&plan).len(), 2, "also where it may not be open");
+    world.finish(&plan.actions[0], ActionOutcome::Done);
+    let gone = ActionOutcome::Refused(ApiError::new(ErrorCode::NotFound, "no view"));
+    world.finish(&plan.actions[1], gone);
+    assert_eq!(world.plan().transitions, [Transition::TestStopped { test }]);
+}
+
+#[test]
+fn all_views_open_is_a_running_test() {
+    let mut world = World::new();
+    let (source, target) = (world.add_vra("a"), world.add_vra("b"));
+    world.add_vpg(source, target);
+    world.settle();
+    let test = world.add_test(&[target]);
+    let plan = world.plan();
+    world.finish_all(&plan, ActionOutcome::Done);
+    assert_eq!(world.plan().transitions, [Transition::TestRunning { test }]);
+    // A restarted manager asks again: opening is idempotent by the view's id.
+    world.core = Reconciler::new(RETRY_MIN_US, RETRY_MAX_US);
+    assert_eq!(opens(&world.plan()).len(), 1);
+}
+
+#[test]
+fn a_view_is_not_closed_while_its_opening_is_under_way() {
+    let mut world = World::new();
+    let (source, target) = (world.add_vra("a"), world.add_vra("b"));
+    world.add_vpg(source, target);
+    world.settle();
+    world.add_test(&[target]);
+    let opening = world.plan();
+    world.desired.tests[0].state = TestState::Stopping;
+    let plan = world.plan();
+    assert!(plan.actions.is_empty() && plan.transitions.is_empty());
+    world.finish_all(&opening, ActionOutcome::Done);
+    assert_eq!(closes(&world.plan()).len(), 1);
+}
+
+#[test]
+fn a_test_that_cannot_open_in_time_fails() {
+    let mut world = World::new();
+    let (source, target) = (world.add_vra("a"), world.add_vra("b"));
+    world.add_vpg(source, target);
+    world.settle();
+    world.add_test(&[target]);
+    world.observed.get_mut(&target).unwrap().reachable = false;
+    assert!(world.plan().transitions.is_empty());
+    world.now_us += TEST_START_LIMIT_US + 1;
+    assert!(matches!(world.plan().transitions[..], [Transition::TestFailed { vra, .. }] if vra == target));
+}
+
+#[test]
+fn a_view_of_a_forgotten_test_is_closed_and_others_are_left_alone() {
+    let mut world = World::new();
+    let target = world.add_vra("b");
+    world.settle_trust();
+    let (ours, theirs) = (ViewId::random(), ViewId::random());
+    world.see(target, world.now_us, |status| {
+        status.views.push(view(ours, Some(format!("zvm test {}", Uuid::new_v4()))));
+        status.views.push(view(theirs, Some("someone's own".into())));
+    });
+    assert_eq!(closes(&world.plan()), [ours]);
+}
+
+#[test]
+fn revoked_certificates_are_told_to_every_run_of_every_vra_once() {
+    let mut world = World::new();
+    let (a, b) = (world.add_vra("a"), world.add_vra("b"));
+    assert_eq!(trusts(&world.plan()).len(), 2);
+    world.core = Reconciler::new(RETRY_MIN_US, RETRY_MAX_US);
+    world.settle_trust();
+    assert!(world.plan().actions.is_empty());
+    world.desired.trust.version += 1;
+    let plan = world.plan();
+    assert_eq!(trusts(&plan).len(), 2);
+    world.finish_all(&plan, ActionOutcome::Done);
+    world.see(b, world.now_us, |status| status.started_us.0 += 1);
+    assert_eq!(trusts(&world.plan()), [b], "a restarted VRA may have forgotten");
+    world.desired.vras.remove(&a);
+    world.desired.trust.version += 1;
+    assert_eq!(trusts(&world.plan()), [b; 0], "one is in flight, a revoked one gets none");
+}
+
+/// Any order of outcomes, losses and restarts ends with every VRA as desired.
+#[test]
+fn whatever_happens_the_world_arrives() {
+    for seed in 0..300_u64 {
+        let mut random = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        let mut dice = |sides: u64| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random % sides
+        };
+        let mut world = World::new();
+        let vras: Vec<VraId> = ["a", "b", "c"].map(|name| world.add_vra(name)).to_vec();
+        let vpg = world.add_vpg(vras[0], vras[1]);
+        world.add_member(vras[0], vras[2]);
+        let mut in_flight: Vec<Action> = Vec::new();
+        let mut applied = false;
+        for step in 0..400 {
+            world.now_us += 1_000;
+            let calm = step > 300;
+            if dice(10) == 0 && !calm {
+                // The manager restarts: what is in flight may land or not, nobody hears of it.
+                for action in in_flight.drain(..) {
+                    if dice(2) == 0 {
+                        world.land(&action);
+                    }
+                }
+                world.core = Reconciler::new(RETRY_MIN_US, RETRY_MAX_US);
+            }
+            if dice(8) == 0 && !calm {
+                let vra = vras[dice(3) as usize];
+                let seen = world.observed.get_mut(&vra).unwrap();
+                seen.reachable = !seen.reachable;
+            }
+            if calm {
+                world.observed.values_mut().for_each(|seen| seen.reachable = true);
+            }
+            for vra in &vras {
+                if world.observed[vra].reachable {
+                    world.look_at(*vra);
+                }
+            }
+            let plan = world.plan();
+            applied |= plan.transitions.contains(&Transition::VpgApplied { vpg, revision: 1 });
+            in_flight.extend(plan.actions);
+            while !in_flight.is_empty() && (calm || dice(2) == 0) {
+                let action = in_flight.swap_remove(dice(in_flight.len() as u64) as usize);
+                let landed = calm || dice(3) > 0;
+                if landed {
+                    world.land(&action);
+                }
+                let heard = landed && (calm || dice(3) > 0);
+                let lost = ActionOutcome::Unreachable("lost".into());
+                world.finish(&action, if heard { ActionOutcome::Done } else { lost });
+            }
+        }
+        assert!(applied, "seed {seed}");
+        for vra in &vras {
+            assert_eq!(world.truth[vra].get(&vpg), Some(&1), "seed {seed}");
+        }
+    }
+}
+
+struct World {
+    core: Reconciler,
+    desired: Desired,
+    observed: Observed,
+    /// What each VRA really has.
+    truth: BTreeMap<VraId, BTreeMap<VpgId, u64>>,
+    now_us: u64,
+}
+
+impl World {
+    fn new() -> Self {
+        let desired = Desired { trust: SetTrust { version: 1, ..SetTrust::default() }, ..Desired::default() };
+        let core = Reconciler::new(RETRY_MIN_US, RETRY_MAX_US);
+        Self { core, desired, observed: Observed::new(), truth: BTreeMap::new(), now_us: 1_000_000 }
+    }
+
+    fn add_vra(&mut self, name: &str) -> VraId {
+        let id = VraId::random();
+        let vra = Vra {
+            id,
+            name: name.into(),
+            address: format!("{name}:9710"),
+            version: "1".into(),
+            state: VraState::Enrolled,
+            enrolled_us: TimeUs(1),
+            revoked_us: None,
+            certificate_serial: "1".into(),
+            certificate_ends_us: TimeUs(u64::MAX),
+        };
+        self.desired.vras.insert(id, vra);
+        let last = LastStatus { asked_us: self.now_us, status: status(id, name) };
+        self.observed.insert(id, Seen { reachable: true, error: None, since_us: 0, last: Some(last) });
+        self.truth.insert(id, BTreeMap::new());
+        id
+    }
+
+    fn add_vpg(&mut self, source: VraId, target: VraId) -> VpgId {
+        let id = VpgId::random();
+        self.desired.vpgs.push(Vpg {
+            id,
+            name: "shop".into(),
+            state: VpgState::Active,
+            revision: 1,
+            applied_revision: 0,
+            created_us: TimeUs(self.now_us),
+            settings: VpgSettings {
+                description: String::new(),
+                priority: Priority::Medium,
+                member_set_version: 1,
+                checkpoint_interval_ms: 1_000,
+                hold_deadline_ms: 100,
+                history_s: 3_600,
+                rpo_target_s: 10,
+                give_up_history: true,
+                vms: Vec::new(),
+            },
+            removal: None,
+        });
+        self.add_member(source, target);
+        id
+    }
+
+    fn add_member(&mut self, source: VraId, target: VraId) {
+        self.desired.vpgs[0].settings.vms.push(Member {
+            vm: VmId::random(),
+            name: "db".into(),
+            journal: JournalId::random(),
+            source,
+            target,
+            datastore: "/srv".into(),
+            journal_limit_bytes: 1 << 30,
+            volumes: vec![VolumeDefinition {
+                id: VolumeId::random(),
+                number: 0,
+                size_bytes: 1 << 20,
+                logical_block_bytes: 512,
+                source_path: "/images/db".into(),
+            }],
+        });
+    }
+
+    fn add_test(&mut self, targets: &[VraId]) -> Uuid {
+        let id = Uuid::new_v4();
+        let views = targets.iter().map(|vra| TestView { vra: *vra, view: ViewId::random() }).collect();
+        self.desired.tests.push(TestRun {
+            id,
+            vpg: self.desired.vpgs[0].id,
+            state: TestState::Starting,
+            started_us: TimeUs(self.now_us),
+            details: TestDetails {
+                checkpoint: CheckpointId { nonce: 1, counter: 1 },
+                checkpoint_time_us: TimeUs(1),
+                checkpoint_tag: None,
+                door: DoorRequest::Nbd { listen: None },
+                views,
+                start_task: Uuid::new_v4(),
+                stop_task: None,
+            },
+        });
+        id
+    }
+
+    fn delete(&mut self, force: bool) {
+        self.desired.vpgs[0].state = VpgState::Deleting;
+        self.desired.vpgs[0].removal = Some(Removal { keep_disks: false, force });
+    }
+
+    fn plan(&mut self) -> Plan {
+        self.core.plan(&self.desired, &self.observed, self.now_us)
+    }
+
+    fn finish(&mut self, action: &Action, outcome: ActionOutcome) -> Vec<Transition> {
+        self.core.finished(action, outcome, self.now_us)
+    }
+
+    fn finish_all(&mut self, plan: &Plan, outcome: ActionOutcome) -> Vec<Transition> {
+        plan.actions
+            .iter()
+            .flat_map(|action| self.core.finished(action, outcome.clone(), self.now_us))
+            .collect()
+    }
+
+    /// Gets the list of revoked certificates out of the way.
+    fn settle_trust(&mut self) {
+        let vpgs = std::mem::take(&mut self.desired.vpgs);
+        let plan = self.plan();
+        self.finish_all(&plan, ActionOutcome::Done);
+        self.desired.vpgs = vpgs;
+    }
+
+    /// Lets every action succeed until there is none left, and notes what is applied; gives all transitions.
+    fn settle(&mut self) -> Vec<Transition> {
+        let mut transitions = Vec::new();
+        loop {
+            let plan = self.plan();
+            for transition in &plan.transitions {
+                if let Transition::VpgApplied { revision, .. } = transition {
+                    self.desired.vpgs[0].applied_revision = *revision;
+                }
+            }
+            transitions.extend(plan.transitions.iter().cloned());
+            if plan.actions.is_empty() && plan.transitions.is_empty() {
+                return transitions;
+            }
+            self.finish_all(&plan, ActionOutcome::Done);
+        }
+    }
+
+    fn see(&mut self, vra: VraId, asked_us: u64, change: impl FnOnce(&mut VraStatus)) {
+        let last = self.observed.get_mut(&vra).unwrap().last.as_mut().unwrap();
+        last.asked_us = asked_us;
+        change(&mut last.status);
+    }
+
+    fn look_at(&mut self, vra: VraId) {
+        let vpgs = self.truth[&vra].iter().map(|(vpg, revision)| vpg_status(*vpg, *revision)).collect();
+        self.see(vra, self.now_us, |status| status.vpgs = vpgs);
+    }
+
+    fn land(&mut self, action: &Action) {
+        if let ActionKind::ApplyVpg(definition) = &action.kind {
+            self.truth.get_mut(&action.vra).unwrap().insert(definition.id, definition.revision);
+        }
+    }
+}
+
+fn pick<T>(plan: &Plan, of: impl Fn(&Action) -> Option<T>) -> Vec<T> {
+    plan.actions.iter().filter_map(of).collect()
+}
+
+fn applies(plan: &Plan) -> Vec<VraId> {
+    pick(plan, |action| matches!(action.kind, ActionKind::ApplyVpg(_)).then_some(action.vra))
+}
+
+fn removes(plan: &Plan) -> Vec<VraId> {
+    pick(plan, |action| matches!(action.kind, ActionKind::RemoveVpg { .. }).then_some(action.vra))
+}
+
+fn trusts(plan: &Plan) -> Vec<VraId> {
+    pick(plan, |action| matches!(action.kind, ActionKind::SetTrust { .. }).then_some(action.vra))
+}
+
+fn opens(plan: &Plan) -> Vec<VraId> {
+    pick(plan, |action| matches!(action.kind, ActionKind::OpenView { .. }).then_some(action.vra))
+}
+
+fn closes(plan: &Plan) -> Vec<ViewId> {
+    pick(plan, |action| match action.kind {
+        ActionKind::CloseView { view } => Some(view),
+        _ => None,
+    })
+}
+
+fn status(vra: VraId, name: &str) -> VraStatus {
+    VraStatus {
+        vra,
+        name: name.into(),
+        version: "1".into(),
+        now_us: TimeUs(1_000_000),
+        started_us: TimeUs(1),
+        host: HostInfo { hostname: name.into(), kernel: "6.12".into(), ublk_features: None },
+        site: None,
+        volumes: Vec::new(),
+        vpgs: Vec::new(),
+        source_vms: Vec::new(),
+        target_vms: Vec::new(),
+        views: Vec::new(),
+        alerts: Vec::new(),
+    }
+}
+
+fn vpg_status(vpg: VpgId, revision: u64) -> VpgStatus {
+    VpgStatus {
+        vpg,
+        name: "shop".into(),
+        revision,
+        last_checkpoint: None,
+        checkpoint_count: 0,
+        aborted_epochs: 0,
+    }
+}
+
+fn view(view: ViewId, label: Option<String>) -> ViewInfo {
+    ViewInfo {
+        view,
+        vpg: VpgId::random(),
+        label,
+        checkpoint: None,
+        mode: ViewMode::Scratch,
+        opened_us: TimeUs(1),
+        open_duration_us: 1,
+        disks: Vec::new(),
+    }
+}
