@@ -50,7 +50,7 @@ pub struct Issued {
 pub enum AuthorityError {
     /// `zvm init` was run before.
     #[error(
-        "{path} exists: this manager is initialised already. To begin a new site, move {path} away; every VRA must then enrol again"
+        "{path} exists: this manager is initialised already. To begin a new site, move its state folder away; every VRA must then enrol again"
     )]
     Exists {
         /// The file found.

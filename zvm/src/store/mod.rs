@@ -13,6 +13,7 @@ pub mod tokens;
 pub mod vpgs;
 pub mod vras;
 
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -94,6 +95,13 @@ impl Store {
             .foreign_keys(true)
             .busy_timeout(Duration::from_secs(10));
         let pool = |connections| SqlitePoolOptions::new().max_connections(connections);
+        // The file gets its mode before SQLite opens it; its log takes the same.
+        std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o600)
+            .open(path)
+            .map_err(|error| open(error.into()))?;
         let writer = pool(1).connect_with(options.clone()).await.map_err(open)?;
         migrator().run(&writer).await.map_err(|source| StoreError::Migrate { path: path.into(), source })?;
         let readers = pool(4).connect_with(options).await.map_err(open)?;
