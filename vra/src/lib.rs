@@ -10,6 +10,7 @@
 
 pub mod api;
 pub mod capture;
+pub mod checkpoint;
 pub mod clock;
 pub mod config;
 pub mod control;
@@ -18,4 +19,5 @@ pub mod pki;
 pub mod planted;
 pub mod receive;
 pub mod ship;
+pub mod sync;
 pub mod wire;

@@ -294,7 +294,7 @@ fn sync(vm: &Arc<Vm>) {
                 block[..8].copy_from_slice(&vm.disk.lock().unwrap()[at as usize].to_le_bytes());
             }
             let content = SyncContent::Data(writer.copy(&data).expect("room"));
-            let confirmed = vm.core.with(|core, wakeups| core.confirm(watch, &content, 0, wakeups));
+            let confirmed = vm.core.with(|core, wakeups| core.confirm(watch, range, &content, 0, wakeups));
             if confirmed.expect("in a sync") == Confirmed::Done {
                 break;
             }

@@ -1,12 +1,27 @@
 //! Capture: a protected disk's writes get numbers and are retained until the target holds them durably.
+//! `docs/capture.md` has the protocol and its invariants.
 
 pub mod entry;
 pub mod modes;
 pub mod numbering;
 pub mod payload;
 mod primitives;
+mod protected_disk;
+mod protected_lane;
+mod sequence_store;
+mod source_vm;
+
+pub use protected_disk::{Home, ProtectedDisk, WallClock};
+pub use sequence_store::{
+    FileSequenceStore, SEQUENCE_BLOCK, SequenceState, SequenceStore, SequenceStoreError,
+};
+pub use source_vm::{
+    CaptureLimits, ProtectError, RetainedEntries, SourceAction, SourceAlert, SourceSnapshot, SourceVm,
+};
 
 #[cfg(test)]
 mod interleavings;
 #[cfg(test)]
 mod numbering_tests;
+#[cfg(test)]
+mod simulation;

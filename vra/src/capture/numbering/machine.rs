@@ -49,6 +49,7 @@ pub struct Core {
     pub(super) lanes: Vec<Option<Lane>>,
     /// A lane was deferred because the in-flight set was full.
     room_wanted: bool,
+    local_errors: u64,
     pub(super) watches: Vec<Option<Watch>>,
     pub(super) next_watch_serial: u64,
     pub(super) syncer: Sleeper,
@@ -78,6 +79,7 @@ impl Core {
             volumes: Vec::new(),
             lanes: Vec::new(),
             room_wanted: false,
+            local_errors: 0,
             watches: Vec::with_capacity(MAX_WATCHES),
             next_watch_serial: 0,
             syncer: Sleeper::default(),
@@ -211,6 +213,7 @@ impl Core {
     /// The local disk is done with a write; `ok` says whether it succeeded.
     pub fn landed(&mut self, ticket: Ticket, ok: bool, wakeups: &mut Wakeups) -> Landed {
         let write = self.in_flight.get(ticket);
+        self.local_errors += u64::from(!ok);
         if !ok && write.last_seq > 0 && self.is_streaming() {
             // A6: what lies on the local disk now may be neither the old nor the new data.
             self.overflow(OverflowReason::LocalWriteError, wakeups);
@@ -268,6 +271,18 @@ impl Core {
         }
     }
 
+    /// The overflow is over: everything before it is durable at the target. Nothing is captured until a grant.
+    pub fn rest(&mut self) -> Result<(), PublishRefusal> {
+        match self.mode {
+            Mode::Overflow { .. } if self.producer.freed_through() + 1 == self.next_seq => {
+                self.mode = Mode::Stopped;
+                Ok(())
+            }
+            Mode::Stopped => Ok(()),
+            _ => Err(PublishRefusal::NotDrained),
+        }
+    }
+
     /// After a thread died inside the lock: numbers that it took and didn't publish become `void` (A2), and capture
     /// stops until the process restarts, as what that thread left on its ring is unknown.
     pub fn repair(&mut self, wakeups: &mut Wakeups) {
@@ -301,6 +316,11 @@ impl Core {
     /// The sync that is under way.
     pub fn sync_id(&self) -> Option<u64> {
         self.sync_id
+    }
+
+    /// Writes that the local disks failed.
+    pub fn local_errors(&self) -> u64 {
+        self.local_errors
     }
 
     /// Entries and bytes that are retained.

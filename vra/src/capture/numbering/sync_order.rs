@@ -8,7 +8,7 @@ use journal::batch::RecordKind;
 use ublk::serve::Waker;
 
 use crate::capture::entry::{Entry, Payload};
-use crate::capture::modes::{Mode, PublishRefusal};
+use crate::capture::modes::PublishRefusal;
 use crate::capture::payload::Piece;
 use crate::planted::{Planted, is_planted};
 
@@ -98,10 +98,12 @@ impl Core {
         Some(WatchId { index: index as u32, serial })
     }
 
-    /// Gives the content of a watched read its place in the order, if nothing came between. The watch ends.
+    /// Gives the content of `range`, a part of what is watched, its place in the order, if nothing came between. The watch
+    /// ends.
     pub fn confirm(
         &mut self,
         watch_id: WatchId,
+        range: ByteRange,
         content: &SyncContent,
         now_us: u64,
         wakeups: &mut Wakeups,
@@ -109,6 +111,7 @@ impl Core {
         let (Some(sync_id), Some(watch)) = (self.sync_id, self.end_watch(watch_id)) else {
             return Err(PublishRefusal::NotStreaming);
         };
+        debug_assert!(watch.range.start <= range.start && range.end <= watch.range.end);
         if watch.dirty && !is_planted(Planted::SyncOverWrites) {
             return Ok(Confirmed::ReadAgain);
         }
@@ -119,8 +122,8 @@ impl Core {
         };
         let entry = Entry {
             volume: watch.volume,
-            offset_bytes: watch.range.start,
-            len_bytes: watch.range.len_bytes(),
+            offset_bytes: range.start,
+            len_bytes: range.len_bytes(),
             sync_id,
             payload,
             ..Entry::control(kind)
@@ -165,11 +168,6 @@ impl Core {
     pub fn set_syncer(&mut self, waker: Waker) {
         self.syncer.waker = Some(waker);
         self.syncer.asleep = true;
-    }
-
-    /// Whether the numbers from `from_seq` on belong to the stretch that is streaming now.
-    pub fn streams_since(&self, from_seq: u64) -> bool {
-        self.mode() == Mode::Streaming { from_seq }
     }
 }
 

@@ -1,0 +1,10 @@
+//! Checkpoints of a group: one moment in several VMs, held together (D1 to D3). `docs/capture.md` has the protocol.
+
+mod checkpointer;
+mod held_epoch;
+mod local_hold;
+mod state_word;
+
+pub use checkpointer::{Checkpointer, GroupSettings, GroupStatus, HOLD_DEADLINE_US};
+pub use held_epoch::{CommitRefusal, HeldEpoch};
+pub use local_hold::{CheckpointRefusal, LocalHold, Member, TakenCheckpoint};
