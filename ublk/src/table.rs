@@ -23,6 +23,16 @@ impl<T> Table<T> {
     }
 
     /// The value at `key`, if any.
+    pub(crate) fn get(&self, key: u32) -> Option<&T> {
+        self.places.get(key as usize)?.as_ref()
+    }
+
+    /// The values and their keys.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
+        (0..).zip(&self.places).filter_map(|(key, place)| Some((key, place.as_ref()?)))
+    }
+
+    /// The value at `key`, if any.
     pub(crate) fn get_mut(&mut self, key: u32) -> Option<&mut T> {
         self.places.get_mut(key as usize)?.as_mut()
     }

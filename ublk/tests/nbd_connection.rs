@@ -101,7 +101,7 @@ impl World {
         let len = if self.rng.random_bool(0.3) { self.rng.random_range(1..=most) } else { most };
         recv.buffer()[..len].copy_from_slice(&bytes[..len]);
         bytes.drain(..len);
-        self.connection.received(recv, len, false);
+        self.connection.received(recv, len);
         true
     }
 
@@ -361,7 +361,7 @@ proptest! {
         prop_assert_eq!(world.connection.is_drained(), world.at_disk.is_empty());
         if let Some(recv) = lent {
             prop_assert!(!world.connection.is_over());
-            world.connection.received(recv, 0, false);
+            world.connection.received(recv, 0);
         }
         if let Some(batch) = world.sending.take() {
             world.connection.sent(batch);
@@ -373,17 +373,6 @@ proptest! {
         drop(world.connection);
         prop_assert_eq!(world.arena.free_count(), 6);
     }
-}
-
-#[test]
-fn stale_bytes_never_reach_the_disk() {
-    let mut world = World::new(1, true, 4);
-    let bytes = write(0, 1, HALF as u64, &[7; 512]);
-    let mut recv = world.connection.next_recv().expect("reading");
-    recv.buffer()[..bytes.len()].copy_from_slice(&bytes);
-    world.connection.received(recv, bytes.len(), true);
-    assert!(world.connection.next_request().is_none());
-    assert!(world.connection.is_over());
 }
 
 #[test]
@@ -424,7 +413,7 @@ fn a_client_that_takes_no_replies_is_not_read_for_ever() {
     while let Some(mut recv) = world.connection.next_recv() {
         let room = recv.buffer().len() / one.len() * one.len();
         recv.buffer()[..room].copy_from_slice(&one.repeat(room / one.len()));
-        world.connection.received(recv, room, false);
+        world.connection.received(recv, room);
         taken += room;
         assert!(taken < 1 << 20, "read without bound");
     }

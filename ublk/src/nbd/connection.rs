@@ -113,6 +113,11 @@ impl Connection {
         self.pump();
     }
 
+    /// Whether there is a request for the disk.
+    pub fn has_requests(&self) -> bool {
+        matches!(&self.phase, Phase::Serving(jobs) if jobs.has_requests())
+    }
+
     /// The next request for the disk.
     pub fn next_request(&mut self) -> Option<Request> {
         self.jobs()?.next_request()
@@ -189,20 +194,31 @@ impl Connection {
         recv
     }
 
-    /// Takes back a receive with `received_bytes` in it; none means that the client sends no more. With `stale` set the
-    /// bytes don't count as received, and the connection stops (see [`session`](super::session)).
-    pub fn received(&mut self, recv: Recv, received_bytes: usize, stale: bool) {
+    /// Takes back a receive with `received_bytes` in it; none means that the client sends no more.
+    pub fn received(&mut self, recv: Recv, received_bytes: usize) {
         self.receiving = false;
         match recv.into_memory() {
             RecvMemory::Inbox(bytes) => self.inbox.take_back(bytes, received_bytes),
             RecvMemory::Slot(slot) => self.slot_received(slot, received_bytes),
         }
-        if stale || self.end == End::Stopped {
+        if self.end == End::Stopped {
             self.stop();
         } else if received_bytes == 0 {
             self.finish();
         }
         self.pump();
+    }
+
+    /// Takes back a receive that brought nothing for a passing reason, or failed after [`Connection::stop`].
+    pub fn unreceived(&mut self, recv: Recv) {
+        self.receiving = false;
+        match recv.into_memory() {
+            RecvMemory::Inbox(bytes) => self.inbox.take_back(bytes, 0),
+            RecvMemory::Slot(slot) => self.slot_received(slot, 0),
+        }
+        if self.end == End::Stopped {
+            self.stop();
+        }
     }
 
     /// Ends the connection at once: nothing more is received or sent, what was received but not given to the disk is thrown
@@ -237,6 +253,16 @@ impl Connection {
         match &self.phase {
             Phase::Serving(jobs) => jobs.at_disk() == 0,
             _ => true,
+        }
+    }
+
+    /// Whether nothing is at the disk, and nothing will be.
+    pub fn is_over_for_disk(&self) -> bool {
+        let jobs = matches!(&self.phase, Phase::Serving(jobs) if jobs.any() || jobs.at_disk() > 0);
+        match self.end {
+            End::No => false,
+            End::Stopped => self.is_drained(),
+            End::Finishing => !jobs,
         }
     }
 

@@ -12,6 +12,7 @@ use super::request::{Kind, Piece, PieceMemory, Plan, Terms, Work};
 use super::wire;
 use crate::arena::Slot;
 use crate::serve::{Allocation, Completion, Errno, Extent, Op, Request};
+use crate::table::Table;
 
 /// Requests of one connection in flight.
 pub(super) const JOBS_MAX: usize = 128;
@@ -38,8 +39,7 @@ pub(super) struct Jobs {
     terms: Terms,
     /// Slots that nobody uses.
     slots: Vec<Slot>,
-    jobs: Vec<Option<Job>>,
-    free: Vec<u32>,
+    jobs: Table<Job>,
     /// Jobs with pieces to be cut, but for writes, whose payload comes in by itself.
     to_cut: VecDeque<u32>,
     requests: VecDeque<Request>,
@@ -59,8 +59,7 @@ impl Jobs {
         Self {
             terms,
             slots,
-            jobs: Vec::new(),
-            free: Vec::new(),
+            jobs: Table::new(),
             to_cut: VecDeque::new(),
             requests: VecDeque::new(),
             queries: VecDeque::new(),
@@ -78,7 +77,7 @@ impl Jobs {
 
     /// Whether a further request may be taken.
     pub(super) fn takes_more(&self, outbox: &Outbox) -> bool {
-        self.live() < JOBS_MAX && outbox.len() + self.behind_run.len() < REPLIES_MAX
+        self.jobs.len() < JOBS_MAX && outbox.len() + self.behind_run.len() < REPLIES_MAX
     }
 
     pub(super) fn at_disk(&self) -> usize {
@@ -86,11 +85,15 @@ impl Jobs {
     }
 
     pub(super) fn any(&self) -> bool {
-        self.live() > 0 || !self.behind_run.is_empty()
+        self.jobs.len() > 0 || !self.behind_run.is_empty()
     }
 
     pub(super) fn give_slots(&mut self, slots: impl IntoIterator<Item = Slot>) {
         self.slots.extend(slots);
+    }
+
+    pub(super) fn has_requests(&self) -> bool {
+        !self.requests.is_empty()
     }
 
     pub(super) fn next_request(&mut self) -> Option<Request> {
@@ -107,7 +110,7 @@ impl Jobs {
         let several = work.kind == Kind::Read && work.len_bytes as usize > self.terms.slot_len_bytes;
         let parked = (several && !self.terms.agreed.structured).then(Parked::default);
         let job = Job { cookie, work, plan, pieces: 0, cut: 0, error: None, parked, abandoned: false };
-        let index = self.insert(job);
+        let (index, _) = self.jobs.insert(job);
         match work.kind {
             Kind::BlockStatus { one } => {
                 let count_max = if one { 1 } else { EXTENTS_MAX };
@@ -132,7 +135,7 @@ impl Jobs {
     /// Cuts what memory allows.
     pub(super) fn issue(&mut self, outbox: &mut Outbox) {
         while let Some(&index) = self.to_cut.front() {
-            let Some(job) = self.jobs[index as usize].as_mut() else {
+            let Some(job) = self.jobs.get_mut(index) else {
                 self.to_cut.pop_front();
                 continue;
             };
@@ -159,22 +162,22 @@ impl Jobs {
 
     /// A slot for the next piece of a write's payload and the piece's length in bytes, or none when no slot is free.
     pub(super) fn slot_for_payload(&mut self, index: u32) -> Option<(Slot, usize)> {
-        let job = self.jobs.get(index as usize)?.as_ref()?;
+        let job = self.jobs.get(index)?;
         let piece = job.plan.peek(&self.terms)?;
         Some((self.slots.pop()?, piece.len_bytes as usize))
     }
 
     /// Sends the next piece of a write's payload to the disk. True when it was the last.
     pub(super) fn issue_payload(&mut self, index: u32, slot: Slot) -> bool {
-        let job = self.jobs.get_mut(index as usize).and_then(Option::as_mut);
+        let job = self.jobs.get_mut(index);
         let Some(piece) = job.and_then(|job| job.plan.peek(&self.terms)) else { return true };
         self.cut(index, piece, Some(slot));
-        self.jobs[index as usize].as_ref().is_none_or(|job| job.plan.is_done())
+        self.jobs.get(index).is_none_or(|job| job.plan.is_done())
     }
 
     /// A write whose payload will not come whole: it gets no answer.
     pub(super) fn abandon(&mut self, index: u32) {
-        if let Some(Some(job)) = self.jobs.get_mut(index as usize) {
+        if let Some(job) = self.jobs.get_mut(index) {
             job.abandoned = true;
             if job.pieces == 0 {
                 self.remove(index);
@@ -186,7 +189,7 @@ impl Jobs {
     pub(super) fn complete(&mut self, completion: Completion, outbox: &mut Outbox) -> Done {
         let Completion { tag, result, slot } = completion;
         let (index, number) = ((tag >> 32) as u32, tag as u32);
-        let Some(Some(job)) = self.jobs.get_mut(index as usize) else {
+        let Some(job) = self.jobs.get_mut(index) else {
             debug_assert!(false, "a completion of nothing: tag {tag:#x}");
             self.slots.extend(slot);
             return Done::Fine;
@@ -201,6 +204,10 @@ impl Jobs {
         self.bare_pieces -= usize::from(bare);
         if let Err(errno) = result {
             job.error.get_or_insert(errno);
+            // What waited for its turn will not be sent, and the pieces still to be cut need the slots.
+            if let Some(parked) = &mut job.parked {
+                self.slots.extend(std::mem::take(&mut parked.pieces).into_values());
+            }
         }
         if self.stopped || job.abandoned {
             self.slots.extend(slot);
@@ -215,7 +222,7 @@ impl Jobs {
             }
             slot => self.slots.extend(slot),
         }
-        let Some(job) = self.jobs[index as usize].as_ref() else { return Done::Fine };
+        let Some(job) = self.jobs.get(index) else { return Done::Fine };
         if job.error.is_some() && self.running == Some(index) {
             return Done::CannotAnswer;
         }
@@ -231,7 +238,7 @@ impl Jobs {
         extents: &[Extent],
         outbox: &mut Outbox,
     ) {
-        let Some(Some(job)) = self.jobs.get(index as usize) else { return };
+        let Some(job) = self.jobs.get(index) else { return };
         let mut rest_bytes = query.len_bytes;
         let mut told: Vec<Extent> = Vec::new();
         for extent in extents.iter().take(query.count_max) {
@@ -255,48 +262,27 @@ impl Jobs {
         for request in std::mem::take(&mut self.requests) {
             self.pieces -= 1;
             self.slots.extend(request.slot);
-            let index = (request.tag >> 32) as usize;
-            if let Some(Some(job)) = self.jobs.get_mut(index) {
+            if let Some(job) = self.jobs.get_mut((request.tag >> 32) as u32) {
                 job.pieces -= 1;
             }
         }
         self.to_cut.clear();
         self.queries.clear();
         self.behind_run.clear();
-        for index in 0..self.jobs.len() as u32 {
-            if self.jobs[index as usize].as_ref().is_some_and(|job| job.pieces == 0) {
-                self.remove(index);
-            }
-        }
-    }
-
-    fn live(&self) -> usize {
-        self.jobs.len() - self.free.len()
-    }
-
-    fn insert(&mut self, job: Job) -> u32 {
-        match self.free.pop() {
-            Some(index) => {
-                self.jobs[index as usize] = Some(job);
-                index
-            }
-            None => {
-                self.jobs.push(Some(job));
-                (self.jobs.len() - 1) as u32
-            }
-        }
+        let idle: Vec<u32> =
+            self.jobs.iter().filter(|(_, job)| job.pieces == 0).map(|(index, _)| index).collect();
+        idle.into_iter().for_each(|index| self.remove(index));
     }
 
     fn remove(&mut self, index: u32) {
-        if let Some(job) = self.jobs[index as usize].take() {
-            self.free.push(index);
+        if let Some(job) = self.jobs.remove(index) {
             let parked = job.parked.into_iter().flat_map(|parked| parked.pieces.into_values());
             self.slots.extend(parked);
         }
     }
 
     fn cut(&mut self, index: u32, piece: Piece, slot: Option<Slot>) {
-        let Some(job) = self.jobs[index as usize].as_mut() else { return };
+        let Some(job) = self.jobs.get_mut(index) else { return };
         job.plan.advance(&piece);
         job.pieces += 1;
         let tag = u64::from(index) << 32 | u64::from(job.cut);
@@ -316,14 +302,14 @@ impl Jobs {
     /// Sends, or parks, what a piece of a read brought.
     fn read_done(&mut self, index: u32, number: u32, slot: Slot, outbox: &mut Outbox) {
         let slot_len = self.terms.slot_len_bytes as u64;
-        let Some(job) = self.jobs[index as usize].as_mut() else { return };
+        let Some(job) = self.jobs.get_mut(index) else { return };
         let from = u64::from(number) * slot_len;
         let len_bytes = (u64::from(job.work.len_bytes) - from).min(slot_len) as usize;
+        if job.error.is_some() {
+            self.slots.push(slot);
+            return;
+        }
         if self.terms.agreed.structured {
-            if job.error.is_some() {
-                self.slots.push(slot);
-                return;
-            }
             let last = job.pieces == 0 && job.plan.is_done();
             outbox.data_chunk(job.cookie, last, job.work.offset_bytes + from, slot, len_bytes);
             if last {
@@ -350,22 +336,20 @@ impl Jobs {
 
     /// Starts the run of a read whose first piece is there, if any.
     fn start_run(&mut self, outbox: &mut Outbox) {
-        let ready = self.jobs.iter().position(|job| {
-            let job = job.as_ref().filter(|job| job.error.is_none());
-            job.and_then(|job| job.parked.as_ref()).is_some_and(|parked| parked.pieces.contains_key(&0))
-        });
-        if let Some(index) = ready
-            && let Some(job) = &self.jobs[index]
-        {
-            outbox.simple(job.cookie, 0);
-            self.running = Some(index as u32);
+        let starts = |job: &Job| {
+            job.error.is_none() && job.parked.as_ref().is_some_and(|parked| parked.pieces.contains_key(&0))
+        };
+        let ready = self.jobs.iter().find(|(_, job)| starts(job)).map(|(index, job)| (index, job.cookie));
+        if let Some((index, cookie)) = ready {
+            outbox.simple(cookie, 0);
+            self.running = Some(index);
             self.go_on_with_run(outbox);
         }
     }
 
     fn go_on_with_run(&mut self, outbox: &mut Outbox) {
         let Some(index) = self.running else { return };
-        let Some(Some(job)) = self.jobs.get_mut(index as usize) else { return };
+        let Some(job) = self.jobs.get_mut(index) else { return };
         let Some(parked) = &mut job.parked else { return };
         let total_bytes = job.work.len_bytes as usize;
         while let Some(slot) = parked.pieces.remove(&parked.next) {
@@ -393,7 +377,7 @@ impl Jobs {
 
     /// Answers a request of which nothing is left to do; a read that succeeded has been answered by its data.
     fn answer_if_done(&mut self, index: u32, outbox: &mut Outbox) {
-        let Some(job) = self.jobs[index as usize].as_ref() else { return };
+        let Some(job) = self.jobs.get(index) else { return };
         let answered_by_run = job.parked.is_some() && job.error.is_none();
         if job.pieces > 0 || !job.plan.is_done() || answered_by_run {
             return;

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
-use io_uring::{IoUring, cqueue, squeue, types};
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use crate::reactor::{Shared, source_waker};
 use crate::serve::Waker;
@@ -78,6 +78,13 @@ impl<'a> SourceRing<'a> {
         *self.in_flight += 1;
         // SAFETY: as promised by the caller.
         unsafe { self.ring.push(entry) };
+    }
+
+    /// Asks for the end of a submission of this source; both complete, this one with `token`.
+    pub(crate) fn cancel(&mut self, token: Token, target: Token) {
+        let entry = opcode::AsyncCancel::new(join_user_data(self.index, target)).build();
+        // SAFETY: the entry names no memory.
+        unsafe { self.push(token, entry) };
     }
 
     /// Puts an open file into the ring's table for as long as the source stays.

@@ -2,6 +2,10 @@
 
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+pub(crate) mod client;
+pub(crate) mod memory_disk;
+pub(crate) mod server;
+
 use ublk::nbd::wire::{self, option};
 
 /// Client flags and options up to (and with) GO.
