@@ -25,3 +25,5 @@ mod interleavings;
 mod numbering_tests;
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+mod source_vm_tests;

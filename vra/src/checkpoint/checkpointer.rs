@@ -103,6 +103,15 @@ impl Checkpointer {
         self.shared.take(&mut self.shared.groups(), vpg, kind, tag)
     }
 
+    /// Holds members on the word of a coordinator elsewhere, which then says [`LocalHold::release`] or [`LocalHold::abort`]. The
+    /// hold expires by itself after `deadline_us`.
+    ///
+    /// # Errors
+    /// A member can't take part: then none is held.
+    pub fn hold(&self, members: &[Member], deadline_us: u64) -> Result<LocalHold, CheckpointRefusal> {
+        self.shared.hold(members, deadline_us)
+    }
+
     /// What became of a group's checkpoints; none for an unknown group.
     pub fn status(&self, vpg: VpgId) -> Option<GroupStatus> {
         self.shared.groups().by_vpg.get(&vpg).map(|group| group.status.clone())
@@ -151,6 +160,14 @@ struct Holds {
 }
 
 impl Shared {
+    fn hold(&self, members: &[Member], deadline_us: u64) -> Result<LocalHold, CheckpointRefusal> {
+        let mut watch = |held: &Arc<HeldEpoch>| {
+            self.holds().watched.push(held.clone());
+            self.holds_changed.notify_one();
+        };
+        LocalHold::begin(members, self.clock.now(), deadline_us, &mut watch)
+    }
+
     fn take(
         &self,
         groups: &mut Groups,
@@ -162,23 +179,18 @@ impl Shared {
         let epoch = Epoch { nonce: self.incarnation, counter: groups.counter };
         let group = groups.by_vpg.get_mut(&vpg).ok_or(CheckpointRefusal::NoMembers)?;
         let settings = &group.settings;
-        let mut watch = |held: &Arc<HeldEpoch>| {
-            self.holds().watched.push(held.clone());
-            self.holds_changed.notify_one();
-        };
-        let taken = LocalHold::begin(&settings.members, self.clock.now(), settings.deadline_us, &mut watch)
-            .and_then(|hold| {
-                let now = self.clock.now();
-                let checkpoint = Checkpoint {
-                    epoch,
-                    cut: 0,
-                    member_set_version: settings.member_set_version,
-                    time_us: now.wall_us,
-                    kind,
-                    tag: tag.to_owned(),
-                };
-                hold.release(&checkpoint, now)
-            });
+        let taken = self.hold(&settings.members, settings.deadline_us).and_then(|hold| {
+            let now = self.clock.now();
+            let checkpoint = Checkpoint {
+                epoch,
+                cut: 0,
+                member_set_version: settings.member_set_version,
+                time_us: now.wall_us,
+                kind,
+                tag: tag.to_owned(),
+            };
+            hold.release(&checkpoint, now)
+        });
         match &taken {
             Ok(taken) => {
                 let hold = &mut group.status.hold;

@@ -4,7 +4,9 @@ mod checkpointer;
 mod held_epoch;
 mod local_hold;
 mod state_word;
+#[cfg(test)]
+mod tests;
 
 pub use checkpointer::{Checkpointer, GroupSettings, GroupStatus, HOLD_DEADLINE_US};
 pub use held_epoch::{CommitRefusal, HeldEpoch};
-pub use local_hold::{CheckpointRefusal, LocalHold, Member, TakenCheckpoint};
+pub use local_hold::{CheckpointRefusal, LocalHold, Member, TakenCheckpoint, TakenMember};

@@ -2,6 +2,8 @@
 
 mod full_sync;
 mod sync_thread;
+#[cfg(test)]
+mod tests;
 
 pub use full_sync::{
     CHUNK_BYTES, Extent, FullSync, HOLE_SPAN_BYTES, SyncCounts, SyncLimits, SyncStep, SyncVolume,
