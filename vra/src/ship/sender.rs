@@ -10,9 +10,7 @@ use super::pipeline::{OutgoingBatch, Pipeline};
 use crate::api::{GenerationId, JournalId, VmId, VpgId};
 use crate::clock::Now;
 use crate::planted::{Planted, is_planted};
-use crate::wire::{
-    Ack, AckState, FEATURES, Frame, Grant, Open, PROTOCOL_VERSION, Refuse, RefuseCode, VolumeShape,
-};
+use crate::wire::{Ack, FEATURES, Frame, Grant, Open, PROTOCOL_VERSION, Refuse, RefuseCode, VolumeShape};
 
 /// Whose stream it is. Fixed for a sender's life.
 #[derive(Clone, Debug)]
@@ -116,8 +114,6 @@ pub enum SenderEvent {
     Refused(Refuse),
     /// No further attempt until [`Sender::begin_generation`] or [`Sender::resume`].
     Stopped(StopReason),
-    /// The target's state changed.
-    TargetState(AckState),
 }
 
 /// Why a sender stopped.
@@ -222,8 +218,6 @@ pub struct SenderStatus {
     pub sent_bytes: u64,
     /// Where the last durable batch's time went.
     pub stages: StageTimes,
-    /// What the target does with batches.
-    pub target_state: AckState,
 }
 
 /// One VM's sender.
@@ -241,7 +235,6 @@ pub struct Sender {
     outputs: VecDeque<Output>,
     sent_bytes: u64,
     stages: StageTimes,
-    target_state: AckState,
 }
 
 #[derive(Debug)]
@@ -272,7 +265,6 @@ impl Sender {
             outputs: VecDeque::new(),
             sent_bytes: 0,
             stages: StageTimes::default(),
-            target_state: AckState::Running,
         }
     }
 
@@ -416,7 +408,6 @@ impl Sender {
             in_flight_bytes: pipeline.map_or(0, |pipeline| pipeline.in_flight_bytes()),
             sent_bytes: self.sent_bytes,
             stages: self.stages,
-            target_state: self.target_state,
         }
     }
 
@@ -453,12 +444,10 @@ impl Sender {
             fresh_image: grant.fresh_image,
             durable_through: held_through,
         }));
-        self.target_is(AckState::Running);
         self.durable(durable_through);
     }
 
     fn acknowledged(&mut self, ack: &Ack) {
-        self.target_is(ack.state);
         if self.durable(ack.durable_through) {
             self.backoff.reset();
         }
@@ -477,13 +466,6 @@ impl Sender {
         true
     }
 
-    fn target_is(&mut self, state: AckState) {
-        if self.target_state != state {
-            self.target_state = state;
-            self.outputs.push_back(Output::Event(SenderEvent::TargetState(state)));
-        }
-    }
-
     fn refused(&mut self, refuse: Refuse, now: Now) {
         self.outputs.push_back(Output::Hangup);
         let wait_us = match refuse.code {
@@ -500,6 +482,7 @@ impl Sender {
             | RefuseCode::UnknownVm
             | RefuseCode::JournalDiffers
             | RefuseCode::Storage
+            | RefuseCode::JournalFull
             | RefuseCode::Other(_) => self.backoff.spread(self.limits.retry_slow_us),
         };
         self.state = State::Waiting { retry_at_us: now.mono_us + wait_us };

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::*;
 use crate::api::{GenerationId, JournalId, VmId, VolumeId, VpgId};
 use crate::clock::Now;
-use crate::wire::{Ack, AckState, Frame, Grant, Refuse, RefuseCode, VolumeShape};
+use crate::wire::{Ack, Frame, Grant, Refuse, RefuseCode, VolumeShape};
 
 struct World {
     now_us: u64,
@@ -117,15 +117,7 @@ impl World {
 
     fn ack(&mut self, received_through: u64, durable_through: u64) {
         let (memory_us, disk_us) = (10, 20);
-        let state = AckState::Running;
-        self.frame(Frame::Ack(Ack {
-            open_count: 1,
-            received_through,
-            durable_through,
-            memory_us,
-            disk_us,
-            state,
-        }));
+        self.frame(Frame::Ack(Ack { open_count: 1, received_through, durable_through, memory_us, disk_us }));
     }
 }
 

@@ -20,19 +20,6 @@ pub struct Ack {
     pub memory_us: u32,
     /// How long writing and syncing it took, in microseconds (at most `u32::MAX`).
     pub disk_us: u32,
-    /// What the target does with batches now.
-    pub state: AckState,
-}
-
-/// What the target does with batches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum AckState {
-    /// 0: takes them.
-    Running,
-    /// 1: the journal is full: it takes them into memory as far as its window goes and waits for space (C5).
-    JournalFull,
-    /// 2: a write or sync failed; a refusal follows when the state of the file is known.
-    Failed,
 }
 
 impl Ack {
@@ -44,12 +31,6 @@ impl Ack {
             durable_through: self.durable_through.into(),
             memory_us: self.memory_us.into(),
             disk_us: self.disk_us.into(),
-            state: match self.state {
-                AckState::Running => 0,
-                AckState::JournalFull => 1,
-                AckState::Failed => 2,
-            }
-            .into(),
             reserved: 0.into(),
         };
         let header = Header::new(FrameKind::Ack, ACK_FRAME_BYTES);
@@ -60,14 +41,8 @@ impl Ack {
         let field = |field, found| WireError::Field { frame: "ack", field, found };
         let layout: AckLayout = fixed_body("ack", body)?;
         if layout.reserved.get() != 0 {
-            return Err(field("reserved", layout.reserved.get().into()));
+            return Err(field("reserved", layout.reserved.get()));
         }
-        let state = match layout.state.get() {
-            0 => AckState::Running,
-            1 => AckState::JournalFull,
-            2 => AckState::Failed,
-            other => return Err(field("state", other.into())),
-        };
         if layout.durable_through > layout.received_through {
             return Err(field("durable sequence above the received one", layout.durable_through.get()));
         }
@@ -77,7 +52,6 @@ impl Ack {
             durable_through: layout.durable_through.get(),
             memory_us: layout.memory_us.get(),
             disk_us: layout.disk_us.get(),
-            state,
         })
     }
 }
@@ -106,12 +80,10 @@ struct AckLayout {
     memory_us: U32,
     /// [`Ack::disk_us`].
     disk_us: U32,
-    /// [`AckState`].
-    state: U32,
     /// Zero.
-    reserved: U32,
+    reserved: U64,
 }
 
 const _: () = assert!(size_of::<AckLayout>() == 40);
 const _: () = assert!(std::mem::offset_of!(AckLayout, memory_us) == 24);
-const _: () = assert!(std::mem::offset_of!(AckLayout, state) == 32);
+const _: () = assert!(std::mem::offset_of!(AckLayout, reserved) == 32);

@@ -67,6 +67,8 @@ pub enum RefuseCode {
     NotAllowed,
     /// 12: the VM is no longer protected here (deleted, or recovered).
     Closed,
+    /// 13: the journal is full and has to be given space, or shorten its history (C5).
+    JournalFull,
     /// Any other, of a newer version.
     Other(u16),
 }
@@ -178,6 +180,7 @@ impl RefuseCode {
             Self::BadBatch => 10,
             Self::NotAllowed => 11,
             Self::Closed => 12,
+            Self::JournalFull => 13,
             Self::Other(code) => code,
         }
     }
@@ -197,6 +200,7 @@ impl RefuseCode {
             10 => Self::BadBatch,
             11 => Self::NotAllowed,
             12 => Self::Closed,
+            13 => Self::JournalFull,
             other => Self::Other(other),
         }
     }

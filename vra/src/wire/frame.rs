@@ -251,7 +251,7 @@ mod tests {
 
     use super::*;
     use crate::api::{GenerationId, JournalId, VmId, VolumeId, VpgId};
-    use crate::wire::{AckState, MAX_ANCESTORS, MAX_VOLUMES, RefuseCode, VolumeShape};
+    use crate::wire::{MAX_ANCESTORS, MAX_VOLUMES, RefuseCode, VolumeShape};
 
     fn uuid() -> impl Strategy<Value = Uuid> {
         any::<u128>().prop_map(Uuid::from_u128)
@@ -316,18 +316,10 @@ mod tests {
     }
 
     fn ack() -> impl Strategy<Value = Frame> {
-        (any::<(u64, u64, u64, u32, u32)>(), 0..3_u32).prop_map(
-            |((open_count, a, b, memory_us, disk_us), state)| {
-                Frame::Ack(Ack {
-                    open_count,
-                    received_through: a.max(b),
-                    durable_through: a.min(b),
-                    memory_us,
-                    disk_us,
-                    state: [AckState::Running, AckState::JournalFull, AckState::Failed][state as usize],
-                })
-            },
-        )
+        any::<(u64, u64, u64, u32, u32)>().prop_map(|(open_count, a, b, memory_us, disk_us)| {
+            let (received_through, durable_through) = (a.max(b), a.min(b));
+            Frame::Ack(Ack { open_count, received_through, durable_through, memory_us, disk_us })
+        })
     }
 
     fn any_frame() -> impl Strategy<Value = Frame> {
@@ -375,7 +367,6 @@ mod tests {
             durable_through: 2,
             memory_us: 0,
             disk_us: 0,
-            state: AckState::Running,
         })
         .encode();
         open[6] = 9;

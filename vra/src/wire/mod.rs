@@ -13,7 +13,7 @@ mod frame;
 mod open;
 mod reader;
 
-pub use ack::{ACK_FRAME_BYTES, Ack, AckState};
+pub use ack::{ACK_FRAME_BYTES, Ack};
 pub use answer::{GRANT_FRAME_BYTES, Grant, Refuse, RefuseCode, SENDABLE_REFUSE_TEXT_BYTES};
 pub use frame::{
     FRAME_HEADER_BYTES, FRAME_MAGIC, Frame, FrameKind, MAX_FRAME_BYTES, WireError, frame_len_bytes,
