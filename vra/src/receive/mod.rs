@@ -1,6 +1,51 @@
 //! The target's end of a VM's stream: checks what comes, puts it into the journal or, during a base sync, onto the recovery disks, and
 //! acknowledges what is durable.
+//!
+//! [`Receiver`] decides everything about one VM and does no I/O.
 
+mod admission;
+mod base_apply;
+mod files;
+mod folder;
+mod history;
 mod intake;
+mod manifest;
+mod memory;
+mod outbox;
+mod overlay;
+mod receiver;
+mod receiver_types;
+mod stream;
+mod target_error;
+mod target_host;
+mod target_vm;
+mod worker;
 
+#[cfg(test)]
+mod end_to_end_tests;
+
+pub use base_apply::{BaseApply, DiskAction, DiskError};
+pub use folder::{FolderError, JOURNAL_FILE, Unfinished, VmFolder};
+pub use history::History;
 pub use intake::{Intake, IntakeError};
+pub use manifest::{Manifest, ManifestError};
+pub use memory::{BatchBuffer, ReceiveMemory, StreamMemory};
+pub use receiver::Receiver;
+pub use receiver_types::{
+    Failure, HistorySpan, ReceiverEvent, ReceiverOutput, ReceiverPolicy, ReceiverStatus, StreamId, VmIdentity,
+};
+pub use target_error::TargetError;
+pub use target_host::{TargetHost, TargetSettings};
+pub use target_vm::{OpenedView, Pin, TargetVm};
+
+/// An error with everything that caused it, in one line.
+pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,59 @@
+//! Where a new generation's full sync goes: decided before it begins (C5).
+
+use journal::batch::RecordHeader;
+use journal::writer::{RESERVED_SLOTS, Writer};
+
+use super::receiver_types::ReceiverPolicy;
+use crate::wire::VolumeShape;
+
+/// Where it goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Admission {
+    /// Where the journal's state says: onto the recovery disks while there is no history, else through the journal.
+    AsIs,
+    /// Onto the recovery disks, and the history is given up before.
+    GiveUpHistory,
+    /// Nowhere: why, for people.
+    Refuse(String),
+}
+
+/// Shortest record that a sync makes of data, in bytes: what its headers cost is estimated by it.
+const SYNC_RECORD_BYTES: u64 = 64 << 10;
+
+pub(super) fn of_full_sync(
+    writer: &Writer,
+    policy: &ReceiverPolicy,
+    volumes: &[VolumeShape],
+    checkpoints: usize,
+    pinned: bool,
+) -> Admission {
+    let superblock = writer.superblock();
+    if superblock.state.is_base_sync() {
+        return Admission::AsIs;
+    }
+    if checkpoints == 0 && !pinned {
+        return Admission::GiveUpHistory;
+    }
+    let data_bytes: u64 = volumes.iter().map(|volume| volume.size_bytes).sum();
+    // Besides headers and checksums, what the guest writes meanwhile needs room too: an eighth is set aside for all of it.
+    let headers_bytes = data_bytes / SYNC_RECORD_BYTES * (RecordHeader::LEN as u64 + 64);
+    let needed_bytes = data_bytes + data_bytes / 8 + headers_bytes;
+    let growth_slots = u64::from(policy.limits.max_slots.saturating_sub(superblock.slot_count));
+    let free_slots = (writer.free_slot_count() as u64).saturating_sub(RESERVED_SLOTS as u64) + growth_slots;
+    if free_slots.saturating_mul(superblock.slot_len_bytes) >= needed_bytes {
+        return Admission::AsIs;
+    }
+    if policy.give_up_history && !pinned {
+        return Admission::GiveUpHistory;
+    }
+    let what_then = if pinned {
+        "close the open views, so that older checkpoints can be given up"
+    } else {
+        "raise the journal limit, or let the VPG give up older checkpoints"
+    };
+    Admission::Refuse(format!(
+        "a full sync needs {} MiB of the journal, {} MiB are free: {what_then}",
+        needed_bytes >> 20,
+        (free_slots * superblock.slot_len_bytes) >> 20,
+    ))
+}

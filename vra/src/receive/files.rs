@@ -1,0 +1,182 @@
+//! Making and opening a VM's files. All of it blocks: for threads that may.
+
+use journal::format::{DEFAULT_SLOT_BYTES, FooterEvent, VolumeState};
+use journal::recovery::{NewJournal, OpenOptions, Opened};
+use journal::storage::ring::{Access, DirectFile, RingStorage};
+use journal::storage::{Blocking, Purpose};
+use journal::writer::Limits;
+
+use super::folder::VmFolder;
+use super::manifest::Manifest;
+use super::receiver_types::VmIdentity;
+use super::target_error::TargetError;
+use crate::api::{JournalId, VmId, vpg::VmDefinition, vpg::VpgDefinition};
+use crate::wire::{MAX_VOLUMES, VolumeShape};
+
+/// A VM's files, open, and what the journal says.
+pub(super) struct VmFiles {
+    pub(super) manifest: Manifest,
+    pub(super) identity: VmIdentity,
+    pub(super) opened: Opened,
+    /// What of the journal isn't data, in the order of the stream.
+    pub(super) events: Vec<FooterEvent>,
+    pub(super) journal: DirectFile,
+    pub(super) disks: Vec<DirectFile>,
+}
+
+/// Slots that a journal begins with.
+const FIRST_SLOTS: u32 = 4;
+
+/// Slots that it grows by.
+const GROW_SLOTS: u32 = 4;
+
+/// Shortest slot of a VM's journal, in bytes: the longest batch fits, with its footer.
+const LEAST_SLOT_BYTES: u64 = 8 << 20;
+
+/// Most bytes of batches that are written together.
+const GROUP_BYTES: usize = 8 << 20;
+
+/// Operations of one opening at once.
+const RING_DEPTH: u32 = 64;
+
+/// Length of a slot for a journal of this limit, in bytes: at least 16 slots where that can be.
+fn slot_bytes(limit_bytes: u64) -> u64 {
+    let sixteenth = (limit_bytes / 16).max(1);
+    (1 << sixteenth.ilog2()).clamp(LEAST_SLOT_BYTES, DEFAULT_SLOT_BYTES)
+}
+
+/// How far the journal of a definition may go, if its slots have `slot_bytes`.
+pub(super) fn limits(definition: &VmDefinition, slot_bytes: u64) -> Limits {
+    let max_slots = u32::try_from(definition.journal_limit_bytes / slot_bytes).unwrap_or(u32::MAX);
+    Limits { max_slots: max_slots.max(FIRST_SLOTS), grow_slots: GROW_SLOTS, group_bytes: GROUP_BYTES }
+}
+
+/// The VM of a definition, with its volumes checked.
+pub(super) fn identity(definition: &VmDefinition) -> Result<VmIdentity, TargetError> {
+    if definition.volumes.is_empty() || definition.volumes.len() > MAX_VOLUMES {
+        return Err(TargetError::Definition("a VM has 1 to 64 volumes"));
+    }
+    let shape = |(number, volume): (u16, &crate::api::vpg::VolumeDefinition)| {
+        if volume.number != number {
+            return Err(TargetError::Definition("volumes are numbered from 0 without gaps"));
+        }
+        let block_bytes = u64::from(volume.logical_block_bytes);
+        if ![512, 4096].contains(&block_bytes)
+            || volume.size_bytes == 0
+            || !volume.size_bytes.is_multiple_of(block_bytes)
+            || volume.size_bytes > journal::batch::MAX_VOLUME_BYTES
+        {
+            return Err(TargetError::Definition(
+                "a volume's size is a multiple of its block size, 512 or 4096 bytes",
+            ));
+        }
+        Ok(VolumeShape {
+            volume: number,
+            id: volume.id,
+            logical_block_bytes: volume.logical_block_bytes,
+            size_bytes: volume.size_bytes,
+        })
+    };
+    let volumes = (0_u16..).zip(&definition.volumes).map(shape).collect::<Result<_, _>>()?;
+    Ok(VmIdentity { vm: definition.id, journal: definition.journal, volumes })
+}
+
+/// Makes a VM's files: recovery disks, journal, manifest.
+pub(super) fn make(
+    folder: &VmFolder,
+    vpg: &VpgDefinition,
+    definition: &VmDefinition,
+) -> Result<(), TargetError> {
+    let identity = identity(definition)?;
+    let slot_len_bytes = slot_bytes(definition.journal_limit_bytes);
+    let first_bytes = u64::from(FIRST_SLOTS) * slot_len_bytes;
+    if definition.journal_limit_bytes < first_bytes {
+        let limit_bytes = definition.journal_limit_bytes;
+        return Err(TargetError::JournalLimit { limit_bytes, least_bytes: first_bytes });
+    }
+    let disk_bytes: Vec<u64> = identity.volumes.iter().map(|volume| volume.size_bytes).collect();
+    let made = folder.make(&definition.datastore, &disk_bytes, first_bytes + (1 << 20))?;
+    let manifest = Manifest::new(vpg, definition.id, disk_bytes.len(), made.is_reserved());
+    let new = NewJournal {
+        journal_id: definition.journal.0,
+        vm_id: definition.id.0,
+        vpg_id: vpg.id.0,
+        slot_len_bytes,
+        slot_count: FIRST_SLOTS,
+        volumes: identity
+            .volumes
+            .iter()
+            .map(|volume| VolumeState {
+                id: volume.id.0,
+                base_seq: 0,
+                size_bytes: volume.size_bytes,
+                fresh_image: true,
+            })
+            .collect(),
+        manifest: manifest.to_text(),
+    };
+    let path = made.journal();
+    let mut storage = ring()?;
+    let file = storage.add_file(DirectFile::open(&path, Access::Exclusive)?);
+    journal::recovery::create(&mut storage, file, &new)
+        .map_err(|source| TargetError::Journal { path, source })?;
+    drop(storage);
+    Ok(made.finish()?)
+}
+
+/// Opens a VM's files for writing. After a failure in this process `trusted_through` is the last number that was known to be durable.
+pub(super) fn open(
+    folder: &VmFolder,
+    vm: VmId,
+    trusted_through: Option<u64>,
+) -> Result<VmFiles, TargetError> {
+    let path = folder.journal();
+    let failed = |source| TargetError::Journal { path: path.clone(), source };
+    let mut storage = ring()?;
+    let file = storage.add_file(DirectFile::open(&path, Access::Exclusive)?);
+    let options = OpenOptions { vm_id: Some(vm.0), trusted_through };
+    let opened = journal::recovery::open(&mut storage, file, &options).map_err(failed)?;
+    let mut io = Blocking::new(&mut storage, file, Purpose::Survey);
+    let mut events = Vec::new();
+    for segment in &opened.segments {
+        let footer = segment
+            .footer(&mut io, &opened.superblock)
+            .map_err(|source| TargetError::Segment { path: path.clone(), source })?;
+        events.extend(footer.events);
+    }
+    let journal = storage.remove_file(file).expect("added above");
+    let Some(text) = opened.manifest.as_ref().map(|manifest| &manifest.text) else {
+        return Err(TargetError::NoManifest { path });
+    };
+    let in_manifest = |source| TargetError::Manifest { path: path.clone(), source };
+    let manifest = Manifest::parse(text).map_err(in_manifest)?;
+    let mut identity = identity(manifest.vm().map_err(in_manifest)?)?;
+    identity.journal = JournalId(opened.superblock.journal_id);
+    let volumes = &opened.superblock.volumes;
+    let same = |(shape, state): (&VolumeShape, &VolumeState)| {
+        shape.id.0 == state.id && shape.size_bytes == state.size_bytes
+    };
+    if volumes.len() != identity.volumes.len() || !identity.volumes.iter().zip(volumes).all(same) {
+        return Err(TargetError::VolumesDiffer { vm, path });
+    }
+    let mut disks = Vec::new();
+    for volume in &identity.volumes {
+        let path = folder.disk(volume.volume);
+        let disk = DirectFile::open(&path, Access::Exclusive)?;
+        let found_bytes =
+            disk.file().metadata().map_err(|source| host("looking at a recovery disk", source))?.len();
+        if found_bytes < volume.size_bytes {
+            return Err(TargetError::DiskCut { path, found_bytes, expected_bytes: volume.size_bytes });
+        }
+        disks.push(disk);
+    }
+    Ok(VmFiles { manifest, identity, opened, events, journal, disks })
+}
+
+pub(super) fn ring() -> Result<RingStorage, TargetError> {
+    RingStorage::new(RING_DEPTH).map_err(|source| host("setting up io_uring", source))
+}
+
+pub(super) fn host(operation: &'static str, source: std::io::Error) -> TargetError {
+    TargetError::Host { operation, source }
+}

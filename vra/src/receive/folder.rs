@@ -1,0 +1,392 @@
+//! A VM's folder in a datastore: where its files are, and how they come to be.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statvfs::statvfs;
+
+use crate::api::{ViewId, VmId, VpgId};
+
+/// Where a VM's files are. The journal's manifest says everything else, so the folder alone is enough for a recovery.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmFolder {
+    path: PathBuf,
+}
+
+/// Why a VM's files could not be made or used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FolderError {
+    /// The datastore isn't there.
+    #[error("datastore {} is not there: create the folder, or mount what belongs there", path.display())]
+    NoDatastore {
+        /// The datastore.
+        path: PathBuf,
+    },
+    /// The datastore takes no writes.
+    #[error("datastore {} is read-only: remount it read-write, or name another datastore in the VPG", path.display())]
+    ReadOnly {
+        /// The datastore.
+        path: PathBuf,
+    },
+    /// The process may not write there.
+    #[error("no permission to write to {}: give it to the user that the VRA runs as", path.display())]
+    Permission {
+        /// The file or folder.
+        path: PathBuf,
+    },
+    /// Too little space.
+    #[error(
+        "datastore {} has {} MiB free, {} MiB are needed: free space, lower the journal limit, or name another datastore in the VPG",
+        path.display(), free_bytes >> 20, needed_bytes >> 20
+    )]
+    NoSpace {
+        /// The datastore.
+        path: PathBuf,
+        /// What is free, in bytes.
+        free_bytes: u64,
+        /// What is needed, in bytes.
+        needed_bytes: u64,
+    },
+    /// Recovery disks without their journal.
+    #[error(
+        "{} holds recovery disks but no journal: put {JOURNAL_FILE} back, or move the folder away to begin with a new journal",
+        path.display()
+    )]
+    OrphanDisks {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// Anything else that the operating system says.
+    #[error("{operation} {} failed", path.display())]
+    Io {
+        /// What was being done.
+        operation: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// Why it failed.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Name of the journal's file.
+pub const JOURNAL_FILE: &str = "journal.hfj";
+
+/// Name of the journal's file while the VM's files are being made.
+const UNFINISHED_JOURNAL_FILE: &str = "journal.hfj.new";
+
+/// Recovery disks are this long or a little longer, in whole pages, since all their I/O is direct.
+const DISK_UNIT_BYTES: u64 = 4096;
+
+impl VmFolder {
+    /// A VM's folder in a datastore.
+    pub fn of(datastore: &Path, vpg: (&str, VpgId), vm: (&str, VmId)) -> Self {
+        let vpg = format!("{}-{}", plain_name(vpg.0), vpg.1.short());
+        let vm = format!("{}-{}", plain_name(vm.0), vm.1.short());
+        Self { path: datastore.join(vpg).join(vm) }
+    }
+
+    /// The folder at a path.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The journal's file.
+    pub fn journal(&self) -> PathBuf {
+        self.path.join(JOURNAL_FILE)
+    }
+
+    /// The recovery disk of a volume.
+    pub fn disk(&self, volume: u16) -> PathBuf {
+        self.path.join(format!("disk-{volume}.raw"))
+    }
+
+    /// The scratch file of a volume in a view.
+    pub fn scratch(&self, view: ViewId, volume: u16) -> PathBuf {
+        self.path.join(format!("scratch-{}-{volume}.raw", view.short()))
+    }
+
+    /// Whether the VM's files were made completely: the journal gets its name last.
+    pub fn is_complete(&self) -> bool {
+        self.journal().exists()
+    }
+
+    /// Begins to make the VM's files in `datastore`: folder, recovery disks of the given sizes, with their space reserved. The journal is then
+    /// to be made at [`Unfinished::journal`].
+    ///
+    /// # Errors
+    /// What is missing, and what to do about it. What was made is gone again, as far as the datastore lets it.
+    pub fn make(
+        &self,
+        datastore: &Path,
+        disk_bytes: &[u64],
+        journal_bytes: u64,
+    ) -> Result<Unfinished, FolderError> {
+        let space =
+            statvfs(datastore).map_err(|errno| self.explain("looking at", datastore, errno.into()))?;
+        // Unsigned long is 64 bits wide on every host that Holdfast runs on, but not by its type.
+        #[allow(clippy::useless_conversion, reason = "see above")]
+        let free_bytes = u64::from(space.blocks_available()) * u64::from(space.fragment_size());
+        let needed_bytes =
+            disk_bytes.iter().map(|bytes| bytes.next_multiple_of(DISK_UNIT_BYTES)).sum::<u64>();
+        let needed_bytes = needed_bytes.saturating_add(journal_bytes);
+        if needed_bytes > free_bytes {
+            return Err(FolderError::NoSpace { path: datastore.into(), free_bytes, needed_bytes });
+        }
+        let mut made =
+            Unfinished { folder: self.clone(), disks: Vec::new(), reserved: true, finished: false };
+        fs::create_dir_all(&self.path).map_err(|error| self.explain("creating", &self.path, error))?;
+        self.clear_unfinished(disk_bytes.len())?;
+        let marker = self.path.join(UNFINISHED_JOURNAL_FILE);
+        File::create(&marker).map_err(|error| self.explain("creating", &marker, error))?;
+        sync_folder(&self.path).map_err(|error| self.explain("syncing", &self.path, error))?;
+        for (volume, &bytes) in (0_u16..).zip(disk_bytes) {
+            let path = self.disk(volume);
+            made.disks.push(path.clone());
+            let reserved = make_disk(&path, bytes.next_multiple_of(DISK_UNIT_BYTES))
+                .map_err(|error| self.explain("creating", &path, error))?;
+            made.reserved &= reserved;
+        }
+        if !made.reserved {
+            tracing::warn!(
+                folder = %self.path.display(),
+                "the datastore's filesystem can't reserve space: the recovery disks are sparse, and can run out of it"
+            );
+        }
+        Ok(made)
+    }
+
+    /// Removes all files of the VM, and the folders that are empty then.
+    ///
+    /// # Errors
+    /// The file that can't be removed.
+    pub fn remove(&self) -> Result<(), FolderError> {
+        let explain = |path: &Path, error| self.explain("removing", path, error);
+        // The journal goes first: without it nobody takes the rest for a VM.
+        remove_file(&self.journal()).map_err(|error| explain(&self.journal(), error))?;
+        let entries = match fs::read_dir(&self.path) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(explain(&self.path, error)),
+        };
+        for entry in entries {
+            let entry = entry.map_err(|error| explain(&self.path, error))?;
+            if is_own_name(&entry.file_name().to_string_lossy()) {
+                remove_file(&entry.path()).map_err(|error| explain(&entry.path(), error))?;
+            }
+        }
+        // Both stay when somebody else's files are in them.
+        if fs::remove_dir(&self.path).is_ok()
+            && let Some(parent) = self.path.parent()
+        {
+            let _ = fs::remove_dir(parent);
+        }
+        Ok(())
+    }
+
+    /// Removes what a making that was cut short has left.
+    fn clear_unfinished(&self, disk_count: usize) -> Result<(), FolderError> {
+        let unfinished = self.path.join(UNFINISHED_JOURNAL_FILE);
+        let disks = (0..disk_count as u16).map(|volume| self.disk(volume));
+        let mut disks: Vec<PathBuf> = disks.filter(|path| path.exists()).collect();
+        if disks.is_empty() {
+            return Ok(());
+        }
+        if !unfinished.exists() {
+            return Err(FolderError::OrphanDisks { path: self.path.clone() });
+        }
+        disks.push(unfinished);
+        for path in disks {
+            remove_file(&path).map_err(|error| self.explain("removing", &path, error))?;
+        }
+        Ok(())
+    }
+
+    fn explain(&self, operation: &'static str, path: &Path, source: io::Error) -> FolderError {
+        let datastore = || self.path.ancestors().nth(2).unwrap_or(&self.path).to_owned();
+        match source.kind() {
+            io::ErrorKind::NotFound if operation == "looking at" => {
+                FolderError::NoDatastore { path: path.into() }
+            }
+            io::ErrorKind::ReadOnlyFilesystem => FolderError::ReadOnly { path: datastore() },
+            io::ErrorKind::PermissionDenied => FolderError::Permission { path: path.into() },
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                FolderError::NoSpace { path: datastore(), free_bytes: 0, needed_bytes: 0 }
+            }
+            _ => FolderError::Io { operation, path: path.into(), source },
+        }
+    }
+}
+
+/// Files that are being made: removed again when dropped before [`Unfinished::finish`].
+#[derive(Debug)]
+pub struct Unfinished {
+    folder: VmFolder,
+    disks: Vec<PathBuf>,
+    reserved: bool,
+    finished: bool,
+}
+
+impl Unfinished {
+    /// Where the journal is to be made. An empty file is there.
+    pub fn journal(&self) -> PathBuf {
+        self.folder.path.join(UNFINISHED_JOURNAL_FILE)
+    }
+
+    /// Whether the disks' space is reserved.
+    pub fn is_reserved(&self) -> bool {
+        self.reserved
+    }
+
+    /// Gives the journal, which must be durable, its name: from now on the files are the VM's.
+    ///
+    /// # Errors
+    /// The datastore's.
+    pub fn finish(mut self) -> Result<(), FolderError> {
+        let folder = &self.folder;
+        let rename = fs::rename(self.journal(), folder.journal()).and_then(|()| sync_folder(&folder.path));
+        rename.map_err(|error| folder.explain("renaming", &folder.journal(), error))?;
+        if let Some(parent) = folder.path.parent() {
+            sync_folder(parent).map_err(|error| folder.explain("syncing", parent, error))?;
+        }
+        self.finished = true;
+        Ok(())
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        if self.finished {
+            return;
+        }
+        // As far as the datastore lets it: what stays is cleared by the next attempt.
+        for path in self.disks.iter().chain([&self.journal()]) {
+            let _ = fs::remove_file(path);
+        }
+        if fs::remove_dir(&self.folder.path).is_ok()
+            && let Some(parent) = self.folder.path.parent()
+        {
+            let _ = fs::remove_dir(parent);
+        }
+    }
+}
+
+/// Makes a disk that reads zeroes. Says whether its space is reserved.
+fn make_disk(path: &Path, len_bytes: u64) -> io::Result<bool> {
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    let len = i64::try_from(len_bytes).map_err(|_| io::ErrorKind::FileTooLarge)?;
+    let reserved = match fallocate(&file, FallocateFlags::empty(), 0, len) {
+        Ok(()) => true,
+        Err(nix::errno::Errno::EOPNOTSUPP) => false,
+        Err(errno) => return Err(errno.into()),
+    };
+    file.set_len(len_bytes)?;
+    file.sync_all()?;
+    Ok(reserved)
+}
+
+fn remove_file(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+fn sync_folder(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
+}
+
+fn is_own_name(name: &str) -> bool {
+    name == JOURNAL_FILE
+        || name == UNFINISHED_JOURNAL_FILE
+        || name.ends_with(".raw") && (name.starts_with("disk-") || name.starts_with("scratch-"))
+}
+
+/// A name as a part of a path: letters, digits and `._-` stay, at most 80 bytes, no dot in front.
+fn plain_name(name: &str) -> String {
+    let keep = |c: char| if c.is_alphanumeric() || "._-".contains(c) { c } else { '_' };
+    let mut plain: String = name.chars().map(keep).collect();
+    plain.truncate(plain.floor_char_boundary(80));
+    if plain.starts_with('.') || plain.is_empty() {
+        plain.insert(0, '_');
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scratch(name: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("holdfast-folder-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path).expect("a scratch folder");
+        path
+    }
+
+    fn folder(datastore: &Path) -> VmFolder {
+        VmFolder::of(datastore, ("web shop", VpgId::random()), ("../db 1", VmId::random()))
+    }
+
+    #[test]
+    fn a_folder_is_made_finished_and_removed() {
+        let datastore = scratch("make");
+        let folder = folder(&datastore);
+        assert_eq!(folder.path().parent().and_then(Path::parent), Some(&*datastore), "names can't climb");
+        let made = folder.make(&datastore, &[1 << 20, 513 * 512], 1 << 20).expect("made");
+        assert!(!folder.is_complete());
+        fs::write(made.journal(), b"journal").expect("the journal");
+        made.finish().expect("finished");
+        assert!(folder.is_complete());
+        assert_eq!(fs::metadata(folder.disk(1)).expect("disk 1").len(), 266_240, "whole pages");
+        fs::write(folder.path().join("notes.txt"), b"mine").expect("a stranger's file");
+        folder.remove().expect("removed");
+        assert!(!folder.disk(0).exists() && !folder.is_complete());
+        assert!(folder.path().join("notes.txt").exists());
+        fs::remove_dir_all(&datastore).expect("cleaned");
+    }
+
+    #[test]
+    fn a_making_that_fails_leaves_nothing_and_one_cut_short_is_made_again() {
+        let datastore = scratch("again");
+        let folder = folder(&datastore);
+        drop(folder.make(&datastore, &[1 << 20], 0).expect("made"));
+        assert_eq!(fs::read_dir(&datastore).expect("datastore").count(), 0);
+        let cut_short = folder.make(&datastore, &[1 << 20], 0).expect("made");
+        std::mem::forget(cut_short);
+        folder.make(&datastore, &[1 << 20], 0).expect("made again").finish().expect("finished");
+        fs::remove_dir_all(&datastore).expect("cleaned");
+    }
+
+    #[test]
+    fn disks_without_their_journal_are_not_touched() {
+        let datastore = scratch("orphan");
+        let folder = folder(&datastore);
+        folder.make(&datastore, &[1 << 20], 0).expect("made").finish().expect("finished");
+        fs::remove_file(folder.journal()).expect("lost");
+        let error = folder.make(&datastore, &[1 << 20], 0).expect_err("disks are there");
+        assert!(matches!(&error, FolderError::OrphanDisks { path } if path == folder.path()), "{error}");
+        assert!(folder.disk(0).exists());
+        fs::remove_dir_all(&datastore).expect("cleaned");
+    }
+
+    #[test]
+    fn what_is_missing_is_named_with_its_remedy() {
+        let datastore = scratch("missing");
+        let folder = folder(&datastore);
+        let error = folder.make(&datastore.join("nowhere"), &[1 << 20], 0).expect_err("no datastore");
+        assert!(error.to_string().contains("nowhere is not there: create"), "{error}");
+        let error = folder.make(&datastore, &[1 << 60], 0).expect_err("no disk is that large");
+        assert!(error.to_string().contains("MiB are needed: free space"), "{error}");
+        assert_eq!(fs::read_dir(&datastore).expect("datastore").count(), 0);
+        fs::remove_dir_all(&datastore).expect("cleaned");
+    }
+}

@@ -1,0 +1,82 @@
+use serde::{Deserialize, Serialize};
+
+use crate::api::{
+    VmId,
+    vpg::{VmDefinition, VpgDefinition},
+};
+
+/// What a journal's manifest says: enough to recover the VM from its folder alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of this text's form: 1.
+    pub version: u32,
+    /// Version of the software that wrote it.
+    pub written_by: String,
+    /// Which VM of the group the journal is for.
+    pub vm: VmId,
+    /// Names of the recovery disks' files in the journal's folder, by volume number.
+    pub disks: Vec<String>,
+    /// The recovery disks' space is reserved.
+    pub disks_reserved: bool,
+    /// The whole group, as last defined.
+    pub vpg: VpgDefinition,
+}
+
+/// Why a manifest's text can't be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    /// It is not JSON of this form.
+    #[error("the journal's manifest is not what this software writes")]
+    Form(#[source] serde_json::Error),
+    /// A newer release wrote it.
+    #[error("the journal's manifest has version {0}: use the release that wrote it")]
+    Version(u32),
+    /// The group has no such VM.
+    #[error("the journal's manifest names VM {0}, which its group doesn't have")]
+    NoVm(VmId),
+}
+
+impl Manifest {
+    /// For one VM of a group.
+    pub fn new(vpg: &VpgDefinition, vm: VmId, disk_count: usize, disks_reserved: bool) -> Self {
+        Self {
+            version: 1,
+            written_by: env!("CARGO_PKG_VERSION").to_owned(),
+            vm,
+            disks: (0..disk_count).map(|volume| format!("disk-{volume}.raw")).collect(),
+            disks_reserved,
+            vpg: vpg.clone(),
+        }
+    }
+
+    /// Reads it.
+    ///
+    /// # Errors
+    /// The text is of a newer release, or not a manifest.
+    pub fn parse(text: &str) -> Result<Self, ManifestError> {
+        #[derive(Deserialize)]
+        struct Head {
+            version: u32,
+        }
+        let head: Head = serde_json::from_str(text).map_err(ManifestError::Form)?;
+        if head.version != 1 {
+            return Err(ManifestError::Version(head.version));
+        }
+        let manifest: Self = serde_json::from_str(text).map_err(ManifestError::Form)?;
+        manifest.vm().map(drop)?;
+        Ok(manifest)
+    }
+
+    /// Its text.
+    pub fn to_text(&self) -> String {
+        serde_json::to_string_pretty(self).expect("ids, names and numbers always have a JSON form")
+    }
+
+    /// The VM's definition.
+    ///
+    /// # Errors
+    /// The group has no such VM.
+    pub fn vm(&self) -> Result<&VmDefinition, ManifestError> {
+        self.vpg.vms.iter().find(|vm| vm.id == self.vm).ok_or(ManifestError::NoVm(self.vm))
+    }
+}

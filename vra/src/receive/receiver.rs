@@ -1,0 +1,420 @@
+//! The target's machine for one VM: who may write, what comes, what is durable. No I/O, no clock.
+//!
+//! During a base sync a stream's batches go to the recovery disks ([`BaseApply`]), otherwise to the journal's writer. Both are sans-I/O too;
+//! the receiver hands out their operations and takes their ends.
+
+mod base_sync;
+mod claim;
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use journal::batch::BatchView;
+use journal::format::{ChainPoint, FooterEvent, JournalState};
+use journal::storage::{AlignedBuf, Op, Purpose, StorageError};
+use journal::writer::{Action, Change, ChangeError, Event, OfferError, Writer};
+
+use super::base_apply::BaseApply;
+use super::history::History;
+use super::intake::Intake;
+use super::receiver_types::{
+    Failure, Observed, ReceiverEvent, ReceiverOutput, ReceiverPolicy, ReceiverStatus, StreamId, VmIdentity,
+};
+use crate::clock::Now;
+use base_sync::BaseSync;
+
+use crate::planted::{Planted, is_planted};
+use crate::wire::{Ack, Frame, Open, Refuse, RefuseCode};
+
+/// One VM's receiver.
+#[derive(Debug)]
+pub struct Receiver {
+    identity: VmIdentity,
+    policy: ReceiverPolicy,
+    writer: Writer,
+    base: BaseApply,
+    history: History,
+    stream: Option<Stream>,
+    /// A stream that asked and waits until all that was taken before is durable.
+    candidate: Option<Candidate>,
+    base_sync: BaseSync,
+    /// Views read the history: it can't be given up.
+    pinned: bool,
+    arrivals: VecDeque<Arrival>,
+    /// When the group under way left memory, by the monotonic clock.
+    group_began_us: u64,
+    outputs: VecDeque<ReceiverOutput>,
+    full: bool,
+    failed: bool,
+    received_bytes: u64,
+    last_receive_wall_us: Option<u64>,
+}
+
+#[derive(Debug)]
+struct Stream {
+    id: StreamId,
+    intake: Intake,
+    open_count: u64,
+}
+
+#[derive(Debug)]
+struct Candidate {
+    id: StreamId,
+    open: Open,
+    /// The claim for it, once the journal was asked.
+    claim: Option<u64>,
+}
+
+#[derive(Debug)]
+struct Arrival {
+    last_seq: u64,
+    mono_us: u64,
+}
+
+impl Receiver {
+    /// Goes on where opening the journal ended. `events` are those of the journal, in the order of the stream; `reserved` says of each recovery
+    /// disk whether its space is reserved.
+    pub fn new(
+        identity: VmIdentity,
+        policy: ReceiverPolicy,
+        writer: Writer,
+        events: Vec<FooterEvent>,
+        reserved: &[bool],
+    ) -> Self {
+        let sync_id = match writer.superblock().state {
+            JournalState::FirstSync { sync_id } | JournalState::HistoryGivenUp { sync_id } => sync_id,
+            JournalState::Consistent => 0,
+        };
+        Self {
+            identity,
+            policy,
+            base: BaseApply::new(reserved),
+            history: History::new(events),
+            writer,
+            stream: None,
+            candidate: None,
+            pinned: false,
+            base_sync: BaseSync { sync_id, ..BaseSync::default() },
+            arrivals: VecDeque::new(),
+            group_began_us: 0,
+            outputs: VecDeque::new(),
+            full: false,
+            failed: false,
+            received_bytes: 0,
+            last_receive_wall_us: None,
+        }
+    }
+
+    /// A stream asks for the VM. The caller has checked who the peer is.
+    pub fn open(&mut self, id: StreamId, open: Open, now: Now) {
+        if let Err(refuse) = self.check_open(&open) {
+            return self.refuse(id, refuse);
+        }
+        let fenced =
+            || Refuse { code: RefuseCode::Fenced, detail: 0, text: "a newer stream took over".into() };
+        if let Some(candidate) = self.candidate.take() {
+            self.refuse(candidate.id, fenced());
+        }
+        if let Some(stream) = &self.stream
+            && !is_planted(Planted::OldStreamNotFenced)
+        {
+            let old = stream.id;
+            self.stream = None;
+            self.refuse(old, fenced());
+        }
+        self.candidate = Some(Candidate { id, open, claim: None });
+        self.advance(now);
+    }
+
+    /// A batch came whole on a stream, in aligned memory.
+    pub fn batch(&mut self, id: StreamId, bytes: Bytes, now: Now) {
+        let Some(stream) = &mut self.stream else { return };
+        // What still comes on a stream that was fenced is nobody's.
+        if stream.id != id && !is_planted(Planted::OldStreamNotFenced) || self.failed {
+            return;
+        }
+        let view = match stream.intake.check(&bytes) {
+            Ok(view) => view,
+            Err(error) => {
+                let text = super::error_chain(&error);
+                return self.end_stream(RefuseCode::BadBatch, text);
+            }
+        };
+        self.received_bytes += bytes.len() as u64;
+        self.last_receive_wall_us = Some(now.wall_us);
+        self.arrivals.push_back(Arrival { last_seq: view.last_seq(), mono_us: now.mono_us });
+        if is_planted(Planted::AckBeforeDurable) {
+            let (received_through, open_count) = (view.last_seq(), stream.open_count);
+            let ack = Ack {
+                open_count,
+                received_through,
+                durable_through: received_through,
+                memory_us: 0,
+                disk_us: 0,
+            };
+            self.outputs.push_back(ReceiverOutput::Send { stream: id, frame: Frame::Ack(ack) });
+        }
+        let taken = if self.base_sync.ends || !self.base_sync.after_end.is_empty() {
+            self.base_sync.after_end.push_back((bytes, now.wall_us));
+            Ok(())
+        } else if self.writer.superblock().state.is_base_sync() {
+            self.take_for_base(&bytes, &view, now)
+        } else {
+            self.take_for_journal(&bytes, &view, now.wall_us)
+        };
+        if let Err(error) = taken {
+            return self.end_stream(RefuseCode::BadBatch, super::error_chain(&error));
+        }
+        self.advance(now);
+    }
+
+    /// A stream has ended by itself. What came whole on it stays.
+    pub fn closed(&mut self, id: StreamId) {
+        if self.stream.as_ref().is_some_and(|stream| stream.id == id) {
+            self.stream = None;
+        }
+        if self.candidate.as_ref().is_some_and(|candidate| candidate.id == id) {
+            self.candidate = None;
+        }
+    }
+
+    /// The next thing to do.
+    pub fn poll(&mut self, now: Now) -> Option<ReceiverOutput> {
+        if let Some(output) = self.outputs.pop_front() {
+            return Some(output);
+        }
+        if self.failed {
+            return None;
+        }
+        if let Some(action) = self.base.poll_action() {
+            return Some(ReceiverOutput::Disk(action));
+        }
+        let action = self.writer.next_action();
+        if let Some(Action { purpose: Purpose::Append, op: Op::Write { .. }, .. }) = &action {
+            self.group_began_us = now.mono_us;
+        }
+        // An idle writer may still have found that it is full.
+        self.take_events(now);
+        action.map(ReceiverOutput::Journal).or_else(|| self.outputs.pop_front())
+    }
+
+    /// An operation on the journal has ended.
+    pub fn journal_done(&mut self, token: u64, result: Result<(), StorageError>, now: Now) {
+        self.writer.done(token, result);
+        self.take_events(now);
+        self.advance(now);
+    }
+
+    /// An operation on a recovery disk has ended.
+    pub fn disk_done(&mut self, token: u64, result: Result<Option<AlignedBuf>, StorageError>, now: Now) {
+        match self.base.done(token, result) {
+            Ok(true) => self.group_applied(),
+            Ok(false) => {}
+            Err(error) => self.fail(Failure::Disk(error)),
+        }
+        self.take_events(now);
+        self.advance(now);
+    }
+
+    /// Writes another manifest.
+    ///
+    /// # Errors
+    /// It doesn't fit, or the journal has failed.
+    pub fn set_manifest(&mut self, text: String) -> Result<(), ChangeError> {
+        self.writer.change(Change::SetManifest(text)).map(drop)
+    }
+
+    /// Other limits, from a changed definition. Batches that found no room may find some.
+    pub fn set_policy(&mut self, policy: ReceiverPolicy) {
+        self.writer.retry(policy.limits);
+        self.policy = policy;
+    }
+
+    /// Whether views read the history.
+    pub fn set_pinned(&mut self, pinned: bool) {
+        self.pinned = pinned;
+    }
+
+    /// Seals the open segment, so that the next opening has nothing to copy. To be called before a planned end, then polled until
+    /// [`Self::is_idle`].
+    pub fn seal(&mut self) {
+        // Refused only by a journal that has failed, which has nothing to seal.
+        let _ = self.writer.change(Change::Seal);
+    }
+
+    /// Whether nothing is under way and nothing waits.
+    pub fn is_idle(&self) -> bool {
+        let base_idle = !self.base.is_busy() && self.base_sync.gathered.is_none();
+        self.failed || base_idle && self.writer.is_idle() && self.outputs.is_empty()
+    }
+
+    /// What the journal holds that isn't data.
+    pub fn history(&self) -> &History {
+        &self.history
+    }
+
+    /// The journal's writer, to look at.
+    pub fn writer(&self) -> &Writer {
+        &self.writer
+    }
+
+    /// Its state.
+    pub fn status(&self) -> ReceiverStatus {
+        let observed = Observed {
+            connected: self.stream.is_some(),
+            full: self.full,
+            failed: self.failed,
+            in_sync: self.history.is_in_sync(),
+            history: self.history.span(),
+            limits: self.policy.limits,
+            received_bytes: self.received_bytes,
+            last_receive_wall_us: self.last_receive_wall_us,
+        };
+        ReceiverStatus::of(&self.writer, &observed)
+    }
+
+    /// Takes every step that nothing stands in the way of.
+    fn advance(&mut self, now: Now) {
+        if self.failed {
+            return;
+        }
+        if self.candidate.is_some() && self.base_sync.is_between_ends() && !self.base.is_busy() {
+            // The other ends won't come on the old stream: all since the base is sent again on the new one.
+            self.base.forget();
+            self.base_sync.gathered = None;
+            self.base_sync.ended.clear();
+        }
+        self.begin_base_group(now);
+        let base_idle = !self.base.is_busy()
+            && self.base_sync.gathered.is_none()
+            && self.base_sync.advance_ticket.is_none();
+        if base_idle && self.candidate.as_ref().is_some_and(|candidate| candidate.claim.is_none()) {
+            self.claim();
+        }
+    }
+
+    fn take_for_journal(
+        &mut self,
+        bytes: &Bytes,
+        view: &BatchView<'_>,
+        wall_us: u64,
+    ) -> Result<(), OfferError> {
+        self.writer.offer(bytes.clone(), view, wall_us)?;
+        self.history.take(view);
+        Ok(())
+    }
+
+    fn take_events(&mut self, now: Now) {
+        while let Some(event) = self.writer.poll_event() {
+            match event {
+                Event::Durable(point) => self.durable(point, now),
+                Event::Granted { ticket, grant } => self.granted(ticket, &grant),
+                Event::Refused { ticket, reason } => {
+                    if let Some(candidate) =
+                        self.candidate.take_if(|candidate| candidate.claim == Some(ticket))
+                    {
+                        let (code, text) = (RefuseCode::NotDescendant, reason.to_string());
+                        self.refuse(candidate.id, Refuse { code, detail: 0, text });
+                    }
+                }
+                Event::Changed { ticket } => self.changed(ticket, now),
+                Event::Full { no_space } => {
+                    self.full = true;
+                    self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::Full { no_space }));
+                    let text = if no_space {
+                        "the target's datastore is full: free space there"
+                    } else {
+                        "the journal is full: raise the VM's journal limit"
+                    };
+                    self.end_stream(RefuseCode::JournalFull, text.to_owned());
+                    self.drop_waiting();
+                }
+                Event::Room => {}
+                Event::Poisoned(error) => self.fail(Failure::Journal(error)),
+            }
+        }
+    }
+
+    fn changed(&mut self, ticket: u64, now: Now) {
+        if self.base_sync.unfresh_ticket == Some(ticket) {
+            self.base_sync.unfresh_ticket = None;
+        }
+        if self.base_sync.advance_ticket == Some(ticket) {
+            self.base_sync.advance_ticket = None;
+        }
+        if self.base_sync.ends && !self.writer.superblock().state.is_base_sync() {
+            self.base_sync =
+                BaseSync { after_end: std::mem::take(&mut self.base_sync.after_end), ..BaseSync::default() };
+            self.history.clear();
+            self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::SyncEnded));
+            while let Some((bytes, wall_us)) = self.base_sync.after_end.pop_front() {
+                let taken = match BatchView::parse(&bytes) {
+                    Ok(view) => self
+                        .take_for_journal(&bytes, &view, wall_us)
+                        .map_err(|error| super::error_chain(&error)),
+                    Err(error) => Err(super::error_chain(&error)),
+                };
+                if let Err(text) = taken {
+                    self.base_sync.after_end.clear();
+                    self.end_stream(RefuseCode::BadBatch, text);
+                }
+            }
+            self.group_began_us = now.mono_us;
+        }
+    }
+
+    fn durable(&mut self, point: ChainPoint, now: Now) {
+        let mut newest = None;
+        while let Some(arrival) = self.arrivals.pop_front_if(|arrival| arrival.last_seq <= point.seq) {
+            newest = Some(arrival.mono_us);
+        }
+        self.history.durable(point.seq);
+        if std::mem::take(&mut self.full) {
+            self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::Room));
+        }
+        let Some(stream) = &self.stream else { return };
+        let waited_us = self.group_began_us.saturating_sub(newest.unwrap_or(self.group_began_us));
+        let disk_us = now.mono_us.saturating_sub(self.group_began_us);
+        let frame = Frame::Ack(Ack {
+            open_count: stream.open_count,
+            received_through: (stream.intake.next_seq() - 1).max(point.seq),
+            durable_through: point.seq,
+            memory_us: u32::try_from(waited_us).unwrap_or(u32::MAX),
+            disk_us: u32::try_from(disk_us).unwrap_or(u32::MAX),
+        });
+        self.outputs.push_back(ReceiverOutput::Send { stream: stream.id, frame });
+    }
+
+    fn fail(&mut self, failure: Failure) {
+        if std::mem::replace(&mut self.failed, true) {
+            return;
+        }
+        let text = format!("the target's storage failed: {}", super::error_chain(&failure));
+        if let Some(candidate) = self.candidate.take() {
+            self.refuse(candidate.id, Refuse { code: RefuseCode::Storage, detail: 0, text: text.clone() });
+        }
+        self.end_stream(RefuseCode::Storage, text);
+        let durable_through = self.writer.durable().seq;
+        self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::Failed { failure, durable_through }));
+    }
+
+    /// Gives back the memory of batches that find no room: other VMs' streams share it. They are sent again on the next stream.
+    fn drop_waiting(&mut self) {
+        let superblock = self.writer.superblock();
+        let (generation, parent) = (superblock.tail_generation, superblock.parent_generation);
+        let claim = Change::Claim { generation, parent, first_seq: superblock.generation_first_seq };
+        // Refused only by a journal that has failed, which holds none.
+        let _ = self.writer.change(claim);
+    }
+
+    fn end_stream(&mut self, code: RefuseCode, text: String) {
+        if let Some(stream) = self.stream.take() {
+            self.refuse(stream.id, Refuse { code, detail: 0, text });
+        }
+    }
+
+    fn refuse(&mut self, stream: StreamId, refuse: Refuse) {
+        self.outputs.push_back(ReceiverOutput::Send { stream, frame: Frame::Refuse(refuse) });
+        self.outputs.push_back(ReceiverOutput::Close { stream });
+    }
+}

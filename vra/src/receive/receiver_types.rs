@@ -1,0 +1,177 @@
+use journal::format::JournalState;
+use journal::storage::StorageError;
+use journal::writer::{Action, Limits, Writer};
+
+use super::base_apply::{DiskAction, DiskError};
+use crate::api::{GenerationId, JournalId, VmId, status::TargetState};
+use crate::wire::{Frame, VolumeShape};
+
+/// Names a stream within the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StreamId(pub u64);
+
+/// Which VM a receiver is for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmIdentity {
+    /// The VM.
+    pub vm: VmId,
+    /// Its journal.
+    pub journal: JournalId,
+    /// Its volumes, numbered from 0.
+    pub volumes: Vec<VolumeShape>,
+}
+
+/// What the VM's definition lets a receiver do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReceiverPolicy {
+    /// How far the journal may grow.
+    pub limits: Limits,
+    /// When a full sync doesn't fit into the journal, the history is given up for it (C5).
+    pub give_up_history: bool,
+    /// Told to the source: how much is kept in memory before the stream is no longer read, in bytes.
+    pub window_bytes: u32,
+}
+
+/// What a receiver wants done.
+#[derive(Debug)]
+pub enum ReceiverOutput {
+    /// Run this on the journal's file; answer with [`super::Receiver::journal_done`].
+    Journal(Action),
+    /// Run this on a recovery disk; answer with [`super::Receiver::disk_done`].
+    Disk(DiskAction),
+    /// Send this.
+    Send {
+        /// On which stream.
+        stream: StreamId,
+        /// What.
+        frame: Frame,
+    },
+    /// End a stream, after what was sent on it.
+    Close {
+        /// Which.
+        stream: StreamId,
+    },
+    /// Something that the owner of the VM must know.
+    Event(ReceiverEvent),
+}
+
+/// What the owner of a target VM must know.
+#[derive(Debug)]
+pub enum ReceiverEvent {
+    /// A stream runs.
+    Granted {
+        /// Nothing of its generation is here yet.
+        new_generation: bool,
+    },
+    /// A base sync is complete: checkpoints count from now on.
+    SyncEnded,
+    /// All checkpoints are given up so that a full sync can go on; nothing can be recovered until its end (C5).
+    HistoryGivenUp {
+        /// How many.
+        checkpoints: usize,
+    },
+    /// The journal, or its datastore, is full: nothing more is taken (C5).
+    Full {
+        /// It is the datastore.
+        no_space: bool,
+    },
+    /// It takes batches again.
+    Room,
+    /// The storage failed. The receiver does nothing any more: its files are to be opened again, trusting the journal only as far as it was
+    /// known to be durable (C1), and it is to be replaced.
+    Failed {
+        /// What failed.
+        failure: Failure,
+        /// Everything up to here was durable.
+        durable_through: u64,
+    },
+}
+
+/// What of a VM's storage failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The journal's file.
+    #[error("the journal failed")]
+    Journal(#[source] StorageError),
+    /// A recovery disk.
+    #[error(transparent)]
+    Disk(DiskError),
+}
+
+/// A receiver's state, for status.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReceiverStatus {
+    /// What it is doing.
+    pub state: TargetState,
+    /// A stream runs.
+    pub connected: bool,
+    /// The generation at the journal's tail; none while it is empty.
+    pub generation: Option<GenerationId>,
+    /// Everything up to here is durable.
+    pub durable_through: u64,
+    /// The checkpoints, if there are any.
+    pub history: Option<HistorySpan>,
+    /// Length of a slot of the journal, in bytes.
+    pub slot_bytes: u64,
+    /// Bytes of the journal in use.
+    pub journal_used_bytes: u64,
+    /// Most that it may use.
+    pub journal_limit_bytes: u64,
+    /// Bytes received since the receiver was made.
+    pub received_bytes: u64,
+    /// When the last batch came, by the system's clock, in microseconds since the Unix epoch.
+    pub last_receive_wall_us: Option<u64>,
+}
+
+/// From when to when there are checkpoints.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HistorySpan {
+    /// How many.
+    pub count: u64,
+    /// The oldest one's time, by the coordinator's clock, in microseconds since the Unix epoch.
+    pub from_us: u64,
+    /// The newest one's.
+    pub to_us: u64,
+}
+
+/// What a receiver knows beside its writer.
+pub(super) struct Observed {
+    pub(super) connected: bool,
+    pub(super) full: bool,
+    pub(super) failed: bool,
+    pub(super) in_sync: bool,
+    pub(super) history: Option<HistorySpan>,
+    pub(super) limits: Limits,
+    pub(super) received_bytes: u64,
+    pub(super) last_receive_wall_us: Option<u64>,
+}
+
+impl ReceiverStatus {
+    pub(super) fn of(writer: &Writer, observed: &Observed) -> Self {
+        let superblock = writer.superblock();
+        let state = match superblock.state {
+            _ if observed.failed => TargetState::Poisoned,
+            _ if observed.full => TargetState::PausedFull,
+            JournalState::FirstSync { .. } if superblock.tail_generation.is_nil() => TargetState::Empty,
+            JournalState::FirstSync { .. } | JournalState::HistoryGivenUp { .. } => TargetState::InitialSync,
+            JournalState::Consistent if observed.in_sync => TargetState::JournalSync,
+            JournalState::Consistent => TargetState::Journaling,
+        };
+        let used_slots =
+            superblock.slot_count as usize - writer.free_slot_count().min(superblock.slot_count as usize);
+        let max_slots = observed.limits.max_slots.max(superblock.slot_count);
+        Self {
+            state,
+            connected: observed.connected,
+            generation: (!superblock.tail_generation.is_nil())
+                .then_some(GenerationId(superblock.tail_generation)),
+            durable_through: writer.durable().seq,
+            history: observed.history,
+            slot_bytes: superblock.slot_len_bytes,
+            journal_used_bytes: used_slots as u64 * superblock.slot_len_bytes,
+            journal_limit_bytes: u64::from(max_slots) * superblock.slot_len_bytes,
+            received_bytes: observed.received_bytes,
+            last_receive_wall_us: observed.last_receive_wall_us,
+        }
+    }
+}

@@ -1,0 +1,143 @@
+use std::path::PathBuf;
+
+use journal::recovery::OpenError;
+use journal::storage::ring::OpenFileError;
+use journal::view::ViewError;
+
+use super::folder::FolderError;
+use super::manifest::ManifestError;
+use crate::api::{CheckpointId, JournalId, VmId};
+
+/// Why something could not be done to a target VM.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TargetError {
+    /// The datastore's side of it.
+    #[error(transparent)]
+    Folder(#[from] FolderError),
+    /// A file can't be opened.
+    #[error(transparent)]
+    OpenFile(#[from] OpenFileError),
+    /// The journal can't be opened or made.
+    #[error("journal {}", path.display())]
+    Journal {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: OpenError,
+    },
+    /// A segment of the journal can't be read.
+    #[error("journal {} can't be read", path.display())]
+    Segment {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: journal::recovery::SegmentError,
+    },
+    /// The journal's manifest can't be used.
+    #[error("journal {}", path.display())]
+    Manifest {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: ManifestError,
+    },
+    /// The journal has no readable manifest.
+    #[error("journal {} has no readable manifest: verify it with vra-journal", path.display())]
+    NoManifest {
+        /// Its file.
+        path: PathBuf,
+    },
+    /// The folder has another journal than the definition names.
+    #[error(
+        "{} is journal {found}, but the VM's definition names {expected}: move the folder away for a new journal, or define the VM with this one",
+        path.display()
+    )]
+    JournalDiffers {
+        /// Its file.
+        path: PathBuf,
+        /// Its id.
+        found: JournalId,
+        /// The id wanted.
+        expected: JournalId,
+    },
+    /// The definition's volumes are not those of the journal.
+    #[error("the volumes of VM {vm} are not those of its journal {}: protect it with a new journal", path.display())]
+    VolumesDiffer {
+        /// The VM.
+        vm: VmId,
+        /// Its journal's file.
+        path: PathBuf,
+    },
+    /// A recovery disk is shorter than its volume.
+    #[error("recovery disk {} has {found_bytes} bytes, its volume has {expected_bytes}: it was cut; protect the VM with a new journal", path.display())]
+    DiskCut {
+        /// Its file.
+        path: PathBuf,
+        /// Its length.
+        found_bytes: u64,
+        /// The volume's size.
+        expected_bytes: u64,
+    },
+    /// The journal may use too little space to work.
+    #[error("a journal limit of {limit_bytes} bytes is too low: give it at least {least_bytes}")]
+    JournalLimit {
+        /// The definition's limit.
+        limit_bytes: u64,
+        /// The least that works.
+        least_bytes: u64,
+    },
+    /// The definition can't be used.
+    #[error("the definition can't be used: {0}")]
+    Definition(&'static str),
+    /// The host's side of it.
+    #[error("{operation} failed")]
+    Host {
+        /// What was being done.
+        operation: &'static str,
+        /// Why it failed.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The VM's files are closed, or being opened again after a failure.
+    #[error("the journal of VM {vm} is not open{}", reason.as_deref().map(|reason| format!(": {reason}")).unwrap_or_default())]
+    NotOpen {
+        /// The VM.
+        vm: VmId,
+        /// What went wrong with it, if anything did.
+        reason: Option<String>,
+    },
+    /// No VM of this id.
+    #[error("no journal of VM {0} is open here")]
+    UnknownVm(VmId),
+    /// Views of the VM are open.
+    #[error("{count} views of VM {vm} are open: close them first")]
+    InUse {
+        /// The VM.
+        vm: VmId,
+        /// How many.
+        count: usize,
+    },
+    /// The journal has no such checkpoint.
+    #[error("VM {vm} has no checkpoint {checkpoint}: list what there is; an older one may be gone")]
+    NoSuchCheckpoint {
+        /// The VM.
+        vm: VmId,
+        /// The checkpoint.
+        checkpoint: CheckpointId,
+    },
+    /// The journal has no checkpoint yet, or none that old.
+    #[error("VM {vm} has no checkpoint {which}")]
+    NoCheckpoint {
+        /// The VM.
+        vm: VmId,
+        /// Of those asked for.
+        which: &'static str,
+    },
+    /// The view can't be opened.
+    #[error("the view can't be opened")]
+    View(#[source] ViewError),
+}

@@ -1,0 +1,220 @@
+//! All VMs that this VRA is target of.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use quinn::{RecvStream, SendStream};
+
+use super::files;
+use super::folder::VmFolder;
+use super::memory::ReceiveMemory;
+use super::outbox::Outbox;
+use super::receiver_types::StreamId;
+use super::stream;
+use super::target_error::TargetError;
+use super::target_vm::TargetVm;
+use super::worker::{Input, VmKey, Worker, WorkerThread};
+use crate::api::{VmId, VpgId, VraId, vpg::VpgDefinition};
+use crate::wire::{Refuse, RefuseCode};
+
+/// How much a target may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TargetSettings {
+    /// Threads that do the I/O, at least one.
+    pub worker_count: usize,
+    /// Memory for batches that have arrived and are not durable, of all VMs, in bytes.
+    pub memory_bytes: usize,
+    /// The same of one VM, in bytes; at least the longest batch.
+    pub window_bytes: u32,
+}
+
+impl TargetSettings {
+    /// What the product uses if nothing else is said.
+    pub const STANDARD: Self = Self { worker_count: 2, memory_bytes: 512 << 20, window_bytes: 16 << 20 };
+}
+
+/// All VMs that this VRA is target of.
+pub struct TargetHost {
+    settings: TargetSettings,
+    memory: ReceiveMemory,
+    vms: Mutex<HashMap<VmId, Arc<TargetVm>>>,
+    /// Held while a VM's files are made, opened, closed or removed.
+    changing: tokio::sync::Mutex<()>,
+    next_stream: AtomicU64,
+    next_key: Arc<AtomicU64>,
+    next_worker: AtomicU64,
+    // Last: the threads end when everything else has gone.
+    threads: Vec<WorkerThread>,
+}
+
+impl TargetHost {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// The kernel has no io_uring for us.
+    pub fn start(settings: TargetSettings) -> Result<Self, TargetError> {
+        let threads = (0..settings.worker_count.max(1)).map(WorkerThread::start).collect::<Result<_, _>>();
+        Ok(Self {
+            settings,
+            memory: ReceiveMemory::new(settings.memory_bytes),
+            vms: Mutex::default(),
+            changing: tokio::sync::Mutex::new(()),
+            next_stream: AtomicU64::new(1),
+            next_key: Arc::new(AtomicU64::new(1)),
+            next_worker: AtomicU64::new(0),
+            threads: threads.map_err(|source| files::host("starting the journal threads", source))?,
+        })
+    }
+
+    /// Makes this VRA the target of a VM, as its group's definition says: makes its files, or opens those that are there. Doing it again with
+    /// a newer definition takes that over.
+    ///
+    /// # Errors
+    /// What is wrong with the definition, the datastore or the files.
+    pub async fn ensure(&self, vpg: &VpgDefinition, vm: VmId) -> Result<Arc<TargetVm>, TargetError> {
+        let _changing = self.changing.lock().await;
+        if let Some(target) = self.vm(vm) {
+            target.redefine(vpg)?;
+            return Ok(target);
+        }
+        let Some(definition) = vpg.vms.iter().find(|candidate| candidate.id == vm) else {
+            return Err(TargetError::Definition("the VM is not in the group"));
+        };
+        let folder = find_folder(&definition.datastore, vpg.id, vm).unwrap_or_else(|| {
+            VmFolder::of(&definition.datastore, (&vpg.name, vpg.id), (&definition.name, vm))
+        });
+        let (making, owned, wanted) = (folder.clone(), vpg.clone(), definition.clone());
+        let opening = tokio::task::spawn_blocking(move || {
+            if !making.is_complete() {
+                files::make(&making, &owned, &wanted)?;
+            }
+            files::open(&making, vm, None)
+        });
+        let opened = opening
+            .await
+            .unwrap_or_else(|error| Err(files::host("opening the files", std::io::Error::other(error))))?;
+        if opened.identity.journal != definition.journal {
+            let (found, expected) = (opened.identity.journal, definition.journal);
+            return Err(TargetError::JournalDiffers { path: folder.journal(), found, expected });
+        }
+        let counter = self.next_key.clone();
+        let next_key = Box::new(move || VmKey(counter.fetch_add(1, Ordering::Relaxed)));
+        let target = TargetVm::attach(
+            folder,
+            opened,
+            self.next_worker().clone(),
+            self.settings.window_bytes,
+            next_key,
+        );
+        self.lock().insert(vm, target.clone());
+        if let Err(error) = target.redefine(vpg) {
+            self.lock().remove(&vm);
+            target.close().await;
+            return Err(error);
+        }
+        Ok(target)
+    }
+
+    /// The VM, if this VRA is its target.
+    pub fn vm(&self, vm: VmId) -> Option<Arc<TargetVm>> {
+        self.lock().get(&vm).cloned()
+    }
+
+    /// All VMs.
+    pub fn vms(&self) -> Vec<Arc<TargetVm>> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// Serves a data stream until it ends. `source` is who opened it, as its certificate says.
+    pub async fn serve(&self, source: VraId, mut send: SendStream, mut recv: RecvStream) {
+        let Some(open) = stream::read_open(&mut send, &mut recv).await else { return };
+        let refuse = |code, text: &str| Refuse { code, detail: 0, text: text.to_owned() };
+        let Some(vm) = self.vm(open.vm) else {
+            let text = "this VRA is not the VM's target: its definition may be on its way";
+            return stream::send_refusal(&mut send, refuse(RefuseCode::UnknownVm, text)).await;
+        };
+        if vm.source() != source {
+            tracing::warn!(vm = %vm.id(), %source, "refused a stream: the VM's source is another VRA");
+            let text = "this VRA is not the VM's source";
+            return stream::send_refusal(&mut send, refuse(RefuseCode::NotAllowed, text)).await;
+        }
+        let Some(key) = vm.key() else {
+            let text = "the VM's journal is not open: it failed and is being opened again";
+            return stream::send_refusal(&mut send, refuse(RefuseCode::Busy, text)).await;
+        };
+        let id = StreamId(self.next_stream.fetch_add(1, Ordering::Relaxed));
+        let outbox = Arc::new(Outbox::default());
+        let worker = vm.worker();
+        worker.tell(Input::Open { vm: key, stream: id, open: Box::new(open), outbox: outbox.clone() });
+        let memory = self.memory.stream(self.settings.window_bytes as usize);
+        let take = |bytes| {
+            worker.tell(Input::Batch { vm: key, stream: id, bytes });
+        };
+        if let Err(error) = stream::run(send, recv, &memory, outbox, take).await {
+            tracing::info!(vm = %vm.id(), error = %super::error_chain(&error), "a data stream ended");
+        }
+        worker.tell(Input::Closed { vm: key, stream: id });
+    }
+
+    /// Closes a VM's files; they stay.
+    ///
+    /// # Errors
+    /// There is no such VM, or views of it are open.
+    pub async fn close(&self, vm: VmId) -> Result<VmFolder, TargetError> {
+        let _changing = self.changing.lock().await;
+        let target = self.vm(vm).ok_or(TargetError::UnknownVm(vm))?;
+        let count = target.pin_count();
+        if count > 0 {
+            return Err(TargetError::InUse { vm, count });
+        }
+        self.lock().remove(&vm);
+        target.close().await;
+        Ok(target.folder().clone())
+    }
+
+    /// Removes a VM with its journal and recovery disks.
+    ///
+    /// # Errors
+    /// There is no such VM, views of it are open, or a file can't be removed.
+    pub async fn delete(&self, vm: VmId) -> Result<(), TargetError> {
+        let folder = self.close(vm).await?;
+        tokio::task::spawn_blocking(move || folder.remove())
+            .await
+            .unwrap_or_else(|error| {
+                let (path, source) = (std::path::PathBuf::new(), std::io::Error::other(error));
+                Err(super::FolderError::Io { operation: "removing files", path, source })
+            })
+            .map_err(TargetError::Folder)
+    }
+
+    /// Closes all VMs' files, for a planned end.
+    pub async fn shut_down(&self) {
+        let _changing = self.changing.lock().await;
+        let vms: Vec<_> = self.lock().drain().map(|(_, vm)| vm).collect();
+        for vm in vms {
+            vm.close().await;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<VmId, Arc<TargetVm>>> {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn next_worker(&self) -> &Worker {
+        let number = self.next_worker.fetch_add(1, Ordering::Relaxed) as usize;
+        self.threads[number % self.threads.len()].worker()
+    }
+}
+
+/// The folder of a VM in a datastore, whatever the names were when it was made.
+fn find_folder(datastore: &Path, vpg: VpgId, vm: VmId) -> Option<VmFolder> {
+    let with_end = |path: &Path, end: String| {
+        let entries = std::fs::read_dir(path).ok()?;
+        let mut paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+        paths.find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(&end)))
+    };
+    let group = with_end(datastore, format!("-{}", vpg.short()))?;
+    with_end(&group, format!("-{}", vm.short())).map(VmFolder::at)
+}

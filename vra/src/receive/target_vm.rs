@@ -1,0 +1,457 @@
+//! One VM at its target, for the daemon: its state, its checkpoints, its disks as they were.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use journal::batch::Epoch;
+use journal::catalogue::Catalogue;
+use journal::recovery::SurveyOptions;
+use journal::storage::ring::{Access, DirectFile};
+use journal::view::{Reader, View};
+use journal::writer::Writer;
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+use uuid::Uuid;
+
+use super::files::{self, VmFiles};
+use super::folder::VmFolder;
+use super::manifest::Manifest;
+use super::receiver::Receiver;
+use super::receiver_types::{ReceiverEvent, ReceiverPolicy, ReceiverStatus};
+use super::target_error::TargetError;
+use super::worker::{Attached, Input, VmKey, Worker};
+use crate::api::{
+    JournalId, TimeUs, VmId, VraId,
+    status::{Alert, Severity, TargetState, TargetVmStatus},
+    view::PointInTime,
+    vpg::{VmDefinition, VpgDefinition},
+};
+
+/// A VM at its target.
+pub struct TargetVm {
+    vm: VmId,
+    folder: VmFolder,
+    worker: Worker,
+    runtime: Handle,
+    window_bytes: u32,
+    inner: Mutex<Inner>,
+}
+
+struct Inner {
+    manifest: Manifest,
+    /// Where the worker has it; none while its files are closed.
+    key: Option<VmKey>,
+    next_key: Box<dyn FnMut() -> VmKey + Send>,
+    status: Arc<Mutex<ReceiverStatus>>,
+    alerts: BTreeMap<&'static str, Alert>,
+    pins: usize,
+    closed: bool,
+    not_open: Option<String>,
+}
+
+/// A VM's disks as they were, and the files to read them from. The history stays as long as this lives.
+pub struct OpenedView {
+    /// What is where.
+    pub view: View,
+    /// The journal, to read.
+    pub journal: DirectFile,
+    /// The recovery disks, to read, by volume number.
+    pub disks: Vec<DirectFile>,
+    /// Keeps the history.
+    pub pin: Pin,
+}
+
+/// Keeps a VM's history from being given up.
+pub struct Pin {
+    vm: Arc<TargetVm>,
+}
+
+/// Wait between attempts to open a VM's files again after a failure.
+const REOPEN_WAIT: Duration = Duration::from_secs(5);
+
+impl TargetVm {
+    /// Attaches opened files to a worker.
+    pub(super) fn attach(
+        folder: VmFolder,
+        files: VmFiles,
+        worker: Worker,
+        window_bytes: u32,
+        mut next_key: Box<dyn FnMut() -> VmKey + Send>,
+    ) -> Arc<Self> {
+        let key = next_key();
+        let (manifest, vm) = (files.manifest.clone(), files.identity.vm);
+        let runtime = Handle::current();
+        Arc::new_cyclic(|weak| {
+            let status = attach_files(&worker, key, files, window_bytes, weak.clone());
+            let inner = Inner {
+                manifest,
+                key: Some(key),
+                next_key,
+                status,
+                alerts: BTreeMap::new(),
+                pins: 0,
+                closed: false,
+                not_open: None,
+            };
+            Self { vm, folder, worker, runtime, window_bytes, inner: Mutex::new(inner) }
+        })
+    }
+
+    /// The VM.
+    pub fn id(&self) -> VmId {
+        self.vm
+    }
+
+    /// Where its files are.
+    pub fn folder(&self) -> &VmFolder {
+        &self.folder
+    }
+
+    /// Its journal.
+    pub fn journal(&self) -> JournalId {
+        self.definition().journal
+    }
+
+    /// The VRA that may write to it.
+    pub fn source(&self) -> VraId {
+        self.definition().source.id
+    }
+
+    /// Its definition.
+    pub fn definition(&self) -> VmDefinition {
+        self.lock().manifest.vm().expect("checked when the manifest was read or set").clone()
+    }
+
+    /// Its group.
+    pub fn vpg(&self) -> VpgDefinition {
+        self.lock().manifest.vpg.clone()
+    }
+
+    /// Its state.
+    pub fn status(&self) -> TargetVmStatus {
+        let inner = self.lock();
+        let definition = inner.manifest.vm().expect("checked when the manifest was read or set");
+        let status = inner.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let open = inner.key.is_some();
+        TargetVmStatus {
+            vm: self.vm,
+            name: definition.name.clone(),
+            vpg: inner.manifest.vpg.id,
+            source: definition.source.id,
+            state: if open { status.state } else { TargetState::Poisoned },
+            connected: open && status.connected,
+            journal: definition.journal,
+            generation: status.generation,
+            durable_through: status.durable_through,
+            history_from_us: status.history.map(|history| TimeUs(history.from_us)),
+            history_to_us: status.history.map(|history| TimeUs(history.to_us)),
+            checkpoint_count: status.history.map_or(0, |history| history.count),
+            journal_used_bytes: status.journal_used_bytes,
+            journal_limit_bytes: status.journal_limit_bytes,
+            received_bytes: status.received_bytes,
+            folder: self.folder.path().to_owned(),
+        }
+    }
+
+    /// When the last batch came, by the system's clock, in microseconds since the Unix epoch.
+    pub fn last_receive_us(&self) -> Option<TimeUs> {
+        let status = self.lock().status.clone();
+        let last = status.lock().unwrap_or_else(PoisonError::into_inner).last_receive_wall_us;
+        last.map(TimeUs)
+    }
+
+    /// What is wrong now.
+    pub fn alerts(&self) -> Vec<Alert> {
+        self.lock().alerts.values().cloned().collect()
+    }
+
+    /// Its checkpoints, oldest first.
+    ///
+    /// # Errors
+    /// Its files are not open.
+    pub async fn catalogue(&self) -> Result<Catalogue, TargetError> {
+        let (answer, catalogue) = oneshot::channel();
+        let told = self.lock().key.is_some_and(|vm| self.worker.tell(Input::Catalogue { vm, answer }));
+        let not_open = || TargetError::NotOpen { vm: self.vm, reason: self.lock().not_open.clone() };
+        if !told {
+            return Err(not_open());
+        }
+        catalogue.await.map_err(|_| not_open())
+    }
+
+    /// Takes another definition of the same journal and volumes: limits and names. The journal keeps it.
+    ///
+    /// # Errors
+    /// The journal or the volumes are others.
+    pub fn redefine(&self, vpg: &VpgDefinition) -> Result<(), TargetError> {
+        let Some(definition) = vpg.vms.iter().find(|vm| vm.id == self.vm) else {
+            return Err(TargetError::Definition("the VM is not in the group"));
+        };
+        let mut inner = self.lock();
+        let path = self.folder.journal();
+        let current = inner.manifest.vm().expect("checked when the manifest was read or set");
+        if definition.journal != current.journal {
+            let (found, expected) = (current.journal, definition.journal);
+            return Err(TargetError::JournalDiffers { path, found, expected });
+        }
+        if files::identity(definition)?.volumes != files::identity(current)?.volumes {
+            return Err(TargetError::VolumesDiffer { vm: self.vm, path });
+        }
+        if inner.manifest.vpg == *vpg {
+            return Ok(());
+        }
+        inner.manifest.vpg = vpg.clone();
+        if let Some(vm) = inner.key {
+            let text = inner.manifest.to_text();
+            let slot_bytes = inner.status.lock().unwrap_or_else(PoisonError::into_inner).slot_bytes;
+            self.worker
+                .tell(Input::SetPolicy { vm, policy: policy(definition, slot_bytes, self.window_bytes) });
+            self.worker.tell(Input::SetManifest { vm, text });
+        }
+        Ok(())
+    }
+
+    /// Opens the disks as they were. Replication goes on.
+    ///
+    /// # Errors
+    /// There is no such moment in the history, or a file can't be read.
+    pub async fn open_view(self: &Arc<Self>, at: PointInTime) -> Result<OpenedView, TargetError> {
+        // The pin comes first: what is looked up now must not be given up before it is opened.
+        let pin = self.pin();
+        let seq = self.resolve(at).await?;
+        let (journal, disks) = (self.folder.journal(), self.definition().volumes.len() as u16);
+        let disks: Vec<_> = (0..disks).map(|volume| self.folder.disk(volume)).collect();
+        let open = move || {
+            let mut storage = files::ring()?;
+            let file = storage.add_file(DirectFile::open(&journal, Access::ReadOnly)?);
+            let reader =
+                Reader::open(&mut storage, file, SurveyOptions::default()).map_err(TargetError::View)?;
+            let view = reader.view(seq).map_err(TargetError::View)?;
+            let journal = storage.remove_file(file).expect("added above");
+            let disks = disks.iter().map(|path| DirectFile::open(path, Access::ReadOnly));
+            Ok(OpenedView { view, journal, disks: disks.collect::<Result<_, _>>()?, pin })
+        };
+        let opened = self.runtime.spawn_blocking(open).await;
+        opened.unwrap_or_else(|error| Err(files::host("opening a view", std::io::Error::other(error))))
+    }
+
+    /// Keeps the history until the pin is dropped.
+    pub fn pin(self: &Arc<Self>) -> Pin {
+        let mut inner = self.lock();
+        inner.pins += 1;
+        if inner.pins == 1 {
+            self.tell_pinned(&inner);
+        }
+        drop(inner);
+        Pin { vm: self.clone() }
+    }
+
+    /// The number that a moment stands for.
+    ///
+    /// # Errors
+    /// There is no such checkpoint.
+    pub async fn resolve(&self, at: PointInTime) -> Result<u64, TargetError> {
+        if let PointInTime::Sequence { sequence } = at {
+            return Ok(sequence);
+        }
+        let catalogue = self.catalogue().await?;
+        let vm = self.vm;
+        let entry = match at {
+            PointInTime::Checkpoint { checkpoint } => {
+                let epoch = Epoch { nonce: Uuid::from_u128(checkpoint.nonce), counter: checkpoint.counter };
+                let mut entries = catalogue.checkpoints().iter().rev();
+                entries
+                    .find(|entry| entry.checkpoint.epoch == epoch)
+                    .ok_or(TargetError::NoSuchCheckpoint { vm, checkpoint })?
+            }
+            PointInTime::Time { time_us } => catalogue
+                .newest_until(time_us.0)
+                .ok_or(TargetError::NoCheckpoint { vm, which: "as old as that" })?,
+            _ => catalogue
+                .checkpoints()
+                .last()
+                .ok_or(TargetError::NoCheckpoint { vm, which: "yet: its first sync is not complete" })?,
+        };
+        Ok(entry.checkpoint.cut)
+    }
+
+    /// Seals the journal and closes the files.
+    pub(super) async fn close(&self) {
+        let (answer, closed) = oneshot::channel();
+        let key = {
+            let mut inner = self.lock();
+            inner.closed = true;
+            inner.key.take()
+        };
+        if let Some(vm) = key
+            && self.worker.tell(Input::Detach { vm, answer })
+        {
+            // Fails when the files failed meanwhile: then they are closed too.
+            let _ = closed.await;
+        }
+    }
+
+    /// How many views are open.
+    pub(super) fn pin_count(&self) -> usize {
+        self.lock().pins
+    }
+
+    pub(super) fn key(&self) -> Option<VmKey> {
+        self.lock().key
+    }
+
+    pub(super) fn worker(&self) -> &Worker {
+        &self.worker
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell_pinned(&self, inner: &Inner) {
+        if let Some(vm) = inner.key {
+            self.worker.tell(Input::SetPinned { vm, pinned: inner.pins > 0 });
+        }
+    }
+
+    fn event(self: Arc<Self>, event: ReceiverEvent) {
+        match event {
+            ReceiverEvent::Granted { new_generation } => {
+                tracing::info!(vm = %self.vm, new_generation, "a source streams");
+            }
+            ReceiverEvent::SyncEnded => {
+                tracing::info!(vm = %self.vm, "the sync is complete: checkpoints count from now on");
+                self.lock().alerts.remove("history-given-up");
+            }
+            ReceiverEvent::HistoryGivenUp { checkpoints } => {
+                let message =
+                    format!("{checkpoints} checkpoints were given up so that a full sync can go on");
+                let remedy = "wait for the sync's end: until then nothing can be recovered";
+                self.alert("history-given-up", Severity::Critical, message, remedy);
+            }
+            ReceiverEvent::Full { no_space: true } => {
+                let message = format!("the datastore of {} is full", self.folder.path().display());
+                self.alert("datastore-full", Severity::Critical, message, "free space there");
+            }
+            ReceiverEvent::Full { no_space: false } => {
+                let message = format!("the journal {} is full", self.folder.journal().display());
+                self.alert("journal-full", Severity::Critical, message, "raise the VM's journal limit");
+            }
+            ReceiverEvent::Room => {
+                tracing::info!(vm = %self.vm, "the journal takes writes again");
+                let mut inner = self.lock();
+                inner.alerts.remove("journal-full");
+                inner.alerts.remove("datastore-full");
+            }
+            ReceiverEvent::Failed { failure, durable_through } => {
+                let reason = super::error_chain(&failure);
+                let message = format!("the storage in {} failed: {reason}", self.folder.path().display());
+                self.alert("storage-failed", Severity::Critical, message, "look at the datastore");
+                let mut inner = self.lock();
+                inner.key = None;
+                inner.not_open = Some(reason);
+                drop(inner);
+                self.runtime.clone().spawn(self.reopen(durable_through));
+            }
+        }
+    }
+
+    /// Opens the files again after a failure, until it works or the VM is closed.
+    async fn reopen(self: Arc<Self>, trusted_through: u64) {
+        loop {
+            let (folder, vm) = (self.folder.clone(), self.vm);
+            let opened =
+                self.runtime.spawn_blocking(move || files::open(&folder, vm, Some(trusted_through))).await;
+            let opened = opened
+                .unwrap_or_else(|error| Err(files::host("opening the files", std::io::Error::other(error))));
+            if self.attach_again(opened) {
+                return;
+            }
+            tokio::time::sleep(REOPEN_WAIT).await;
+        }
+    }
+
+    /// Goes on with files that were opened again. False when it should be tried once more.
+    fn attach_again(self: &Arc<Self>, opened: Result<VmFiles, TargetError>) -> bool {
+        let mut inner = self.lock();
+        if inner.closed {
+            return true;
+        }
+        let files = match opened {
+            Ok(files) => files,
+            Err(error) => {
+                inner.not_open = Some(super::error_chain(&error));
+                return false;
+            }
+        };
+        let key = (inner.next_key)();
+        inner.status = attach_files(&self.worker, key, files, self.window_bytes, Arc::downgrade(self));
+        (inner.key, inner.not_open) = (Some(key), None);
+        inner.alerts.remove("storage-failed");
+        self.tell_pinned(&inner);
+        tracing::info!(vm = %self.vm, "the journal is open again");
+        true
+    }
+
+    fn alert(&self, code: &'static str, severity: Severity, message: String, remedy: &str) {
+        let mut inner = self.lock();
+        if inner.alerts.contains_key(code) {
+            return;
+        }
+        tracing::warn!(vm = %self.vm, code, remedy, "{message}");
+        let (vpg, remedy) = (Some(inner.manifest.vpg.id), Some(remedy.to_owned()));
+        let since_us = TimeUs::now();
+        let alert =
+            Alert { code: code.to_owned(), severity, vm: Some(self.vm), vpg, message, remedy, since_us };
+        inner.alerts.insert(code, alert);
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        let mut inner = self.vm.lock();
+        inner.pins -= 1;
+        if inner.pins == 0 {
+            self.vm.tell_pinned(&inner);
+        }
+    }
+}
+
+fn policy(definition: &VmDefinition, slot_bytes: u64, window_bytes: u32) -> ReceiverPolicy {
+    ReceiverPolicy {
+        limits: files::limits(definition, slot_bytes),
+        give_up_history: definition.give_up_history,
+        window_bytes,
+    }
+}
+
+fn attach_files(
+    worker: &Worker,
+    key: VmKey,
+    files: VmFiles,
+    window_bytes: u32,
+    vm: Weak<TargetVm>,
+) -> Arc<Mutex<ReceiverStatus>> {
+    let VmFiles { manifest, identity, opened, events, journal, disks } = files;
+    let definition = manifest.vm().expect("checked when the manifest was read");
+    let policy = policy(definition, opened.superblock.slot_len_bytes, window_bytes);
+    let reserved = vec![manifest.disks_reserved; disks.len()];
+    let writer = Writer::new(opened, policy.limits);
+    let receiver = Receiver::new(identity, policy, writer, events, &reserved);
+    let status = Arc::new(Mutex::new(receiver.status()));
+    let on_event = Box::new(move |event| {
+        if let Some(vm) = vm.upgrade() {
+            vm.event(event);
+        }
+    });
+    worker.tell(Input::Attach(Box::new(Attached {
+        key,
+        receiver,
+        journal,
+        disks,
+        on_event,
+        status: status.clone(),
+    })));
+    status
+}

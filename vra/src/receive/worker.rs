@@ -1,0 +1,349 @@
+//! The threads that do the target's I/O: each has one ring and serves many VMs' receivers.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::JoinHandle;
+
+use bytes::Bytes;
+use journal::catalogue::Catalogue;
+use journal::storage::ring::{DirectFile, RingStorage, RingWaker};
+use journal::storage::{Completion, FileId, Purpose, Storage};
+use tokio::sync::oneshot;
+
+use super::outbox::Outbox;
+use super::receiver::Receiver;
+use super::receiver_types::{ReceiverEvent, ReceiverOutput, ReceiverPolicy, ReceiverStatus, StreamId};
+use crate::clock::Clock;
+use crate::wire::{Frame, Open, Refuse, RefuseCode};
+
+/// A VM on a worker, by the process's count: a VM that is opened again has another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct VmKey(pub(super) u64);
+
+/// A receiver with its files.
+pub(super) struct Attached {
+    pub(super) key: VmKey,
+    pub(super) receiver: Receiver,
+    pub(super) journal: DirectFile,
+    pub(super) disks: Vec<DirectFile>,
+    /// Told each event, on the worker's thread: it must not block. After a failure the files are closed before it is told.
+    pub(super) on_event: Box<dyn FnMut(ReceiverEvent) + Send>,
+    /// Where the state is shown.
+    pub(super) status: Arc<Mutex<ReceiverStatus>>,
+}
+
+/// What a worker is told.
+pub(super) enum Input {
+    Attach(Box<Attached>),
+    Open {
+        vm: VmKey,
+        stream: StreamId,
+        open: Box<Open>,
+        outbox: Arc<Outbox>,
+    },
+    Batch {
+        vm: VmKey,
+        stream: StreamId,
+        bytes: Bytes,
+    },
+    Closed {
+        vm: VmKey,
+        stream: StreamId,
+    },
+    SetManifest {
+        vm: VmKey,
+        text: String,
+    },
+    SetPolicy {
+        vm: VmKey,
+        policy: ReceiverPolicy,
+    },
+    SetPinned {
+        vm: VmKey,
+        pinned: bool,
+    },
+    Catalogue {
+        vm: VmKey,
+        answer: oneshot::Sender<Catalogue>,
+    },
+    /// Seals the journal and closes the files.
+    Detach {
+        vm: VmKey,
+        answer: oneshot::Sender<()>,
+    },
+}
+
+/// A handle on a worker thread. Cheap to clone.
+#[derive(Clone)]
+pub(super) struct Worker {
+    inputs: mpsc::Sender<Input>,
+    waker: RingWaker,
+}
+
+/// The thread behind a [`Worker`]; ends when dropped.
+pub(super) struct WorkerThread {
+    worker: Worker,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Operations that one worker keeps in the kernel; more wait in the ring's backlog.
+const RING_DEPTH: u32 = 256;
+
+impl Worker {
+    /// Tells the worker something. False when the worker has ended.
+    pub(super) fn tell(&self, input: Input) -> bool {
+        let told = self.inputs.send(input).is_ok();
+        self.waker.wake();
+        told
+    }
+}
+
+impl WorkerThread {
+    /// Starts one.
+    ///
+    /// # Errors
+    /// The kernel has no io_uring or no thread for us.
+    pub(super) fn start(number: usize) -> io::Result<Self> {
+        let storage = RingStorage::new(RING_DEPTH)?;
+        let (inputs, receiver) = mpsc::channel();
+        let worker = Worker { inputs, waker: storage.waker() };
+        let stop = Arc::new(AtomicBool::new(false));
+        let state = WorkerState {
+            storage,
+            inputs: receiver,
+            stop: stop.clone(),
+            clock: Clock::start(),
+            vms: HashMap::new(),
+            routes: HashMap::new(),
+            next_route: 0,
+            dirty: Vec::new(),
+        };
+        let thread =
+            std::thread::Builder::new().name(format!("journal-{number}")).spawn(move || state.run())?;
+        Ok(Self { worker, stop, thread: Some(thread) })
+    }
+
+    pub(super) fn worker(&self) -> &Worker {
+        &self.worker
+    }
+}
+
+impl Drop for WorkerThread {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Release);
+        self.worker.waker.wake();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("a journal worker thread has panicked");
+        }
+    }
+}
+
+struct WorkerState {
+    storage: RingStorage,
+    inputs: mpsc::Receiver<Input>,
+    stop: Arc<AtomicBool>,
+    clock: Clock,
+    vms: HashMap<VmKey, Vm>,
+    /// Where the end of an operation goes.
+    routes: HashMap<u64, Route>,
+    next_route: u64,
+    /// VMs that something happened to.
+    dirty: Vec<VmKey>,
+}
+
+struct Vm {
+    receiver: Receiver,
+    journal: FileId,
+    disks: Vec<FileId>,
+    outboxes: HashMap<StreamId, Arc<Outbox>>,
+    in_flight: usize,
+    on_event: Box<dyn FnMut(ReceiverEvent) + Send>,
+    status: Arc<Mutex<ReceiverStatus>>,
+    detaching: Option<oneshot::Sender<()>>,
+    /// The failure to tell once nothing is in flight.
+    failed: Option<ReceiverEvent>,
+}
+
+#[derive(Clone, Copy)]
+struct Route {
+    vm: VmKey,
+    token: u64,
+    on_journal: bool,
+}
+
+impl WorkerState {
+    fn run(mut self) {
+        let mut done = Vec::new();
+        while !self.stop.load(Ordering::Acquire) {
+            while let Ok(input) = self.inputs.try_recv() {
+                self.take(input);
+            }
+            self.pump();
+            if let Err(errno) = self.storage.collect(true, &mut done) {
+                tracing::error!(%errno, "a journal worker's ring is broken: its VMs take nothing more");
+                return;
+            }
+            for completion in done.drain(..) {
+                self.ended(completion);
+            }
+        }
+    }
+
+    fn take(&mut self, input: Input) {
+        let now = self.clock.now();
+        let key = match &input {
+            Input::Attach(attached) => attached.key,
+            Input::Open { vm, .. }
+            | Input::Batch { vm, .. }
+            | Input::Closed { vm, .. }
+            | Input::SetManifest { vm, .. }
+            | Input::SetPolicy { vm, .. }
+            | Input::SetPinned { vm, .. }
+            | Input::Catalogue { vm, .. }
+            | Input::Detach { vm, .. } => *vm,
+        };
+        if let Input::Attach(attached) = input {
+            self.attach(*attached);
+        } else if let Some(vm) = self.vms.get_mut(&key) {
+            match input {
+                Input::Open { stream, open, outbox, .. } => {
+                    vm.outboxes.insert(stream, outbox);
+                    vm.receiver.open(stream, *open, now);
+                }
+                Input::Batch { stream, bytes, .. } => vm.receiver.batch(stream, bytes, now),
+                Input::Closed { stream, .. } => {
+                    vm.outboxes.remove(&stream);
+                    vm.receiver.closed(stream);
+                }
+                Input::SetManifest { text, .. } => {
+                    if let Err(error) = vm.receiver.set_manifest(text) {
+                        tracing::warn!(error = %super::error_chain(&error), "the manifest of a journal was not written");
+                    }
+                }
+                Input::SetPolicy { policy, .. } => vm.receiver.set_policy(policy),
+                Input::SetPinned { pinned, .. } => vm.receiver.set_pinned(pinned),
+                Input::Catalogue { answer, .. } => {
+                    let superblock = vm.receiver.writer().superblock();
+                    // Nobody may wait for it any more.
+                    let _ = answer.send(vm.receiver.history().catalogue(superblock));
+                }
+                Input::Detach { answer, .. } => {
+                    vm.receiver.seal();
+                    vm.detaching = Some(answer);
+                }
+                Input::Attach(_) => {}
+            }
+        } else if let Input::Open { outbox, .. } = input {
+            let text = "the VM's journal is being opened".to_owned();
+            outbox.send(Frame::Refuse(Refuse { code: RefuseCode::Busy, detail: 0, text }));
+            outbox.close();
+        }
+        self.mark(key);
+    }
+
+    fn attach(&mut self, attached: Attached) {
+        let Attached { key, receiver, journal, disks, on_event, status } = attached;
+        let journal = self.storage.add_file(journal);
+        let disks = disks.into_iter().map(|disk| self.storage.add_file(disk)).collect();
+        let vm = Vm {
+            receiver,
+            journal,
+            disks,
+            outboxes: HashMap::new(),
+            in_flight: 0,
+            on_event,
+            status,
+            detaching: None,
+            failed: None,
+        };
+        self.vms.insert(key, vm);
+    }
+
+    fn mark(&mut self, key: VmKey) {
+        if !self.dirty.contains(&key) {
+            self.dirty.push(key);
+        }
+    }
+
+    fn ended(&mut self, completion: Completion) {
+        let Some(route) = self.routes.remove(&completion.token) else { return };
+        let now = self.clock.now();
+        let Some(vm) = self.vms.get_mut(&route.vm) else { return };
+        vm.in_flight -= 1;
+        if route.on_journal {
+            vm.receiver.journal_done(route.token, completion.result.map(drop), now);
+        } else {
+            vm.receiver.disk_done(route.token, completion.result, now);
+        }
+        self.mark(route.vm);
+    }
+
+    /// Does what the receivers want.
+    fn pump(&mut self) {
+        for key in std::mem::take(&mut self.dirty) {
+            let Some(vm) = self.vms.get_mut(&key) else { continue };
+            while let Some(output) = vm.receiver.poll(self.clock.now()) {
+                let (file, on_journal, token, purpose, op) = match output {
+                    ReceiverOutput::Journal(action) => {
+                        (vm.journal, true, action.token, action.purpose, action.op)
+                    }
+                    ReceiverOutput::Disk(action) => {
+                        let file = vm.disks[usize::from(action.volume)];
+                        (file, false, action.token, Purpose::RecoveryDisk, action.op)
+                    }
+                    ReceiverOutput::Send { stream, frame } => {
+                        if let Some(outbox) = vm.outboxes.get(&stream) {
+                            outbox.send(frame);
+                        }
+                        continue;
+                    }
+                    ReceiverOutput::Close { stream } => {
+                        if let Some(outbox) = vm.outboxes.remove(&stream) {
+                            outbox.close();
+                        }
+                        continue;
+                    }
+                    ReceiverOutput::Event(event @ ReceiverEvent::Failed { .. }) => {
+                        vm.failed = Some(event);
+                        continue;
+                    }
+                    ReceiverOutput::Event(event) => {
+                        (vm.on_event)(event);
+                        continue;
+                    }
+                };
+                let id = self.next_route;
+                self.next_route += 1;
+                vm.in_flight += 1;
+                self.routes.insert(id, Route { vm: key, token, on_journal });
+                self.storage.submit(file, id, purpose, op);
+            }
+            *vm.status.lock().unwrap_or_else(PoisonError::into_inner) = vm.receiver.status();
+            let ends = vm.failed.is_some() || vm.detaching.is_some() && vm.receiver.is_idle();
+            if ends && vm.in_flight == 0 {
+                self.release(key);
+            }
+        }
+    }
+
+    /// Closes a VM's files; nothing of it is in flight.
+    fn release(&mut self, key: VmKey) {
+        let Some(mut vm) = self.vms.remove(&key) else { return };
+        for file in vm.disks.into_iter().chain([vm.journal]) {
+            drop(self.storage.remove_file(file));
+        }
+        vm.outboxes.values().for_each(|outbox| outbox.close());
+        if let Some(event) = vm.failed.take() {
+            (vm.on_event)(event);
+        }
+        if let Some(answer) = vm.detaching.take() {
+            // Nobody may wait for it any more.
+            let _ = answer.send(());
+        }
+    }
+}
