@@ -169,6 +169,7 @@ impl Backing {
         {
             return Err(BackingError::ImageFormat { path: path.to_owned(), format });
         }
+        facts.check_size(path)?;
         let geometry = facts.geometry(settings.read_only);
         Ok(Self { file, path: path.to_owned(), kind, geometry })
     }

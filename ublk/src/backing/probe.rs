@@ -29,6 +29,15 @@ pub(super) struct Facts {
 }
 
 impl Facts {
+    /// After the look at the format: images have odd sizes, and are not to be grown.
+    pub(super) fn check_size(&self, path: &Path) -> Result<(), BackingError> {
+        let (size_bytes, block_bytes) = (self.size_bytes, self.logical_block_bytes);
+        if size_bytes == 0 || !size_bytes.is_multiple_of(u64::from(block_bytes)) {
+            return Err(BackingError::Size { path: path.to_owned(), size_bytes, block_bytes });
+        }
+        Ok(())
+    }
+
     pub(super) fn geometry(&self, read_only: bool) -> Geometry {
         let limits = ZeroLimits { granularity_bytes: self.physical_block_bytes, max_bytes: ZERO_MAX_BYTES };
         let zeroing = (self.can_punch && !read_only).then_some(limits);
@@ -90,6 +99,7 @@ pub(super) fn image_format(head: &Head) -> Option<&'static str> {
         () if has(0, b"vhdxfile") => Some("VHDX"),
         () if has(0, b"conectix") => Some("VHD"),
         () if has(64, &[0x7f, 0x10, 0xda, 0xbe]) => Some("VDI"),
+        () if has(0, b"LUKS\xba\xbe") => Some("LUKS"),
         () if has(0, b"WithoutFreeSpace") || has(0, b"WithouFreSpacExt") => Some("Parallels"),
         () => None,
     }
@@ -101,12 +111,9 @@ fn check_and_read_head(mut facts: Facts, file: &File, path: &Path) -> Result<Fac
     if block_bytes == 0 || block_bytes > 4096 {
         return Err(BackingError::Alignment { path: path(), align_bytes: block_bytes });
     }
-    let size_bytes = facts.size_bytes;
-    if size_bytes == 0 || !size_bytes.is_multiple_of(u64::from(block_bytes)) {
-        return Err(BackingError::Size { path: path(), size_bytes, block_bytes });
-    }
+    let head_bytes = facts.head.0.len().min(usize::try_from(facts.size_bytes).unwrap_or(usize::MAX));
     let mut done_bytes = 0;
-    while done_bytes < facts.head.0.len().min(size_bytes as usize) {
+    while done_bytes < head_bytes {
         match file.read_at(&mut facts.head.0[done_bytes..], done_bytes as u64) {
             Ok(0) => break,
             Ok(read_bytes) => done_bytes += read_bytes,
