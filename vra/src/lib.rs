@@ -14,6 +14,8 @@ pub mod checkpoint;
 pub mod clock;
 pub mod config;
 pub mod control;
+pub mod daemon;
+pub mod doctor;
 pub mod link;
 pub mod pki;
 pub mod planted;

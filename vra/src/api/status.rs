@@ -132,6 +132,8 @@ pub struct SourceVmStatus {
 pub enum SourceMode {
     /// Volumes are missing: nothing is captured.
     WaitingForVolumes,
+    /// The target hasn't granted the stream yet: nothing is captured.
+    Connecting,
     /// Captured and sent.
     Streaming,
     /// A full sync runs; the guest's writes are sent with it.

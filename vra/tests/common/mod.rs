@@ -2,17 +2,19 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 #![allow(unreachable_pub, reason = "shared by several test binaries")]
 
+pub mod vra;
+
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+use ::vra::api::enroll::{EnrollReply, Token};
+use ::vra::api::{VraId, ZvmId};
+use ::vra::pki::{Credentials, Identity};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, ExtendedKeyUsagePurpose, IsCa,
     Issuer, KeyPair, KeyUsagePurpose, SanType, SerialNumber,
 };
 use sha2::{Digest, Sha256};
-use vra::api::enroll::{EnrollReply, Token};
-use vra::api::{VraId, ZvmId};
-use vra::pki::{Credentials, Identity};
 
 /// A CA as the ZVM keeps one.
 pub struct TestCa {

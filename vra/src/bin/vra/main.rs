@@ -1,0 +1,80 @@
+//! `vra`: the daemon of a host, and the command that talks to it.
+
+mod args;
+mod commands;
+mod show;
+mod table;
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use vra::config::Config;
+use vra::control::ClientError;
+
+use crate::args::{Cli, Command};
+
+/// The VRA doesn't answer.
+const EXIT_UNREACHABLE: u8 = 3;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(&cli) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {}", chain(&error));
+            if let Some(remedy) = remedy(&error) {
+                eprintln!("remedy: {remedy}");
+            }
+            match error.downcast_ref::<ClientError>() {
+                Some(ClientError::Connect { .. }) => ExitCode::from(EXIT_UNREACHABLE),
+                _ => ExitCode::FAILURE,
+            }
+        }
+    }
+}
+
+fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
+    let config = Config::load(cli.config.as_deref())?;
+    if matches!(cli.command, Command::Serve) {
+        log_to_stderr(&config)?;
+        vra::daemon::run(&config)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(commands::run(cli, &config))
+}
+
+fn log_to_stderr(config: &Config) -> anyhow::Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_new(&config.log)
+        .with_context(|| format!("`log` in the configuration is no filter: {:?}", config.log))?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
+    Ok(())
+}
+
+/// The error and its causes in one line; a cause that its parent's text holds already is left out.
+fn chain(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if !text.contains(&cause) {
+            if !text.is_empty() {
+                text.push_str(": ");
+            }
+            text.push_str(cause.trim_end());
+        }
+    }
+    text
+}
+
+fn remedy(error: &anyhow::Error) -> Option<&str> {
+    match error.downcast_ref::<ClientError>()? {
+        ClientError::Api(error) => error.remedy.as_deref(),
+        _ => None,
+    }
+}

@@ -1,0 +1,214 @@
+//! Whether a VPG's definition can be taken.
+
+use std::collections::BTreeSet;
+use std::path::{Component, PathBuf};
+
+use crate::api::volume::{MAX_NAME_BYTES, MAX_VOLUMES_PER_VM};
+use crate::api::vpg::{MAX_VMS_PER_VPG, VmDefinition};
+use crate::api::{ApiError, ErrorCode, VpgDefinition, VraId};
+
+/// Least space for a journal, in bytes.
+pub const MIN_JOURNAL_BYTES: u64 = 64 << 20;
+
+/// Checks all that can be checked without looking at disks.
+///
+/// # Errors
+/// [`ErrorCode::BadRequest`], naming VM, value and limit; [`ErrorCode::Forbidden`] for a datastore that isn't in the configuration.
+pub fn check(definition: &VpgDefinition, own: VraId, datastores: &[PathBuf]) -> Result<(), ApiError> {
+    check_name("VPG", &definition.name)?;
+    limits("checkpoint_interval_ms", definition.checkpoint_interval_ms.into(), 1_000, 3_600_000)?;
+    limits("hold_deadline_ms", definition.hold_deadline_ms.into(), 10, 1_000)?;
+    limits("the number of VMs", definition.vms.len() as u64, 1, MAX_VMS_PER_VPG as u64)?;
+    let source = definition.vms[0].source.id;
+    if let Some(vm) = definition.vms.iter().find(|vm| vm.source.id != source) {
+        return Err(bad(format!(
+            "VM {} has another source VRA than the first VM of VPG \"{}\": all of a VPG must have the same one",
+            vm.name, definition.name
+        )));
+    }
+    let mut vms = BTreeSet::new();
+    let mut journals = BTreeSet::new();
+    let mut volumes = BTreeSet::new();
+    for vm in &definition.vms {
+        if !vms.insert(vm.id) || !journals.insert(vm.journal) {
+            return Err(bad(format!("VM {} or its journal is in VPG \"{}\" twice", vm.id, definition.name)));
+        }
+        check_vm(vm)?;
+        if let Some(volume) = vm.volumes.iter().find(|volume| !volumes.insert(volume.id)) {
+            return Err(bad(format!("volume {} is in VPG \"{}\" twice", volume.id, definition.name)));
+        }
+        if vm.target.id == own {
+            check_datastore(vm, datastores)?;
+        }
+    }
+    Ok(())
+}
+
+/// The folder of a VM in its datastore: `<VPG name>-<8 digits>/<VM name>-<8 digits>`, names without what a file system might not take.
+pub(super) fn folder(definition: &VpgDefinition, vm: &VmDefinition) -> PathBuf {
+    vm.datastore.join(format!("{}-{}", plain(&definition.name), definition.id.short())).join(format!(
+        "{}-{}",
+        plain(&vm.name),
+        vm.id.short()
+    ))
+}
+
+/// Checks a name of a VM, VPG or tag.
+pub(super) fn check_name(what: &str, name: &str) -> Result<(), ApiError> {
+    if name.is_empty() || name.len() > MAX_NAME_BYTES || name.chars().any(char::is_control) {
+        let shown: String = name.chars().take(40).collect();
+        return Err(bad(format!("{what} name {shown:?} is not 1 to {MAX_NAME_BYTES} bytes of text")));
+    }
+    Ok(())
+}
+
+fn check_vm(vm: &VmDefinition) -> Result<(), ApiError> {
+    check_name("VM", &vm.name)?;
+    let what = format!("the number of volumes of VM {}", vm.name);
+    limits(&what, vm.volumes.len() as u64, 1, MAX_VOLUMES_PER_VM as u64)?;
+    for (index, volume) in vm.volumes.iter().enumerate() {
+        if usize::from(volume.number) != index {
+            return Err(bad(format!(
+                "the volumes of VM {} must be in the order of their numbers, from 0 without gaps; number {} stands at place {index}",
+                vm.name, volume.number
+            )));
+        }
+        if !matches!(volume.logical_block_bytes, 512 | 4096) {
+            return Err(bad(format!(
+                "volume {} has blocks of {} bytes; 512 and 4096 are possible",
+                volume.id, volume.logical_block_bytes
+            )));
+        }
+        if volume.size_bytes == 0 || !volume.size_bytes.is_multiple_of(volume.logical_block_bytes.into()) {
+            return Err(bad(format!(
+                "volume {} has {} bytes, which is not a multiple of its block size {}",
+                volume.id, volume.size_bytes, volume.logical_block_bytes
+            )));
+        }
+    }
+    for endpoint in [&vm.source, &vm.target] {
+        let port = endpoint.address.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
+        if port.is_none_or(|port| port == 0) {
+            return Err(bad(format!(
+                "the address \"{}\" of VRA {} has not the form host:port",
+                endpoint.address, endpoint.id
+            )));
+        }
+    }
+    if vm.journal_limit_bytes < MIN_JOURNAL_BYTES {
+        return Err(bad(format!(
+            "the journal of VM {} may use {} bytes; it needs {MIN_JOURNAL_BYTES} at least",
+            vm.name, vm.journal_limit_bytes
+        )));
+    }
+    Ok(())
+}
+
+fn check_datastore(vm: &VmDefinition, datastores: &[PathBuf]) -> Result<(), ApiError> {
+    let plain =
+        vm.datastore.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    if plain && datastores.iter().any(|allowed| vm.datastore.starts_with(allowed)) {
+        return Ok(());
+    }
+    let allowed: Vec<_> = datastores.iter().map(|path| path.display().to_string()).collect();
+    Err(ApiError::new(
+        ErrorCode::Forbidden,
+        format!("{} is not in a datastore of this VRA ({})", vm.datastore.display(), allowed.join(", ")),
+    )
+    .remedy("add the folder to `datastores` in the VRA's configuration and restart it"))
+}
+
+fn limits(what: &str, value: u64, min: u64, max: u64) -> Result<(), ApiError> {
+    if (min..=max).contains(&value) {
+        return Ok(());
+    }
+    Err(bad(format!("{what} is {value}; it must be {min} to {max}")))
+}
+
+fn bad(message: String) -> ApiError {
+    ApiError::new(ErrorCode::BadRequest, message)
+}
+
+fn plain(name: &str) -> String {
+    let kept = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_') { c } else { '_' };
+    name.chars().map(kept).take(64).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::api::vpg::{VolumeDefinition, VraEndpoint};
+    use crate::api::{JournalId, VmId, VolumeId, VpgId};
+
+    fn definition(target: VraId) -> VpgDefinition {
+        let volume = VolumeDefinition {
+            id: VolumeId::random(),
+            number: 0,
+            size_bytes: 1 << 20,
+            logical_block_bytes: 512,
+            source_path: "/disk".into(),
+        };
+        let vm = VmDefinition {
+            id: VmId::random(),
+            name: "db/1 ä".to_owned(),
+            journal: JournalId::random(),
+            volumes: vec![volume],
+            source: VraEndpoint { id: VraId::random(), address: "a:9710".to_owned() },
+            target: VraEndpoint { id: target, address: "[::1]:9710".to_owned() },
+            datastore: "/data/x".into(),
+            journal_limit_bytes: MIN_JOURNAL_BYTES,
+            history_s: 3600,
+            give_up_history: true,
+        };
+        VpgDefinition {
+            id: VpgId::random(),
+            name: "shop".to_owned(),
+            revision: 1,
+            member_set_version: 1,
+            checkpoint_interval_ms: 5000,
+            hold_deadline_ms: 100,
+            vms: vec![vm],
+        }
+    }
+
+    #[test]
+    fn a_good_definition_passes_and_its_folder_is_plain() {
+        let own = VraId::random();
+        let good = definition(own);
+        check(&good, own, &["/data".into()]).expect("good");
+        let folder = folder(&good, &good.vms[0]);
+        let expected = format!("/data/x/shop-{}/db_1__-{}", good.id.short(), good.vms[0].id.short());
+        assert_eq!(folder, Path::new(&expected));
+    }
+
+    #[test]
+    fn each_bad_value_is_named() {
+        type Change = fn(&mut VpgDefinition);
+        let own = VraId::random();
+        let cases: [(Change, &str); 9] = [
+            (|d| d.name = String::new(), "VPG name"),
+            (|d| d.checkpoint_interval_ms = 10, "checkpoint_interval_ms is 10; it must be 1000 to 3600000"),
+            (|d| d.vms.clear(), "the number of VMs is 0"),
+            (|d| d.vms.push(d.vms[0].clone()), "twice"),
+            (|d| d.vms[0].volumes[0].number = 1, "from 0 without gaps"),
+            (|d| d.vms[0].volumes[0].size_bytes = 1000, "has 1000 bytes, which is not a multiple"),
+            (|d| d.vms[0].volumes[0].logical_block_bytes = 520, "blocks of 520 bytes"),
+            (|d| d.vms[0].source.address = "host".to_owned(), "\"host\""),
+            (|d| d.vms[0].journal_limit_bytes = 5, "may use 5 bytes"),
+        ];
+        for (change, text) in cases {
+            let mut bad = definition(own);
+            change(&mut bad);
+            let error = check(&bad, own, &["/data".into()]).expect_err(text);
+            assert!(error.message.contains(text), "{error}");
+        }
+        for datastore in ["/other", "/data/../etc", "/database"] {
+            let mut bad = definition(own);
+            bad.vms[0].datastore = datastore.into();
+            let error = check(&bad, own, &["/data".into()]).expect_err(datastore);
+            assert_eq!(error.code, ErrorCode::Forbidden, "{datastore}");
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! Opens and closes the doors of disks: ublk devices and NBD exports.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ublk::arena::Arena;
+use ublk::cookie::Cookie;
+use ublk::device::{Device, DeviceSettings, Driver};
+use ublk::features::Features;
+use ublk::nbd::{Address, ExportSettings, NbdServer};
+use ublk::reactor::Reactors;
+use ublk::serve::Disk;
+
+use crate::api::door::NbdListen;
+use crate::api::{ApiError, DoorAddress, DoorRequest, ErrorCode};
+use crate::config::{Config, DoorConfig};
+
+/// How long the requests of a door that is closed may take to end.
+const CLOSE_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long NBD clients get at the daemon's end.
+const STOP_LIMIT: Duration = Duration::from_secs(5);
+
+/// All that doors are made of.
+pub(super) struct Doors {
+    reactors: Arc<Reactors>,
+    arena: Arena,
+    driver: Result<Driver, ApiError>,
+    /// Exports without an address of their own.
+    nbd: NbdServer,
+    nbd_socket: PathBuf,
+    defaults: DoorConfig,
+}
+
+/// An open door. Dropping it doesn't close it: see [`Doors::close`].
+pub(super) enum Door {
+    /// A block device.
+    Ublk(Device),
+    /// An export of the common server.
+    Shared {
+        /// Its name.
+        export: String,
+        /// The common socket.
+        path: PathBuf,
+    },
+    /// An export with a server for its own address.
+    Own {
+        /// Its name.
+        export: String,
+        /// The server.
+        server: NbdServer,
+        /// Where.
+        address: Address,
+    },
+}
+
+impl Doors {
+    /// Looks for the ublk driver and listens on the common NBD socket.
+    ///
+    /// # Errors
+    /// When the socket can't be made. A missing ublk driver is none: then ublk doors are refused, with the reason.
+    pub(super) fn open(
+        config: &Config,
+        reactors: Arc<Reactors>,
+        arena: Arena,
+    ) -> Result<Self, ublk::nbd::ListenError> {
+        let driver = Driver::open(Arc::clone(&reactors)).map_err(|error| {
+            ApiError::new(ErrorCode::Unsupported, super::error::chain(&error))
+                .remedy("see `vra doctor`; on a host without ublk use the NBD door (--door nbd)")
+        });
+        let nbd = NbdServer::new(Arc::clone(&reactors));
+        let nbd_socket = config.run_dir.join("nbd.sock");
+        nbd.listen(&Address::Unix { path: nbd_socket.clone(), mode: 0o600 })?;
+        Ok(Self { reactors, arena, driver, nbd, nbd_socket, defaults: config.doors.clone() })
+    }
+
+    /// The ublk driver's features, if there is a driver.
+    pub(super) fn ublk_features(&self) -> Option<Features> {
+        self.driver.as_ref().ok().map(Driver::features)
+    }
+
+    /// The ublk driver.
+    pub(super) fn driver(&self) -> Result<&Driver, ApiError> {
+        self.driver.as_ref().map_err(Clone::clone)
+    }
+
+    /// Opens a door to a disk. `export` names it as an NBD export, `cookie` marks it as a ublk device, `device` is the number that
+    /// it should have.
+    ///
+    /// # Errors
+    /// [`ApiError`] with the remedy.
+    pub(super) fn open_door(
+        &self,
+        disk: Arc<dyn Disk>,
+        request: &DoorRequest,
+        export: &str,
+        cookie: u32,
+        device: Option<u32>,
+    ) -> Result<Door, ApiError> {
+        match request {
+            DoorRequest::Ublk { queues, depth } => {
+                let settings = DeviceSettings {
+                    id: device,
+                    queues: queues.unwrap_or(self.defaults.queues),
+                    depth: depth.unwrap_or(self.defaults.depth),
+                    cookie: Cookie { disk_id: cookie },
+                };
+                Ok(Door::Ublk(self.driver()?.add(disk, &self.arena, settings)?))
+            }
+            DoorRequest::Nbd { listen: None } => {
+                self.nbd.add_export(settings_of(export), disk, self.arena.clone())?;
+                Ok(Door::Shared { export: export.to_owned(), path: self.nbd_socket.clone() })
+            }
+            DoorRequest::Nbd { listen: Some(listen) } => {
+                let address = address_of(listen)?;
+                let server = NbdServer::new(Arc::clone(&self.reactors));
+                server.add_export(settings_of(export), disk, self.arena.clone())?;
+                let address = server.listen(&address)?;
+                Ok(Door::Own { export: export.to_owned(), server, address })
+            }
+        }
+    }
+
+    /// Takes over the ublk device that a former daemon served.
+    ///
+    /// # Errors
+    /// [`ApiError`]; the device stays as it was.
+    pub(super) fn recover(&self, device: u32, disk: Arc<dyn Disk>) -> Result<Door, ApiError> {
+        Ok(Door::Ublk(self.driver()?.recover(device, disk, &self.arena)?))
+    }
+
+    /// Closes a door: its users are cut off, requests in flight end first.
+    ///
+    /// # Errors
+    /// [`ErrorCode::Busy`] when somebody doesn't let go of it.
+    pub(super) fn close(&self, door: Door) -> Result<(), ApiError> {
+        let ended = match door {
+            Door::Ublk(device) => {
+                device.delete()?;
+                true
+            }
+            Door::Shared { export, .. } => self.nbd.remove_export(&export, CLOSE_LIMIT),
+            Door::Own { export, server, .. } => {
+                server.remove_export(&export, CLOSE_LIMIT) && server.stop(CLOSE_LIMIT)
+            }
+        };
+        if ended {
+            return Ok(());
+        }
+        Err(ApiError::new(
+            ErrorCode::Busy,
+            format!("requests in flight did not end within {} s", CLOSE_LIMIT.as_secs()),
+        )
+        .remedy("look at the local disk: does it answer?"))
+    }
+
+    /// Hangs up on all clients of the common NBD server.
+    pub(super) fn stop_nbd(&self) {
+        self.nbd.stop(STOP_LIMIT);
+    }
+}
+
+impl Door {
+    /// Where it is.
+    pub(super) fn address(&self) -> DoorAddress {
+        match self {
+            Self::Ublk(device) => DoorAddress::Ublk { device: device.id(), path: device.block_path() },
+            Self::Shared { export, path } => {
+                DoorAddress::NbdUnix { path: path.clone(), export: export.clone() }
+            }
+            Self::Own { export, address: Address::Unix { path, .. }, .. } => {
+                DoorAddress::NbdUnix { path: path.clone(), export: export.clone() }
+            }
+            Self::Own { export, address: Address::Tcp(address), .. } => {
+                DoorAddress::NbdTcp { address: *address, export: export.clone() }
+            }
+        }
+    }
+
+    /// The number of the ublk device.
+    pub(super) fn device(&self) -> Option<u32> {
+        match self {
+            Self::Ublk(device) => Some(device.id()),
+            _ => None,
+        }
+    }
+
+    /// Lets go of the disk at the daemon's end: a ublk device stays for the next daemon, its requests wait.
+    pub(super) fn leave(self, quiesce: bool) {
+        match self {
+            Self::Ublk(mut device) if quiesce => {
+                if let Err(error) = device.quiesce(STOP_LIMIT) {
+                    tracing::warn!(
+                        device = device.id(),
+                        error = super::error::chain(&error),
+                        "could not quiesce a device: the next daemon recovers it with reissued requests"
+                    );
+                }
+            }
+            Self::Own { server, .. } => {
+                server.stop(STOP_LIMIT);
+            }
+            Self::Ublk(_) | Self::Shared { .. } => {}
+        }
+    }
+}
+
+fn settings_of(export: &str) -> ExportSettings {
+    ExportSettings {
+        name: export.to_owned(),
+        description: String::new(),
+        slots_per_connection: ExportSettings::SLOTS_PER_CONNECTION,
+    }
+}
+
+fn address_of(listen: &NbdListen) -> Result<Address, ApiError> {
+    match listen {
+        NbdListen::Unix { path } if path.is_absolute() => {
+            Ok(Address::Unix { path: path.clone(), mode: 0o600 })
+        }
+        NbdListen::Unix { path } => Err(ApiError::new(
+            ErrorCode::BadRequest,
+            format!("the socket {} is not an absolute path", path.display()),
+        )),
+        NbdListen::Tcp { address } if is_loopback(*address) => Ok(Address::Tcp(*address)),
+        NbdListen::Tcp { address } => Err(ApiError::new(
+            ErrorCode::Forbidden,
+            format!("{address} is not a loopback address: NBD is not encrypted here"),
+        )
+        .remedy("use a unix socket, or a loopback address and a tunnel")),
+    }
+}
+
+fn is_loopback(address: SocketAddr) -> bool {
+    address.ip().is_loopback()
+}

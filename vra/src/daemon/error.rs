@@ -1,0 +1,140 @@
+//! What goes wrong at start, and how errors of the parts become errors of the control protocol.
+
+use std::path::PathBuf;
+
+use crate::api::{ApiError, ErrorCode};
+use crate::config::StoreError;
+use crate::pki::PkiError;
+
+/// Why the daemon can't run.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DaemonError {
+    /// The process can't be set up for serving disks.
+    #[error(transparent)]
+    Process(#[from] ublk::process::ProcessError),
+    /// State files.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Key or certificates.
+    #[error(transparent)]
+    Pki(#[from] PkiError),
+    /// Threads that serve disks.
+    #[error("cannot start the threads that serve disks")]
+    Reactors(#[from] ublk::reactor::ReactorError),
+    /// Memory for guest data.
+    #[error(
+        "cannot get {mib} MiB of memory for guest data: lower memory.arena_mib in the configuration, or give the host more"
+    )]
+    Arena {
+        /// How much.
+        mib: u32,
+        /// Why.
+        source: nix::errno::Errno,
+    },
+    /// Another daemon has the state folder.
+    #[error("another `vra serve` uses {}; stop it, or set another state_dir", path.display())]
+    Running {
+        /// The state folder.
+        path: PathBuf,
+    },
+    /// The common NBD socket.
+    #[error("cannot open the NBD server")]
+    Nbd(#[from] ublk::nbd::ListenError),
+    /// The control socket.
+    #[error("cannot listen at {}", path.display())]
+    Socket {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The tokio runtime, signals, threads.
+    #[error("cannot {action}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
+}
+
+/// An error and all its causes in one line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let inner_text = inner.to_string();
+        if !text.contains(&inner_text) {
+            text.push_str(": ");
+            text.push_str(&inner_text);
+        }
+        cause = inner.source();
+    }
+    text
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        Self::new(ErrorCode::Io, chain(&error))
+    }
+}
+
+impl From<ublk::backing::BackingError> for ApiError {
+    fn from(error: ublk::backing::BackingError) -> Self {
+        use ublk::backing::BackingError as Backing;
+        let code = match &error {
+            Backing::Missing { .. } => ErrorCode::NotFound,
+            Backing::Busy { .. } => ErrorCode::Busy,
+            Backing::Denied { .. } | Backing::ReadOnly { .. } => ErrorCode::PermissionDenied,
+            Backing::ImageFormat { .. } => ErrorCode::ImageFormat,
+            Backing::NotADisk { .. } | Backing::Size { .. } => ErrorCode::BadRequest,
+            Backing::NoDirectIo { .. } | Backing::Alignment { .. } => ErrorCode::Unsupported,
+            Backing::Io { .. } => ErrorCode::Io,
+        };
+        let api = Self::new(code, chain(&error));
+        match code {
+            ErrorCode::ImageFormat => api.remedy(
+                "convert it to raw; if it is a raw disk whose guest happens to have such bytes at its beginning, attach it with --force-raw",
+            ),
+            _ => api,
+        }
+    }
+}
+
+impl From<ublk::device::DeviceError> for ApiError {
+    fn from(error: ublk::device::DeviceError) -> Self {
+        use ublk::device::DeviceError as Device;
+        let code = match &error {
+            Device::InUse { .. } | Device::HeldOpen { .. } | Device::Served { .. } => ErrorCode::Busy,
+            Device::Missing { .. } => ErrorCode::NotFound,
+            Device::Arena { .. } => ErrorCode::Exhausted,
+            Device::Changed { .. } => ErrorCode::Conflict,
+            Device::Settings { .. } | Device::Geometry { .. } => ErrorCode::BadRequest,
+            _ => ErrorCode::Io,
+        };
+        Self::new(code, chain(&error))
+    }
+}
+
+impl From<ublk::nbd::ListenError> for ApiError {
+    fn from(error: ublk::nbd::ListenError) -> Self {
+        use ublk::nbd::ListenError as Listen;
+        let code = match &error {
+            Listen::InUse { .. } | Listen::NotASocket { .. } => ErrorCode::Busy,
+            Listen::System { .. } => ErrorCode::Io,
+        };
+        Self::new(code, chain(&error))
+    }
+}
+
+impl From<ublk::nbd::ExportError> for ApiError {
+    fn from(error: ublk::nbd::ExportError) -> Self {
+        let code = match &error {
+            ublk::nbd::ExportError::Exists { .. } => ErrorCode::Conflict,
+            ublk::nbd::ExportError::BadName { .. } => ErrorCode::BadRequest,
+            ublk::nbd::ExportError::TooFewSlots => ErrorCode::Exhausted,
+        };
+        Self::new(code, chain(&error))
+    }
+}

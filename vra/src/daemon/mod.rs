@@ -1,0 +1,208 @@
+//! `vra serve`: everything wired together.
+//!
+//! Order of start: the process is prepared before any thread exists; one daemon for each state folder; reactors; attached volumes (ublk
+//! devices that a former daemon left are recovered first, their guests wait); VPGs; the control socket; the link. Guests' disks are served
+//! whatever else fails: what isn't there is an alert.
+
+mod alerts;
+mod definition;
+mod doors;
+mod error;
+mod handler;
+mod identity;
+mod linking;
+mod source_status;
+mod sources;
+mod state;
+mod status;
+mod volumes;
+mod vpgs;
+mod wiring;
+
+pub use alerts::{AlertBook, Finding};
+pub use definition::{MIN_JOURNAL_BYTES, check as check_definition};
+pub use error::DaemonError;
+pub use identity::LocalIdentity;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use nix::fcntl::{Flock, FlockArg};
+use tokio::signal::unix::{SignalKind, signal};
+use ublk::arena::Arena;
+use ublk::process::ProcessSettings;
+use ublk::reactor::{ReactorSettings, Reactors};
+
+use self::doors::Doors;
+use self::linking::SharedLink;
+use self::sources::LiveSource;
+use self::state::{State, StateFile};
+use self::volumes::LiveVolume;
+use crate::api::{TimeUs, VmId, VolumeId, VpgId, VraId};
+use crate::checkpoint::Checkpointer;
+use crate::config::Config;
+use crate::control::UnixServer;
+use crate::pki::Trust;
+
+/// Time between two looks for what is wrong.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// Length of a slot of guest data, in bytes: the longest request of a ublk device.
+const SLOT_BYTES: usize = 64 << 10;
+
+/// Runs the daemon until SIGTERM or SIGINT. To be called by a process that has no threads yet.
+///
+/// # Errors
+/// [`DaemonError`], when it can't start.
+pub fn run(config: &Config) -> Result<(), DaemonError> {
+    // Without ublk no file system of this host can wait for this process.
+    let prepare = config.memory.lock && ublk::host::require_ublk().is_ok();
+    ublk::process::prepare(ProcessSettings {
+        io_flusher: prepare,
+        lock_memory: prepare,
+        private_mounts: prepare,
+    })?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|source| DaemonError::System { action: "start the runtime", source })?;
+    runtime.block_on(serve(config))?;
+    runtime.shutdown_timeout(Duration::from_secs(5));
+    Ok(())
+}
+
+async fn serve(config: &Config) -> Result<(), DaemonError> {
+    let signals =
+        |kind| signal(kind).map_err(|source| DaemonError::System { action: "catch signals", source });
+    let mut terminate = signals(SignalKind::terminate())?;
+    let mut interrupt = signals(SignalKind::interrupt())?;
+    let _only_one = lock_state(config)?;
+    let daemon = Arc::new(tokio::task::block_in_place(|| Daemon::new(config))?);
+    tokio::task::block_in_place(|| daemon.restore_volumes());
+    daemon.restore_definitions().await;
+    let path = config.socket_path();
+    let server = UnixServer::bind(&path).await.map_err(|source| DaemonError::Socket { path, source })?;
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(linking::keep_linked(Arc::clone(&daemon)));
+    tasks.spawn(look_for_wrong(Arc::clone(&daemon)));
+    tasks.spawn(Arc::clone(&daemon).tick_sources());
+    let handler = Arc::clone(&daemon);
+    tasks.spawn(async move { server.serve(handler).await });
+    tracing::info!(vra = %daemon.vra, name = config.name, version = env!("CARGO_PKG_VERSION"), "started");
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("stopping: ublk devices stay for the next start, their guests wait");
+    tasks.shutdown().await;
+    daemon.stop().await;
+    Ok(())
+}
+
+/// The daemon's parts.
+pub(crate) struct Daemon {
+    config: Config,
+    vra: VraId,
+    started_us: TimeUs,
+    state: StateFile,
+    trust: Trust,
+    link: SharedLink,
+    doors: Doors,
+    volumes: Mutex<BTreeMap<VolumeId, LiveVolume>>,
+    sources: Mutex<BTreeMap<VmId, Arc<LiveSource>>>,
+    checkpointer: Checkpointer,
+    /// What the checkpointer was told of each group: revision, and which cores.
+    groups: Mutex<BTreeMap<VpgId, (u64, Vec<usize>)>>,
+    alerts: Mutex<AlertBook>,
+}
+
+impl Daemon {
+    fn new(config: &Config) -> Result<Self, DaemonError> {
+        let vra = LocalIdentity::open(config)?.vra();
+        let state = StateFile::open(&config.state_dir)?;
+        let trust = Trust::default();
+        trust.set(state.seen().trust.clone());
+        let defaults = ReactorSettings::for_this_host();
+        let reactors = Reactors::start(ReactorSettings {
+            thread_count: config.reactors.threads.unwrap_or(defaults.thread_count),
+            ring_entries: config.reactors.ring_entries,
+        })?;
+        let mib = config.memory.arena_mib;
+        let slots = mib * u32::try_from((1 << 20) / SLOT_BYTES).expect("a slot is smaller than a MiB");
+        let arena = Arena::new(SLOT_BYTES, slots).map_err(|source| DaemonError::Arena { mib, source })?;
+        identity::make_run_folder(&config.run_dir)?;
+        let checkpointer = Checkpointer::start(sources::incarnation())
+            .map_err(|source| DaemonError::System { action: "start the checkpointer", source })?;
+        let doors = Doors::open(config, Arc::new(reactors), arena)?;
+        Ok(Self {
+            config: config.clone(),
+            vra,
+            started_us: TimeUs::now(),
+            state,
+            trust,
+            link: SharedLink::default(),
+            checkpointer,
+            sources: Mutex::default(),
+            groups: Mutex::default(),
+            doors,
+            volumes: Mutex::default(),
+            alerts: Mutex::default(),
+        })
+    }
+
+    fn seen(&self) -> Arc<State> {
+        self.state.seen()
+    }
+
+    /// Follows the definitions that were in force before the start. What can't be done is logged, and shows as an alert.
+    async fn restore_definitions(&self) {
+        let mut change = self.state.change().await;
+        if let Err(error) = self.follow_definitions(&mut change).await {
+            tracing::error!(%error, "can't follow all definitions");
+        }
+    }
+
+    async fn stop(&self) {
+        lock(&self.sources).clear();
+        let link = lock(&self.link).take();
+        if let Some(link) = link {
+            link.close().await;
+        }
+        tokio::task::block_in_place(|| self.leave_volumes());
+    }
+}
+
+/// A lock that is good even when a thread panicked while it had it: what it guards is changed in single steps.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn lock_state(config: &Config) -> Result<Flock<File>, DaemonError> {
+    let folder = &config.state_dir;
+    identity::make_folder(folder)?;
+    let failed = |source| DaemonError::System { action: "lock the state folder", source };
+    let file = File::create(folder.join("lock")).map_err(failed)?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
+        nix::errno::Errno::EWOULDBLOCK => DaemonError::Running { path: folder.clone() },
+        errno => failed(errno.into()),
+    })
+}
+
+async fn look_for_wrong(daemon: Arc<Daemon>) {
+    let mut ticks = tokio::time::interval(LOOK_EVERY);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        let found = daemon.findings();
+        let (raised, cleared) = lock(&daemon.alerts).look(found, TimeUs::now());
+        for alert in raised {
+            let remedy = alert.remedy.unwrap_or_default();
+            tracing::warn!(code = alert.code, remedy, "alert: {}", alert.message);
+        }
+        for alert in cleared {
+            tracing::info!(code = alert.code, "no longer: {}", alert.message);
+        }
+    }
+}

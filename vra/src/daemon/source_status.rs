@@ -1,0 +1,255 @@
+//! What status and alerts say of source VMs and of checkpoints.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use journal::batch::CheckpointKind;
+
+use super::sources::LiveSource;
+use super::vpgs::missing_volumes;
+use super::{Daemon, Finding, lock};
+use crate::api::status::{HoldTimes, LastCheckpoint, Rpo, SourceMode, SourceVmStatus, VpgStatus};
+use crate::api::vpg::{CheckpointPlace, VmDefinition};
+use crate::api::{
+    ApiError, CheckpointId, CheckpointInfo, ErrorCode, GenerationId, Severity, TagCheckpoint, TimeUs, VmId,
+    VpgDefinition,
+};
+use crate::capture::SourceSnapshot;
+use crate::capture::modes::Mode;
+use crate::checkpoint::{CheckpointRefusal, TakenCheckpoint};
+use crate::ship::Phase;
+use crate::wire::AckState;
+
+impl Daemon {
+    /// Source VMs, those that wait for volumes too.
+    pub(super) fn source_statuses(&self) -> Vec<SourceVmStatus> {
+        let live: BTreeMap<VmId, Arc<LiveSource>> = lock(&self.sources).clone();
+        let seen = self.seen();
+        let mut statuses = Vec::new();
+        for vpg in seen.vpgs.values() {
+            for vm in vpg.vms.iter().filter(|vm| vm.source.id == self.vra) {
+                statuses.push(match live.get(&vm.id) {
+                    Some(source) => self.source_status(source),
+                    None => waiting_status(vpg, vm),
+                });
+            }
+        }
+        statuses
+    }
+
+    /// What is wrong with source VMs.
+    pub(super) fn source_findings(&self, found: &mut Vec<Finding>) {
+        let seen = self.seen();
+        for vpg in seen.vpgs.values() {
+            for vm in vpg.vms.iter().filter(|vm| vm.source.id == self.vra) {
+                let missing = missing_volumes(&seen, vm);
+                if !missing.is_empty() {
+                    let missing: Vec<_> = missing.iter().map(ToString::to_string).collect();
+                    found.push(Finding {
+                        code: "volumes-missing",
+                        severity: Severity::Critical,
+                        vm: Some(vm.id),
+                        vpg: Some(vpg.id),
+                        message: format!(
+                            "VM {} is not protected: volume {} is not attached",
+                            vm.name,
+                            missing.join(", ")
+                        ),
+                        remedy: Some("attach it (`vra attach`)".to_owned()),
+                    });
+                }
+            }
+        }
+        let live: Vec<Arc<LiveSource>> = lock(&self.sources).values().cloned().collect();
+        for source in live {
+            source_finding(&source, found);
+        }
+    }
+
+    /// Makes a checkpoint now and names it.
+    pub(super) async fn tag_checkpoint(&self, tag: TagCheckpoint) -> Result<CheckpointInfo, ApiError> {
+        super::definition::check_name("the tag's", &tag.tag)?;
+        let vpg = self.vpg(tag.vpg)?;
+        if !vpg.vms.iter().any(|vm| vm.source.id == self.vra) {
+            return Err(ApiError::new(
+                ErrorCode::BadRequest,
+                format!(
+                    "this VRA is not a source of VPG \"{}\": its checkpoints are made at the source",
+                    vpg.name
+                ),
+            ));
+        }
+        let taken =
+            tokio::task::block_in_place(|| self.checkpointer.take(tag.vpg, CheckpointKind::Tagged, &tag.tag));
+        taken.map(|taken| info_of(&taken, &vpg)).map_err(|refusal| {
+            let message = format!("no checkpoint of VPG \"{}\" could be made: {refusal}", vpg.name);
+            let error = ApiError::new(ErrorCode::NotReady, message);
+            match refusal {
+                CheckpointRefusal::NoMembers => error.remedy("attach the volumes of all its VMs"),
+                _ => error.remedy("wait until every VM streams (`vra status`) and try again"),
+            }
+        })
+    }
+
+    /// A VPG as its source sees it.
+    pub(super) fn source_vpg_status(&self, vpg: &VpgDefinition) -> VpgStatus {
+        let status = self.checkpointer.status(vpg.id).unwrap_or_default();
+        VpgStatus {
+            vpg: vpg.id,
+            name: vpg.name.clone(),
+            revision: vpg.revision,
+            last_checkpoint: status.last.map(|last| LastCheckpoint {
+                id: id_of(&last),
+                time_us: TimeUs(last.time_us),
+                tag: Some(last.tag).filter(|tag| !tag.is_empty()),
+            }),
+            checkpoint_count: 0,
+            aborted_epochs: status.aborted_epochs,
+        }
+    }
+
+    fn source_status(&self, source: &LiveSource) -> SourceVmStatus {
+        let snapshot = source.vm().snapshot();
+        let sender = source.sender();
+        let definition = source.definition();
+        let mode = match (&sender.phase, snapshot.mode) {
+            (Phase::Stopped(reason), _) if !reason.needs_new_generation() => SourceMode::Refused,
+            (_, Mode::Streaming { .. }) if snapshot.sync_id.is_none() => SourceMode::Streaming,
+            (_, Mode::Streaming { .. }) => SourceMode::Syncing,
+            (_, Mode::Overflow { .. } | Mode::Lost) => SourceMode::Overflowed,
+            (_, Mode::Stopped) => SourceMode::Connecting,
+        };
+        let group = self.checkpointer.status(source.vpg()).unwrap_or_default();
+        SourceVmStatus {
+            vm: definition.id,
+            name: definition.name.clone(),
+            vpg: source.vpg(),
+            target: definition.target.id,
+            mode,
+            connected: sender.phase == Phase::Streaming,
+            generation: snapshot.generation.generation,
+            last_sequence: snapshot.last_seq,
+            durable_through: snapshot.freed_through,
+            rpo: rpo_of(source, &snapshot),
+            sync: source.sync_progress(),
+            retained_bytes: snapshot.retained_bytes,
+            retained_limit_bytes: snapshot.retained_limit_bytes,
+            sent_bytes: sender.sent_bytes,
+            hold: group.hold,
+            local_errors: snapshot.local_errors,
+        }
+    }
+}
+
+/// A VM that isn't protected because volumes are missing.
+fn waiting_status(vpg: &VpgDefinition, vm: &VmDefinition) -> SourceVmStatus {
+    SourceVmStatus {
+        vm: vm.id,
+        name: vm.name.clone(),
+        vpg: vpg.id,
+        target: vm.target.id,
+        mode: SourceMode::WaitingForVolumes,
+        connected: false,
+        generation: GenerationId(uuid::Uuid::nil()),
+        last_sequence: 0,
+        durable_through: 0,
+        rpo: Rpo::default(),
+        sync: None,
+        retained_bytes: 0,
+        retained_limit_bytes: 0,
+        sent_bytes: 0,
+        hold: HoldTimes::default(),
+        local_errors: 0,
+    }
+}
+
+fn rpo_of(source: &LiveSource, snapshot: &SourceSnapshot) -> Rpo {
+    let stages = source.sender().stages;
+    Rpo {
+        total_us: snapshot.oldest_time_us.map_or(0, |oldest| TimeUs::now().0.saturating_sub(oldest)),
+        queue_us: stages.queue_us,
+        wire_us: stages.wire_us,
+        target_memory_us: stages.memory_us,
+        journal_disk_us: stages.disk_us,
+    }
+}
+
+fn source_finding(source: &LiveSource, found: &mut Vec<Finding>) {
+    let definition = source.definition();
+    let snapshot = source.vm().snapshot();
+    let sender = source.sender();
+    let notes = source.notes();
+    let mut add = |code, severity, message: String, remedy: &str| {
+        found.push(Finding {
+            code,
+            severity,
+            vm: Some(definition.id),
+            vpg: Some(source.vpg()),
+            message: format!("VM {}: {message}", definition.name),
+            remedy: Some(remedy.to_owned()),
+        });
+    };
+    match snapshot.mode {
+        Mode::Overflow { reason, .. } => add(
+            "overflow",
+            Severity::Critical,
+            format!("writes are not captured: {reason}"),
+            "let the target catch up: a full sync follows by itself; if it comes again, give memory.retained_per_vm_mib more",
+        ),
+        Mode::Lost => add(
+            "capture-lost",
+            Severity::Critical,
+            "a thread of the VRA died while it captured".to_owned(),
+            "restart the VRA",
+        ),
+        Mode::Streaming { .. } if snapshot.sync_id.is_some() => add(
+            "full-sync",
+            Severity::Warning,
+            "a full sync runs: no checkpoint counts before its end".to_owned(),
+            "wait for its end",
+        ),
+        Mode::Stopped | Mode::Streaming { .. } => {}
+    }
+    match (&sender.phase, &notes) {
+        (Phase::Stopped(reason), _) if !reason.needs_new_generation() => add(
+            "stream-refused",
+            Severity::Critical,
+            reason.to_string(),
+            "decide which side is right; a new journal (another journal id in the definition) starts afresh",
+        ),
+        (Phase::Streaming, _) if sender.target_state == AckState::JournalFull => add(
+            "journal-full",
+            Severity::Warning,
+            "the target's journal is full".to_owned(),
+            "give it more space (journal_limit_bytes)",
+        ),
+        (Phase::Streaming, _) => {}
+        (_, notes) => {
+            let refused = notes.refused.as_ref().map(|refuse| format!("the target refuses: {}", refuse.text));
+            if let Some(reason) = refused.or_else(|| notes.disconnected.clone()) {
+                add(
+                    "not-connected",
+                    Severity::Warning,
+                    format!("no stream to the target: {reason}"),
+                    "see to the target VRA and the network between: the VRA tries again by itself",
+                );
+            }
+        }
+    }
+}
+
+/// The protocol's form of a checkpoint just taken.
+fn info_of(taken: &TakenCheckpoint, vpg: &VpgDefinition) -> CheckpointInfo {
+    CheckpointInfo {
+        id: id_of(taken),
+        time_us: TimeUs(taken.time_us),
+        tag: Some(taken.tag.clone()).filter(|tag| !tag.is_empty()),
+        member_set_version: vpg.member_set_version,
+        complete: true,
+        vms: taken.members.iter().map(|member| CheckpointPlace { vm: member.vm, cut: member.cut }).collect(),
+    }
+}
+
+fn id_of(taken: &TakenCheckpoint) -> CheckpointId {
+    CheckpointId { nonce: taken.epoch.nonce.as_u128(), counter: taken.epoch.counter }
+}

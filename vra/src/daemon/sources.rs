@@ -1,0 +1,344 @@
+//! Source VMs: capture, stream, syncs and checkpoints of each, as the definitions say.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use quinn::{RecvStream, SendStream};
+use uuid::Uuid;
+
+use super::error::chain;
+use super::linking::SharedLink;
+use super::state::State;
+use super::vpgs::missing_volumes;
+use super::{Daemon, lock};
+use crate::api::status::SyncProgress;
+use crate::api::vpg::{VmDefinition, VraEndpoint};
+use crate::api::{ApiError, ErrorCode, GenerationId, TimeUs, VmId, VpgId};
+use crate::capture::{
+    CaptureLimits, FileSequenceStore, ProtectedDisk, RetainedEntries, SourceAction, SourceAlert, SourceVm,
+};
+use crate::checkpoint::{GroupSettings, Member};
+use crate::clock::Clock;
+use crate::link::StreamKind;
+use crate::ship::shell::{ConnectError, DataConnector, Shipper, ShipperParts};
+use crate::ship::{Doorbell, Sender, SenderEvent, SenderLimits, SenderStatus, StreamIdentity};
+use crate::sync::{SyncJob, SyncThread};
+use crate::wire::{Refuse, VolumeShape};
+
+/// Time between two looks at each source VM.
+const TICK_EVERY: Duration = Duration::from_millis(50);
+
+/// A VM that is protected now.
+pub(super) struct LiveSource {
+    vpg: VpgId,
+    definition: VmDefinition,
+    vm: Arc<SourceVm>,
+    shipper: Shipper,
+    /// The last sync, and when it began.
+    sync: Mutex<Option<(SyncThread, TimeUs)>>,
+    notes: Arc<Mutex<Notes>>,
+}
+
+/// What happened last, for status and alerts.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Notes {
+    /// The target's refusal, until it grants.
+    pub refused: Option<Refuse>,
+    /// Why the stream ended, until it runs again.
+    pub disconnected: Option<String>,
+    /// What capture said that stays true until it streams again.
+    pub alert: Option<SourceAlert>,
+}
+
+impl LiveSource {
+    pub(super) fn vpg(&self) -> VpgId {
+        self.vpg
+    }
+
+    pub(super) fn definition(&self) -> &VmDefinition {
+        &self.definition
+    }
+
+    pub(super) fn vm(&self) -> &SourceVm {
+        &self.vm
+    }
+
+    pub(super) fn sender(&self) -> SenderStatus {
+        self.shipper.status()
+    }
+
+    pub(super) fn sync_progress(&self) -> Option<SyncProgress> {
+        let sync = lock(&self.sync);
+        let (sync, started_us) = sync.as_ref().filter(|(sync, _)| !sync.is_over())?;
+        let counts = sync.counts();
+        Some(SyncProgress {
+            done_bytes: counts.done_bytes,
+            total_bytes: counts.total_bytes,
+            started_us: *started_us,
+        })
+    }
+
+    pub(super) fn notes(&self) -> Notes {
+        lock(&self.notes).clone()
+    }
+}
+
+impl Daemon {
+    /// Starts and stops source VMs so that those run whose volumes are all served. Must be called inside tokio.
+    pub(super) fn follow_sources(&self, state: &State) -> Result<(), ApiError> {
+        let mut wanted: BTreeMap<VmId, (VpgId, &VmDefinition, Vec<Arc<ProtectedDisk>>)> = BTreeMap::new();
+        for vpg in state.vpgs.values() {
+            for vm in vpg.vms.iter().filter(|vm| vm.source.id == self.vra) {
+                if let Some(disks) = self.disks_of(state, vm) {
+                    wanted.insert(vm.id, (vpg.id, vm, disks));
+                }
+            }
+        }
+        let mut sources = lock(&self.sources);
+        let leaving: Vec<VmId> = sources
+            .iter()
+            .filter(|(id, live)| {
+                wanted
+                    .get(*id)
+                    .is_none_or(|(vpg, vm, _)| *vpg != live.vpg || !is_same_stream(vm, &live.definition))
+            })
+            .map(|(id, _)| *id)
+            .collect();
+        for id in leaving {
+            if let Some(live) = sources.remove(&id) {
+                live.vm.unprotect();
+                tracing::info!(vm = %id, name = live.definition.name, "no longer a source");
+            }
+        }
+        let mut failed = None;
+        for (id, (vpg, vm, disks)) in wanted {
+            if sources.contains_key(&id) {
+                continue;
+            }
+            match self.start_source(vpg, vm, disks) {
+                Ok(live) => {
+                    tracing::info!(vm = %id, name = vm.name, target = %vm.target.id, "source");
+                    sources.insert(id, Arc::new(live));
+                }
+                Err(error) => failed = Some(error),
+            }
+        }
+        drop(sources);
+        self.follow_groups(state);
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// Does what has become due in each source VM. Ends only when cancelled.
+    pub(super) async fn tick_sources(self: Arc<Self>) {
+        let clock = Clock::start();
+        let mut ticks = tokio::time::interval(TICK_EVERY);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            let live: Vec<Arc<LiveSource>> = lock(&self.sources).values().cloned().collect();
+            for source in live {
+                let actions =
+                    tokio::task::block_in_place(|| source.vm.tick(clock.now(), &mut rand::random::<u128>));
+                for action in actions {
+                    source.act(action).await;
+                }
+            }
+        }
+    }
+
+    fn start_source(
+        &self,
+        vpg: VpgId,
+        definition: &VmDefinition,
+        disks: Vec<Arc<ProtectedDisk>>,
+    ) -> Result<LiveSource, ApiError> {
+        let folder = self.config.state_dir.join("numbers");
+        super::identity::make_folder(&folder)?;
+        let store = FileSequenceStore::new(folder.join(format!("{}.json", definition.id)));
+        let retained_bytes = u64::from(self.config.memory.retained_per_vm_mib) << 20;
+        let standard = CaptureLimits::STANDARD;
+        let limits = CaptureLimits {
+            retained_bytes,
+            dense_bytes: standard.dense_bytes.min(retained_bytes / 4),
+            ..standard
+        };
+        let vm = SourceVm::protect(disks, limits, Arc::new(store), GenerationId::random())
+            .map_err(|error| ApiError::new(ErrorCode::Exhausted, chain(&error)))?;
+        let vm = Arc::new(vm);
+        let doorbell = Arc::new(Doorbell::new());
+        vm.set_doorbell(doorbell.clone());
+        let identity = StreamIdentity {
+            vm: definition.id,
+            vpg,
+            journal: definition.journal,
+            volumes: definition.volumes.iter().map(shape_of).collect(),
+        };
+        let sender = Sender::new(identity, vm.generation(), SenderLimits::STANDARD, rand::random());
+        let notes = Arc::new(Mutex::new(Notes::default()));
+        let shipper = Shipper::start(ShipperParts {
+            sender,
+            retained: Box::new(RetainedEntries(Arc::clone(&vm))),
+            doorbell,
+            connector: Connector { link: Arc::clone(&self.link), target: definition.target.clone() },
+            on_event: {
+                let (vm, notes, name) = (Arc::clone(&vm), Arc::clone(&notes), definition.name.clone());
+                Box::new(move |event| note_event(event, &vm, &mut lock(&notes), &name))
+            },
+        });
+        Ok(LiveSource { vpg, definition: definition.clone(), vm, shipper, sync: Mutex::default(), notes })
+    }
+
+    /// Tells the checkpointer which groups are whole: one with a member that isn't protected now gets no checkpoints (D3).
+    fn follow_groups(&self, state: &State) {
+        let sources = lock(&self.sources);
+        let mut groups = lock(&self.groups);
+        let mut whole = BTreeMap::new();
+        for vpg in state.vpgs.values() {
+            let members: Option<Vec<Member>> = vpg
+                .vms
+                .iter()
+                .map(|vm| {
+                    let live = sources.get(&vm.id)?;
+                    Some(Member { vm: vm.id, core: Arc::clone(live.vm.core()) })
+                })
+                .collect();
+            let Some(members) = members else { continue };
+            let settings = GroupSettings {
+                members,
+                interval_us: u64::from(vpg.checkpoint_interval_ms) * 1000,
+                deadline_us: u64::from(vpg.hold_deadline_ms) * 1000,
+                member_set_version: vpg.member_set_version.into(),
+            };
+            let key: Vec<usize> =
+                settings.members.iter().map(|member| Arc::as_ptr(&member.core).addr()).collect();
+            let key = (vpg.revision, key);
+            if groups.get(&vpg.id) != Some(&key) {
+                self.checkpointer.set_group(vpg.id, settings);
+            }
+            whole.insert(vpg.id, key);
+        }
+        for vpg in groups.keys().filter(|vpg| !whole.contains_key(vpg)) {
+            self.checkpointer.remove_group(*vpg);
+        }
+        *groups = whole;
+    }
+
+    /// A VM's disks by number, if all are served.
+    fn disks_of(&self, state: &State, vm: &VmDefinition) -> Option<Vec<Arc<ProtectedDisk>>> {
+        if !missing_volumes(state, vm).is_empty() {
+            return None;
+        }
+        let volumes = lock(&self.volumes);
+        vm.volumes.iter().map(|volume| volumes.get(&volume.id)?.disk()).collect()
+    }
+}
+
+impl LiveSource {
+    async fn act(&self, action: SourceAction) {
+        match action {
+            SourceAction::BeginGeneration(start) => {
+                tracing::info!(vm = self.definition.name, generation = %start.generation, "began a new generation");
+                self.shipper.begin_generation(start, Box::new(RetainedEntries(Arc::clone(&self.vm)))).await;
+            }
+            SourceAction::BeginSync(sync) => {
+                let job = SyncJob {
+                    name: self.definition.name.clone(),
+                    core: Arc::clone(self.vm.core()),
+                    disks: self.vm.disks(),
+                    sync,
+                };
+                let former = lock(&self.sync).take();
+                let started = tokio::task::block_in_place(|| {
+                    drop(former);
+                    SyncThread::start(job)
+                });
+                match started {
+                    Ok(thread) => *lock(&self.sync) = Some((thread, TimeUs::now())),
+                    Err(error) => {
+                        tracing::error!(vm = self.definition.name, %error, "can't start a sync: trying again in a new generation");
+                        self.vm.renew();
+                    }
+                }
+            }
+            SourceAction::Alert(alert) => {
+                if alert == SourceAlert::FullSync {
+                    tracing::info!(vm = self.definition.name, "{alert}");
+                    lock(&self.notes).alert = None;
+                } else {
+                    tracing::warn!(vm = self.definition.name, "{alert}");
+                    lock(&self.notes).alert = Some(alert);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for LiveSource {
+    fn drop(&mut self) {
+        self.vm.unprotect();
+    }
+}
+
+/// On the shipper's task: only notes.
+fn note_event(event: SenderEvent, vm: &SourceVm, notes: &mut Notes, name: &str) {
+    match event {
+        SenderEvent::Granted { generation, fresh_image, durable_through, .. } => {
+            tracing::info!(vm = name, %generation, durable_through, "the target took the stream");
+            *notes = Notes { alert: notes.alert.take(), ..Notes::default() };
+            vm.granted(generation, fresh_image);
+        }
+        SenderEvent::Disconnected { reason } => {
+            if notes.disconnected.is_none() {
+                tracing::info!(vm = name, reason, "the stream ended");
+            }
+            notes.disconnected = Some(reason);
+        }
+        SenderEvent::Refused(refuse) => {
+            if notes.refused.as_ref().is_none_or(|former| former.code != refuse.code) {
+                tracing::warn!(vm = name, code = ?refuse.code, "the target refused the stream: {}", refuse.text);
+            }
+            notes.refused = Some(refuse);
+        }
+        SenderEvent::Stopped(reason) if reason.needs_new_generation() => {
+            tracing::warn!(vm = name, "{reason}");
+            vm.renew();
+        }
+        SenderEvent::Stopped(reason) => tracing::error!(vm = name, "the stream stopped: {reason}"),
+        SenderEvent::TargetState(_) => {}
+    }
+}
+
+struct Connector {
+    link: SharedLink,
+    target: VraEndpoint,
+}
+
+impl DataConnector for Connector {
+    async fn open(&self) -> Result<(SendStream, RecvStream), ConnectError> {
+        let link = lock(&self.link).link();
+        let link = link.ok_or_else(|| ConnectError("this VRA's link is not up".to_owned()))?;
+        let peer = link.peer(&self.target);
+        let opened = peer.open(&link, StreamKind::Data).await;
+        opened.map(|(_, send, recv)| (send, recv)).map_err(|error| ConnectError(chain(&error)))
+    }
+}
+
+fn shape_of(volume: &crate::api::vpg::VolumeDefinition) -> VolumeShape {
+    VolumeShape {
+        volume: volume.number,
+        id: volume.id,
+        logical_block_bytes: volume.logical_block_bytes,
+        size_bytes: volume.size_bytes,
+    }
+}
+
+/// Whether a changed definition lets the stream go on as it is.
+fn is_same_stream(one: &VmDefinition, other: &VmDefinition) -> bool {
+    one.journal == other.journal && one.volumes == other.volumes && one.target == other.target
+}
+
+/// A random id for the checkpointer's run (D1).
+pub(super) fn incarnation() -> Uuid {
+    Uuid::new_v4()
+}

@@ -1,0 +1,115 @@
+//! What must survive a restart.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::MutexGuard;
+
+use crate::api::{DoorRequest, SetTrust, VmId, VolumeId, VpgDefinition, VpgId};
+use crate::config::{Store, StoreError};
+
+const FORMAT: u32 = 1;
+
+/// The daemon's state, `<state>/vra.json`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct State {
+    /// Attached volumes.
+    pub volumes: BTreeMap<VolumeId, VolumeRecord>,
+    /// Definitions of the VPGs that this VRA has a part in.
+    pub vpgs: BTreeMap<VpgId, VpgDefinition>,
+    /// Target VMs' folders. Chosen once: a VM or VPG that is renamed keeps its folder.
+    pub folders: BTreeMap<VmId, PathBuf>,
+    /// The list of revoked certificates.
+    pub trust: SetTrust,
+    /// Cookies of the ublk devices of views. A view ends with the daemon; what a killed one left is deleted at start.
+    pub view_cookies: Vec<u32>,
+}
+
+/// An attached volume.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct VolumeRecord {
+    /// Its VM.
+    pub vm: VmId,
+    /// Its VM's name.
+    pub vm_name: String,
+    /// Its number in the VM.
+    pub number: u16,
+    /// The raw file or block device.
+    pub path: PathBuf,
+    /// How the guest gets it.
+    pub door: DoorRequest,
+    /// Marks its ublk device as this volume's.
+    pub cookie: u32,
+    /// The ublk device's number, which it gets again.
+    pub device: Option<u32>,
+    /// Size in bytes when it was attached.
+    pub size_bytes: u64,
+    /// Logical block size when it was attached.
+    pub logical_block_bytes: u32,
+}
+
+impl State {
+    /// The VPG that a VM belongs to.
+    pub(super) fn vpg_of(&self, vm: VmId) -> Option<&VpgDefinition> {
+        self.vpgs.values().find(|vpg| vpg.vms.iter().any(|member| member.id == vm))
+    }
+
+    /// A cookie that no device of ours has.
+    pub(super) fn fresh_cookie(&self) -> u32 {
+        loop {
+            let cookie = rand::random();
+            let used = self.volumes.values().any(|volume| volume.cookie == cookie);
+            if !used && !self.view_cookies.contains(&cookie) {
+                return cookie;
+            }
+        }
+    }
+}
+
+/// The state on disk. Whoever changes what the daemon does holds [`StateFile::change`] meanwhile, so that such requests come one after the
+/// other; whoever only looks uses [`StateFile::seen`] and waits for nobody.
+pub(super) struct StateFile {
+    store: tokio::sync::Mutex<Store<State>>,
+    seen: Mutex<Arc<State>>,
+}
+
+/// The right to change the state.
+pub(super) struct Change<'a> {
+    store: MutexGuard<'a, Store<State>>,
+    seen: &'a Mutex<Arc<State>>,
+}
+
+impl StateFile {
+    /// The state in a folder; an empty one where there is none.
+    pub(super) fn open(folder: &Path) -> Result<Self, StoreError> {
+        let store = Store::open(&folder.join("vra.json"), FORMAT, State::default())?;
+        let seen = Mutex::new(Arc::new(store.get().clone()));
+        Ok(Self { store: tokio::sync::Mutex::new(store), seen })
+    }
+
+    /// The state as it was last written.
+    pub(super) fn seen(&self) -> Arc<State> {
+        Arc::clone(&self.seen.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Waits for its turn to change the state.
+    pub(super) async fn change(&self) -> Change<'_> {
+        Change { store: self.store.lock().await, seen: &self.seen }
+    }
+}
+
+impl Change<'_> {
+    /// The state.
+    pub(super) fn get(&self) -> &State {
+        self.store.get()
+    }
+
+    /// Changes it, on disk first.
+    pub(super) fn update<R>(&mut self, change: impl FnOnce(&mut State) -> R) -> Result<R, StoreError> {
+        let result = self.store.update(change)?;
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(self.store.get().clone());
+        Ok(result)
+    }
+}

@@ -1,0 +1,48 @@
+//! What the VRA tells of itself.
+
+use super::{Daemon, Finding, lock};
+use crate::api::status::HostInfo;
+use crate::api::{TimeUs, VraStatus};
+use crate::config::hostname;
+
+impl Daemon {
+    /// The whole VRA now.
+    pub(super) fn status(&self) -> VraStatus {
+        VraStatus {
+            vra: self.vra,
+            name: self.config.name.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            now_us: TimeUs::now(),
+            started_us: self.started_us,
+            host: self.host_info(),
+            site: lock(&self.link).site(),
+            volumes: self.volume_infos(),
+            vpgs: self.vpg_statuses(),
+            source_vms: self.source_statuses(),
+            target_vms: Vec::new(),
+            views: Vec::new(),
+            alerts: lock(&self.alerts).list(),
+        }
+    }
+
+    /// What is wrong now.
+    pub(super) fn findings(&self) -> Vec<Finding> {
+        let mut found = Vec::new();
+        self.volume_findings(&mut found);
+        self.source_findings(&mut found);
+        lock(&self.link).findings(&mut found);
+        found
+    }
+
+    fn host_info(&self) -> HostInfo {
+        let kernel = nix::sys::utsname::uname()
+            .map(|name| name.release().to_string_lossy().into_owned())
+            .unwrap_or_default();
+        let ublk_features = self.doors.ublk_features();
+        HostInfo {
+            hostname: hostname(),
+            kernel,
+            ublk_features: ublk_features.map(ublk::features::Features::names),
+        }
+    }
+}

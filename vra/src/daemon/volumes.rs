@@ -1,0 +1,374 @@
+//! Attached volumes: local disks and the doors to them.
+
+use std::sync::Arc;
+
+use ublk::backing::{Backing, BackingSettings};
+use ublk::serve::Disk;
+use ublk::sweep::{Verdict, sweep};
+
+use super::definition::check_name;
+use super::doors::Door;
+use super::error::chain;
+use super::state::{State, VolumeRecord};
+use super::{Daemon, Finding, lock};
+use crate::api::volume::MAX_VOLUMES_PER_VM;
+use crate::api::{
+    ApiError, Attach, Detach, DoorRequest, ErrorCode, Severity, TimeUs, VmId, VolumeId, VolumeInfo,
+};
+use crate::capture::ProtectedDisk;
+
+/// A volume as it is served, or the reason why it isn't.
+pub(super) enum LiveVolume {
+    /// Its disk is open, its door too.
+    Served {
+        /// Keeps the local disk open and locked.
+        _backing: Backing,
+        /// The disk.
+        disk: Arc<ProtectedDisk>,
+        /// The door.
+        door: Door,
+    },
+    /// It should be served and can't be.
+    Failed(ApiError),
+}
+
+impl Daemon {
+    /// Serves a disk as a volume.
+    pub(super) async fn attach(&self, attach: Attach) -> Result<VolumeInfo, ApiError> {
+        check_name("VM", &attach.vm_name)?;
+        if !attach.path.is_absolute() {
+            let message = format!("the path {} is not absolute", attach.path.display());
+            return Err(ApiError::new(ErrorCode::BadRequest, message));
+        }
+        let mut change = self.state.change().await;
+        if let Some((id, record)) = find_same(change.get(), &attach)? {
+            let is_served = matches!(lock(&self.volumes).get(&id), Some(LiveVolume::Served { .. }));
+            if is_served {
+                return self.volume_info(id, &record).ok_or_else(|| gone(id));
+            }
+            tokio::task::block_in_place(|| self.restore_volume(id, &record));
+            self.follow_sources(change.get())?;
+            return match lock(&self.volumes).get(&id) {
+                Some(LiveVolume::Failed(error)) => Err(error.clone()),
+                _ => self.volume_info(id, &record).ok_or_else(|| gone(id)),
+            };
+        }
+        let id = attach.volume.unwrap_or_else(VolumeId::random);
+        let number = free_number(change.get(), &attach, id)?;
+        let settings =
+            BackingSettings { refuse_image_formats: !attach.force_raw, ..BackingSettings::FIRST_ATTACH };
+        let backing = tokio::task::block_in_place(|| Backing::open(&attach.path, settings))?;
+        let record = VolumeRecord {
+            vm: attach.vm,
+            vm_name: attach.vm_name,
+            number,
+            path: attach.path,
+            door: attach.door,
+            cookie: change.get().fresh_cookie(),
+            device: None,
+            size_bytes: backing.geometry().size_bytes,
+            logical_block_bytes: backing.geometry().logical_block_bytes,
+        };
+        // First the record: a device that a crash leaves must be known by its cookie.
+        change.update(|state| state.volumes.insert(id, record.clone()))?;
+        let opened = tokio::task::block_in_place(|| {
+            let disk = disk_over(&backing)?;
+            let served = Arc::clone(&disk) as Arc<dyn Disk>;
+            let door = self.doors.open_door(served, &record.door, &id.to_string(), record.cookie, None)?;
+            Ok(LiveVolume::Served { _backing: backing, disk, door })
+        });
+        let live = match opened {
+            Ok(live) => live,
+            Err(error) => {
+                change.update(|state| state.volumes.remove(&id))?;
+                return Err(error);
+            }
+        };
+        let device = live.device();
+        lock(&self.volumes).insert(id, live);
+        change.update(|state| {
+            if let Some(record) = state.volumes.get_mut(&id) {
+                record.device = device;
+            }
+        })?;
+        tracing::info!(volume = %id, vm = record.vm_name, disk = %record.path.display(), "attached");
+        self.follow_sources(change.get())?;
+        self.volume_info(id, &record).ok_or_else(|| gone(id))
+    }
+
+    /// Stops serving a volume and forgets it.
+    pub(super) async fn detach(&self, detach: Detach) -> Result<(), ApiError> {
+        let id = detach.volume;
+        let mut change = self.state.change().await;
+        let Some(record) = change.get().volumes.get(&id).cloned() else {
+            return Err(ApiError::new(ErrorCode::NotFound, format!("no volume {id} is attached here"))
+                .remedy("see `vra list`"));
+        };
+        if let Some(vpg) = change.get().vpg_of(record.vm)
+            && vpg.vms.iter().any(|vm| vm.volumes.iter().any(|volume| volume.id == id))
+            && !detach.force
+        {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!("volume {id} of VM {} is protected by VPG \"{}\"", record.vm_name, vpg.name),
+            )
+            .remedy("take it out of the VPG first, or detach with --force: the VM's replication then stops until it is attached again"));
+        }
+        let live = lock(&self.volumes).remove(&id);
+        self.follow_sources(change.get())?;
+        if let Some(LiveVolume::Served { door, .. }) = live {
+            let closed = tokio::task::block_in_place(|| self.doors.close(door));
+            if let Err(error) = closed {
+                lock(&self.volumes).insert(id, LiveVolume::Failed(error.clone()));
+                return Err(error);
+            }
+        }
+        change.update(|state| state.volumes.remove(&id))?;
+        tracing::info!(volume = %id, vm = record.vm_name, disk = %record.path.display(), "detached");
+        Ok(())
+    }
+
+    /// The attached volumes, by VM and number.
+    pub(super) fn volume_infos(&self) -> Vec<VolumeInfo> {
+        let seen = self.seen();
+        let mut infos: Vec<_> =
+            seen.volumes.iter().filter_map(|(id, record)| self.volume_info(*id, record)).collect();
+        infos.sort_by(|a, b| (&a.vm_name, a.vm, a.number).cmp(&(&b.vm_name, b.vm, b.number)));
+        infos
+    }
+
+    /// Serves again what was attached before the daemon's start.
+    pub(super) fn restore_volumes(&self) {
+        self.sweep_devices();
+        for (id, record) in &self.seen().volumes {
+            self.restore_volume(*id, record);
+        }
+    }
+
+    /// Lets go of all volumes at the daemon's end; ublk devices stay, their guests wait.
+    pub(super) fn leave_volumes(&self) {
+        let quiesce = self.doors.ublk_features().is_some_and(|features| features.has(ublk::uapi::F_QUIESCE));
+        self.doors.stop_nbd();
+        for (_, live) in std::mem::take(&mut *lock(&self.volumes)) {
+            if let LiveVolume::Served { door, .. } = live {
+                door.leave(quiesce);
+            }
+        }
+    }
+
+    /// What is wrong with volumes.
+    pub(super) fn volume_findings(&self, found: &mut Vec<Finding>) {
+        let seen = self.seen();
+        for (id, live) in lock(&self.volumes).iter() {
+            let (LiveVolume::Failed(error), Some(record)) = (live, seen.volumes.get(id)) else { continue };
+            found.push(Finding {
+                code: "volume-not-served",
+                severity: Severity::Critical,
+                vm: Some(record.vm),
+                vpg: None,
+                message: format!(
+                    "volume {} of VM {} is not served: {}",
+                    record.number, record.vm_name, error.message
+                ),
+                remedy: Some(
+                    error.remedy.clone().unwrap_or_else(|| "repair it and attach it again".to_owned()),
+                ),
+            });
+        }
+    }
+
+    fn restore_volume(&self, id: VolumeId, record: &VolumeRecord) {
+        let live = self.reopen(id, record).unwrap_or_else(|error| {
+            tracing::error!(volume = %id, vm = record.vm_name, %error, "a volume can't be served");
+            LiveVolume::Failed(error)
+        });
+        lock(&self.volumes).insert(id, live);
+    }
+
+    fn reopen(&self, id: VolumeId, record: &VolumeRecord) -> Result<LiveVolume, ApiError> {
+        let backing = Backing::open(&record.path, BackingSettings::RECOVERY)?;
+        let geometry = backing.geometry();
+        if (geometry.size_bytes, geometry.logical_block_bytes)
+            != (record.size_bytes, record.logical_block_bytes)
+        {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!(
+                    "{} had {} bytes in blocks of {} when it was attached, now it has {} in blocks of {}",
+                    record.path.display(),
+                    record.size_bytes,
+                    record.logical_block_bytes,
+                    geometry.size_bytes,
+                    geometry.logical_block_bytes
+                ),
+            )
+            .remedy("if this is the right disk, detach the volume and attach it again"));
+        }
+        let disk = disk_over(&backing)?;
+        let served = Arc::clone(&disk) as Arc<dyn Disk>;
+        let door = match record.device {
+            Some(device) if self.is_left(device, record.cookie) => self.doors.recover(device, served)?,
+            wish => self.doors.open_door(served, &record.door, &id.to_string(), record.cookie, wish)?,
+        };
+        Ok(LiveVolume::Served { _backing: backing, disk, door })
+    }
+
+    /// Looks through the devices that former daemons left. Those of volumes wait to be recovered, those of views are deleted.
+    fn sweep_devices(&self) {
+        let Ok(driver) = self.doors.driver() else { return };
+        let seen = self.seen();
+        let swept = sweep(driver.control(), |_, cookie| {
+            if seen.view_cookies.contains(&cookie.disk_id) {
+                Verdict::Delete
+            } else if seen.volumes.values().any(|volume| volume.cookie == cookie.disk_id) {
+                Verdict::Recover
+            } else {
+                // Another VRA's on this host, perhaps.
+                Verdict::Leave
+            }
+        });
+        match swept {
+            Ok(swept) => {
+                for (device, error) in swept.failed {
+                    tracing::warn!(
+                        device,
+                        error = chain(&error),
+                        "a device that a former daemon left can't be deleted"
+                    );
+                }
+            }
+            Err(error) => tracing::error!(
+                error = chain(&error),
+                "can't look for ublk devices that a former daemon left"
+            ),
+        }
+    }
+
+    /// Whether a former daemon left that device for that volume.
+    fn is_left(&self, device: u32, cookie: u32) -> bool {
+        let Ok(driver) = self.doors.driver() else { return false };
+        driver.list().is_ok_and(|devices| {
+            devices
+                .iter()
+                .any(|info| info.id == device && info.cookie.is_some_and(|found| found.disk_id == cookie))
+        })
+    }
+
+    fn volume_info(&self, id: VolumeId, record: &VolumeRecord) -> Option<VolumeInfo> {
+        let seen = self.seen();
+        let vpg = seen
+            .vpg_of(record.vm)
+            .filter(|vpg| vpg.vms.iter().any(|vm| vm.volumes.iter().any(|volume| volume.id == id)));
+        let volumes = lock(&self.volumes);
+        let (door, problem) = match volumes.get(&id)? {
+            LiveVolume::Served { door, .. } => (Some(door.address()), None),
+            LiveVolume::Failed(error) => (None, Some(error.message.clone())),
+        };
+        Some(VolumeInfo {
+            volume: id,
+            vm: record.vm,
+            vm_name: record.vm_name.clone(),
+            number: record.number,
+            path: record.path.clone(),
+            size_bytes: record.size_bytes,
+            logical_block_bytes: record.logical_block_bytes,
+            vpg: vpg.map(|vpg| vpg.id),
+            door,
+            problem,
+        })
+    }
+}
+
+impl LiveVolume {
+    /// Its disk, while it is served.
+    pub(super) fn disk(&self) -> Option<Arc<ProtectedDisk>> {
+        match self {
+            Self::Served { disk, .. } => Some(Arc::clone(disk)),
+            Self::Failed(_) => None,
+        }
+    }
+
+    fn device(&self) -> Option<u32> {
+        match self {
+            Self::Served { door, .. } => door.device(),
+            Self::Failed(_) => None,
+        }
+    }
+}
+
+/// The disk that captures, over the very open file that has the lock (A4).
+fn disk_over(backing: &Backing) -> Result<Arc<ProtectedDisk>, ApiError> {
+    let file = backing.file().try_clone().map_err(|error| {
+        ApiError::new(ErrorCode::Exhausted, format!("cannot duplicate a file descriptor: {error}"))
+            .remedy("raise LimitNOFILE")
+    })?;
+    let clock = Arc::new(|| TimeUs::now().0);
+    Ok(Arc::new(ProtectedDisk::new(file, backing.geometry().clone(), clock)))
+}
+
+/// The volume that an attachment would repeat.
+fn find_same(state: &State, attach: &Attach) -> Result<Option<(VolumeId, VolumeRecord)>, ApiError> {
+    let Some((id, record)) = state.volumes.iter().find(|(_, record)| record.path == attach.path) else {
+        return Ok(None);
+    };
+    let same = record.vm == attach.vm
+        && attach.volume.is_none_or(|volume| volume == *id)
+        && attach.number.is_none_or(|number| number == record.number)
+        && is_same_door(&record.door, &attach.door);
+    if same {
+        return Ok(Some((*id, record.clone())));
+    }
+    Err(ApiError::new(
+        ErrorCode::Conflict,
+        format!(
+            "{} is attached already, as volume {} ({id}) of VM {} ({}), or with another door",
+            attach.path.display(),
+            record.number,
+            record.vm_name,
+            record.vm
+        ),
+    )
+    .remedy("detach it first"))
+}
+
+fn is_same_door(one: &DoorRequest, other: &DoorRequest) -> bool {
+    match (one, other) {
+        (DoorRequest::Ublk { .. }, DoorRequest::Ublk { queues: None, depth: None }) => true,
+        (one, other) => one == other,
+    }
+}
+
+fn free_number(state: &State, attach: &Attach, id: VolumeId) -> Result<u16, ApiError> {
+    if state.volumes.contains_key(&id) {
+        return Err(ApiError::new(ErrorCode::Conflict, format!("volume {id} is another disk here"))
+            .remedy("choose another id, or none"));
+    }
+    let used: Vec<u16> = numbers_of(state, attach.vm);
+    if used.len() >= MAX_VOLUMES_PER_VM {
+        return Err(ApiError::new(
+            ErrorCode::Exhausted,
+            format!("VM {} has {MAX_VOLUMES_PER_VM} volumes, the most that are possible", attach.vm_name),
+        ));
+    }
+    let wanted = attach.number.or_else(|| (0..u16::MAX).find(|number| !used.contains(number)));
+    match wanted {
+        Some(number) if usize::from(number) >= MAX_VOLUMES_PER_VM => Err(ApiError::new(
+            ErrorCode::BadRequest,
+            format!("volume number {number} is not below {MAX_VOLUMES_PER_VM}"),
+        )),
+        Some(number) if used.contains(&number) => Err(ApiError::new(
+            ErrorCode::Conflict,
+            format!("VM {} has a volume with number {number} already", attach.vm_name),
+        )),
+        Some(number) => Ok(number),
+        None => Err(ApiError::new(ErrorCode::Exhausted, "no volume number is free")),
+    }
+}
+
+fn numbers_of(state: &State, vm: VmId) -> Vec<u16> {
+    state.volumes.values().filter(|volume| volume.vm == vm).map(|volume| volume.number).collect()
+}
+
+fn gone(id: VolumeId) -> ApiError {
+    ApiError::new(ErrorCode::Other, format!("volume {id} was detached meanwhile"))
+}

@@ -1,0 +1,172 @@
+//! VPGs: takes definitions and makes sources and targets follow them.
+
+use super::Daemon;
+use super::definition::{check, folder};
+use super::state::{Change, State};
+use crate::api::status::VpgStatus;
+use crate::api::vpg::{VmDefinition, VpgApplied};
+use crate::api::{ApiError, ErrorCode, RemoveVpg, VolumeId, VpgDefinition, VpgId};
+
+impl Daemon {
+    /// Takes a definition, new or changed.
+    pub(super) async fn apply_vpg(&self, definition: VpgDefinition) -> Result<VpgApplied, ApiError> {
+        check(&definition, self.vra, &self.config.datastores)?;
+        let has_part = |vm: &VmDefinition| vm.source.id == self.vra || vm.target.id == self.vra;
+        if !definition.vms.iter().any(has_part) {
+            return Err(ApiError::new(
+                ErrorCode::BadRequest,
+                format!("VRA {} has no part in VPG \"{}\"", self.vra, definition.name),
+            ));
+        }
+        let mut change = self.state.change().await;
+        check_against(change.get(), &definition)?;
+        for vm in definition.vms.iter().filter(|vm| vm.source.id == self.vra) {
+            check_volumes(change.get(), vm)?;
+        }
+        let id = definition.id;
+        if change.get().vpgs.get(&id) != Some(&definition) {
+            change.update(|state| {
+                for vm in definition.vms.iter().filter(|vm| vm.target.id == self.vra) {
+                    state.folders.entry(vm.id).or_insert_with(|| folder(&definition, vm));
+                }
+                state.vpgs.insert(id, definition.clone());
+            })?;
+            tracing::info!(vpg = %id, name = definition.name, revision = definition.revision, "took a definition");
+        }
+        self.follow_definitions(&mut change).await?;
+        Ok(self.applied(change.get(), &definition))
+    }
+
+    /// Ends a VPG here.
+    pub(super) async fn remove_vpg(&self, remove: RemoveVpg) -> Result<(), ApiError> {
+        let mut change = self.state.change().await;
+        let Some(definition) = change.get().vpgs.get(&remove.vpg).cloned() else { return Ok(()) };
+        change.update(|state| state.vpgs.remove(&remove.vpg))?;
+        self.follow_definitions(&mut change).await?;
+        for vm in definition.vms.iter().filter(|vm| vm.target.id == self.vra) {
+            let former = change.update(|state| state.folders.remove(&vm.id))?;
+            if let (Some(folder), false) = (former, remove.keep_files) {
+                tokio::task::block_in_place(|| remove_folder(&folder))?;
+            }
+        }
+        tracing::info!(vpg = %remove.vpg, name = definition.name, keep_files = remove.keep_files, "removed");
+        Ok(())
+    }
+
+    /// Makes sources and targets follow the definitions.
+    pub(super) async fn follow_definitions(&self, change: &mut Change<'_>) -> Result<(), ApiError> {
+        self.follow_sources(change.get())
+    }
+
+    /// The VPGs at this VRA.
+    pub(super) fn vpg_statuses(&self) -> Vec<VpgStatus> {
+        self.seen().vpgs.values().map(|vpg| self.source_vpg_status(vpg)).collect()
+    }
+
+    /// The VPG of that id.
+    pub(super) fn vpg(&self, id: VpgId) -> Result<VpgDefinition, ApiError> {
+        self.seen().vpgs.get(&id).cloned().ok_or_else(|| {
+            ApiError::new(ErrorCode::NotFound, format!("no VPG {id} here")).remedy("see `vra status`")
+        })
+    }
+
+    fn applied(&self, state: &State, definition: &VpgDefinition) -> VpgApplied {
+        let source = definition.vms.iter().filter(|vm| vm.source.id == self.vra);
+        let target = definition.vms.iter().filter(|vm| vm.target.id == self.vra);
+        VpgApplied {
+            vpg: definition.id,
+            revision: definition.revision,
+            missing_volumes: source.clone().flat_map(|vm| missing_volumes(state, vm)).collect(),
+            source_vms: source.map(|vm| vm.id).collect(),
+            target_vms: target.map(|vm| vm.id).collect(),
+        }
+    }
+}
+
+/// Volumes of a source VM that are not attached.
+pub(super) fn missing_volumes(state: &State, vm: &VmDefinition) -> Vec<VolumeId> {
+    let ids = vm.volumes.iter().map(|volume| volume.id);
+    ids.filter(|id| !state.volumes.contains_key(id)).collect()
+}
+
+fn check_against(state: &State, definition: &VpgDefinition) -> Result<(), ApiError> {
+    if let Some(present) = state.vpgs.get(&definition.id) {
+        if definition.revision < present.revision {
+            return Err(ApiError::new(
+                ErrorCode::Stale,
+                format!(
+                    "revision {} of VPG \"{}\" is older than {}, which is in force",
+                    definition.revision, definition.name, present.revision
+                ),
+            ));
+        }
+        if definition.revision == present.revision && definition != present {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!(
+                    "another definition of VPG \"{}\" has revision {}",
+                    definition.name, definition.revision
+                ),
+            )
+            .remedy("raise the revision with every change"));
+        }
+    }
+    for vm in &definition.vms {
+        if let Some(other) = state.vpg_of(vm.id).filter(|other| other.id != definition.id) {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!("VM {} is in VPG \"{}\" already", vm.name, other.name),
+            )
+            .remedy("take it out of that VPG first"));
+        }
+    }
+    Ok(())
+}
+
+/// What is attached must be what the definition says.
+fn check_volumes(state: &State, vm: &VmDefinition) -> Result<(), ApiError> {
+    for defined in &vm.volumes {
+        let Some(attached) = state.volumes.get(&defined.id) else { continue };
+        let differs = if attached.vm != vm.id {
+            Some(("VM", attached.vm.to_string(), vm.id.to_string()))
+        } else if attached.number != defined.number {
+            Some(("number", attached.number.to_string(), defined.number.to_string()))
+        } else if attached.size_bytes != defined.size_bytes {
+            Some(("size in bytes", attached.size_bytes.to_string(), defined.size_bytes.to_string()))
+        } else if attached.logical_block_bytes != defined.logical_block_bytes {
+            let sizes = (attached.logical_block_bytes.to_string(), defined.logical_block_bytes.to_string());
+            Some(("block size", sizes.0, sizes.1))
+        } else {
+            None
+        };
+        if let Some((what, is, should_be)) = differs {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!(
+                    "volume {} ({}) of VM {} has another {what}: it is {is}, the definition says {should_be}",
+                    defined.id,
+                    attached.path.display(),
+                    vm.name
+                ),
+            )
+            .remedy("make the definition from the VRA's list of volumes"));
+        }
+    }
+    Ok(())
+}
+
+fn remove_folder(folder: &std::path::Path) -> Result<(), ApiError> {
+    match std::fs::remove_dir_all(folder) {
+        Ok(()) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => {
+            return Err(ApiError::new(ErrorCode::Io, format!("cannot delete {}: {error}", folder.display()))
+                .remedy("delete the folder by hand"));
+        }
+    }
+    // The VPG's folder goes with its last VM.
+    if let Some(parent) = folder.parent() {
+        let _ = std::fs::remove_dir(parent);
+    }
+    Ok(())
+}
