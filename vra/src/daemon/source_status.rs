@@ -18,7 +18,6 @@ use crate::capture::SourceSnapshot;
 use crate::capture::modes::Mode;
 use crate::checkpoint::{CheckpointRefusal, TakenCheckpoint};
 use crate::ship::Phase;
-use crate::wire::AckState;
 
 impl Daemon {
     /// Source VMs, those that wait for volumes too.
@@ -216,12 +215,6 @@ fn source_finding(source: &LiveSource, found: &mut Vec<Finding>) {
             Severity::Critical,
             reason.to_string(),
             "decide which side is right; a new journal (another journal id in the definition) starts afresh",
-        ),
-        (Phase::Streaming, _) if sender.target_state == AckState::JournalFull => add(
-            "journal-full",
-            Severity::Warning,
-            "the target's journal is full".to_owned(),
-            "give it more space (journal_limit_bytes)",
         ),
         (Phase::Streaming, _) => {}
         (_, notes) => {

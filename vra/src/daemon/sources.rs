@@ -305,7 +305,6 @@ fn note_event(event: SenderEvent, vm: &SourceVm, notes: &mut Notes, name: &str) 
             vm.renew();
         }
         SenderEvent::Stopped(reason) => tracing::error!(vm = name, "the stream stopped: {reason}"),
-        SenderEvent::TargetState(_) => {}
     }
 }
 
