@@ -1,5 +1,8 @@
 //! The life of a ublk device: add, serve, stop, delete, quiesce, recover, list.
 
+mod error;
+mod info;
+
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -12,125 +15,21 @@ use std::time::{Duration, Instant};
 use crate::arena::Arena;
 use crate::control::{Control, ControlError};
 use crate::cookie::Cookie;
+use crate::device::info::device_ids;
 use crate::features::Features;
-use crate::params::{self, GeometryError};
+use crate::params;
 use crate::queue::QueueConfig;
-use crate::reactor::{ReactorError, Reactors, SourceHandle};
+use crate::reactor::{Reactors, SourceHandle};
 use crate::serve::Disk;
 use crate::uapi::{self, CtrlDevInfo};
+
+pub use error::DeviceError;
+pub use info::{DeviceInfo, DeviceState, list};
 
 /// How long to wait for a dead daemon's I/O, for queues to end and for a deleted device to go.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Pause between two looks at a device's state.
 const POLL: Duration = Duration::from_millis(20);
-
-/// Why a device's life took no good turn.
-#[derive(Debug, thiserror::Error)]
-pub enum DeviceError {
-    /// A command failed.
-    #[error(transparent)]
-    Control(#[from] ControlError),
-    /// No reactor thread took a queue.
-    #[error("cannot serve ublk device {device}")]
-    Reactor {
-        /// The device.
-        device: u32,
-        /// Why.
-        source: ReactorError,
-    },
-    /// The disk's shape does not fit.
-    #[error("cannot make a ublk device of this disk")]
-    Geometry {
-        /// Why.
-        source: GeometryError,
-    },
-    /// Settings that the driver cannot take.
-    #[error("{queues} queues of depth {depth} cannot be: both must be positive, the depth at most 4096")]
-    Settings {
-        /// Queues asked for.
-        queues: u16,
-        /// Depth asked for.
-        depth: u16,
-    },
-    /// Not enough slots.
-    #[error(
-        "ublk device {device} needs {needed} buffers of {needed_bytes} bytes, the arena has {free} free ones of \
-         {slot_bytes} bytes: make the arena larger, or the device's queues or depth smaller"
-    )]
-    Arena {
-        /// The device.
-        device: u32,
-        /// Queues times depth.
-        needed: usize,
-        /// Longest request of the device.
-        needed_bytes: u32,
-        /// What the arena has.
-        free: usize,
-        /// Length of its slots.
-        slot_bytes: usize,
-    },
-    /// `/dev/ublkcN` could not be opened.
-    #[error("cannot open {}: is devtmpfs mounted at /dev, and does no other process serve the device?", path.display())]
-    Open {
-        /// The path.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// There is no such device.
-    #[error("there is no ublk device {device}: see `vra-ublk list`")]
-    Missing {
-        /// Its number.
-        device: u32,
-    },
-    /// Recovery of a device whose daemon lives.
-    #[error("ublk device {device} is served by process {pid}: end that process first")]
-    Served {
-        /// The device.
-        device: u32,
-        /// Its daemon.
-        pid: i32,
-    },
-    /// Recovery with a disk that is not what the device was made for.
-    #[error("ublk device {device} cannot be recovered with this disk: {difference}")]
-    Changed {
-        /// The device.
-        device: u32,
-        /// What changed, with both values.
-        difference: String,
-    },
-    /// A mounted or otherwise claimed device is not taken away.
-    #[error("{} is in use (mounted, or part of another device): unmount it first, or force", path.display())]
-    InUse {
-        /// `/dev/ublkbN`.
-        path: PathBuf,
-    },
-    /// The driver refused to hand out requests.
-    #[error("the ublk driver refused the queues of device {device}: see dmesg")]
-    Fault {
-        /// The device.
-        device: u32,
-        /// What the driver said.
-        source: io::Error,
-    },
-    /// Queues did not end.
-    #[error("the queues of ublk device {device} have not ended within {waited_s} s of being told: see dmesg")]
-    QueuesRemain {
-        /// The device.
-        device: u32,
-        /// How long was waited.
-        waited_s: u64,
-    },
-    /// Deleted, but somebody holds it open.
-    #[error(
-        "ublk device {device} is deleted but still held open: close /dev/ublkb{device} and /dev/ublkc{device} \
-         (`fuser -v` names the holders); its number is free after that"
-    )]
-    HeldOpen {
-        /// The device.
-        device: u32,
-    },
-}
 
 /// How a device is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -316,7 +215,7 @@ impl Driver {
             tracing::warn!(
                 count,
                 limit,
-                "near the ublk driver's limit on devices: raise /sys/module/ublk_drv/parameters/ublks_max"
+                "the ublk driver may refuse more devices: raise /sys/module/ublk_drv/parameters/ublks_max"
             );
         }
     }
@@ -397,93 +296,6 @@ impl Device {
     }
 }
 
-/// What the driver knows of a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DeviceInfo {
-    /// Its number.
-    pub id: u32,
-    /// Whether somebody serves it.
-    pub state: DeviceState,
-    /// Hardware queues.
-    pub queues: u16,
-    /// Requests of each queue.
-    pub depth: u16,
-    /// Longest request, in bytes.
-    pub io_bytes_max: u32,
-    /// Process that serves it or served it last, if any.
-    pub daemon_pid: Option<i32>,
-    /// What it was made with.
-    pub features: Features,
-    /// Our mark, if it is ours.
-    pub cookie: Option<Cookie>,
-    /// Size, in bytes.
-    pub size_bytes: u64,
-}
-
-/// State of a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DeviceState {
-    /// Not started, or stopped.
-    Dead,
-    /// Served.
-    Live,
-    /// Without a daemon; requests wait for its successor.
-    Quiesced,
-    /// Without a daemon; requests fail.
-    FailIo,
-    /// Newer than this program.
-    Unknown(u16),
-}
-
-impl std::fmt::Display for DeviceState {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Dead => f.write_str("dead"),
-            Self::Live => f.write_str("live"),
-            Self::Quiesced => f.write_str("quiesced"),
-            Self::FailIo => f.write_str("fail-io"),
-            Self::Unknown(state) => write!(f, "unknown-{state}"),
-        }
-    }
-}
-
-/// All ublk devices of this host.
-///
-/// # Errors
-/// [`ControlError`].
-pub fn list(control: &Control) -> Result<Vec<DeviceInfo>, ControlError> {
-    let mut devices = Vec::new();
-    for id in device_ids() {
-        // One that goes away meanwhile is left out.
-        let Some(info) = control.info(id)? else {
-            continue;
-        };
-        let size_bytes = match control.params(id) {
-            Ok(params) => params.basic.dev_sectors << 9,
-            Err(error) if error.errno() == Some(libc::ENODEV) => continue,
-            Err(error) => return Err(error),
-        };
-        devices.push(DeviceInfo {
-            id,
-            state: match info.state {
-                uapi::DEV_STATE_DEAD => DeviceState::Dead,
-                uapi::DEV_STATE_LIVE => DeviceState::Live,
-                uapi::DEV_STATE_QUIESCED => DeviceState::Quiesced,
-                uapi::DEV_STATE_FAIL_IO => DeviceState::FailIo,
-                state => DeviceState::Unknown(state),
-            },
-            queues: info.nr_hw_queues,
-            depth: info.queue_depth,
-            io_bytes_max: info.max_io_buf_bytes,
-            daemon_pid: (info.ublksrv_pid > 0).then_some(info.ublksrv_pid),
-            features: Features(info.flags),
-            cookie: Cookie::from_flags(info.ublksrv_flags),
-            size_bytes,
-        });
-    }
-    Ok(devices)
-}
-
 /// Deletes a device, whoever served it.
 ///
 /// # Errors
@@ -516,17 +328,6 @@ fn delete_and_wait(control: &Control, id: u32) -> Result<(), DeviceError> {
         std::thread::sleep(POLL);
     }
     Ok(())
-}
-
-fn device_ids() -> Vec<u32> {
-    let Ok(entries) = std::fs::read_dir("/sys/class/ublk-char") else {
-        return Vec::new();
-    };
-    let id_of = |name: &str| name.strip_prefix("ublkc")?.parse().ok();
-    let mut ids: Vec<u32> =
-        entries.flatten().filter_map(|entry| id_of(entry.file_name().to_str()?)).collect();
-    ids.sort_unstable();
-    ids
 }
 
 /// The node appears a moment after ADD_DEV, and a dead daemon's hold on it may outlast START_USER_RECOVERY's answer.

@@ -4,12 +4,15 @@ mod crash;
 mod judged;
 mod machine;
 mod ublk;
+mod ublk_edges;
+mod ublk_library;
 
 use crate::suite::Case;
 
 /// All cases, in the order in which they run.
 pub fn all() -> Vec<Case> {
-    [machine::CASES, ublk::CASES, crash::CASES, judged::CASES].concat()
+    [machine::CASES, ublk::CASES, ublk_edges::CASES, ublk_library::CASES, crash::CASES, judged::CASES]
+        .concat()
 }
 
 /// The case of this name, also one that is not in the table because it goes wrong on purpose.

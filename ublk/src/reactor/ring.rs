@@ -125,6 +125,7 @@ impl Ring {
             .setup_single_issuer()
             .setup_coop_taskrun()
             .setup_defer_taskrun()
+            .setup_submit_all()
             .setup_cqsize(entries.saturating_mul(8))
             .setup_clamp()
             .build(entries)?;

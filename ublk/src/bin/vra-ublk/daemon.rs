@@ -1,7 +1,7 @@
 //! The serving process: in the foreground, or in the background with its maker waiting for the first word.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -39,9 +39,7 @@ pub(crate) fn serve(
             let mut say = writer.try_clone().context("cannot copy the pipe")?;
             let served = detach().and_then(|()| {
                 serve_here(options, make, move |device| {
-                    write!(writer, "{}", device.block_path().display())?;
-                    drop(writer);
-                    Ok(())
+                    Ok(writeln!(writer, "{}", device.block_path().display())?)
                 })
             });
             if let Err(error) = &served {
@@ -108,15 +106,19 @@ fn detach() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// A path and a newline, or an exclamation mark, an error and the end.
 fn wait_for_first_word(reader: OwnedFd) -> anyhow::Result<()> {
+    let mut reader = BufReader::new(File::from(reader));
     let mut word = String::new();
-    File::from(reader).read_to_string(&mut word).context("cannot read from the background process")?;
-    match word.strip_prefix('!') {
-        Some(error) => bail!("{error}"),
-        None if word.is_empty() => bail!("the background process ended without a word: see dmesg"),
-        None => {
-            println!("{word}");
-            Ok(())
-        }
+    reader.read_line(&mut word).context("cannot read from the background process")?;
+    if word.is_empty() {
+        bail!("the background process ended without a word: see dmesg");
     }
+    if let Some(error) = word.strip_prefix('!') {
+        let mut error = error.to_owned();
+        reader.read_to_string(&mut error).context("cannot read from the background process")?;
+        bail!("{error}");
+    }
+    print!("{word}");
+    Ok(())
 }
