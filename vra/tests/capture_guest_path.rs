@@ -1,4 +1,5 @@
-//! The guest's path of a protected disk doesn't allocate: counted for this thread by the global allocator.
+//! The guest's path of a protected disk: what it allocates (counted for this thread by the global allocator), which memory
+//! it keeps, and what it asks of the local disk.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -10,6 +11,7 @@ use ublk::serve::{
     Completion, Disk, Errno, FileIo, FileOp, Geometry, IoBuffer, Lane, Op, Port, Request, Wake, ZeroLimits,
 };
 use vra::api::GenerationId;
+use vra::capture::modes::{Mode, OverflowReason};
 use vra::capture::{
     CaptureLimits, ProtectedDisk, RetainedEntries, SequenceState, SequenceStore, SequenceStoreError,
     SourceAction, SourceVm,
@@ -63,6 +65,7 @@ struct Door {
     arena: Arena,
     queue: Vec<FileIo>,
     slots: Vec<Slot>,
+    answered: u64,
 }
 
 impl Port for Door {
@@ -73,6 +76,7 @@ impl Port for Door {
     fn complete(&mut self, completion: Completion) {
         assert_eq!(completion.result, Ok(()));
         self.slots.extend(completion.slot);
+        self.answered += 1;
     }
 
     fn take_slot(&mut self) -> Option<Slot> {
@@ -117,20 +121,29 @@ fn round(lane: &mut dyn Lane, door: &mut Door, number: u64) {
     }
 }
 
-#[test]
-fn writes_are_captured_without_allocating() {
+/// A VM of one disk that is streaming.
+fn streaming(dense_bytes: u64) -> (Arc<SourceVm>, Arc<ProtectedDisk>) {
     let disk = disk();
-    let limits = CaptureLimits { ring_entries: 4096, dense_bytes: 4 << 20, ..CaptureLimits::STANDARD };
+    let limits = CaptureLimits { ring_entries: 4096, dense_bytes, ..CaptureLimits::STANDARD };
     let vm = SourceVm::protect(vec![disk.clone()], limits, Arc::new(NoStore), GenerationId::random());
     let vm = Arc::new(vm.expect("memory"));
-    let mut retained = RetainedEntries(vm.clone());
     vm.granted(vm.generation().generation, true);
     let actions = vm.tick(Now { mono_us: 1, wall_us: 1 }, &mut || 5);
     assert!(actions.iter().any(|action| matches!(action, SourceAction::BeginSync(_))));
+    (vm, disk)
+}
 
-    let arena = Arena::new(128 << 10, 128).expect("arena");
-    let slots = (0..16).map(|_| arena.take().expect("a slot")).collect();
-    let mut door = Door { arena, queue: Vec::with_capacity(64), slots };
+fn door(slot_count: u32, tags: usize) -> Door {
+    let arena = Arena::new(64 << 10, slot_count).expect("arena");
+    let slots = (0..tags).map(|_| arena.take().expect("a slot")).collect();
+    Door { arena, queue: Vec::with_capacity(64), slots, answered: 0 }
+}
+
+#[test]
+fn writes_are_captured_without_allocating() {
+    let (vm, disk) = streaming(4 << 20);
+    let mut retained = RetainedEntries(vm.clone());
+    let mut door = door(128, 16);
     let mut lane = disk.lane(Arc::new(NoBell));
     let (mut counted, mut captured) = (0, 0);
     for number in 0..200 {
@@ -147,4 +160,52 @@ fn writes_are_captured_without_allocating() {
     assert_eq!(captured, 200 * 13 + 1, "13 of 16 are changes, and the sync's begin");
     assert_eq!(counted, 0, "allocations on the guest's path after the first rounds");
     assert_eq!(door.arena.free_count(), 128 - 16);
+}
+
+#[test]
+fn retained_writes_use_all_memory_but_what_the_doors_need() {
+    let (vm, disk) = streaming(4 * (64 << 10));
+    let mut door = door(64, 4);
+    let mut lane = disk.lane(Arc::new(NoBell));
+    let mut written = 0;
+    while matches!(vm.snapshot().mode, Mode::Streaming { .. }) {
+        let slot = door.slots.pop();
+        let (op, len_bytes) = (Op::Write, 64 << 10);
+        let request = Request { tag: 0, op, offset_bytes: written << 16, len_bytes, fua: false, slot };
+        lane.request(request, &mut door);
+        let io = door.queue.pop().expect("the guest's write goes to its disk");
+        lane.file_done(io.token, Ok(()), io.buffer, &mut door);
+        assert_eq!(door.slots.len(), 4, "the guest has its slots");
+        written += 1;
+    }
+    let reason = OverflowReason::MemoryFull;
+    assert_eq!(vm.snapshot().last_seq, written, "the sync's begin, and all writes but the last one");
+    assert_eq!(vm.snapshot().mode, Mode::Overflow { from_seq: written + 1, reason });
+    assert_eq!(written, 52 + 4 + 1, "60 free slots but an eighth of 64, then four dense chunks");
+    assert_eq!(door.arena.free_count(), 8);
+    RetainedEntries(vm.clone()).free_through(u64::MAX);
+    assert_eq!(door.arena.free_count(), 60);
+}
+
+#[test]
+fn zeroes_that_must_be_durable_are_synced_before_they_complete() {
+    let (_vm, disk) = streaming(64 << 10);
+    let mut door = door(8, 0);
+    let mut lane = disk.lane(Arc::new(NoBell));
+    for (op, expected) in [
+        (Op::WriteZeroes { unmap: false }, FileOp::ZeroRange),
+        (Op::WriteZeroes { unmap: true }, FileOp::PunchHole),
+        (Op::Discard, FileOp::PunchHole),
+    ] {
+        let answered = door.answered;
+        let request = Request { tag: 0, op, offset_bytes: 0, len_bytes: 4096, fua: true, slot: None };
+        lane.request(request, &mut door);
+        for expected in [expected, FileOp::Sync] {
+            assert_eq!(door.answered, answered);
+            let io = door.queue.pop().expect("file I/O");
+            assert_eq!(io.op, expected);
+            lane.file_done(io.token, Ok(()), io.buffer, &mut door);
+        }
+        assert_eq!(door.answered, answered + 1);
+    }
 }

@@ -282,6 +282,19 @@ impl Lane for ProtectedLane {
         match pending.op {
             Op::Read => self.read_done(index, port),
             Op::Flush => self.complete(index, port),
+            Op::Discard | Op::WriteZeroes { .. } if pending.fua && result.is_ok() => {
+                // These have no durable form of their own.
+                pending.fua = false;
+                port.submit(FileIo {
+                    token,
+                    file: FileId(0),
+                    op: FileOp::Sync,
+                    offset_bytes: 0,
+                    len_bytes: 0,
+                    buffer_offset_bytes: 0,
+                    buffer: IoBuffer::None,
+                });
+            }
             Op::Write | Op::Discard | Op::WriteZeroes { .. } => self.write_done(index, port),
         }
     }
@@ -303,6 +316,9 @@ impl Drop for ProtectedLane {
 
 /// Requests of one queue for which there is room without allocating.
 const EXPECTED_DEPTH: usize = 256;
+
+/// One in this many of an arena's slots is left to the doors: retained writes must not keep a guest from being served.
+const SLOTS_FOR_DOORS: usize = 8;
 
 /// This lane in one home of the disk.
 struct LaneHome {
@@ -366,26 +382,39 @@ impl Pending {
             self.offer = Offer::Zeroes;
             return;
         }
-        let len_bytes = self.len_bytes as usize;
-        if len_bytes <= DENSE_MAX_BYTES
-            && let (Some(dense), Some(slot)) = (home.dense.as_mut(), self.slot.as_ref())
-            && let Some(piece) = dense.copy(&slot[..len_bytes])
-        {
-            self.offer = Offer::Data(piece);
-            return;
-        }
+        let is_small = self.len_bytes as usize <= DENSE_MAX_BYTES;
+        let offer = if is_small {
+            self.copy(home).or_else(|| self.lend(port))
+        } else {
+            self.lend(port).or_else(|| self.copy(home))
+        };
+        self.offer = offer.map_or(Offer::NoMemory, Offer::Data);
+    }
+
+    /// A copy of the data, if the VM has memory for it.
+    fn copy(&self, home: &mut LaneHome) -> Option<Piece> {
+        home.dense.as_mut()?.copy(self.data()?)
+    }
+
+    /// The slot itself, if there is another for the guest's queue and enough for the doors besides.
+    fn lend(&mut self, port: &mut dyn Port) -> Option<Piece> {
         if self.shared.is_none() {
-            let Some(replacement) = port.take_slot() else {
-                self.offer = Offer::NoMemory;
-                return;
-            };
-            self.replacement = Some(replacement);
+            let arena = self.slot.as_ref()?.arena();
+            if arena.free_count() <= arena.slot_count() / SLOTS_FOR_DOORS {
+                return None;
+            }
+            self.replacement = Some(port.take_slot()?);
             self.shared = self.slot.take().map(Slot::share);
         }
-        self.offer = match &self.shared {
-            Some(shared) => Offer::Data(Piece::of_slot(shared.clone(), len_bytes)),
-            None => Offer::NoMemory,
+        self.shared.as_ref().map(|shared| Piece::of_slot(shared.clone(), self.len_bytes as usize))
+    }
+
+    fn data(&self) -> Option<&[u8]> {
+        let slot: &[u8] = match (&self.slot, &self.shared) {
+            (Some(slot), _) => slot,
+            (None, shared) => shared.as_ref()?,
         };
+        slot.get(..self.len_bytes as usize)
     }
 
     fn write_buffer(&mut self) -> IoBuffer {

@@ -3,6 +3,7 @@
 //! Nothing here runs by itself: [`SourceVm::tick`] does what has become due and says what its owner has to do. The guest's
 //! path doesn't come here.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use journal::batch::Record;
@@ -119,6 +120,8 @@ pub struct SourceVm {
     numbering: Mutex<Numbering>,
     /// The newest grant. Apart from `numbering`, which is locked while the state is being saved.
     grant: Mutex<Option<GrantNote>>,
+    /// A new generation was asked for, whatever the mode.
+    renew: AtomicBool,
 }
 
 impl SourceVm {
@@ -151,7 +154,16 @@ impl SourceVm {
         }
         let stream = Mutex::new(StreamEnd { consumer, ready_through: state.first_seq - 1 });
         let numbering = Mutex::new(Numbering::new(state));
-        Ok(Self { core, disks, limits, store, stream, numbering, grant: Mutex::new(None) })
+        Ok(Self {
+            core,
+            disks,
+            limits,
+            store,
+            stream,
+            numbering,
+            grant: Mutex::new(None),
+            renew: AtomicBool::new(false),
+        })
     }
 
     /// Lets the disks go: they are served on, and nothing is captured any more.
@@ -190,11 +202,11 @@ impl SourceVm {
     }
 
     /// Gives up what is retained and begins a new generation with a full sync: the target has lost or can't take what the
-    /// stream holds.
+    /// stream holds. The next tick does it.
     pub fn renew(&self) {
+        self.renew.store(true, Ordering::Release);
         self.core.with(|core, wakeups| core.overflow(OverflowReason::Requested, wakeups));
         self.stream().consumer.free_through(u64::MAX);
-        self.numbering().renew = true;
     }
 
     /// Does what has become due; called several times in a second, on a thread that may block. `random` makes ids.
@@ -209,9 +221,11 @@ impl SourceVm {
             numbering.store_failed(&error, &mut actions);
         }
         match self.core.with(|core, _| core.mode()) {
-            Mode::Stopped if numbering.renew => self.renew_generation(&mut numbering, random, &mut actions),
+            Mode::Stopped if self.renew.load(Ordering::Acquire) => {
+                self.renew_generation(&mut numbering, random, &mut actions);
+            }
             Mode::Stopped => self.start(&mut numbering, now, random, &mut actions),
-            Mode::Streaming { .. } => numbering.renew = false,
+            Mode::Streaming { .. } => {}
             Mode::Overflow { from_seq, reason } => {
                 if numbering.reported_overflow != Some(from_seq) {
                     numbering.reported_overflow = Some(from_seq);
@@ -296,7 +310,7 @@ impl SourceVm {
             core.rest()
         });
         if rested.is_ok() {
-            numbering.renew = false;
+            self.renew.store(false, Ordering::Release);
             numbering.granted = None;
             numbering.state = state;
             actions.push(SourceAction::BeginGeneration(numbering.state.start()));
@@ -410,8 +424,6 @@ struct Numbering {
     state: SequenceState,
     /// The target granted `state.generation`; whether its images are fresh.
     granted: Option<bool>,
-    /// A new generation was asked for.
-    renew: bool,
     reported_overflow: Option<u64>,
     reported_lost: bool,
     overflow_count: u64,
@@ -425,7 +437,6 @@ impl Numbering {
         Self {
             state,
             granted: None,
-            renew: false,
             reported_overflow: None,
             reported_lost: false,
             overflow_count: 0,
