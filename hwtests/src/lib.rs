@@ -14,5 +14,6 @@ pub mod mode;
 pub mod powercut;
 pub mod qemu;
 pub mod runs;
+pub mod sim;
 pub mod suite;
 pub mod tool;

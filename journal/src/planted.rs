@@ -3,6 +3,7 @@
 
 /// A bug that a simulation must find.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Bug {
     /// A group of batches counts as durable without its fdatasync.
     SkippedSyncBeforeAck,
@@ -30,8 +31,10 @@ pub enum Bug {
     GrantBeforeGenerationDurable,
     /// A checkpoint inside a sync counts (B5).
     CheckpointInsideSyncCounted,
-    /// A view applies records that the recovery disk already has (B6).
-    BaseIgnoredByView,
+    /// A sync end may stand in the middle of a batch (B6).
+    SyncEndInsideBatch,
+    /// A journal is opened without waiting for the I/O of the process before (A4).
+    OpenedWithoutFence,
     /// A view doesn't check what it read (C4).
     ViewWithoutChecksums,
     /// The durable base moves before the recovery disk is synced (B6).
@@ -39,7 +42,7 @@ pub enum Bug {
 }
 
 /// All of them.
-pub const ALL: [Bug; 16] = [
+pub const ALL: [Bug; 17] = [
     Bug::SkippedSyncBeforeAck,
     Bug::FailedSyncForgotten,
     Bug::RecoveryWithoutSync,
@@ -53,7 +56,8 @@ pub const ALL: [Bug; 16] = [
     Bug::OlderSuperblockTaken,
     Bug::GrantBeforeGenerationDurable,
     Bug::CheckpointInsideSyncCounted,
-    Bug::BaseIgnoredByView,
+    Bug::SyncEndInsideBatch,
+    Bug::OpenedWithoutFence,
     Bug::ViewWithoutChecksums,
     Bug::BaseBeforeDiskSync,
 ];

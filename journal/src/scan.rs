@@ -55,12 +55,18 @@ pub struct Ownership {
     pub tail_generation: Uuid,
     /// Its first number.
     pub first_seq: u64,
+    /// The last number of all generations before it.
+    pub fork_seq: u64,
 }
 
 impl Ownership {
     /// As a superblock says.
     pub fn of(superblock: &Superblock) -> Self {
-        Self { tail_generation: superblock.tail_generation, first_seq: superblock.generation_first_seq }
+        Self {
+            tail_generation: superblock.tail_generation,
+            first_seq: superblock.generation_first_seq,
+            fork_seq: superblock.generation_fork_seq,
+        }
     }
 
     fn allows(self, batch: &BatchView<'_>) -> bool {
@@ -68,7 +74,7 @@ impl Ownership {
         if batch.is_local() {
             return true;
         }
-        if is_tail { batch.first_seq() >= self.first_seq } else { batch.last_seq() < self.first_seq }
+        if is_tail { batch.first_seq() >= self.first_seq } else { batch.last_seq() <= self.fork_seq }
     }
 }
 

@@ -162,11 +162,10 @@ impl Reader {
 
     fn volume_view(&self, number: u16, state: &VolumeState, seq: u64) -> VolumeView {
         let slot_len_bytes = self.survey.superblock.slot_len_bytes;
-        let base_seq = if planted(Bug::BaseIgnoredByView) { 0 } else { state.base_seq };
         let mut builder = IndexBuilder::default();
         for (segment, footer) in self.survey.segments.iter().zip(&self.footers) {
             if footer.base_seq < seq {
-                builder.add(footer, segment.header.slot, slot_len_bytes, number, base_seq, seq);
+                builder.add(footer, segment.header.slot, slot_len_bytes, number, state.base_seq, seq);
             }
         }
         let resizes = self.events().filter(|event| {

@@ -71,6 +71,9 @@ fn any_record() -> impl Strategy<Value = Record> {
 proptest! {
     #[test]
     fn records_survive_the_round_trip(first_seq in 1..u64::MAX / 2, mut records in prop::collection::vec(any_record(), 1..40)) {
+        let ends = |record: &Record| record.kind == RecordKind::SyncEnd;
+        let count = records.iter().position(ends).map_or(records.len(), |index| index + 1);
+        records.truncate(count);
         for (seq, record) in (first_seq..).zip(&mut records) {
             record.seq = seq;
         }
@@ -174,6 +177,13 @@ fn the_sealer_keeps_the_order_and_the_limits() {
     assert!(matches!(sealer.push(Record::void(MAX_RECORDS as u64 + 1, 1)), Err(PushError::Full(_))));
     let bytes = sealer.seal(&link(), 0).expect("not empty").to_bytes();
     assert_eq!(BatchView::parse(&bytes).expect("valid").record_count(), MAX_RECORDS);
+}
+
+#[test]
+fn a_sync_end_ends_its_batch() {
+    let mut sealer = BatchSealer::new();
+    sealer.push(Record::sync_end(5, 1, 0, 4096, 9)).expect("first");
+    assert!(matches!(sealer.push(Record::void(6, 1)), Err(PushError::Full(_))));
 }
 
 #[test]

@@ -50,7 +50,9 @@ pub enum RecordKind {
     SyncBegin = 5,
     /// What a sync read from the source's disk. `len_bytes` is the payload's length.
     SyncData = 6,
-    /// The sync named by `sync_id` is complete on this volume. `len_bytes` is the volume's size.
+    /// The sync named by `sync_id` is complete on this volume. `len_bytes` is the volume's size. It is the last record of
+    /// its batch, so that a base moves exactly to it however often batches are sent again, and no view of the numbers
+    /// right after it finds later records on a recovery disk (B6).
     SyncEnd = 7,
     /// A digest of the range in the payload, to be compared by the target.
     VerifyDigest = 8,

@@ -3,10 +3,12 @@
 use bytes::{Bytes, BytesMut};
 use zerocopy::IntoBytes;
 
+use crate::planted::{Bug, planted};
+
 use super::layout::{BATCH_MAGIC, BATCH_VERSION, BatchHeader, FLAG_LOCAL, RecordHeader};
 use super::{
     BATCH_ALIGN_BYTES, BatchLink, MAX_BATCH_BYTES, MAX_RECORDS, PAYLOAD_ALIGN_BYTES, Record, RecordError,
-    check_record, unit_count, unit_crcs,
+    RecordKind, check_record, unit_count, unit_crcs,
 };
 
 /// Takes records of one VM in sequence order and makes batches of them.
@@ -20,7 +22,8 @@ pub struct BatchSealer {
 /// Why a record was not taken.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PushError {
-    /// The batch has no room for it: seal, then push it again.
+    /// The batch has no room for it, or ends with a sync end, which is the last record of its batch: seal, then push it
+    /// again.
     #[error("the batch is full")]
     Full(Box<Record>),
     /// Its number isn't the next one, or a local record and a stream record would share a batch.
@@ -112,6 +115,9 @@ impl BatchSealer {
             let next_seq = if record.kind.is_local() { 0 } else { last.seq + 1 };
             if last.kind.is_local() != record.kind.is_local() || seq != next_seq {
                 return Err(PushError::Order { seq, last_seq: last.seq });
+            }
+            if last.kind == RecordKind::SyncEnd && !planted(Bug::SyncEndInsideBatch) {
+                return Err(PushError::Full(Box::new(record)));
             }
         } else if record.kind.is_local() != (seq == 0) || seq == u64::MAX {
             return Err(PushError::Order { seq, last_seq: 0 });

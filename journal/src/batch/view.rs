@@ -6,6 +6,8 @@ use zerocopy::FromBytes;
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::U32;
 
+use crate::planted::{Bug, planted};
+
 use super::layout::{BatchHeader, FLAG_LOCAL, RecordHeader};
 use super::{
     BATCH_ALIGN_BYTES, BATCH_VERSION, BatchLink, Checkpoint, PAYLOAD_ALIGN_BYTES, Record, RecordError,
@@ -59,6 +61,12 @@ pub enum BatchError {
         expected_seq: u64,
         /// The number found.
         found_seq: u64,
+    },
+    /// A sync end isn't the last record of its batch.
+    #[error("record {seq} ends a sync, but its batch goes on")]
+    SyncEndNotLast {
+        /// The record.
+        seq: u64,
     },
     /// Payloads aren't packed in the order of the records.
     #[error("the payload of record {seq} is not at its place")]
@@ -146,6 +154,10 @@ impl<'a> BatchView<'a> {
             let expected_seq = if self.is_local() { 0 } else { first_seq + index as u64 };
             if record.seq.get() != expected_seq {
                 return Err(BatchError::Order { expected_seq, found_seq: record.seq.get() });
+            }
+            let ends_sync = record.kind == RecordKind::SyncEnd as u8;
+            if ends_sync && index + 1 != self.records.len() && !planted(Bug::SyncEndInsideBatch) {
+                return Err(BatchError::SyncEndNotLast { seq: expected_seq });
             }
             let local = RecordKind::from_number(record.kind).is_some_and(RecordKind::is_local);
             if local != self.is_local() {

@@ -48,6 +48,8 @@ pub struct Superblock {
     pub parent_generation: Uuid,
     /// First number of the tail generation.
     pub generation_first_seq: u64,
+    /// Where the tail generation forked off: the last number that records of older generations may have.
+    pub generation_fork_seq: u64,
     /// Newest receive time known when this copy was written, µs since the Unix epoch (C6): never decreases.
     pub receive_time_us: u64,
     /// The VM's volumes, by number.
@@ -157,6 +159,7 @@ impl Superblock {
         page.tail_generation = *self.tail_generation.as_bytes();
         page.parent_generation = *self.parent_generation.as_bytes();
         page.generation_first_seq = self.generation_first_seq.into();
+        page.generation_fork_seq = self.generation_fork_seq.into();
         page.receive_time_us = self.receive_time_us.into();
         page.volume_count = (self.volumes.len() as u32).into();
         for (entry, volume) in page.volumes.iter_mut().zip(&self.volumes) {
@@ -242,6 +245,7 @@ impl Superblock {
             tail_generation: Uuid::from_bytes(page.tail_generation),
             parent_generation: Uuid::from_bytes(page.parent_generation),
             generation_first_seq: page.generation_first_seq.get(),
+            generation_fork_seq: page.generation_fork_seq.get(),
             receive_time_us: page.receive_time_us.get(),
             volumes,
         })
@@ -308,6 +312,8 @@ struct SuperblockPage {
     parent_generation: [u8; 16],
     /// [`Superblock::generation_first_seq`].
     generation_first_seq: U64,
+    /// [`Superblock::generation_fork_seq`].
+    generation_fork_seq: U64,
     /// [`Superblock::receive_time_us`].
     receive_time_us: U64,
     /// How segments are encrypted: 0 not at all. Others come with a bit in `required_features`.
@@ -319,7 +325,7 @@ struct SuperblockPage {
     /// That key, wrapped by the site's; zero without encryption.
     encryption_wrapped_key: [u8; 96],
     /// Zero.
-    reserved: [u8; 696],
+    reserved: [u8; 688],
     /// The volumes by number; unused ones zero.
     volumes: [VolumeEntry; MAX_VOLUMES],
 }
@@ -347,7 +353,7 @@ const _: () = {
     assert!(offset_of!(SuperblockPage, slot_len_bytes) == 72);
     assert!(offset_of!(SuperblockPage, open_count) == 112);
     assert!(offset_of!(SuperblockPage, promotion_intent_seq) == 152);
-    assert!(offset_of!(SuperblockPage, encryption) == 208);
+    assert!(offset_of!(SuperblockPage, encryption) == 216);
     assert!(offset_of!(SuperblockPage, volumes) == 1024);
     assert!(MANIFEST_OFFSETS[1] + MANIFEST_SLOT_BYTES as u64 <= FIRST_SLOT_OFFSET_BYTES);
 };

@@ -101,6 +101,7 @@ pub fn create<S: Storage>(storage: &mut S, file: FileId, new: &NewJournal) -> Re
         tail_generation: Uuid::nil(),
         parent_generation: Uuid::nil(),
         generation_first_seq: 0,
+        generation_fork_seq: 0,
         receive_time_us: 0,
         volumes: new.volumes.clone(),
     };

@@ -1,6 +1,9 @@
-//! The file behind a journal: what can be asked of it, and memory that direct I/O takes. [`ring`] is the real one.
+//! The file behind a journal: what can be asked of it, and memory that direct I/O takes. [`ring`] is the real one,
+//! `sim` (feature `sim`) the one that crashes on purpose.
 
 pub mod ring;
+#[cfg(feature = "sim")]
+pub mod sim;
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::fmt;

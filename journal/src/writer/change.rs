@@ -162,7 +162,8 @@ impl Writer {
         }
     }
 
-    /// Whether a stream may own the tail; the same answer as [`Self::change`] gives.
+    /// Whether a stream may own the tail as it is now. It is asked once more when the claim's turn has come, because a
+    /// group under way still moves the tail.
     ///
     /// # Errors
     /// Why not.
@@ -174,8 +175,7 @@ impl Writer {
         if !tail_generation.is_nil() && tail_generation != parent {
             return Err(ClaimError::NoAncestor { tail_generation, tail_seq });
         }
-        // A group under way still moves the tail, so even what was only accepted counts.
-        if first_seq <= self.accepted.seq.max(tail_seq) {
+        if first_seq <= tail_seq {
             return Err(ClaimError::NumberUsed { first_seq, tail_seq });
         }
         Ok(())
@@ -212,6 +212,7 @@ impl Writer {
                 }
                 next.tail_generation = generation;
                 next.generation_first_seq = first_seq;
+                next.generation_fork_seq = self.durable.seq;
             }
             &Change::BeginBaseSync { sync_id } => {
                 next.state = match next.state {

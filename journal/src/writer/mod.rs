@@ -85,7 +85,8 @@ pub enum Event {
     /// Batches go on after [`Event::Full`].
     Room,
     /// A write or sync failed: nothing more is written until the journal is opened again, with
-    /// [`crate::recovery::OpenOptions::trusted_through`] at the last durable number.
+    /// [`crate::recovery::OpenOptions::trusted_through`] at the last durable number, and not before
+    /// [`Writer::under_way`] is 0: what is still under way would land in slots that the next opening uses.
     Poisoned(StorageError),
 }
 
@@ -154,6 +155,7 @@ pub struct Writer {
     riders: Vec<(Purpose, Op)>,
     step: Option<Step>,
     next_token: u64,
+    under_way: usize,
     events: VecDeque<Event>,
     receive_time_us: u64,
     /// Growth met the datastore's end; tried again on request.
@@ -213,6 +215,7 @@ impl Writer {
             riders: Vec::new(),
             step: None,
             next_token: 1,
+            under_way: 0,
             events: VecDeque::new(),
             receive_time_us,
             no_space: false,
@@ -279,11 +282,13 @@ impl Writer {
         let (purpose, op) = self.step.as_mut()?.next_op()?;
         let token = self.next_token;
         self.next_token += 1;
+        self.under_way += 1;
         Some(Action { token, purpose, op })
     }
 
     /// An operation has ended.
     pub fn done(&mut self, _token: u64, result: Result<(), StorageError>) {
+        self.under_way = self.under_way.saturating_sub(1);
         let Some(step) = self.step.as_mut() else { return };
         let result =
             if planted(Bug::FailedSyncForgotten) && result.is_err_and(|error| error.verb == "fdatasync") {
@@ -350,6 +355,11 @@ impl Writer {
         let waiting =
             !self.changes.is_empty() || !self.riders.is_empty() || (!self.queue.is_empty() && !self.full);
         self.poisoned || (self.step.is_none() && !waiting)
+    }
+
+    /// How many operations were given out and have not ended.
+    pub fn under_way(&self) -> usize {
+        self.under_way
     }
 
     /// The superblock as it is durable now.

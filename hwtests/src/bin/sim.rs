@@ -1,0 +1,61 @@
+//! Runs the simulation's seeds: one to look into, or many.
+
+use clap::Parser;
+use hwtests::sim::{Coverage, run_many, run_seed};
+use journal::planted::{ALL, Bug};
+
+/// Guest, source, target and storage under one seed, against a model that knows every acknowledged write.
+#[derive(Debug, Parser)]
+struct Options {
+    /// First seed.
+    #[arg(long, default_value_t = 0)]
+    from: u64,
+    /// How many seeds.
+    #[arg(long, default_value_t = 1000)]
+    seeds: u64,
+    /// A bug to plant; `list` names them all.
+    #[arg(long)]
+    bug: Option<String>,
+    /// Print what was reached, and how often.
+    #[arg(long)]
+    coverage: bool,
+}
+
+fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
+    let bug = match options.bug.as_deref() {
+        None => None,
+        Some("list") => {
+            ALL.iter().for_each(|bug| println!("{bug:?}"));
+            return Ok(());
+        }
+        Some(name) => Some(bug_of(name)?),
+    };
+    let coverage = match options.seeds {
+        1 => run_seed(options.from, bug)?,
+        count => run_many(options.from..options.from.saturating_add(count), bug)?,
+    };
+    println!("{} seeds from {}: every promise was kept", options.seeds, options.from);
+    if options.coverage {
+        print_coverage(&coverage);
+    }
+    let missing = coverage.missing();
+    if !missing.is_empty() {
+        println!("not reached: {}", missing.join(", "));
+    }
+    Ok(())
+}
+
+fn bug_of(name: &str) -> anyhow::Result<Bug> {
+    let found = ALL.iter().find(|bug| format!("{bug:?}") == name);
+    found.copied().ok_or_else(|| anyhow::anyhow!("no bug is called {name}: see --bug list"))
+}
+
+fn print_coverage(coverage: &Coverage) {
+    for ((fault, purpose), count) in &coverage.faults {
+        println!("{count:>10}  {fault:?} at {purpose:?}");
+    }
+    for (happening, count) in &coverage.happenings {
+        println!("{count:>10}  {happening:?}");
+    }
+}
