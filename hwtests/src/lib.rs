@@ -3,6 +3,7 @@
 //! See `docs/rig.md` for how it works and how to add a test.
 
 pub mod apt;
+pub mod bench;
 pub mod cache;
 pub mod cases;
 pub mod cpio;

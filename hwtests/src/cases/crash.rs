@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::ublk::{RamDisk, same_content};
+use super::ram_disk::RamDisk;
+use super::ublk::same_content;
 use crate::suite::context::Context;
 use crate::suite::ublk::{UblkServer, list, state};
 use crate::suite::{Body, Case, Need};

@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::ublk::RamDisk;
+use super::ram_disk::RamDisk;
 use crate::machine::{Disk, DiskContent};
 use crate::powercut::log::Log;
 use crate::powercut::replay::Fate;

@@ -3,6 +3,7 @@
 mod crash;
 mod judged;
 mod machine;
+pub(crate) mod ram_disk;
 mod ublk;
 mod ublk_edges;
 mod ublk_library;

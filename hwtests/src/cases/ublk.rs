@@ -7,6 +7,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 
+use super::ram_disk::RamDisk;
 use crate::suite::context::Context;
 use crate::suite::ublk::{UblkServer, list, state};
 use crate::suite::{Body, Case, MachineNeeds, Need};
@@ -125,12 +126,13 @@ fn null_sysfs_limits(context: &mut Context) -> Result<()> {
 }
 
 fn loop_sysfs_limits(context: &mut Context) -> Result<()> {
-    let below = |file: &str| context.read(format!("/sys/block/vda/{file}"));
+    let disk = context.disk(0);
+    let below = |file: &str| context.read(format!("/sys/block/{}/{file}", disk.trim_start_matches("/dev/")));
     ensure!(
         below("queue/write_cache")? == "write back",
         "the disk below has no volatile cache: the test shows nothing"
     );
-    let server = UblkServer::add(context, &["loop", "/dev/vda"])?;
+    let server = UblkServer::add(context, &["loop", disk])?;
     for file in ["size", "ro", "queue/logical_block_size", "queue/physical_block_size", "queue/write_cache"] {
         let (ours, theirs) = (server.sysfs(context, file)?, below(file)?);
         ensure!(ours == theirs, "{file} is {ours}, below it is {theirs}");
@@ -171,10 +173,11 @@ fn loop_fio_verify(context: &mut Context) -> Result<()> {
 }
 
 fn loop_flush_fua(context: &mut Context) -> Result<()> {
-    let server = UblkServer::add(context, &["loop", "/dev/vda"])?;
+    let disk = context.disk(0);
+    let server = UblkServer::add(context, &["loop", disk])?;
     let flushes = || -> Result<u64> {
         // Documentation/block/stat.rst: the 16th number counts flushes.
-        let stat = context.read("/sys/block/vda/stat")?;
+        let stat = context.read(format!("/sys/block/{}/stat", disk.trim_start_matches("/dev/")))?;
         Ok(stat.split_whitespace().nth(15).context("stat is short")?.parse()?)
     };
     let mut file = direct(&server.device())?;
@@ -193,11 +196,12 @@ fn loop_flush_fua(context: &mut Context) -> Result<()> {
 
 fn loop_discard_zeroes(context: &mut Context) -> Result<()> {
     const MIB: u64 = 1 << 20;
-    context.run(&["mkfs.ext4", "-q", "-F", "/dev/vda"])?;
-    let _mount = Mount::new(context, "/dev/vda", "/mnt")?;
-    let below = "/mnt/disk.raw";
-    File::create(below)?.set_len(64 * MIB)?;
-    let server = UblkServer::add(context, &["loop", below])?;
+    context.run(&["mkfs.ext4", "-q", "-F", context.disk(0)])?;
+    let place = context.path("mount").to_string_lossy().into_owned();
+    let _mount = Mount::new(context, context.disk(0), &place)?;
+    let below = format!("{place}/disk.raw");
+    File::create(&below)?.set_len(64 * MIB)?;
+    let server = UblkServer::add(context, &["loop", &below])?;
     let device = server.device();
     context.fio(&[
         &format!("--filename={device}"),
@@ -209,7 +213,7 @@ fn loop_discard_zeroes(context: &mut Context) -> Result<()> {
         "--end_fsync=1",
     ])?;
     let blocks = |wanted: &str| -> Result<u64> {
-        let used = fs::metadata(below)?.blocks() * 512;
+        let used = fs::metadata(&below)?.blocks() * 512;
         context.note(format_args!("{wanted}: {used} bytes used below"));
         Ok(used)
     };
@@ -241,14 +245,20 @@ fn loop_filesystems(context: &mut Context) -> Result<()> {
         let server = UblkServer::add(context, &["loop", ram.device(), "--queues", "2"])?;
         let device = server.device();
         context.run(&[make, &[device.as_str()]].concat())?;
+        let files =
+            ["busybox", "bash", "fio"].map(|name| crate::tool::find(name).unwrap_or_else(|| name.into()));
+        let place = context.path("mount").to_string_lossy().into_owned();
         {
-            let _mount = Mount::new(context, &device, "/mnt")?;
-            context.run(&["cp", "/bin/busybox", "/bin/bash", "/bin/fio", "/mnt"])?;
+            let _mount = Mount::new(context, &device, &place)?;
+            for file in &files {
+                context.run(&["cp", &file.to_string_lossy(), &place])?;
+            }
         }
         {
-            let _mount = Mount::new(context, &device, "/mnt")?;
-            for name in ["busybox", "bash", "fio"] {
-                context.run(&["cmp", &format!("/bin/{name}"), &format!("/mnt/{name}")])?;
+            let _mount = Mount::new(context, &device, &place)?;
+            for file in &files {
+                let name = file.file_name().unwrap_or_default().to_string_lossy();
+                context.run(&["cmp", &file.to_string_lossy(), &format!("{place}/{name}")])?;
             }
         }
         context.run(&[check, &[device.as_str()]].concat())?;
@@ -263,7 +273,8 @@ fn del_while_busy(context: &mut Context) -> Result<()> {
     let (device, id) = (server.device(), server.id.to_string());
     context.run(&["mkfs.ext4", "-q", "-F", &device])?;
     {
-        let _mount = Mount::new(context, &device, "/mnt")?;
+        let place = context.path("mount").to_string_lossy().into_owned();
+        let _mount = Mount::new(context, &device, &place)?;
         let (status, _, said) = context.try_run(&["vra-ublk", "del", &id])?;
         ensure!(
             !status.success() && said.contains("in use"),
@@ -321,30 +332,6 @@ fn refused(context: &Context, words: &[&str], parts: &[&str]) -> Result<()> {
     ensure!(!status.success(), "{words:?} was not refused");
     ensure!(parts.iter().all(|part| said.contains(part)), "the refusal says nothing of {parts:?}: {said}");
     Ok(())
-}
-
-/// A RAM disk, `/dev/ram0`, that goes with its owner.
-pub(super) struct RamDisk<'a> {
-    context: &'a Context,
-}
-
-impl<'a> RamDisk<'a> {
-    pub(super) fn new(context: &'a Context, size_mib: u64) -> Result<Self> {
-        // Of a RAM disk that somebody left: no harm if there is none.
-        context.try_run(&["modprobe", "-r", "brd"])?;
-        context.run(&["modprobe", "brd", "rd_nr=1", &format!("rd_size={}", size_mib << 10)])?;
-        Ok(Self { context })
-    }
-
-    pub(super) fn device(&self) -> &'static str {
-        "/dev/ram0"
-    }
-}
-
-impl Drop for RamDisk<'_> {
-    fn drop(&mut self) {
-        let _ = self.context.run(&["modprobe", "-r", "brd"]);
-    }
 }
 
 /// A mount that ends with its owner.

@@ -12,6 +12,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 #[derive(Debug)]
 pub struct Context {
     scratch: PathBuf,
+    disks: Vec<String>,
+    loop_devices: Vec<String>,
 }
 
 /// Ends a case as skipped, with this reason.
@@ -40,7 +42,30 @@ impl Context {
     pub fn new(case: &str) -> Result<Self> {
         let scratch = std::env::temp_dir().join(format!("rig-{case}-{}", std::process::id()));
         fs::create_dir_all(&scratch).with_context(|| format!("creating {}", scratch.display()))?;
-        Ok(Self { scratch })
+        Ok(Self { scratch, disks: Vec::new(), loop_devices: Vec::new() })
+    }
+
+    /// Gives the case its empty disks: those of its machine, or natively loop devices, never a disk of the host.
+    pub(super) fn attach_disks(&mut self, sizes_mib: &[u64]) -> Result<()> {
+        for (index, size_mib) in sizes_mib.iter().enumerate() {
+            if self.is_native() {
+                let image = self.path(&format!("disk{index}.raw"));
+                fs::File::create(&image)?.set_len(size_mib << 20)?;
+                let device =
+                    self.run(&["losetup", "--find", "--show", &image.to_string_lossy()])?.trim().to_owned();
+                self.loop_devices.push(device.clone());
+                self.disks.push(device);
+            } else {
+                let letter = char::from(b'a' + u8::try_from(index)?);
+                self.disks.push(format!("/dev/vd{letter}"));
+            }
+        }
+        Ok(())
+    }
+
+    /// A disk that the case asked for by its machine's needs.
+    pub fn disk(&self, index: usize) -> &str {
+        &self.disks[index]
     }
 
     /// A place for a file that goes when the case ends.
@@ -51,6 +76,11 @@ impl Context {
     /// `kvm`, `tcg`, or `native`.
     pub fn mode(&self) -> String {
         std::env::var("RIG_MODE").unwrap_or_else(|_| "native".into())
+    }
+
+    /// Whether this is the host itself.
+    pub fn is_native(&self) -> bool {
+        self.mode() == "native"
     }
 
     /// Says something into the case's log.
@@ -134,6 +164,9 @@ impl Context {
 
 impl Drop for Context {
     fn drop(&mut self) {
+        for device in &self.loop_devices {
+            let _ = Command::new("losetup").args(["--detach", device]).status();
+        }
         let _ = fs::remove_dir_all(&self.scratch);
     }
 }

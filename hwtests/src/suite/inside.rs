@@ -60,6 +60,12 @@ fn run_body(case: &Case) -> Result<()> {
     for need in case.needs {
         check_need(*need, &context)?;
     }
+    if context.is_native()
+        && std::fs::read_dir("/sys/class/ublk-char").is_ok_and(|mut all| all.next().is_some())
+    {
+        return Err(context.skip("this host has ublk devices already, which the case might disturb"));
+    }
+    context.attach_disks(case.machine.disks_mib)?;
     match case.body {
         Body::Inside(body) => body(&mut context),
         Body::Outside(_) => bail!("{} runs outside of machines", case.name),

@@ -1,5 +1,7 @@
 //! `rig`: kernels with ublk, machines that boot them, tests that run inside.
 
+mod benchmarks;
+
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -7,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
+use hwtests::bench;
 use hwtests::cache::{Cache, repository_root};
 use hwtests::cases;
 use hwtests::initramfs::Job;
@@ -40,6 +43,16 @@ enum Cmd {
     Run(TestArgs),
     /// List the tests
     List,
+    /// Run benchmarks beside their peers
+    Bench(BenchArgs),
+    /// Measure pairs in this very machine (the dispatcher does that)
+    #[command(hide = true)]
+    InsideBench {
+        /// The benchmark
+        name: String,
+        /// How many pairs
+        pairs: u32,
+    },
     /// Run cases in this very machine (the runner does that)
     #[command(hide = true)]
     Inside {
@@ -76,6 +89,28 @@ struct TestArgs {
     /// Show all that the tests say
     #[arg(long, short)]
     verbose: bool,
+}
+
+#[derive(Args)]
+struct BenchArgs {
+    /// Benchmarks [default: all]
+    #[arg(value_name = "NAME")]
+    names: Vec<String>,
+    /// One object a line
+    #[arg(long)]
+    json: bool,
+    /// Names and what they measure
+    #[arg(long)]
+    list: bool,
+    /// How many pairs
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(5..=1000))]
+    pairs: u32,
+    /// Kernel of the machines
+    #[arg(long, default_value = "7", value_parser = series)]
+    kernel: Series,
+    /// Where to run those that need a kernel with ublk
+    #[arg(long, value_enum, default_value_t)]
+    mode: ModeChoice,
 }
 
 #[derive(Clone, Debug)]
@@ -144,6 +179,13 @@ fn run(cli: Cli) -> Result<ExitCode> {
         }
         Cmd::InsideOne { case } => {
             suite::run_one_inside(&cases::named(&case).context("no such case")?)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Cmd::Bench(args) => benchmarks::run(cache, &args),
+        Cmd::InsideBench { name, pairs } => {
+            let all = bench::all();
+            let benchmark = all.iter().find(|one| one.name == name).context("no such benchmark")?;
+            bench::run_here(benchmark, pairs)?;
             Ok(ExitCode::SUCCESS)
         }
         Cmd::Shell(args) => shell(&cache()?, args),
