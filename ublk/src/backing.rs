@@ -3,6 +3,8 @@
 mod lock;
 mod probe;
 
+pub use probe::direct_io_align;
+
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};

@@ -22,4 +22,5 @@ pub mod planted;
 pub mod receive;
 pub mod ship;
 pub mod sync;
+pub mod view;
 pub mod wire;

@@ -126,8 +126,11 @@ fn check_and_read_head(mut facts: Facts, file: &File, path: &Path) -> Result<Fac
     Ok(facts)
 }
 
-/// Unit of direct I/O on a file: what the filesystem says (`STATX_DIOALIGN`), else what a try tells.
-fn direct_io_align(file: &File) -> io::Result<u32> {
+/// Unit of direct I/O on a file opened for it, in bytes: what the filesystem says (`STATX_DIOALIGN`), else what a try tells.
+///
+/// # Errors
+/// The kernel's.
+pub fn direct_io_align(file: &File) -> io::Result<u32> {
     let mut stat = MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: an empty path with AT_EMPTY_PATH means the descriptor itself; `stat` is large enough.
     let result = unsafe {

@@ -1,0 +1,206 @@
+//! How a read of a view is put together, without I/O: what is read straight into the request's memory, what is fetched into
+//! memory of the lane and copied over it, and what is zeroes.
+
+use std::ops::Range;
+
+use journal::view::{JournalPart, ReadPart, ViewError, VolumeView};
+use ublk::serve::FileId;
+
+use super::scratch::{Place, Run, SECTOR_BYTES};
+
+/// The journal among the files of a view.
+pub(super) const JOURNAL_FILE: FileId = FileId(0);
+/// The recovery disk.
+pub(super) const RECOVERY_DISK_FILE: FileId = FileId(1);
+/// The scratch file, if there is one.
+pub(super) const SCRATCH_FILE: FileId = FileId(2);
+
+/// Journal ranges closer than this are fetched as one, in bytes.
+const JOIN_GAP_BYTES: u64 = 16 << 10;
+/// What checking whole units can add to a journal part, in bytes.
+const UNIT_SLACK_BYTES: u64 = 16 << 10;
+
+/// The limits of a view's files and memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PlanLimits {
+    /// Longest fetch, in bytes.
+    pub(super) fetch_max_bytes: u64,
+    /// Unit of I/O on the recovery disk, in bytes.
+    pub(super) disk_align_bytes: u64,
+}
+
+/// How to read a range.
+#[derive(Debug, Default)]
+pub(super) struct Plan {
+    /// Part of the range (in bytes of the disk) to be read from the recovery disk into the request's memory, before anything else
+    /// is put there.
+    pub(super) direct: Option<Range<u64>>,
+    /// What is fetched, then copied over it.
+    pub(super) fetches: Vec<Fetch>,
+    /// Ranges of the disk that are filled with zeroes.
+    pub(super) zeroes: Vec<Range<u64>>,
+    /// Something comes from the recovery disk.
+    pub(super) uses_recovery_disk: bool,
+}
+
+/// A read into memory of the lane.
+#[derive(Debug)]
+pub(super) struct Fetch {
+    /// From which file.
+    pub(super) file: FileId,
+    /// Where in the file, in bytes.
+    pub(super) offset_bytes: u64,
+    /// How much, in bytes.
+    pub(super) len_bytes: u64,
+    /// What of it is wanted.
+    uses: Vec<Use>,
+}
+
+#[derive(Debug)]
+enum Use {
+    /// Checked, then copied.
+    Journal(JournalPart),
+    /// Copied: place on the disk, place in the file, length.
+    Plain { offset_bytes: u64, file_offset_bytes: u64, len_bytes: u64 },
+}
+
+impl Fetch {
+    /// Copies what is wanted of `fetched` into `into`, whose first byte is `into_offset_bytes` on the disk.
+    ///
+    /// # Errors
+    /// A checksum is wrong.
+    pub(super) fn apply(
+        &self,
+        fetched: &[u8],
+        into: &mut [u8],
+        into_offset_bytes: u64,
+    ) -> Result<(), ViewError> {
+        for wanted in &self.uses {
+            let (offset_bytes, bytes) = match wanted {
+                Use::Journal(part) => {
+                    let from = (part.read_offset_bytes - self.offset_bytes) as usize;
+                    (part.offset_bytes, part.check(&fetched[from..from + part.read_len_bytes])?)
+                }
+                Use::Plain { offset_bytes, file_offset_bytes, len_bytes } => {
+                    let from = (file_offset_bytes - self.offset_bytes) as usize;
+                    (*offset_bytes, &fetched[from..from + *len_bytes as usize])
+                }
+            };
+            let to = (offset_bytes - into_offset_bytes) as usize;
+            into[to..to + bytes.len()].copy_from_slice(bytes);
+        }
+        Ok(())
+    }
+}
+
+/// Plans a read of `runs`, which are in order and without gaps.
+///
+/// # Errors
+/// The range is outside of the disk.
+pub(super) fn plan(volume: &VolumeView, runs: &[Run], limits: &PlanLimits) -> Result<Plan, ViewError> {
+    let mut plan = Plan::default();
+    let (mut disk_ranges, mut journal_parts) = (Vec::new(), Vec::new());
+    for run in runs {
+        let range = run.offset_bytes..run.offset_bytes + run.len_bytes;
+        match run.place {
+            Place::Zeroes => plan.zeroes.push(range),
+            Place::Scratch(from) => {
+                plan.fetch(SCRATCH_FILE, range.start, from, run.len_bytes, SECTOR_BYTES, limits);
+            }
+            Place::Below => {
+                let step_bytes = limits.fetch_max_bytes - UNIT_SLACK_BYTES;
+                for start in range.clone().step_by(step_bytes as usize) {
+                    let len_bytes = step_bytes.min(range.end - start);
+                    for part in volume.plan_read(start, len_bytes)? {
+                        match part {
+                            ReadPart::RecoveryDisk { offset_bytes, len_bytes } => {
+                                push_joined(&mut disk_ranges, offset_bytes..offset_bytes + len_bytes);
+                            }
+                            ReadPart::Zeroes { offset_bytes, len_bytes } => {
+                                push_joined(&mut plan.zeroes, offset_bytes..offset_bytes + len_bytes);
+                            }
+                            ReadPart::Journal(part) => journal_parts.push(part),
+                        }
+                    }
+                }
+            }
+        }
+    }
+    plan.uses_recovery_disk = !disk_ranges.is_empty();
+    plan.read_disk(&disk_ranges, runs, limits);
+    plan.fetch_journal(journal_parts, limits);
+    Ok(plan)
+}
+
+impl Plan {
+    /// One read into the request's memory if the disk's alignment lets it fit, else one for each range beside it.
+    fn read_disk(&mut self, ranges: &[Range<u64>], runs: &[Run], limits: &PlanLimits) {
+        let (Some(first), Some(last)) = (ranges.first(), ranges.last()) else { return };
+        let align = limits.disk_align_bytes;
+        let hull = first.start / align * align..last.end.next_multiple_of(align);
+        let whole_start = runs.first().map_or(0, |run| run.offset_bytes);
+        let whole_end = runs.last().map_or(0, |run| run.offset_bytes + run.len_bytes);
+        if whole_start <= hull.start && hull.end <= whole_end && whole_start.is_multiple_of(align) {
+            self.direct = Some(hull);
+            return;
+        }
+        for range in ranges {
+            self.fetch(RECOVERY_DISK_FILE, range.start, range.start, range.end - range.start, align, limits);
+        }
+    }
+
+    fn fetch(
+        &mut self,
+        file: FileId,
+        offset_bytes: u64,
+        from: u64,
+        len_bytes: u64,
+        align: u64,
+        limits: &PlanLimits,
+    ) {
+        let step_bytes = limits.fetch_max_bytes - UNIT_SLACK_BYTES;
+        for done in (0..len_bytes).step_by(step_bytes as usize) {
+            let (from, len_bytes) = (from + done, step_bytes.min(len_bytes - done));
+            let start = from / align * align;
+            let end = (from + len_bytes).next_multiple_of(align);
+            let wanted = Use::Plain { offset_bytes: offset_bytes + done, file_offset_bytes: from, len_bytes };
+            self.fetches.push(Fetch {
+                file,
+                offset_bytes: start,
+                len_bytes: end - start,
+                uses: vec![wanted],
+            });
+        }
+    }
+
+    fn fetch_journal(&mut self, mut parts: Vec<JournalPart>, limits: &PlanLimits) {
+        parts.sort_by_key(|part| part.read_offset_bytes);
+        let mut open: Option<Fetch> = None;
+        for part in parts {
+            let end = part.read_offset_bytes + part.read_len_bytes as u64;
+            if let Some(fetch) = &mut open
+                && part.read_offset_bytes <= fetch.offset_bytes + fetch.len_bytes + JOIN_GAP_BYTES
+                && end.saturating_sub(fetch.offset_bytes) <= limits.fetch_max_bytes
+            {
+                fetch.len_bytes = fetch.len_bytes.max(end - fetch.offset_bytes);
+                fetch.uses.push(Use::Journal(part));
+                continue;
+            }
+            self.fetches.extend(open.take());
+            open = Some(Fetch {
+                file: JOURNAL_FILE,
+                offset_bytes: part.read_offset_bytes,
+                len_bytes: part.read_len_bytes as u64,
+                uses: vec![Use::Journal(part)],
+            });
+        }
+        self.fetches.extend(open);
+    }
+}
+
+fn push_joined(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
+    match ranges.last_mut() {
+        Some(last) if last.end == range.start => last.end = range.end,
+        _ => ranges.push(range),
+    }
+}

@@ -1,0 +1,204 @@
+//! A real journal in a real file with its recovery disk, written through the journal's own writer, and a model of what the volume
+//! was at each record.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use journal::batch::{BatchLink, BatchSealer, BatchView, Checkpoint, CheckpointKind, Epoch, Record};
+use journal::format::VolumeState;
+use journal::recovery::{NewJournal, OpenOptions, SurveyOptions, create, open};
+use journal::storage::FileId;
+use journal::storage::ring::{Access, DirectFile, RingStorage};
+use journal::view::{Reader, ViewError, VolumeView};
+use journal::writer::{Change, Limits, Writer, drive};
+use rand::rngs::StdRng;
+use rand::{Rng, RngExt, SeedableRng};
+use uuid::Uuid;
+
+const GENERATION: Uuid = Uuid::from_u128(0x6e);
+const JOURNAL_ID: Uuid = Uuid::from_u128(1);
+
+/// The journal of a VM with one volume, in a folder of its own that goes with it.
+pub(crate) struct TestJournal {
+    pub(crate) folder: PathBuf,
+    pub(crate) size_bytes: u64,
+    pub(crate) seq: u64,
+    storage: RingStorage,
+    file: FileId,
+    pub(crate) writer: Writer,
+    sealer: BatchSealer,
+    crc: u32,
+    /// The recovery disk, and what each record did to the volume.
+    base: Vec<u8>,
+    changes: Vec<(u64, u64, Vec<u8>)>,
+}
+
+impl TestJournal {
+    /// A journal whose first sync has ended, in a fresh folder; `manifest` is its text.
+    pub(crate) fn new(name: &str, size_bytes: u64, manifest: &str) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("holdfast-view-{name}-{}-{count}", std::process::id());
+        Self::in_folder(std::env::temp_dir().join(name), size_bytes, manifest)
+    }
+
+    pub(crate) fn in_folder(folder: PathBuf, size_bytes: u64, manifest: &str) -> Self {
+        let _ = std::fs::remove_dir_all(&folder);
+        std::fs::create_dir_all(&folder).expect("folder");
+        let mut base = vec![0; size_bytes as usize];
+        // The second half of the recovery disk is a hole.
+        StdRng::seed_from_u64(size_bytes).fill_bytes(&mut base[..size_bytes as usize / 2]);
+        let disk = File::create(folder.join("disk-0.raw")).expect("disk");
+        disk.write_all_at(&base[..size_bytes as usize / 2], 0).expect("disk");
+        disk.set_len(size_bytes).expect("disk");
+        let path = folder.join("journal.hfj");
+        let mut storage = RingStorage::new(64).expect("io_uring");
+        let file = storage.add_file(DirectFile::open(&path, Access::Create).expect("create"));
+        let volume = VolumeState { id: Uuid::from_u128(5), base_seq: 0, size_bytes, fresh_image: true };
+        let new = NewJournal {
+            journal_id: JOURNAL_ID,
+            vm_id: Uuid::from_u128(2),
+            vpg_id: Uuid::from_u128(3),
+            slot_len_bytes: 1 << 20,
+            slot_count: 4,
+            volumes: vec![volume],
+            manifest: manifest.to_owned(),
+        };
+        create(&mut storage, file, &new).expect("journal");
+        let opened = open(&mut storage, file, &OpenOptions::default()).expect("open");
+        let limits = Limits { max_slots: 64, grow_slots: 4, group_bytes: 1 << 20 };
+        let writer = Writer::new(opened, limits);
+        let (sealer, changes) = (BatchSealer::new(), Vec::new());
+        let mut journal =
+            Self { folder, size_bytes, seq: 0, storage, file, writer, sealer, crc: 0, base, changes };
+        journal.change(Change::Claim { generation: GENERATION, parent: Uuid::nil(), first_seq: 1 });
+        journal.crc = journal.writer.durable().batch_crc;
+        journal.change(Change::BeginBaseSync { sync_id: 9 });
+        journal.push(|seq| Record::sync_begin(seq, 1, 0, size_bytes, 9));
+        journal.push(|seq| Record::sync_end(seq, 1, 0, size_bytes, 9));
+        let batch = journal.seal();
+        let view = BatchView::parse(&batch).expect("valid");
+        let through = journal.writer.accept_for_base(&view, 1).expect("accepted");
+        journal.change(Change::AdvanceBase { through, end: true });
+        journal
+    }
+
+    pub(crate) fn path(&self) -> PathBuf {
+        self.folder.join("journal.hfj")
+    }
+
+    pub(crate) fn change(&mut self, change: Change) {
+        self.writer.change(change).expect("allowed");
+        drive(&mut self.writer, &mut self.storage, self.file).expect("drive");
+    }
+
+    pub(crate) fn write(&mut self, offset_bytes: u64, data: Vec<u8>) {
+        self.push(|seq| Record::write(seq, seq, 0, offset_bytes, data.clone().into()));
+        self.changes.push((self.seq, offset_bytes, data));
+    }
+
+    pub(crate) fn zero(&mut self, offset_bytes: u64, len_bytes: u64) {
+        self.push(|seq| Record::zeroes(seq, seq, 0, offset_bytes, len_bytes));
+        self.changes.push((self.seq, offset_bytes, vec![0; len_bytes as usize]));
+    }
+
+    /// A checkpoint of all so far at `time_us`; its cut.
+    #[allow(dead_code, reason = "for tests of the journal tool")]
+    pub(crate) fn checkpoint(&mut self, tag: &str, time_us: u64) -> u64 {
+        let cut = self.seq;
+        let epoch = Epoch { nonce: Uuid::from_u128(77), counter: cut };
+        let kind = if tag.is_empty() { CheckpointKind::Automatic } else { CheckpointKind::Tagged };
+        let tag = tag.to_owned();
+        let checkpoint = Checkpoint { epoch, cut, member_set_version: 1, time_us, kind, tag };
+        self.push(|seq| Record::checkpoint(seq, time_us, &checkpoint));
+        cut
+    }
+
+    /// Random writes and zeroes of up to `sectors_max` sectors, many of them small and some side by side.
+    pub(crate) fn random_changes(&mut self, seed: u64, count: usize, sectors_max: u64) {
+        let mut rng = StdRng::seed_from_u64(seed);
+        let mut next = 0;
+        for _ in 0..count {
+            let sectors = if rng.random_bool(0.5) { 8 } else { rng.random_range(1..=sectors_max) };
+            let all = self.size_bytes / 512 - sectors;
+            let sector = if rng.random_bool(0.4) && next < all { next } else { rng.random_range(0..all) };
+            next = sector + sectors;
+            if rng.random_bool(0.2) {
+                self.zero(sector * 512, sectors * 512);
+            } else {
+                let mut data = vec![0; sectors as usize * 512];
+                rng.fill_bytes(&mut data);
+                self.write(sector * 512, data);
+            }
+            if rng.random_bool(0.2) {
+                self.flush();
+            }
+        }
+        self.flush();
+    }
+
+    /// Makes everything so far durable.
+    pub(crate) fn flush(&mut self) {
+        if self.sealer.is_empty() {
+            return;
+        }
+        let batch = self.seal();
+        let view = BatchView::parse(&batch).expect("valid");
+        self.writer.offer(batch.clone(), &view, 1000 + self.seq).expect("offered");
+        drive(&mut self.writer, &mut self.storage, self.file).expect("drive");
+        assert_eq!(self.writer.durable().seq, self.seq);
+    }
+
+    /// The volume at a record.
+    pub(crate) fn model(&self, seq: u64) -> Vec<u8> {
+        let mut bytes = self.base.clone();
+        for (_, offset_bytes, data) in self.changes.iter().take_while(|(at, _, _)| *at <= seq) {
+            bytes[*offset_bytes as usize..][..data.len()].copy_from_slice(data);
+        }
+        bytes
+    }
+
+    /// The volume's view at a record, found out from the file.
+    pub(crate) fn view(&self, seq: u64) -> Result<VolumeView, ViewError> {
+        let mut storage = RingStorage::new(64).expect("io_uring");
+        let file = storage.add_file(DirectFile::open(&self.path(), Access::ReadOnly).expect("open"));
+        Reader::open(&mut storage, file, SurveyOptions::default())?.view(seq)?.take_volume(0)
+    }
+
+    /// Flips a bit in the journal's file where `needle` first occurs, `at` bytes into it.
+    pub(crate) fn flip_bit(path: &Path, needle: &[u8], at: usize) {
+        let mut bytes = std::fs::read(path).expect("journal");
+        let place =
+            bytes.windows(needle.len()).position(|window| window == needle).expect("it is in the file");
+        bytes[place + at] ^= 4;
+        std::fs::write(path, bytes).expect("journal");
+    }
+
+    fn push(&mut self, make: impl Fn(u64) -> Record) {
+        if self.sealer.push(make(self.seq + 1)).is_err() {
+            self.flush();
+            self.sealer.push(make(self.seq + 1)).expect("it fits into an empty batch");
+        }
+        self.seq += 1;
+    }
+
+    fn seal(&mut self) -> bytes::Bytes {
+        let link = BatchLink {
+            journal_id: JOURNAL_ID,
+            generation: GENERATION,
+            open_count: self.writer.superblock().open_count,
+            prev_batch_crc: self.crc,
+        };
+        let batch = self.sealer.seal(&link, 0).expect("not empty");
+        self.crc = batch.crc;
+        batch.to_bytes()
+    }
+}
+
+impl Drop for TestJournal {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.folder);
+    }
+}
