@@ -79,6 +79,10 @@ pub struct DoorConfig {
 pub struct TargetConfig {
     /// Threads that write journals, 1 to 64.
     pub journal_threads: usize,
+    /// Memory for writes that have arrived and are not on disk yet, of all VMs, in MiB: 32 to 1,048,576.
+    pub memory_mib: u32,
+    /// Space that a view's writes may use on the datastore, for each disk, in MiB: 1 to 1,048,576. Reserved when the view is opened.
+    pub scratch_mib: u32,
 }
 
 impl Default for Config {
@@ -119,7 +123,7 @@ impl Default for DoorConfig {
 
 impl Default for TargetConfig {
     fn default() -> Self {
-        Self { journal_threads: 2 }
+        Self { journal_threads: 2, memory_mib: 512, scratch_mib: 1024 }
     }
 }
 
@@ -201,6 +205,8 @@ impl Config {
             ((1..=32).contains(&self.doors.queues), "doors.queues", "1 to 32"),
             ((1..=1024).contains(&self.doors.depth), "doors.depth", "1 to 1024"),
             ((1..=64).contains(&self.target.journal_threads), "target.journal_threads", "1 to 64"),
+            ((32..=1 << 20).contains(&self.target.memory_mib), "target.memory_mib", "32 to 1048576"),
+            ((1..=1 << 20).contains(&self.target.scratch_mib), "target.scratch_mib", "1 to 1048576"),
         ];
         rules.into_iter().find(|(holds, _, _)| !holds).map(|(_, key, must)| (key, must))
     }

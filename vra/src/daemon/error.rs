@@ -38,6 +38,9 @@ pub enum DaemonError {
         /// The state folder.
         path: PathBuf,
     },
+    /// Threads that write journals.
+    #[error("cannot start the threads that write journals")]
+    Targets(#[from] crate::receive::TargetError),
     /// The common NBD socket.
     #[error("cannot open the NBD server")]
     Nbd(#[from] ublk::nbd::ListenError),

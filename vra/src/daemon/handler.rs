@@ -9,7 +9,7 @@ impl Handler for Daemon {
         self.authorise(caller)?;
         match request {
             Request::Hello(hello) => self.hello(&hello).map(Response::Hello),
-            Request::Status => Ok(Response::Status(Box::new(self.status()))),
+            Request::Status => Ok(Response::Status(Box::new(self.status().await))),
             Request::Doctor => {
                 let report = tokio::task::block_in_place(|| crate::doctor::examine(&self.config));
                 Ok(Response::Doctor(report))
@@ -21,12 +21,10 @@ impl Handler for Daemon {
             Request::RemoveVpg(remove) => self.remove_vpg(remove).await.map(|()| Response::Done),
             Request::TagCheckpoint(tag) => self.tag_checkpoint(tag).await.map(Response::Checkpoint),
             Request::SetTrust(list) => self.set_trust(list).await.map(|()| Response::Done),
-            Request::ListCheckpoints(_)
-            | Request::OpenView(_)
-            | Request::CloseView(_)
-            | Request::ListViews => {
-                Err(ApiError::new(ErrorCode::UnknownRequest, "this VRA has no journals to look into"))
-            }
+            Request::ListCheckpoints(list) => self.list_checkpoints(list).await.map(Response::Checkpoints),
+            Request::OpenView(open) => self.open_view(open).await.map(Response::View),
+            Request::CloseView(close) => self.close_view(close).await.map(|()| Response::Done),
+            Request::ListViews => Ok(Response::Views(self.view_infos())),
         }
     }
 }

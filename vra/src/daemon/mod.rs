@@ -5,6 +5,7 @@
 //! whatever else fails: what isn't there is an alert.
 
 mod alerts;
+mod checkpoints;
 mod definition;
 mod doors;
 mod error;
@@ -15,9 +16,10 @@ mod source_status;
 mod sources;
 mod state;
 mod status;
+mod targets;
+mod views;
 mod volumes;
 mod vpgs;
-mod wiring;
 
 pub use alerts::{AlertBook, Finding};
 pub use definition::{MIN_JOURNAL_BYTES, check as check_definition};
@@ -39,12 +41,14 @@ use self::doors::Doors;
 use self::linking::SharedLink;
 use self::sources::LiveSource;
 use self::state::{State, StateFile};
+use self::views::LiveView;
 use self::volumes::LiveVolume;
-use crate::api::{TimeUs, VmId, VolumeId, VpgId, VraId};
+use crate::api::{ApiError, TimeUs, ViewId, VmId, VolumeId, VpgId, VraId};
 use crate::checkpoint::Checkpointer;
 use crate::config::Config;
 use crate::control::UnixServer;
 use crate::pki::Trust;
+use crate::receive::{TargetHost, TargetSettings};
 
 /// Time between two looks for what is wrong.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -111,7 +115,11 @@ pub(crate) struct Daemon {
     link: SharedLink,
     doors: Doors,
     volumes: Mutex<BTreeMap<VolumeId, LiveVolume>>,
+    views: Mutex<BTreeMap<ViewId, LiveView>>,
     sources: Mutex<BTreeMap<VmId, Arc<LiveSource>>>,
+    targets: Arc<TargetHost>,
+    /// Target VMs whose journals can't be opened, and why.
+    target_problems: Mutex<BTreeMap<VmId, ApiError>>,
     checkpointer: Checkpointer,
     /// What the checkpointer was told of each group: revision, and which cores.
     groups: Mutex<BTreeMap<VpgId, (u64, Vec<usize>)>>,
@@ -133,6 +141,11 @@ impl Daemon {
         let slots = mib * u32::try_from((1 << 20) / SLOT_BYTES).expect("a slot is smaller than a MiB");
         let arena = Arena::new(SLOT_BYTES, slots).map_err(|source| DaemonError::Arena { mib, source })?;
         identity::make_run_folder(&config.run_dir)?;
+        let targets = TargetHost::start(TargetSettings {
+            worker_count: config.target.journal_threads,
+            memory_bytes: (config.target.memory_mib as usize) << 20,
+            ..TargetSettings::STANDARD
+        })?;
         let checkpointer = Checkpointer::start(sources::incarnation())
             .map_err(|source| DaemonError::System { action: "start the checkpointer", source })?;
         let doors = Doors::open(config, Arc::new(reactors), arena)?;
@@ -143,11 +156,14 @@ impl Daemon {
             state,
             trust,
             link: SharedLink::default(),
+            targets: Arc::new(targets),
+            target_problems: Mutex::default(),
             checkpointer,
             sources: Mutex::default(),
             groups: Mutex::default(),
             doors,
             volumes: Mutex::default(),
+            views: Mutex::default(),
             alerts: Mutex::default(),
         })
     }
@@ -162,6 +178,12 @@ impl Daemon {
         if let Err(error) = self.follow_definitions(&mut change).await {
             tracing::error!(%error, "can't follow all definitions");
         }
+        for vm in self.targets.vms() {
+            views::remove_left_scratch(vm.folder().path());
+        }
+        if let Err(error) = change.update(|state| state.view_cookies.clear()) {
+            tracing::error!(%error, "can't note that the views of a former daemon have gone");
+        }
     }
 
     async fn stop(&self) {
@@ -170,6 +192,8 @@ impl Daemon {
         if let Some(link) = link {
             link.close().await;
         }
+        tokio::task::block_in_place(|| self.close_all_views());
+        self.targets.shut_down().await;
         tokio::task::block_in_place(|| self.leave_volumes());
     }
 }
@@ -195,6 +219,7 @@ async fn look_for_wrong(daemon: Arc<Daemon>) {
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
+        daemon.retry_targets().await;
         let found = daemon.findings();
         let (raised, cleared) = lock(&daemon.alerts).look(found, TimeUs::now());
         for alert in raised {

@@ -19,8 +19,6 @@ pub(super) struct State {
     pub volumes: BTreeMap<VolumeId, VolumeRecord>,
     /// Definitions of the VPGs that this VRA has a part in.
     pub vpgs: BTreeMap<VpgId, VpgDefinition>,
-    /// Target VMs' folders. Chosen once: a VM or VPG that is renamed keeps its folder.
-    pub folders: BTreeMap<VmId, PathBuf>,
     /// The list of revoked certificates.
     pub trust: SetTrust,
     /// Cookies of the ublk devices of views. A view ends with the daemon; what a killed one left is deleted at start.

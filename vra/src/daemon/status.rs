@@ -7,7 +7,9 @@ use crate::config::hostname;
 
 impl Daemon {
     /// The whole VRA now.
-    pub(super) fn status(&self) -> VraStatus {
+    pub(super) async fn status(&self) -> VraStatus {
+        let vpgs = self.vpg_statuses().await;
+        let site = lock(&self.link).site();
         VraStatus {
             vra: self.vra,
             name: self.config.name.clone(),
@@ -15,13 +17,13 @@ impl Daemon {
             now_us: TimeUs::now(),
             started_us: self.started_us,
             host: self.host_info(),
-            site: lock(&self.link).site(),
+            site,
             volumes: self.volume_infos(),
-            vpgs: self.vpg_statuses(),
+            vpgs,
             source_vms: self.source_statuses(),
-            target_vms: Vec::new(),
-            views: Vec::new(),
-            alerts: lock(&self.alerts).list(),
+            target_vms: self.target_statuses(),
+            views: self.view_infos(),
+            alerts: lock(&self.alerts).list().into_iter().chain(self.target_alerts()).collect(),
         }
     }
 
@@ -30,6 +32,7 @@ impl Daemon {
         let mut found = Vec::new();
         self.volume_findings(&mut found);
         self.source_findings(&mut found);
+        self.target_findings(&mut found);
         lock(&self.link).findings(&mut found);
         found
     }

@@ -1,9 +1,8 @@
 //! VPGs: takes definitions and makes sources and targets follow them.
 
 use super::Daemon;
-use super::definition::{check, folder};
+use super::definition::check;
 use super::state::{Change, State};
-use crate::api::status::VpgStatus;
 use crate::api::vpg::{VmDefinition, VpgApplied};
 use crate::api::{ApiError, ErrorCode, RemoveVpg, VolumeId, VpgDefinition, VpgId};
 
@@ -25,12 +24,11 @@ impl Daemon {
         }
         let id = definition.id;
         if change.get().vpgs.get(&id) != Some(&definition) {
-            change.update(|state| {
-                for vm in definition.vms.iter().filter(|vm| vm.target.id == self.vra) {
-                    state.folders.entry(vm.id).or_insert_with(|| folder(&definition, vm));
-                }
-                state.vpgs.insert(id, definition.clone());
-            })?;
+            // First the journals: a definition whose datastore doesn't do is refused as a whole.
+            for vm in definition.vms.iter().filter(|vm| vm.target.id == self.vra) {
+                self.ensure_target(&definition, vm.id).await?;
+            }
+            change.update(|state| state.vpgs.insert(id, definition.clone()))?;
             tracing::info!(vpg = %id, name = definition.name, revision = definition.revision, "took a definition");
         }
         self.follow_definitions(&mut change).await?;
@@ -41,26 +39,24 @@ impl Daemon {
     pub(super) async fn remove_vpg(&self, remove: RemoveVpg) -> Result<(), ApiError> {
         let mut change = self.state.change().await;
         let Some(definition) = change.get().vpgs.get(&remove.vpg).cloned() else { return Ok(()) };
+        if self.has_views_of(remove.vpg) {
+            return Err(ApiError::new(
+                ErrorCode::Busy,
+                format!("views of VPG \"{}\" are open", definition.name),
+            )
+            .remedy("close them first"));
+        }
+        self.remove_targets(&definition, remove.keep_files).await?;
         change.update(|state| state.vpgs.remove(&remove.vpg))?;
         self.follow_definitions(&mut change).await?;
-        for vm in definition.vms.iter().filter(|vm| vm.target.id == self.vra) {
-            let former = change.update(|state| state.folders.remove(&vm.id))?;
-            if let (Some(folder), false) = (former, remove.keep_files) {
-                tokio::task::block_in_place(|| remove_folder(&folder))?;
-            }
-        }
         tracing::info!(vpg = %remove.vpg, name = definition.name, keep_files = remove.keep_files, "removed");
         Ok(())
     }
 
     /// Makes sources and targets follow the definitions.
     pub(super) async fn follow_definitions(&self, change: &mut Change<'_>) -> Result<(), ApiError> {
-        self.follow_sources(change.get())
-    }
-
-    /// The VPGs at this VRA.
-    pub(super) fn vpg_statuses(&self) -> Vec<VpgStatus> {
-        self.seen().vpgs.values().map(|vpg| self.source_vpg_status(vpg)).collect()
+        let sources = self.follow_sources(change.get());
+        self.follow_targets(change.get()).await.and(sources)
     }
 
     /// The VPG of that id.
@@ -151,22 +147,6 @@ fn check_volumes(state: &State, vm: &VmDefinition) -> Result<(), ApiError> {
             )
             .remedy("make the definition from the VRA's list of volumes"));
         }
-    }
-    Ok(())
-}
-
-fn remove_folder(folder: &std::path::Path) -> Result<(), ApiError> {
-    match std::fs::remove_dir_all(folder) {
-        Ok(()) => {}
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-        Err(error) => {
-            return Err(ApiError::new(ErrorCode::Io, format!("cannot delete {}: {error}", folder.display()))
-                .remedy("delete the folder by hand"));
-        }
-    }
-    // The VPG's folder goes with its last VM.
-    if let Some(parent) = folder.parent() {
-        let _ = std::fs::remove_dir(parent);
     }
     Ok(())
 }

@@ -183,6 +183,9 @@ impl Drop for Vra {
 /// Runs commands of qemu-io on a door; none where the machine has no qemu-io.
 pub fn qemu_io(door: &DoorAddress, commands: &[String]) -> Option<()> {
     let mut qemu_io = Command::new("qemu-io");
+    if commands.iter().all(|command| command.starts_with("read")) {
+        qemu_io.arg("-r");
+    }
     qemu_io.args(["-f", "raw", "-t", "none"]).arg(door.to_string());
     for command in commands {
         qemu_io.args(["-c", command]);

@@ -1,0 +1,149 @@
+//! Target VMs: their journals, as the definitions say, and the streams that fill them.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::error::chain;
+use super::state::State;
+use super::{Daemon, Finding, lock};
+use crate::api::status::TargetVmStatus;
+use crate::api::{Alert, ApiError, ErrorCode, Severity, VmId, VpgDefinition};
+use crate::link::Accepted;
+use crate::receive::{FolderError, TargetError};
+
+impl Daemon {
+    /// Opens, or makes, the journals of the VMs that this VRA is target of, and closes those of others. Does all that it can.
+    ///
+    /// # Errors
+    /// The last of what failed; it is tried again by itself, and shows as an alert until then.
+    pub(super) async fn follow_targets(&self, state: &State) -> Result<(), ApiError> {
+        let mut wanted = BTreeSet::new();
+        let mut result = Ok(());
+        for vpg in state.vpgs.values() {
+            for vm in vpg.vms.iter().filter(|vm| vm.target.id == self.vra) {
+                wanted.insert(vm.id);
+                if let Err(error) = self.ensure_target(vpg, vm.id).await {
+                    result = Err(error);
+                }
+            }
+        }
+        for vm in self.targets.vms() {
+            if !wanted.contains(&vm.id()) {
+                self.targets.close(vm.id()).await?;
+            }
+        }
+        lock(&self.target_problems).retain(|vm, _| wanted.contains(vm));
+        result
+    }
+
+    /// Makes this VRA a VM's target, and notes what is in the way.
+    pub(super) async fn ensure_target(&self, vpg: &VpgDefinition, vm: VmId) -> Result<(), ApiError> {
+        let ensured = self.targets.ensure(vpg, vm).await.map(drop).map_err(ApiError::from);
+        let mut problems = lock(&self.target_problems);
+        match &ensured {
+            Ok(()) => {
+                problems.remove(&vm);
+            }
+            Err(error) => {
+                problems.insert(vm, error.clone());
+            }
+        }
+        ensured
+    }
+
+    /// Tries again what failed.
+    pub(super) async fn retry_targets(&self) {
+        let failed: Vec<VmId> = lock(&self.target_problems).keys().copied().collect();
+        if failed.is_empty() {
+            return;
+        }
+        let change = self.state.change().await;
+        for vm in failed {
+            if let Some(vpg) = change.get().vpg_of(vm) {
+                // What is still in the way was noted.
+                let _ = self.ensure_target(vpg, vm).await;
+            }
+        }
+    }
+
+    /// Ends this VRA's part as a target of a VPG.
+    pub(super) async fn remove_targets(&self, vpg: &VpgDefinition, keep_files: bool) -> Result<(), ApiError> {
+        for vm in vpg.vms.iter().filter(|vm| vm.target.id == self.vra) {
+            let removed = if keep_files {
+                self.targets.close(vm.id).await.map(drop)
+            } else {
+                self.targets.delete(vm.id).await
+            };
+            match removed {
+                Ok(()) => {}
+                Err(TargetError::UnknownVm(_)) if keep_files => {}
+                Err(TargetError::UnknownVm(_)) => {
+                    tracing::warn!(vm = vm.name, datastore = %vm.datastore.display(), "the journal couldn't be opened: its files, if there are any, stay");
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a stream that another VRA opened for a VM's data.
+    pub(super) fn take_data_stream(&self, stream: Accepted) {
+        let Some(source) = stream.peer.identity.as_vra() else { return };
+        let targets = Arc::clone(&self.targets);
+        tokio::spawn(async move { targets.serve(source, stream.send, stream.recv).await });
+    }
+
+    /// Target VMs, by name.
+    pub(super) fn target_statuses(&self) -> Vec<TargetVmStatus> {
+        let mut statuses: Vec<_> = self.targets.vms().iter().map(|vm| vm.status()).collect();
+        statuses.sort_by(|a, b| (&a.name, a.vm).cmp(&(&b.name, b.vm)));
+        statuses
+    }
+
+    /// What the targets say is wrong.
+    pub(super) fn target_alerts(&self) -> Vec<Alert> {
+        self.targets.vms().iter().flat_map(|vm| vm.alerts()).collect()
+    }
+
+    /// Journals that can't be opened.
+    pub(super) fn target_findings(&self, found: &mut Vec<Finding>) {
+        for (vm, error) in lock(&self.target_problems).iter() {
+            found.push(Finding {
+                code: "journal-not-open",
+                severity: Severity::Critical,
+                vm: Some(*vm),
+                vpg: None,
+                message: error.message.clone(),
+                remedy: Some("the VRA tries again by itself once that is mended".to_owned()),
+            });
+        }
+    }
+}
+
+impl From<TargetError> for ApiError {
+    fn from(error: TargetError) -> Self {
+        let code = match &error {
+            TargetError::Folder(folder) => match folder {
+                FolderError::NoDatastore { .. } => ErrorCode::NotFound,
+                FolderError::ReadOnly { .. } | FolderError::Permission { .. } => ErrorCode::PermissionDenied,
+                FolderError::NoSpace { .. } => ErrorCode::Exhausted,
+                FolderError::OrphanDisks { .. } => ErrorCode::Conflict,
+                _ => ErrorCode::Io,
+            },
+            TargetError::Journal { .. }
+            | TargetError::Segment { .. }
+            | TargetError::Manifest { .. }
+            | TargetError::NoManifest { .. }
+            | TargetError::DiskCut { .. } => ErrorCode::Corrupt,
+            TargetError::JournalDiffers { .. } | TargetError::VolumesDiffer { .. } => ErrorCode::Conflict,
+            TargetError::JournalLimit { .. } | TargetError::Definition(_) => ErrorCode::BadRequest,
+            TargetError::NotOpen { .. } | TargetError::NoCheckpoint { .. } => ErrorCode::NotReady,
+            TargetError::UnknownVm(_) | TargetError::NoSuchCheckpoint { .. } | TargetError::View(_) => {
+                ErrorCode::NotFound
+            }
+            TargetError::InUse { .. } => ErrorCode::Busy,
+            _ => ErrorCode::Io,
+        };
+        Self::new(code, chain(&error))
+    }
+}
