@@ -60,6 +60,15 @@ CREATE TABLE vpg (
     removal TEXT
 );
 
+-- VRAs that could not be reached when a group was deleted by force: they are told when they come back.
+CREATE TABLE leftover (
+    vpg_id TEXT NOT NULL,
+    vra_id TEXT NOT NULL,
+    -- 1: journals and recovery disks stay in the datastore.
+    keep_files BIGINT NOT NULL,
+    PRIMARY KEY (vpg_id, vra_id)
+);
+
 CREATE TABLE test_run (
     id TEXT NOT NULL PRIMARY KEY,
     vpg_id TEXT NOT NULL,

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, HashSet};
 
-use vra::api::VraId;
 use vra::api::status::Severity;
+use vra::api::{VpgId, VraId};
 
 use crate::inventory::Inventory;
 use crate::model::alert::{Condition, Level};
@@ -117,23 +117,21 @@ impl Look<'_> {
         }
     }
 
-    /// A group that a VRA has and the manager doesn't: of a lost database, or of a forced deletion.
+    /// A group that a VRA has and the manager doesn't: its database is older than the group.
     fn unknown_vpgs(&self, found: &mut Vec<Condition>) {
         let known: HashSet<_> = self.desired.vpgs.iter().map(|vpg| vpg.id).collect();
         for (id, seen) in self.observed {
             let Some(last) = seen.last.as_ref().filter(|_| seen.reachable) else { continue };
             let Some(vra) = self.desired.vras.get(id) else { continue };
-            for vpg in last.status.vpgs.iter().filter(|vpg| !known.contains(&vpg.vpg)) {
-                // The answer may be older than the deletion: the next one tells.
-                if self.now_us.saturating_sub(last.asked_us) > SILENCE_GRACE_US {
-                    continue;
-                }
+            let is_left = |vpg| self.desired.leftovers.iter().any(|left| left.vra == *id && left.vpg == vpg);
+            let unknown = |vpg: VpgId| !known.contains(&vpg) && !is_left(vpg);
+            for vpg in last.status.vpgs.iter().filter(|vpg| unknown(vpg.vpg)) {
                 found.push(condition(
                     "vpg-unknown",
                     Entity::vpg(vpg.vpg),
                     Level::Warning,
                     format!("VRA {} has a part in VPG {} ({}), which the manager does not know", vra.name, vpg.name, vpg.vpg),
-                    "if it was deleted by force, end it on that host with `vra vpg remove`; else restore the manager's database",
+                    "restore the newest backup of the manager's state folder; the group's protection goes on meanwhile",
                 ));
             }
         }
@@ -222,7 +220,7 @@ impl Look<'_> {
         }
     }
 
-    fn vpg_name(&self, id: vra::api::VpgId) -> String {
+    fn vpg_name(&self, id: VpgId) -> String {
         self.desired
             .vpgs
             .iter()

@@ -33,8 +33,21 @@ pub struct Desired {
     pub vpgs: Vec<Vpg>,
     /// Tests.
     pub tests: Vec<TestRun>,
+    /// Parts of deleted groups at VRAs that could not be reached.
+    pub leftovers: Vec<Leftover>,
     /// Certificates that VRAs must not trust.
     pub trust: SetTrust,
+}
+
+/// A part of a group that was deleted by force while its VRA could not be reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Leftover {
+    /// The group.
+    pub vpg: VpgId,
+    /// Where.
+    pub vra: VraId,
+    /// Its files stay.
+    pub keep_files: bool,
 }
 
 /// What was seen of a VRA.
@@ -138,6 +151,15 @@ pub enum Transition {
     VpgRemoved {
         /// The group.
         vpg: VpgId,
+        /// What could not be reached.
+        leftovers: Vec<Leftover>,
+    },
+    /// A VRA that came back has let go of a group that was deleted by force.
+    LeftoverGone {
+        /// The group.
+        vpg: VpgId,
+        /// The VRA.
+        vra: VraId,
     },
     /// All views of a test are open.
     TestRunning {
@@ -255,6 +277,7 @@ impl Reconciler {
         for test in &desired.tests {
             self.plan_test(test, desired, observed, now_us, &mut plan);
         }
+        self.plan_leftovers(desired, &mut plan);
         self.plan_stray_views(desired, observed, &mut plan);
         plan.actions.retain(|action| {
             let key = (action.vra, action.kind.subject());
@@ -320,8 +343,11 @@ impl Reconciler {
         let views: HashSet<ViewId> =
             desired.tests.iter().flat_map(|test| &test.details.views).map(|view| view.view).collect();
         let known = |vra: &VraId| desired.vras.contains_key(vra);
+        let is_left = |vra: &VraId, vpg: &VpgId| {
+            desired.leftovers.iter().any(|left| left.vra == *vra && left.vpg == *vpg)
+        };
         self.applied.retain(|(vra, vpg), _| known(vra) && vpgs.contains(vpg));
-        self.removed.retain(|(vra, vpg)| known(vra) && vpgs.contains(vpg));
+        self.removed.retain(|(vra, vpg)| known(vra) && (vpgs.contains(vpg) || is_left(vra, vpg)));
         self.trusted.retain(|vra, _| known(vra));
         self.opened.retain(|view| views.contains(view));
         self.closed.retain(|view| views.contains(view));
@@ -332,7 +358,7 @@ impl Reconciler {
                     Subject::Apply(vpg) => {
                         desired.vpgs.iter().any(|v| v.id == *vpg && v.state == VpgState::Active)
                     }
-                    Subject::Remove(vpg) => vpgs.contains(vpg),
+                    Subject::Remove(vpg) => vpgs.contains(vpg) || is_left(vra, vpg),
                     Subject::Open(view) => desired.tests.iter().any(|test| {
                         test.state == TestState::Starting
                             && test.details.views.iter().any(|v| v.view == *view)
@@ -401,7 +427,12 @@ impl Reconciler {
             return;
         }
         if missing.is_empty() {
-            plan.transitions.push(Transition::VpgRemoved { vpg: vpg.id });
+            let leftovers = members
+                .iter()
+                .filter(|vra| !self.removed.contains(&(**vra, vpg.id)))
+                .map(|vra| Leftover { vpg: vpg.id, vra: *vra, keep_files: removal.keep_disks })
+                .collect();
+            plan.transitions.push(Transition::VpgRemoved { vpg: vpg.id, leftovers });
             return;
         }
         // Sources stop sending before targets stop taking.
@@ -495,6 +526,17 @@ impl Reconciler {
                     percent: percent(all - missing.len(), all),
                     step: self.waits_for(&waiting, "to close the disks", Subject::Trust, desired, observed),
                 });
+            }
+        }
+    }
+
+    fn plan_leftovers(&self, desired: &Desired, plan: &mut Plan) {
+        for Leftover { vpg, vra, keep_files } in &desired.leftovers {
+            if self.removed.contains(&(*vra, *vpg)) {
+                plan.transitions.push(Transition::LeftoverGone { vpg: *vpg, vra: *vra });
+            } else {
+                let kind = ActionKind::RemoveVpg { vpg: *vpg, keep_files: *keep_files };
+                plan.actions.push(Action { vra: *vra, kind });
             }
         }
     }

@@ -1,19 +1,13 @@
 //! The reconciler's core against a world of VRAs that does what it is told, late, twice or not at all.
 
-use std::collections::BTreeMap;
+#[path = "common/world.rs"]
+mod world;
 
 use uuid::Uuid;
-use vra::api::status::{HostInfo, VpgStatus};
-use vra::api::view::ViewInfo;
-use vra::api::vpg::VolumeDefinition;
 use vra::api::*;
-use zvm::model::test_run::{TestDetails, TestRun, TestState, TestView};
-use zvm::model::vpg::{Member, Priority, Removal, Vpg, VpgSettings, VpgState};
-use zvm::model::vra::{Vra, VraState};
+use world::*;
+use zvm::model::test_run::TestState;
 use zvm::reconcile::*;
-
-const RETRY_MIN_US: u64 = 1_000;
-const RETRY_MAX_US: u64 = 64_000;
 
 #[test]
 fn a_group_reaches_its_target_first_then_its_source_then_is_applied() {
@@ -134,7 +128,7 @@ fn a_group_is_removed_at_the_source_first_and_gone_when_all_have_let_go() {
     let second = world.plan();
     assert_eq!(removes(&second), [target]);
     world.finish_all(&second, ActionOutcome::Done);
-    assert_eq!(world.plan().transitions, [Transition::VpgRemoved { vpg }]);
+    assert_eq!(world.plan().transitions, [Transition::VpgRemoved { vpg, leftovers: vec![] }]);
 }
 
 #[test]
@@ -150,7 +144,17 @@ fn force_does_not_wait_for_the_dead() {
     world.finish_all(&plan, ActionOutcome::Done);
     assert!(world.plan().transitions.is_empty());
     world.delete(true);
-    assert_eq!(world.plan().transitions, [Transition::VpgRemoved { vpg }]);
+    let left = Leftover { vpg, vra: source, keep_files: false };
+    assert_eq!(world.plan().transitions, [Transition::VpgRemoved { vpg, leftovers: vec![left] }]);
+    // The dead one comes back and is told.
+    world.desired.vpgs.clear();
+    world.desired.leftovers.push(left);
+    assert!(world.plan().actions.is_empty());
+    world.observed.get_mut(&source).unwrap().reachable = true;
+    let plan = world.plan();
+    assert_eq!(removes(&plan), [source]);
+    world.finish_all(&plan, ActionOutcome::Done);
+    assert_eq!(world.plan().transitions, [Transition::LeftoverGone { vpg, vra: source }]);
 }
 
 #[test]
@@ -326,240 +330,5 @@ fn whatever_happens_the_world_arrives() {
         for vra in &vras {
             assert_eq!(world.truth[vra].get(&vpg), Some(&1), "seed {seed}");
         }
-    }
-}
-
-struct World {
-    core: Reconciler,
-    desired: Desired,
-    observed: Observed,
-    /// What each VRA really has.
-    truth: BTreeMap<VraId, BTreeMap<VpgId, u64>>,
-    now_us: u64,
-}
-
-impl World {
-    fn new() -> Self {
-        let desired = Desired { trust: SetTrust { version: 1, ..SetTrust::default() }, ..Desired::default() };
-        let core = Reconciler::new(RETRY_MIN_US, RETRY_MAX_US);
-        Self { core, desired, observed: Observed::new(), truth: BTreeMap::new(), now_us: 1_000_000 }
-    }
-
-    fn add_vra(&mut self, name: &str) -> VraId {
-        let id = VraId::random();
-        let vra = Vra {
-            id,
-            name: name.into(),
-            address: format!("{name}:9710"),
-            version: "1".into(),
-            state: VraState::Enrolled,
-            enrolled_us: TimeUs(1),
-            revoked_us: None,
-            certificate_serial: "1".into(),
-            certificate_ends_us: TimeUs(u64::MAX),
-        };
-        self.desired.vras.insert(id, vra);
-        let last = LastStatus { asked_us: self.now_us, status: status(id, name) };
-        self.observed.insert(id, Seen { reachable: true, error: None, since_us: 0, last: Some(last) });
-        self.truth.insert(id, BTreeMap::new());
-        id
-    }
-
-    fn add_vpg(&mut self, source: VraId, target: VraId) -> VpgId {
-        let id = VpgId::random();
-        self.desired.vpgs.push(Vpg {
-            id,
-            name: "shop".into(),
-            state: VpgState::Active,
-            revision: 1,
-            applied_revision: 0,
-            created_us: TimeUs(self.now_us),
-            settings: VpgSettings {
-                description: String::new(),
-                priority: Priority::Medium,
-                member_set_version: 1,
-                checkpoint_interval_ms: 1_000,
-                hold_deadline_ms: 100,
-                history_s: 3_600,
-                rpo_target_s: 10,
-                give_up_history: true,
-                vms: Vec::new(),
-            },
-            removal: None,
-        });
-        self.add_member(source, target);
-        id
-    }
-
-    fn add_member(&mut self, source: VraId, target: VraId) {
-        self.desired.vpgs[0].settings.vms.push(Member {
-            vm: VmId::random(),
-            name: "db".into(),
-            journal: JournalId::random(),
-            source,
-            target,
-            datastore: "/srv".into(),
-            journal_limit_bytes: 1 << 30,
-            volumes: vec![VolumeDefinition {
-                id: VolumeId::random(),
-                number: 0,
-                size_bytes: 1 << 20,
-                logical_block_bytes: 512,
-                source_path: "/images/db".into(),
-            }],
-        });
-    }
-
-    fn add_test(&mut self, targets: &[VraId]) -> Uuid {
-        let id = Uuid::new_v4();
-        let views = targets.iter().map(|vra| TestView { vra: *vra, view: ViewId::random() }).collect();
-        self.desired.tests.push(TestRun {
-            id,
-            vpg: self.desired.vpgs[0].id,
-            state: TestState::Starting,
-            started_us: TimeUs(self.now_us),
-            details: TestDetails {
-                checkpoint: CheckpointId { nonce: 1, counter: 1 },
-                checkpoint_time_us: TimeUs(1),
-                checkpoint_tag: None,
-                door: DoorRequest::Nbd { listen: None },
-                views,
-                start_task: Uuid::new_v4(),
-                stop_task: None,
-            },
-        });
-        id
-    }
-
-    fn delete(&mut self, force: bool) {
-        self.desired.vpgs[0].state = VpgState::Deleting;
-        self.desired.vpgs[0].removal = Some(Removal { keep_disks: false, force });
-    }
-
-    fn plan(&mut self) -> Plan {
-        self.core.plan(&self.desired, &self.observed, self.now_us)
-    }
-
-    fn finish(&mut self, action: &Action, outcome: ActionOutcome) -> Vec<Transition> {
-        self.core.finished(action, outcome, self.now_us)
-    }
-
-    fn finish_all(&mut self, plan: &Plan, outcome: ActionOutcome) -> Vec<Transition> {
-        plan.actions
-            .iter()
-            .flat_map(|action| self.core.finished(action, outcome.clone(), self.now_us))
-            .collect()
-    }
-
-    /// Gets the list of revoked certificates out of the way.
-    fn settle_trust(&mut self) {
-        let vpgs = std::mem::take(&mut self.desired.vpgs);
-        let plan = self.plan();
-        self.finish_all(&plan, ActionOutcome::Done);
-        self.desired.vpgs = vpgs;
-    }
-
-    /// Lets every action succeed until there is none left, and notes what is applied; gives all transitions.
-    fn settle(&mut self) -> Vec<Transition> {
-        let mut transitions = Vec::new();
-        loop {
-            let plan = self.plan();
-            for transition in &plan.transitions {
-                if let Transition::VpgApplied { revision, .. } = transition {
-                    self.desired.vpgs[0].applied_revision = *revision;
-                }
-            }
-            transitions.extend(plan.transitions.iter().cloned());
-            if plan.actions.is_empty() && plan.transitions.is_empty() {
-                return transitions;
-            }
-            self.finish_all(&plan, ActionOutcome::Done);
-        }
-    }
-
-    fn see(&mut self, vra: VraId, asked_us: u64, change: impl FnOnce(&mut VraStatus)) {
-        let last = self.observed.get_mut(&vra).unwrap().last.as_mut().unwrap();
-        last.asked_us = asked_us;
-        change(&mut last.status);
-    }
-
-    fn look_at(&mut self, vra: VraId) {
-        let vpgs = self.truth[&vra].iter().map(|(vpg, revision)| vpg_status(*vpg, *revision)).collect();
-        self.see(vra, self.now_us, |status| status.vpgs = vpgs);
-    }
-
-    fn land(&mut self, action: &Action) {
-        if let ActionKind::ApplyVpg(definition) = &action.kind {
-            self.truth.get_mut(&action.vra).unwrap().insert(definition.id, definition.revision);
-        }
-    }
-}
-
-fn pick<T>(plan: &Plan, of: impl Fn(&Action) -> Option<T>) -> Vec<T> {
-    plan.actions.iter().filter_map(of).collect()
-}
-
-fn applies(plan: &Plan) -> Vec<VraId> {
-    pick(plan, |action| matches!(action.kind, ActionKind::ApplyVpg(_)).then_some(action.vra))
-}
-
-fn removes(plan: &Plan) -> Vec<VraId> {
-    pick(plan, |action| matches!(action.kind, ActionKind::RemoveVpg { .. }).then_some(action.vra))
-}
-
-fn trusts(plan: &Plan) -> Vec<VraId> {
-    pick(plan, |action| matches!(action.kind, ActionKind::SetTrust { .. }).then_some(action.vra))
-}
-
-fn opens(plan: &Plan) -> Vec<VraId> {
-    pick(plan, |action| matches!(action.kind, ActionKind::OpenView { .. }).then_some(action.vra))
-}
-
-fn closes(plan: &Plan) -> Vec<ViewId> {
-    pick(plan, |action| match action.kind {
-        ActionKind::CloseView { view } => Some(view),
-        _ => None,
-    })
-}
-
-fn status(vra: VraId, name: &str) -> VraStatus {
-    VraStatus {
-        vra,
-        name: name.into(),
-        version: "1".into(),
-        now_us: TimeUs(1_000_000),
-        started_us: TimeUs(1),
-        host: HostInfo { hostname: name.into(), kernel: "6.12".into(), ublk_features: None },
-        site: None,
-        volumes: Vec::new(),
-        vpgs: Vec::new(),
-        source_vms: Vec::new(),
-        target_vms: Vec::new(),
-        views: Vec::new(),
-        alerts: Vec::new(),
-    }
-}
-
-fn vpg_status(vpg: VpgId, revision: u64) -> VpgStatus {
-    VpgStatus {
-        vpg,
-        name: "shop".into(),
-        revision,
-        last_checkpoint: None,
-        checkpoint_count: 0,
-        aborted_epochs: 0,
-    }
-}
-
-fn view(view: ViewId, label: Option<String>) -> ViewInfo {
-    ViewInfo {
-        view,
-        vpg: VpgId::random(),
-        label,
-        checkpoint: None,
-        mode: ViewMode::Scratch,
-        opened_us: TimeUs(1),
-        open_duration_us: 1,
-        disks: Vec::new(),
     }
 }

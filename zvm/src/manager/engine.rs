@@ -192,8 +192,12 @@ impl Engine {
                     manager.note(&mut tx, kind, false, entity, step.clone(), Some(task.id)).await?;
                 }
             }
-            Transition::VpgRemoved { vpg } => {
+            Transition::LeftoverGone { vpg, vra } => store::leftovers::delete(&mut tx, vpg, vra).await?,
+            Transition::VpgRemoved { vpg, leftovers } => {
                 store::vpgs::delete(&mut tx, vpg).await?;
+                for leftover in &leftovers {
+                    store::leftovers::insert(&mut tx, leftover).await?;
+                }
                 for task in store::tasks::open_of(&mut tx, vpg, TaskKind::RemoveProtectionGroup).await? {
                     store::tasks::finish(&mut tx, task.id, TaskState::Completed, "deleted", now_us).await?;
                 }

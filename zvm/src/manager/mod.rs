@@ -185,6 +185,7 @@ impl Manager {
                 .collect(),
             vpgs: store::vpgs::list(&mut db).await?,
             tests: store::test_runs::list(&mut db).await?,
+            leftovers: store::leftovers::list(&mut db).await?,
             trust: store::certificates::trust(&mut db, self.now_us()).await?,
         })
     }

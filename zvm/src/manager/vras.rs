@@ -54,6 +54,7 @@ impl Manager {
             let mut tx = self.store.begin().await?;
             store::vras::revoke(&mut tx, vra.id, now_us).await?;
             store::certificates::revoke_all(&mut tx, vra.id, now_us).await?;
+            store::leftovers::delete_of_vra(&mut tx, vra.id).await?;
             store::site::raise_trust_version(&mut tx).await?;
             store::tasks::insert(&mut tx, &task).await?;
             let description = format!("VRA {} ({}) was revoked", vra.name, vra.id);

@@ -6,6 +6,7 @@
 pub mod alerts;
 pub mod certificates;
 pub mod events;
+pub mod leftovers;
 pub mod site;
 pub mod tasks;
 pub mod test_runs;

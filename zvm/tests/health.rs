@@ -1,0 +1,325 @@
+//! Status, RPO, problems and alerts of groups, from what VRAs tell.
+
+#[path = "common/world.rs"]
+mod world;
+
+use std::collections::BTreeMap;
+
+use vra::api::status::*;
+use vra::api::*;
+use world::World;
+use zvm::conditions::Look;
+use zvm::health;
+use zvm::inventory::Inventory;
+use zvm::model::status::{Stage, VpgReport, VpgStatus as Status, VpgSubstatus as Substatus};
+
+const NOW_US: u64 = 1_800_000_000_000_000;
+const SECOND_US: u64 = 1_000_000;
+
+#[test]
+fn a_group_goes_from_creating_over_its_first_sync_to_meeting_its_sla() {
+    let mut group = Group::new();
+    group.world.desired.vpgs[0].applied_revision = 0;
+    group.source(|status| status.source_vms.clear());
+    group.target(|status| {
+        status.target_vms.clear();
+        status.vpgs.clear();
+    });
+    assert_eq!(group.judged(), (Status::Initializing, Substatus::Creating));
+
+    let mut group = Group::new();
+    group.source_vm(|vm| {
+        vm.mode = SourceMode::Syncing;
+        vm.sync = Some(SyncProgress {
+            done_bytes: 1 << 30,
+            total_bytes: 4 << 30,
+            started_us: TimeUs(NOW_US - 10 * SECOND_US),
+        });
+    });
+    group.target_vm(|vm| {
+        vm.state = TargetState::InitialSync;
+        vm.history_from_us = None;
+    });
+    group.target(|status| {
+        status.vpgs[0].checkpoint_count = 0;
+        status.vpgs[0].last_checkpoint = None;
+    });
+    let report = group.report();
+    assert_eq!((report.status, report.substatus), (Status::Initializing, Substatus::InitialSync));
+    assert_eq!(report.sync_percent, Some(25));
+    assert_eq!(report.sync_remaining_us, Some(30 * SECOND_US));
+    assert_eq!(report.rpo_us, None, "nothing can be recovered yet");
+
+    let report = Group::new().report();
+    assert_eq!((report.status, report.substatus), (Status::MeetingSla, Substatus::None));
+    assert_eq!(report.rpo_us, Some(2 * SECOND_US));
+    assert!(report.problems.is_empty(), "{:?}", report.problems);
+}
+
+#[test]
+fn rpo_is_the_age_of_the_newest_checkpoint_at_all_targets_by_the_sources_clock() {
+    let mut group = Group::new();
+    // A source whose clock is an hour behind stamps its checkpoints an hour behind.
+    group.source(|status| status.now_us.0 -= 3_600 * SECOND_US);
+    group.target(|status| {
+        status.vpgs[0].last_checkpoint.as_mut().unwrap().time_us.0 -= 3_600 * SECOND_US;
+    });
+    assert_eq!(group.report().rpo_us, Some(2 * SECOND_US));
+
+    let mut group = Group::new();
+    group.target(|status| status.vpgs[0].last_checkpoint.as_mut().unwrap().time_us.0 -= 60 * SECOND_US);
+    group.source_vm(|vm| {
+        vm.rpo = Rpo { total_us: 60_000_000, wire_us: 50_000_000, queue_us: 9, ..Rpo::default() }
+    });
+    let report = group.report();
+    assert_eq!(report.status, Status::RpoNotMeetingSla);
+    assert_eq!(report.slowest_stage, Some((Stage::Wire, 50_000_000)));
+    assert!(report.problems[0].description.contains("on the network"), "{:?}", report.problems);
+}
+
+#[test]
+fn a_dead_source_leaves_what_can_be_recovered_and_rpo_grows() {
+    let mut group = Group::new();
+    let source = group.source;
+    let seen = group.world.observed.get_mut(&source).unwrap();
+    seen.reachable = false;
+    seen.error = Some("no route".into());
+    group.world.now_us += 100 * SECOND_US;
+    let report = group.report();
+    assert_eq!((report.status, report.substatus), (Status::NotMeetingSla, Substatus::DisconnectedFromPeer));
+    assert_eq!(report.rpo_us, Some(102 * SECOND_US));
+    assert!(report.problems[0].description.contains("does not answer: no route"), "{:?}", report.problems);
+
+    group.target(|status| status.vpgs[0].checkpoint_count = 0);
+    assert_eq!(group.report().substatus, Substatus::DisconnectedFromPeerNoRecoveryPoints);
+}
+
+#[test]
+fn each_trouble_has_its_substatus_and_a_remedy() {
+    type Change = fn(&mut Group);
+    let cases: [(Change, Status, Substatus, &str); 7] = [
+        (
+            |group| group.source_vm(|vm| vm.mode = SourceMode::WaitingForVolumes),
+            Status::NotMeetingSla,
+            Substatus::VmNotProtectedError,
+            "/images/db",
+        ),
+        (
+            |group| group.source_vm(|vm| vm.mode = SourceMode::Refused),
+            Status::NotMeetingSla,
+            Substatus::NeedsConfiguration,
+            "another history",
+        ),
+        (
+            |group| group.source_vm(|vm| vm.mode = SourceMode::Overflowed),
+            Status::MeetingSla,
+            Substatus::FullSync,
+            "no memory left",
+        ),
+        (
+            |group| group.source_vm(|vm| vm.connected = false),
+            Status::NotMeetingSla,
+            Substatus::DisconnectedFromPeer,
+            "a does not reach b",
+        ),
+        (
+            |group| group.target_vm(|vm| vm.state = TargetState::PausedFull),
+            Status::NotMeetingSla,
+            Substatus::ReplicationPausedSystemInitiated,
+            "is full",
+        ),
+        (
+            |group| group.target_vm(|vm| vm.state = TargetState::Poisoned),
+            Status::NotMeetingSla,
+            Substatus::JournalStorageError,
+            "failed",
+        ),
+        (
+            |group| {
+                let source = group.source;
+                group.world.desired.vras.remove(&source);
+            },
+            Status::NotMeetingSla,
+            Substatus::NeedsConfiguration,
+            "revoked",
+        ),
+    ];
+    for (change, status, substatus, words) in cases {
+        let mut group = Group::new();
+        change(&mut group);
+        let report = group.report();
+        assert_eq!((report.status, report.substatus), (status, substatus), "{words}");
+        let problem = &report.problems[0];
+        assert!(problem.description.contains(words), "{problem:?}");
+        assert!(!problem.remedy.is_empty());
+    }
+}
+
+#[test]
+fn short_history_counts_only_when_the_group_is_old_enough_to_have_more() {
+    let mut group = Group::new();
+    group.target_vm(|vm| vm.history_from_us = Some(TimeUs(NOW_US - 600 * SECOND_US)));
+    group.world.desired.vpgs[0].created_us = TimeUs(NOW_US - 700 * SECOND_US);
+    assert_eq!(group.report().status, Status::MeetingSla);
+    group.world.desired.vpgs[0].created_us = TimeUs(NOW_US - 7_200 * SECOND_US);
+    assert_eq!(group.report().status, Status::HistoryNotMeetingSla);
+}
+
+#[test]
+fn a_warning_of_a_vra_is_shown_but_does_not_break_the_sla_and_a_critical_alert_does() {
+    let mut group = Group::new();
+    let vpg = group.world.desired.vpgs[0].id;
+    let alert = |severity| Alert {
+        code: "clock-jump".into(),
+        severity,
+        vm: None,
+        vpg: Some(vpg),
+        message: "the clock jumped".into(),
+        remedy: None,
+        since_us: TimeUs(1),
+    };
+    group.target(|status| status.alerts = vec![alert(Severity::Warning)]);
+    let report = group.report();
+    assert_eq!((report.status, report.substatus), (Status::MeetingSla, Substatus::None));
+    assert!(report.problems[0].description.contains("the clock jumped"));
+    group.target(|status| status.alerts = vec![alert(Severity::Critical)]);
+    assert_eq!(group.judged(), (Status::NotMeetingSla, Substatus::Error));
+}
+
+#[test]
+fn silence_is_an_alert_after_a_while_and_names_one_condition_for_each_thing() {
+    let mut group = Group::new();
+    assert_eq!(group.codes(), Vec::<String>::new());
+    let source = group.source;
+    let now_us = group.world.now_us;
+    let seen = group.world.observed.get_mut(&source).unwrap();
+    (seen.reachable, seen.since_us) = (false, now_us);
+    assert_eq!(group.codes(), ["vpg-not-protected"], "a restart is no alert yet");
+    group.world.now_us += 10 * SECOND_US;
+    assert_eq!(group.codes(), ["vra-unreachable", "vpg-not-protected"]);
+}
+
+#[test]
+fn a_group_that_only_a_vra_knows_and_an_ending_certificate_are_alerts() {
+    let mut group = Group::new();
+    let (source, target) = (group.source, group.target);
+    group.world.desired.vras.get_mut(&source).unwrap().certificate_ends_us =
+        TimeUs(NOW_US + 86_400 * SECOND_US);
+    let stranger = world::vpg_status(VpgId::random(), 1);
+    group.world.see(target, NOW_US, |status| status.vpgs.push(stranger));
+    assert_eq!(group.codes(), ["vra-certificate-ends", "vpg-unknown"]);
+}
+
+/// A group of one VM that does well.
+struct Group {
+    world: World,
+    source: VraId,
+    target: VraId,
+}
+
+impl Group {
+    fn new() -> Self {
+        let mut world = World::new();
+        world.now_us = NOW_US;
+        let (source, target) = (world.add_vra("a"), world.add_vra("b"));
+        let vpg = world.add_vpg(source, target);
+        world.desired.vpgs[0].applied_revision = 1;
+        let member = world.desired.vpgs[0].settings.vms[0].clone();
+        let newest = TimeUs(NOW_US - 2 * SECOND_US);
+        let mut at_target = world::vpg_status(vpg, 1);
+        at_target.checkpoint_count = 100;
+        at_target.last_checkpoint =
+            Some(LastCheckpoint { id: CheckpointId { nonce: 1, counter: 100 }, time_us: newest, tag: None });
+        let source_vm = SourceVmStatus {
+            vm: member.vm,
+            name: "db".into(),
+            vpg,
+            target,
+            mode: SourceMode::Streaming,
+            connected: true,
+            generation: GenerationId::random(),
+            last_sequence: 10,
+            durable_through: 10,
+            rpo: Rpo::default(),
+            sync: None,
+            retained_bytes: 0,
+            retained_limit_bytes: 1 << 20,
+            sent_bytes: 0,
+            hold: HoldTimes::default(),
+            local_errors: 0,
+        };
+        let target_vm = TargetVmStatus {
+            vm: member.vm,
+            name: "db".into(),
+            vpg,
+            source,
+            state: TargetState::Journaling,
+            connected: true,
+            journal: member.journal,
+            generation: None,
+            durable_through: 10,
+            history_from_us: Some(TimeUs(NOW_US - 3_600 * SECOND_US)),
+            history_to_us: Some(newest),
+            checkpoint_count: 100,
+            journal_used_bytes: 1 << 20,
+            journal_limit_bytes: 1 << 30,
+            received_bytes: 0,
+            folder: "/srv/db".into(),
+        };
+        world.see(source, NOW_US, |status| {
+            status.now_us = TimeUs(NOW_US);
+            status.vpgs.push(world::vpg_status(vpg, 1));
+            status.source_vms.push(source_vm);
+        });
+        world.see(target, NOW_US, |status| {
+            status.now_us = TimeUs(NOW_US);
+            status.vpgs.push(at_target);
+            status.target_vms.push(target_vm);
+        });
+        Self { world, source, target }
+    }
+
+    fn source(&mut self, change: impl FnOnce(&mut VraStatus)) {
+        self.world.see(self.source, NOW_US, change);
+    }
+
+    fn target(&mut self, change: impl FnOnce(&mut VraStatus)) {
+        self.world.see(self.target, NOW_US, change);
+    }
+
+    fn source_vm(&mut self, change: impl FnOnce(&mut SourceVmStatus)) {
+        self.source(|status| change(&mut status.source_vms[0]));
+    }
+
+    fn target_vm(&mut self, change: impl FnOnce(&mut TargetVmStatus)) {
+        self.target(|status| change(&mut status.target_vms[0]));
+    }
+
+    fn report(&self) -> VpgReport {
+        let desired = &self.world.desired;
+        health::report(
+            &desired.vpgs[0],
+            &desired.vras,
+            &self.world.observed,
+            &desired.tests,
+            self.world.now_us,
+        )
+    }
+
+    fn judged(&self) -> (Status, Substatus) {
+        let report = self.report();
+        (report.status, report.substatus)
+    }
+
+    fn codes(&self) -> Vec<String> {
+        let look = Look {
+            desired: &self.world.desired,
+            observed: &self.world.observed,
+            reports: &[self.report()],
+            failures: &BTreeMap::new(),
+            inventory: &Inventory::default(),
+            now_us: self.world.now_us,
+        };
+        look.conditions().into_iter().map(|condition| condition.code).collect()
+    }
+}
