@@ -165,10 +165,10 @@ fn member(place: &Place<'_>, served: &[VolumeInfo]) -> Result<Member, ApiError> 
                 place.source.name
             );
             ApiError::new(ErrorCode::NotReady, message).remedy(format!(
-                "on that host run `vra attach {} --vm {} --vm-name {}` and give the guest the device that it prints",
+                "on that host run `vra attach {} --vm-name {:?} --vm {}` and give the guest the device that it prints",
                 disk.path.display(),
-                place.vm.uuid,
-                place.vm.name
+                place.vm.name,
+                place.vm.uuid
             ))
         })?;
         if let Some(size_bytes) = disk.size_bytes.filter(|size_bytes| *size_bytes != volume.size_bytes) {

@@ -1,0 +1,225 @@
+//! From what a user writes of a group to its definition: names, limits, disks.
+
+use std::collections::BTreeMap;
+
+use uuid::Uuid;
+use vra::api::*;
+use zvm::api::{VmSpec, VpgSpec, defaults};
+use zvm::inventory::{Inventory, static_file};
+use zvm::manager::spec::{Context, resolve};
+use zvm::model::vpg::Vpg;
+use zvm::model::vra::{Vra, VraState};
+
+#[test]
+fn a_good_specification_becomes_a_group_with_its_disks_in_order() {
+    let site = Site::new();
+    // The VRA lists volumes in any order, and of other VMs too.
+    let served = [
+        site.volume("db", 1, "/images/db-log"),
+        site.volume("web", 0, "/images/web"),
+        site.volume("db", 0, "/images/db"),
+    ];
+    let vpg = site.create(&spec(&["db", "web"]), &served).unwrap();
+    assert_eq!((vpg.revision, vpg.applied_revision, vpg.settings.member_set_version), (1, 0, 1));
+    let db = &vpg.settings.vms[0];
+    let paths: Vec<_> = db.volumes.iter().map(|volume| volume.source_path.display().to_string()).collect();
+    assert_eq!(paths, ["/images/db", "/images/db-log"]);
+    assert_eq!((db.source, db.target), (site.vra("vra-a"), site.vra("vra-b")));
+    assert_eq!(db.datastore.to_str(), Some("/srv/ds1"));
+
+    let definition = vpg.definition(|vra| site.vras.get(&vra)).unwrap();
+    assert_eq!(definition.vms[0].target.address, "vra-b:9710");
+    assert_eq!(definition.vms[0].journal_limit_bytes, defaults::journal_limit_bytes());
+    assert!(vpg.definition(|vra| site.vras.get(&vra).filter(|vra| vra.name != "vra-b")).is_none());
+}
+
+#[test]
+fn settings_of_a_vm_go_before_those_of_the_group() {
+    let site = Site::new();
+    let mut spec = spec(&["db"]);
+    spec.vms[0].datastore = Some("/elsewhere".into());
+    spec.vms[0].journal_limit_bytes = Some(1 << 30);
+    let vpg = site.create(&spec, &site.db_volumes()).unwrap();
+    assert_eq!(vpg.settings.vms[0].datastore.to_str(), Some("/elsewhere"));
+    assert_eq!(vpg.settings.vms[0].journal_limit_bytes, 1 << 30);
+}
+
+#[test]
+fn what_is_wrong_is_named() {
+    type Change = fn(&mut VpgSpec);
+    let cases: [(Change, ErrorCode, &str); 14] = [
+        (|spec| spec.name = "a/b".into(), ErrorCode::BadRequest, "cannot be the name"),
+        (|spec| spec.name = "taken".into(), ErrorCode::Conflict, "there is a VPG \"taken\" already"),
+        (|spec| spec.checkpoint_interval_ms = 500, ErrorCode::BadRequest, "1000 to 3600000 ms"),
+        (|spec| spec.hold_deadline_ms = 5_000, ErrorCode::BadRequest, "the hold deadline"),
+        (|spec| spec.history_s = 1, ErrorCode::BadRequest, "history"),
+        (|spec| spec.vms.clear(), ErrorCode::BadRequest, "1 to 256 VMs"),
+        (|spec| spec.vms[0].vm = "nope".into(), ErrorCode::NotFound, "no VM \"nope\""),
+        (|spec| spec.vms.push(spec.vms[0].clone()), ErrorCode::BadRequest, "named twice"),
+        (|spec| spec.vms[0].vm = "guarded".into(), ErrorCode::Conflict, "in VPG \"taken\" already"),
+        (|spec| spec.vms[0].vm = "bare".into(), ErrorCode::BadRequest, "has no disks"),
+        (|spec| spec.target = "vra-x".into(), ErrorCode::NotFound, "no VRA is enrolled as \"vra-x\""),
+        (|spec| spec.target = "vra-a".into(), ErrorCode::BadRequest, "must be elsewhere"),
+        (|spec| spec.datastore = "ds9".into(), ErrorCode::NotFound, "no datastore \"ds9\""),
+        (|spec| spec.datastore = "ds-a".into(), ErrorCode::BadRequest, "no host of VRA vra-b mounts"),
+    ];
+    let site = Site::new();
+    for (change, code, words) in cases {
+        let mut spec = spec(&["db"]);
+        change(&mut spec);
+        let error = site.create(&spec, &site.db_volumes()).expect_err(words);
+        assert_eq!(error.code, code, "{error}");
+        assert!(error.message.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn vms_of_two_hosts_are_refused_for_their_checkpoints_would_not_be_one_moment() {
+    let site = Site::new();
+    let mut spec = spec(&["db", "far"]);
+    spec.target = "vra-c".into();
+    spec.datastore = "/srv".into();
+    let error = site.create(&spec, &site.db_volumes()).unwrap_err();
+    assert_eq!(error.code, ErrorCode::Unsupported);
+    assert!(error.remedy.unwrap().contains("one group for the VMs of each host"));
+}
+
+#[test]
+fn disks_must_be_served_as_the_inventory_has_them() {
+    let site = Site::new();
+    let mut served = site.db_volumes();
+    served.remove(1);
+    let error = site.create(&spec(&["db"]), &served).unwrap_err();
+    assert_eq!(error.code, ErrorCode::NotReady);
+    assert!(
+        error.message.contains("disk vdb (/images/db-log) of VM \"db\" is not served by VRA vra-a"),
+        "{error}"
+    );
+    let remedy = error.remedy.unwrap();
+    assert!(
+        remedy.contains("vra attach /images/db-log --vm-name") && remedy.contains(&site.vm("db").to_string()),
+        "{remedy}"
+    );
+
+    let mut served = site.db_volumes();
+    served[0].size_bytes = 1 << 20;
+    let error = site.create(&spec(&["db"]), &served).unwrap_err();
+    assert!(error.message.contains("the inventory says 1073741824"), "{error}");
+
+    // A third disk is attached that the inventory doesn't have, before the second.
+    let mut served = site.db_volumes();
+    served[1].number = 2;
+    let error = site.create(&spec(&["db"]), &served).unwrap_err();
+    assert_eq!(error.code, ErrorCode::Conflict, "{error}");
+}
+
+fn spec(vms: &[&str]) -> VpgSpec {
+    let vm =
+        |vm: &&str| VmSpec { vm: (*vm).into(), target: None, datastore: None, journal_limit_bytes: None };
+    VpgSpec {
+        name: "shop".into(),
+        description: String::new(),
+        priority: defaults::priority(),
+        target: "vra-b".into(),
+        datastore: "ds1".into(),
+        journal_limit_bytes: defaults::journal_limit_bytes(),
+        history_s: defaults::history_s(),
+        checkpoint_interval_ms: defaults::checkpoint_interval_ms(),
+        hold_deadline_ms: defaults::hold_deadline_ms(),
+        rpo_target_s: defaults::rpo_target_s(),
+        give_up_history: true,
+        vms: vms.iter().map(vm).collect(),
+    }
+}
+
+struct Site {
+    inventory: Inventory,
+    vras: BTreeMap<VraId, Vra>,
+    vpgs: Vec<Vpg>,
+}
+
+impl Site {
+    fn new() -> Self {
+        let vm = |name: &str, host: &str, disks: &[&str]| {
+            let disks: String = disks
+                .iter()
+                .enumerate()
+                .map(|(at, path)| {
+                    let letter = char::from(b'a' + at as u8);
+                    format!("[[vm.disk]]\nname = \"vd{letter}\"\npath = \"{path}\"\nsize = \"1 GiB\"\n")
+                })
+                .collect();
+            format!("[[vm]]\nname = \"{name}\"\nuuid = \"{}\"\nhost = \"{host}\"\n{disks}", Uuid::new_v4())
+        };
+        let text = [
+            "[[site]]\nname = \"s\"\n".to_owned(),
+            ["a", "b", "c"]
+                .map(|x| format!("[[host]]\nname = \"kvm-{x}\"\nsite = \"s\"\nvra = \"vra-{x}\"\n"))
+                .concat(),
+            "[[datastore]]\nname = \"ds1\"\nhosts = [\"kvm-b\"]\npath = \"/srv/ds1\"\n".to_owned(),
+            "[[datastore]]\nname = \"ds-a\"\nhosts = [\"kvm-a\"]\npath = \"/srv/ds-a\"\n".to_owned(),
+            vm("db", "kvm-a", &["/images/db", "/images/db-log"]),
+            vm("web", "kvm-a", &["/images/web"]),
+            vm("guarded", "kvm-a", &["/images/guarded"]),
+            vm("bare", "kvm-a", &[]),
+            vm("far", "kvm-b", &["/images/far"]),
+        ]
+        .concat();
+        let inventory = static_file::parse(&text, "test").unwrap();
+        let vras = ["vra-a", "vra-b", "vra-c"]
+            .map(|name| {
+                let id = VraId::random();
+                let vra = Vra {
+                    id,
+                    name: name.into(),
+                    address: format!("{name}:9710"),
+                    version: "1".into(),
+                    state: VraState::Enrolled,
+                    enrolled_us: TimeUs(1),
+                    revoked_us: None,
+                    certificate_serial: "1".into(),
+                    certificate_ends_us: TimeUs(2),
+                };
+                (id, vra)
+            })
+            .into();
+        let mut site = Self { inventory, vras, vpgs: Vec::new() };
+        let mut taken = spec(&["guarded"]);
+        taken.name = "taken".into();
+        let vpg = site.create(&taken, &[site.volume("guarded", 0, "/images/guarded")]).unwrap();
+        site.vpgs.push(vpg);
+        site
+    }
+
+    fn create(&self, spec: &VpgSpec, served: &[VolumeInfo]) -> Result<Vpg, ApiError> {
+        let context = Context { inventory: &self.inventory, vras: &self.vras, vpgs: &self.vpgs };
+        resolve(spec, &context)?.into_vpg(served, TimeUs(1))
+    }
+
+    fn vra(&self, name: &str) -> VraId {
+        self.vras.values().find(|vra| vra.name == name).unwrap().id
+    }
+
+    fn vm(&self, name: &str) -> VmId {
+        VmId(self.inventory.find_vm(name).unwrap().uuid)
+    }
+
+    fn db_volumes(&self) -> Vec<VolumeInfo> {
+        vec![self.volume("db", 0, "/images/db"), self.volume("db", 1, "/images/db-log")]
+    }
+
+    fn volume(&self, vm: &str, number: u16, path: &str) -> VolumeInfo {
+        VolumeInfo {
+            volume: VolumeId::random(),
+            vm: self.vm(vm),
+            vm_name: vm.into(),
+            number,
+            path: path.into(),
+            size_bytes: 1 << 30,
+            logical_block_bytes: 512,
+            vpg: None,
+            door: None,
+            problem: None,
+        }
+    }
+}
