@@ -73,7 +73,7 @@ impl Look<'_> {
                     Level::Warning,
                     format!("the certificate of VRA {} ends at {}", vra.name, vra.certificate_ends_us),
                     &format!(
-                        "make a token with `zvm vra token create --name {}` and run `vra enroll` on its host again",
+                        "make a token with `zvm vra token create --name {}`, run `vra enroll` on its host again, and restart it",
                         vra.name
                     ),
                 ));

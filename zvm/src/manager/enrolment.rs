@@ -204,10 +204,7 @@ impl Manager {
             certificate_ends_us: TimeUs(issued.not_after_us),
         };
         store::vras::save_enrolled(&mut tx, &vra).await?;
-        // A VRA that enrols again has given its former certificate up.
-        if store::certificates::revoke_all(&mut tx, vra.id, now_us).await? > 0 {
-            store::site::raise_trust_version(&mut tx).await?;
-        }
+        // A former certificate of this VRA stays good until it ends: the VRA may still run on it.
         store::certificates::insert(&mut tx, vra.id, &issued, now_us).await?;
         let description =
             format!("VRA {} ({}) enrolled from {remote}, reached at {}", vra.name, vra.id, vra.address);
