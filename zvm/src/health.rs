@@ -16,6 +16,9 @@ use crate::reconcile::{Observed, Seen};
 /// History may be this much shorter than wanted before it counts as too short, in percent.
 const HISTORY_SLACK_PERCENT: u64 = 10;
 
+/// A new group may take so long to connect, microseconds.
+const FIRST_CONNECTION_US: u64 = 15_000_000;
+
 /// How `vpg` does at `now_us`.
 pub fn report(
     vpg: &Vpg,
@@ -219,12 +222,17 @@ impl<'a> Look<'a> {
                 ),
                 "wait for it to end",
             ),
-            Some(SourceMode::Streaming) if source.is_some_and(|vm| !vm.connected) => add(
-                Trouble::Disconnected,
-                format!("VM {name}: {source_name} does not reach {target_name}"),
-                "check the network and that both VRAs run; `zvm vra show` tells the addresses",
-            ),
-            Some(SourceMode::Streaming | SourceMode::Other) | None => {}
+            Some(SourceMode::Connecting) if self.is_new() => {}
+            Some(SourceMode::Connecting | SourceMode::Streaming)
+                if source.is_some_and(|vm| !vm.connected) =>
+            {
+                add(
+                    Trouble::Disconnected,
+                    format!("VM {name}: {source_name} does not reach {target_name}"),
+                    "check the network and that both VRAs run; `zvm vra show` tells the addresses",
+                );
+            }
+            Some(SourceMode::Connecting | SourceMode::Streaming | SourceMode::Other) | None => {}
         }
         match target.map(|vm| vm.state) {
             Some(TargetState::PausedFull) => add(
@@ -344,6 +352,11 @@ impl<'a> Look<'a> {
 
     fn status(&self, vra: VraId) -> Option<&'a VraStatus> {
         Some(&self.observed.get(&vra)?.last.as_ref()?.status)
+    }
+
+    /// A group that was just made needs a moment to connect.
+    fn is_new(&self) -> bool {
+        self.now_us.saturating_sub(self.vpg.created_us.0) < FIRST_CONNECTION_US
     }
 
     fn vra_name(&self, vra: VraId) -> String {

@@ -50,6 +50,16 @@ fn a_group_goes_from_creating_over_its_first_sync_to_meeting_its_sla() {
     assert_eq!(report.sync_remaining_us, Some(30 * SECOND_US));
     assert_eq!(report.rpo_us, None, "nothing can be recovered yet");
 
+    group.world.desired.vpgs[0].created_us = TimeUs(NOW_US - SECOND_US);
+    group.source_vm(|vm| (vm.mode, vm.connected, vm.sync) = (SourceMode::Connecting, false, None));
+    assert_eq!(
+        group.judged(),
+        (Status::Initializing, Substatus::InitialSync),
+        "it may take a moment to connect"
+    );
+    group.world.now_us += 60 * SECOND_US;
+    assert_eq!(group.judged(), (Status::NotMeetingSla, Substatus::DisconnectedFromPeerNoRecoveryPoints));
+
     let report = Group::new().report();
     assert_eq!((report.status, report.substatus), (Status::MeetingSla, Substatus::None));
     assert_eq!(report.rpo_us, Some(2 * SECOND_US));

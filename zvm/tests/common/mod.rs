@@ -1,15 +1,19 @@
 //! A site for tests: a real `zvm serve` with its own folder, ports and socket, and what is needed to ask it.
 
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
+pub(crate) mod vra;
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use ::vra::api::VraId;
+use ::vra::api::enroll::Token;
+use ::vra::pki::{EnrollClientError, PkiDir};
 use serde_json::Value;
 use uuid::Uuid;
-use vra::api::VraId;
-use vra::api::enroll::Token;
-use vra::pki::{EnrollClientError, PkiDir};
 
 /// A manager that runs for as long as this lives. Its folder is removed when the test succeeded.
 #[derive(Debug)]
@@ -106,7 +110,7 @@ impl Site {
         let address = format!("127.0.0.1:{}", self.port);
         let own_address = Some("127.0.0.1:9".to_owned());
         runtime
-            .block_on(vra::pki::enroll(&pki, &address, token, vra, "as-it-calls-itself", own_address))
+            .block_on(::vra::pki::enroll(&pki, &address, token, vra, "as-it-calls-itself", own_address))
             .map(|_| ())
     }
 
