@@ -112,6 +112,32 @@ impl<'a> BatchView<'a> {
         Ok(view)
     }
 
+    /// Like [`Self::parse`], but goes on behind damaged payloads and gives all that is damaged: for tools that say what can
+    /// still be read. A damaged checkpoint must not be looked into.
+    ///
+    /// # Errors
+    /// What is wrong with the head, which leaves nothing to go by.
+    pub fn parse_damaged(bytes: &'a [u8]) -> Result<(Self, Vec<BatchError>), BatchError> {
+        let view = Self::parse_head(bytes)?;
+        let needed_bytes = view.len_bytes();
+        if bytes.len() < needed_bytes {
+            return Err(BatchError::Short { needed_bytes, given_bytes: bytes.len() });
+        }
+        let mut damage = Vec::new();
+        for record in view.records() {
+            let units = unit_crcs(record.payload).zip(record.crcs()).enumerate();
+            let wrong = units.filter(|(_, (found, expected))| found != expected);
+            let before = damage.len();
+            damage.extend(wrong.map(|(unit, _)| BatchError::PayloadCrc { seq: record.seq(), unit }));
+            match check_record(record.header, record.payload) {
+                Err(RecordError::Checkpoint(_)) if damage.len() > before => {}
+                Err(source) => return Err(BatchError::Record { seq: record.seq(), source }),
+                Ok(_) => {}
+            }
+        }
+        Ok((view, damage))
+    }
+
     /// Like [`Self::parse`], but without looking at the payloads, which need not even be there: for batches that were
     /// parsed before.
     pub(crate) fn parse_head(bytes: &'a [u8]) -> Result<Self, BatchError> {

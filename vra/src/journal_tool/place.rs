@@ -1,0 +1,145 @@
+//! Finding journals and opening them.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use journal::recovery::SurveyOptions;
+use journal::storage::FileId;
+use journal::storage::ring::{Access, DirectFile, RingStorage};
+use journal::view::Reader;
+use serde::Deserialize;
+
+use crate::api::VmId;
+use crate::api::vpg::{VmDefinition, VpgDefinition};
+
+/// Name of a journal's file in its VM's folder.
+const JOURNAL_NAME: &str = "journal.hfj";
+
+/// What the manifest says, as far as this command needs it: newer releases may say more.
+#[derive(Clone, Debug, Deserialize)]
+pub(super) struct Manifest {
+    /// Whose journal it is.
+    pub(super) vm: VmId,
+    /// The VM's group.
+    pub(super) vpg: VpgDefinition,
+}
+
+impl Manifest {
+    /// The VM's definition in its group.
+    pub(super) fn vm(&self) -> Option<&VmDefinition> {
+        self.vpg.vms.iter().find(|vm| vm.id == self.vm)
+    }
+}
+
+/// A journal opened to read.
+pub(super) struct Journal {
+    /// The journal's file.
+    pub(super) path: PathBuf,
+    pub(super) storage: RingStorage,
+    pub(super) file: FileId,
+    pub(super) reader: Reader,
+    /// Who and what it is for, if its manifest can be read.
+    pub(super) manifest: Option<Manifest>,
+}
+
+impl Journal {
+    /// Opens a journal.
+    pub(super) fn open(path: &Path) -> anyhow::Result<Self> {
+        let path = find_one(path)?;
+        let (mut storage, file) = open_file(&path)?;
+        let reader = Reader::open(&mut storage, file, SurveyOptions::default())
+            .with_context(|| format!("cannot open {}", path.display()))?;
+        let manifest = reader.survey.manifest.as_ref();
+        let manifest = manifest.and_then(|manifest| serde_json::from_str(&manifest.text).ok());
+        Ok(Self { path, storage, file, reader, manifest })
+    }
+
+    /// The VM's name, or its id when the manifest cannot be read.
+    pub(super) fn vm_name(&self) -> String {
+        let named = self.manifest.as_ref().and_then(Manifest::vm).map(|vm| vm.name.clone());
+        named.unwrap_or_else(|| self.reader.survey.superblock.vm_id.to_string())
+    }
+
+    /// The recovery disk of a volume.
+    pub(super) fn disk_path(&self, number: u16) -> PathBuf {
+        self.path.with_file_name(format!("disk-{number}.raw"))
+    }
+
+    /// Opens the recovery disk of a volume for direct I/O.
+    pub(super) fn open_disk(&self, number: u16) -> anyhow::Result<DirectFile> {
+        let path = self.disk_path(number);
+        DirectFile::open(&path, Access::ReadOnly)
+            .with_context(|| format!("the recovery disk of disk {number} must be beside the journal"))
+    }
+
+    /// A further handle of the journal's file, for direct I/O.
+    pub(super) fn open_again(&self) -> anyhow::Result<File> {
+        Ok(DirectFile::open(&self.path, Access::ReadOnly)?.file().try_clone()?)
+    }
+
+    /// The logical block size of a volume at the source, in bytes.
+    pub(super) fn logical_block_bytes(&self, number: u16) -> u32 {
+        let vm = self.manifest.as_ref().and_then(Manifest::vm);
+        let volume = vm.and_then(|vm| vm.volumes.iter().find(|volume| volume.number == number));
+        volume.map_or(512, |volume| volume.logical_block_bytes)
+    }
+}
+
+/// Opens a journal's file.
+pub(super) fn open_file(path: &Path) -> anyhow::Result<(RingStorage, FileId)> {
+    let mut storage = RingStorage::new(64).context("cannot set up io_uring: is it disabled here?")?;
+    let file = DirectFile::open(path, Access::ReadOnly)?;
+    let file = storage.add_file(file);
+    Ok((storage, file))
+}
+
+/// The journals below a folder: its own, its VMs', or those of its groups' VMs. Sorted by path.
+pub(super) fn find_all(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let mut folders = vec![(folder.to_owned(), 0)];
+    while let Some((folder, depth)) = folders.pop() {
+        let journal = folder.join(JOURNAL_NAME);
+        if journal.is_file() {
+            found.push(journal);
+            continue;
+        }
+        if depth == 2 {
+            continue;
+        }
+        let entries = std::fs::read_dir(&folder)
+            .with_context(|| format!("cannot read the folder {}", folder.display()))?;
+        for entry in entries {
+            let entry = entry.with_context(|| format!("cannot read the folder {}", folder.display()))?;
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) && entry.file_name() != "lost+found" {
+                folders.push((entry.path(), depth + 1));
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// The one journal that a path means.
+pub(super) fn find_one(path: &Path) -> anyhow::Result<PathBuf> {
+    let metadata = std::fs::metadata(path).with_context(|| format!("cannot find {}", path.display()))?;
+    if !metadata.is_dir() {
+        return Ok(path.to_owned());
+    }
+    let mut found = find_all(path)?;
+    match found.len() {
+        0 => bail!(
+            "there is no {JOURNAL_NAME} in {} or its VMs' folders; give a journal's file, a VM's folder or a datastore",
+            path.display()
+        ),
+        1 => Ok(found.remove(0)),
+        count => {
+            let list: Vec<String> = found
+                .iter()
+                .filter_map(|journal| journal.parent())
+                .map(|folder| format!("\n  {}", folder.display()))
+                .collect();
+            bail!("{} holds {count} journals; give one of their folders:{}", path.display(), list.concat())
+        }
+    }
+}

@@ -1,0 +1,216 @@
+use std::path::Path;
+
+use journal::writer::Change;
+use serde_json::{Value, json};
+
+use super::*;
+use crate::view::test_journal::TestJournal;
+
+const SIZE_BYTES: u64 = 4 << 20;
+/// 2026-11-22T17:30:00Z in microseconds.
+const START_US: u64 = 1_795_368_600_000_000;
+
+/// A VM's journal in a datastore, with three checkpoints; the cuts.
+fn protected(name: &str) -> (TestJournal, Vec<u64>) {
+    let datastore = std::env::temp_dir().join(format!("holdfast-tool-{name}-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&datastore);
+    let folder = datastore.join("shop-00000003").join("db-00000002");
+    let mut journal = TestJournal::in_folder(folder, SIZE_BYTES, &manifest().to_string());
+    let mut cuts = Vec::new();
+    for (round, tag) in ["", "before upgrade", ""].into_iter().enumerate() {
+        journal.random_changes(round as u64, 80, 200);
+        cuts.push(journal.checkpoint(tag, START_US + round as u64 * 60_000_000));
+        journal.flush();
+    }
+    (journal, cuts)
+}
+
+fn manifest() -> Value {
+    let id = |number: u8| format!("00000000-0000-0000-0000-0000000000{number:02}");
+    let end = json!({ "id": id(9), "address": "vra:9710" });
+    json!({
+        "version": 1,
+        "written_by": "a test",
+        "vm": id(2),
+        "disks": ["disk-0.raw"],
+        "disks_reserved": true,
+        "vpg": {
+            "id": id(3), "name": "shop", "revision": 1, "member_set_version": 1,
+            "checkpoint_interval_ms": 5000, "hold_deadline_ms": 100,
+            "vms": [{
+                "id": id(2), "name": "db", "journal": id(1), "source": end, "target": end,
+                "datastore": "/datastore", "journal_limit_bytes": 1 << 30, "history_s": 3600,
+                "give_up_history": true,
+                "volumes": [{
+                    "id": id(5), "number": 0, "size_bytes": SIZE_BYTES, "logical_block_bytes": 512,
+                    "source_path": "/dev/vg/db"
+                }],
+            }],
+        },
+    })
+}
+
+fn datastore(journal: &TestJournal) -> &Path {
+    journal.folder.ancestors().nth(2).expect("two folders down")
+}
+
+struct CleanUp<'a>(&'a Path);
+
+impl Drop for CleanUp<'_> {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(self.0);
+    }
+}
+
+fn call(arguments: &[&str]) -> anyhow::Result<(String, ExitCode)> {
+    let all = std::iter::once("vra-journal").chain(arguments.iter().copied());
+    let args = Args::try_parse_from(all)?;
+    let mut out = Vec::new();
+    let code = run(&args, &mut out)?;
+    Ok((String::from_utf8(out).expect("text"), code))
+}
+
+fn answer(arguments: &[&str]) -> Value {
+    let (text, _) = call(arguments).expect("it works");
+    serde_json::from_str(&text).expect("JSON")
+}
+
+fn failure(arguments: &[&str]) -> String {
+    format!("{:#}", call(arguments).expect_err("it fails"))
+}
+
+#[test]
+fn the_command_line_is_consistent() {
+    <Args as clap::CommandFactory>::command().debug_assert();
+}
+
+#[test]
+fn a_datastore_is_listed_and_a_journal_described() {
+    let (journal, cuts) = protected("list");
+    let _clean_up = CleanUp(datastore(&journal));
+    let store = datastore(&journal).to_string_lossy().into_owned();
+    let list = answer(&["ls", &store, "--json"]);
+    assert_eq!(list["journals"][0]["vm"], "db");
+    assert_eq!(list["journals"][0]["vpg"], "shop");
+    assert_eq!(list["journals"][0]["checkpoints"], 3);
+    let facts = answer(&["inspect", &store, "--json"]);
+    assert_eq!(facts["state"], "consistent");
+    assert_eq!(facts["newest_seq"], journal.seq);
+    assert_eq!(facts["disks"][0]["size_bytes"], SIZE_BYTES);
+    assert_eq!(facts["damage"], Value::Null);
+    let checkpoints = answer(&["checkpoints", &journal.path().to_string_lossy(), "--json"]);
+    let found: Vec<_> =
+        checkpoints["checkpoints"].as_array().expect("list").iter().map(|at| &at["cut"]).collect();
+    assert_eq!(found, cuts.iter().map(|cut| json!(cut)).collect::<Vec<_>>().iter().collect::<Vec<_>>());
+    for command in ["ls", "inspect", "checkpoints"] {
+        let (text, _) = call(&[command, &store]).expect("it works");
+        assert!(!text.is_empty());
+    }
+}
+
+#[test]
+fn a_disk_is_extracted_at_each_kind_of_moment() {
+    let (journal, cuts) = protected("extract");
+    let _clean_up = CleanUp(datastore(&journal));
+    let store = datastore(&journal).to_string_lossy().into_owned();
+    let out = journal.folder.join("out.img");
+    let out_name = out.to_string_lossy().into_owned();
+    let middle = cuts[0] + 7;
+    for (at, seq) in [
+        ("latest".to_owned(), cuts[2]),
+        ("before upgrade".to_owned(), cuts[1]),
+        (middle.to_string(), middle),
+        ("2026-11-22T17:30:59Z".to_owned(), cuts[0]),
+    ] {
+        let arguments = ["extract", &store, "--at", &at, "--out", &out_name, "--force", "--quiet"];
+        let (text, _) = call(&arguments).expect("extracted");
+        assert!(text.contains("disk 0 of db"), "{text}");
+        assert!(std::fs::read(&out).expect("image") == journal.model(seq), "wrong bytes at {at}");
+    }
+    let blocks = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&out).expect("image"));
+    assert!(blocks * 512 < SIZE_BYTES, "the image is not sparse");
+    assert!(!journal.folder.join("out.img.unfinished").exists());
+}
+
+#[test]
+fn what_cannot_be_extracted_is_named_with_a_remedy() {
+    let (mut journal, cuts) = protected("failures");
+    let store = datastore(&journal).to_path_buf();
+    let _clean_up = CleanUp(&store);
+    let store = store.to_string_lossy().into_owned();
+    let out = journal.folder.join("out.img").to_string_lossy().into_owned();
+    let extract = |at: &str| failure(&["extract", &store, "--at", at, "--out", &out, "--quiet"]);
+    let text = extract("before upgrad");
+    assert!(text.contains("before upgrade") && text.contains("nearest"), "{text}");
+    let text = extract("2020-01-01T00:00:00Z");
+    assert!(text.contains("the oldest is") && text.contains(&cuts[0].to_string()), "{text}");
+    let text = extract("999999");
+    assert!(text.contains("999999") && text.contains(&cuts[2].to_string()), "{text}");
+    let text = failure(&["extract", &store, "--at", "latest", "--disk", "3", "--out", &out]);
+    assert!(text.contains("numbered from 0"), "{text}");
+    std::fs::write(&out, "precious").expect("file");
+    let text = extract("latest");
+    assert!(text.contains("--force"), "{text}");
+    assert_eq!(std::fs::read(&out).expect("file"), b"precious");
+    let text = failure(&["inspect", "/nonexistent/datastore"]);
+    assert!(text.contains("/nonexistent/datastore"), "{text}");
+    let text = failure(&["inspect", &out]);
+    assert!(text.contains("not a journal"), "{text}");
+    journal.change(Change::GiveUpHistory { sync_id: 12 });
+    let text = extract("latest");
+    assert!(text.contains("no checkpoint"), "{text}");
+}
+
+#[test]
+fn verify_finds_every_flipped_bit_and_names_it() {
+    let (mut journal, _) = protected("verify");
+    let store = datastore(&journal).to_path_buf();
+    let _clean_up = CleanUp(&store);
+    journal.write(0, vec![0x11; 16384]);
+    journal.write(65536, vec![0x22; 16384]);
+    let damaged_seq = journal.seq;
+    journal.write(SIZE_BYTES / 2, vec![0x33; 16384]);
+    journal.flush();
+    let path = journal.path();
+    let path_name = path.to_string_lossy().into_owned();
+    let whole = verify::check(&path).expect("readable");
+    assert!(whole.damage.is_empty(), "{whole:?}");
+    journal.change(Change::Seal);
+    let whole = verify::check(&path).expect("readable");
+    assert!(whole.damage.is_empty(), "{whole:?}");
+    let intact = std::fs::read(&path).expect("journal");
+
+    // A payload, in its third unit.
+    TestJournal::flip_bit(&path, &[0x22; 16384], 2 * 4096 + 17);
+    let damage = verify::check(&path).expect("readable").damage;
+    assert_eq!(damage.len(), 1, "{damage:?}");
+    assert_eq!(damage[0].seq, Some(damaged_seq));
+    assert!(damage[0].what.contains(&format!("disk 0 at {}", 65536 + 8192)), "{damage:?}");
+    let (text, code) = call(&["verify", &path_name]).expect("it works");
+    assert_eq!(format!("{code:?}"), format!("{:?}", ExitCode::from(EXIT_DAMAGED)));
+    assert!(text.contains(&format!("record {damaged_seq}")), "{text}");
+
+    // A batch's head: the records in it are gone, those after it are found again.
+    std::fs::write(&path, &intact).expect("journal");
+    let payload = intact.windows(16384).position(|window| window == [0x22; 16384]).expect("payload");
+    let head = intact[..payload].windows(8).rposition(|window| window == b"HFBATCH\0").expect("its batch");
+    let mut bytes = intact.clone();
+    bytes[head + 40] ^= 1;
+    std::fs::write(&path, &bytes).expect("journal");
+    let damage = verify::check(&path).expect("readable").damage;
+    assert!(damage.iter().any(|damage| damage.seq.is_some_and(|seq| seq <= damaged_seq)), "{damage:?}");
+
+    // Superblock, manifest, and the segment's last page.
+    for (place, name) in [(100, "superblock"), ((128 << 10) + 70, "manifest")] {
+        let mut bytes = intact.clone();
+        bytes[place] ^= 1;
+        std::fs::write(&path, &bytes).expect("journal");
+        let damage = verify::check(&path).expect("readable").damage;
+        assert!(damage.iter().any(|damage| damage.what.starts_with(name)), "{name}: {damage:?}");
+    }
+
+    std::fs::write(&path, &intact).expect("journal");
+    std::fs::remove_file(journal.folder.join("disk-0.raw")).expect("disk");
+    let damage = verify::check(&path).expect("readable").damage;
+    assert!(damage[0].what.contains("disk-0.raw"), "{damage:?}");
+}

@@ -1,0 +1,39 @@
+//! Numbers and times for people.
+
+use jiff::Timestamp;
+use jiff::tz::TimeZone;
+
+/// A time in the local zone, to the millisecond.
+pub(super) fn time(time_us: u64) -> String {
+    let timestamp = i64::try_from(time_us).ok().and_then(|time_us| Timestamp::from_microsecond(time_us).ok());
+    match timestamp {
+        Some(timestamp) => {
+            timestamp.to_zoned(TimeZone::system()).strftime("%Y-%m-%dT%H:%M:%S.%3f%:z").to_string()
+        }
+        None => format!("{time_us} µs"),
+    }
+}
+
+/// A length in the largest unit that leaves at least one.
+pub(super) fn bytes(len_bytes: u64) -> String {
+    let units = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];
+    let mut value = len_bytes as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < units.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{len_bytes} B") } else { format!("{value:.1} {}", units[unit]) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_are_readable() {
+        assert_eq!(bytes(512), "512 B");
+        assert_eq!(bytes(1536), "1.5 KiB");
+        assert_eq!(bytes(64 << 30), "64.0 GiB");
+    }
+}

@@ -1,0 +1,178 @@
+//! Walks a segment's bytes batch by batch, over damage if need be: without I/O.
+
+use journal::batch::{BatchError, BatchView, RecordKind};
+use journal::format::{ChainPoint, Footer, FooterBuilder, PAGE_BYTES, SegmentHeader, SegmentTrailer};
+use uuid::Uuid;
+
+/// Something that cannot be read any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Finding {
+    /// The record, where one is to blame; of a stretch the first.
+    pub(super) seq: Option<u64>,
+    /// Place in the slot, in bytes.
+    pub(super) slot_offset_bytes: u64,
+    /// What is wrong.
+    pub(super) what: String,
+}
+
+/// What a segment holds.
+#[derive(Debug, Default)]
+pub(super) struct Walked {
+    pub(super) batches: u64,
+    pub(super) records: u64,
+    pub(super) payload_bytes: u64,
+    /// The stream's place after it.
+    pub(super) last: ChainPoint,
+    pub(super) findings: Vec<Finding>,
+    /// Set if an unsealed segment ends in something that was never written to its end.
+    pub(super) torn_tail: Option<String>,
+}
+
+/// Walks a segment. `slot` is all of its slot.
+pub(super) fn walk(slot: &[u8], header: &SegmentHeader, trailer: Option<&SegmentTrailer>) -> Walked {
+    let data_end = trailer.map_or(slot.len() - PAGE_BYTES, |trailer| {
+        (trailer.data_end_bytes as usize).min(slot.len() - PAGE_BYTES)
+    });
+    let mut walked = Walked { last: header.after, ..Walked::default() };
+    let mut footer = FooterBuilder::new(header.after.seq);
+    let mut at = PAGE_BYTES;
+    // After a gap the chain starts anew.
+    let mut after_gap = false;
+    while at < data_end {
+        let rest = &slot[at..data_end];
+        let parsed = BatchView::parse_damaged(rest).map_err(Wrong::Batch);
+        let fits = parsed.and_then(|(batch, damage)| match misfit(&batch, header, walked.last, after_gap) {
+            None => Ok((batch, damage)),
+            Some(what) => Err(Wrong::Misfit(what)),
+        });
+        let (batch, damage) = match fits {
+            Ok(fits) => fits,
+            Err(wrong) => {
+                let next = resume(slot, at, data_end, header, walked.last.seq);
+                if next.is_none() && trailer.is_none() {
+                    if !matches!(wrong, Wrong::Batch(BatchError::Magic) | Wrong::Misfit(_)) {
+                        walked.torn_tail = Some(wrong.to_string());
+                    }
+                    break;
+                }
+                let first = walked.last.seq + 1;
+                let until = match next {
+                    Some((_, seq)) => seq.saturating_sub(1),
+                    None => trailer.map_or(first, |trailer| trailer.last.seq),
+                };
+                walked.findings.push(Finding {
+                    seq: Some(first),
+                    slot_offset_bytes: at as u64,
+                    what: format!("records {first} to {until} cannot be read: {wrong}"),
+                });
+                after_gap = true;
+                let Some((offset, _)) = next else { break };
+                at = offset;
+                continue;
+            }
+        };
+        if damage.is_empty() {
+            footer.add(&batch, at as u64);
+        }
+        walked.note(&batch, &damage, at as u64);
+        at += batch.len_bytes();
+        after_gap = false;
+        if !batch.is_local() {
+            walked.last = ChainPoint { seq: batch.last_seq(), batch_crc: batch.crc() };
+        }
+    }
+    if let Some(trailer) = trailer {
+        walked.check_footer(slot, trailer, footer);
+    }
+    walked
+}
+
+enum Wrong {
+    Batch(BatchError),
+    Misfit(&'static str),
+}
+
+impl std::fmt::Display for Wrong {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Batch(error) => error.fmt(f),
+            Self::Misfit(what) => f.write_str(what),
+        }
+    }
+}
+
+impl Walked {
+    fn note(&mut self, batch: &BatchView<'_>, damage: &[BatchError], batch_offset_bytes: u64) {
+        self.batches += 1;
+        self.records += batch.record_count() as u64;
+        self.payload_bytes += batch.records().map(|record| record.payload().len() as u64).sum::<u64>();
+        for error in damage {
+            let BatchError::PayloadCrc { seq, unit } = *error else { continue };
+            let Some(record) = batch.records().find(|record| record.seq() == seq) else { continue };
+            let in_batch = record.payload_offset_bytes() + unit * journal::batch::CRC_UNIT_BYTES;
+            let place = match record.kind() {
+                RecordKind::Write | RecordKind::SyncData => {
+                    let from = record.offset_bytes() + (unit * journal::batch::CRC_UNIT_BYTES) as u64;
+                    format!("record {seq}: checksum of disk {} at {from} is wrong", record.volume())
+                }
+                kind => format!("record {seq}: checksum of its {kind:?} is wrong"),
+            };
+            self.findings.push(Finding {
+                seq: Some(seq),
+                slot_offset_bytes: batch_offset_bytes + in_batch as u64,
+                what: place,
+            });
+        }
+    }
+
+    fn check_footer(&mut self, slot: &[u8], trailer: &SegmentTrailer, footer: FooterBuilder) {
+        let from = trailer.data_end_bytes as usize;
+        let bytes = slot.get(from..from + trailer.footer_len_bytes as usize).unwrap_or_default();
+        let what = match Footer::decode(bytes, trailer.footer_crc, trailer.data_end_bytes) {
+            Err(error) => format!("footer: {error}"),
+            Ok(found) if self.findings.is_empty() && found != footer.finish() => {
+                "footer: it does not say what the batches hold".to_owned()
+            }
+            Ok(_) if self.findings.is_empty() && self.last != trailer.last => {
+                format!(
+                    "trailer: it ends with record {}, the batches with {}",
+                    trailer.last.seq, self.last.seq
+                )
+            }
+            Ok(_) => return,
+        };
+        self.findings.push(Finding { seq: None, slot_offset_bytes: trailer.data_end_bytes, what });
+    }
+}
+
+/// Why a whole batch doesn't belong where it stands.
+fn misfit(
+    batch: &BatchView<'_>,
+    header: &SegmentHeader,
+    last: ChainPoint,
+    after_gap: bool,
+) -> Option<&'static str> {
+    let link = batch.link();
+    let follows = if batch.is_local() { batch.first_seq() >= last.seq } else { batch.first_seq() > last.seq };
+    if link.journal_id != header.journal_id {
+        Some("a batch of another journal")
+    } else if !follows || link.open_count > header.open_count {
+        Some("a batch of an earlier time")
+    } else if !after_gap && link.prev_batch_crc != last.batch_crc {
+        Some("a batch that does not follow the one before it")
+    } else {
+        None
+    }
+}
+
+/// The next place after damage where a batch of this time begins, and its first record.
+fn resume(slot: &[u8], at: usize, end: usize, header: &SegmentHeader, last_seq: u64) -> Option<(usize, u64)> {
+    let belongs = |id: Uuid, open_count: u64, first_seq: u64| {
+        id == header.journal_id && open_count <= header.open_count && first_seq > last_seq
+    };
+    (at + PAGE_BYTES..end).step_by(PAGE_BYTES).find_map(|offset| {
+        let (batch, _) = BatchView::parse_damaged(&slot[offset..end]).ok()?;
+        let link = batch.link();
+        belongs(link.journal_id, link.open_count, batch.first_seq()).then(|| (offset, batch.first_seq()))
+    })
+}
