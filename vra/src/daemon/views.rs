@@ -103,7 +103,7 @@ impl Daemon {
             cookies,
         };
         for (disk, cookie) in ready.into_iter().zip(live.cookies.clone()) {
-            let export = format!("view-{view}-{}-{}", disk.vm.short(), disk.number);
+            let export = format!("view-{view}-{}-{}", disk.vm, disk.number);
             let served = Arc::clone(&disk.disk) as Arc<dyn Disk>;
             let opened = tokio::task::block_in_place(|| {
                 self.doors.open_door(served, &open.door, &export, cookie, None)

@@ -137,6 +137,27 @@ async fn files_that_do_not_fit_are_named() {
     assert!(error.contains("99") && error.contains("newer release"), "{error}");
 }
 
+/// VMs made from one template can have ids that begin alike; a VM that was renamed keeps its folder.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ids_that_begin_alike_are_told_apart() {
+    let datastore = Datastore::new("alike");
+    let mut vpg = definition(&datastore.0, 1);
+    let mut twin = definition(&datastore.0, 1).vms.remove(0);
+    let mut bytes = vpg.vms[0].id.0.into_bytes();
+    bytes[15] ^= 1;
+    twin.id = VmId(Uuid::from_bytes(bytes));
+    twin.name = "twin".into();
+    vpg.vms.push(twin.clone());
+    let host = TargetHost::start(SETTINGS).expect("started");
+    let first = host.ensure(&vpg, vpg.vms[0].id).await.expect("made");
+    let second = host.ensure(&vpg, twin.id).await.expect("made beside the other");
+    assert_ne!(first.folder().path(), second.folder().path());
+    let place = host.close(twin.id).await.expect("closed");
+    vpg.vms[1].name = "renamed".into();
+    let again = host.ensure(&vpg, twin.id).await.expect("found again");
+    assert_eq!(again.folder().path(), place.path());
+}
+
 const SETTINGS: TargetSettings =
     TargetSettings { worker_count: 1, memory_bytes: 64 << 20, window_bytes: 16 << 20 };
 

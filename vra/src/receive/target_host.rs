@@ -1,10 +1,12 @@
 //! All VMs that this VRA is target of.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock};
 use quinn::{RecvStream, SendStream};
 
 use super::files;
@@ -208,13 +210,28 @@ impl TargetHost {
     }
 }
 
-/// The folder of a VM in a datastore, whatever the names were when it was made.
+/// The folder of a VM in a datastore, whatever the names were when it was made. Folder names hold only the beginning of an id, which VMs made
+/// from one template may share: whose a folder is, its journal says.
 fn find_folder(datastore: &Path, vpg: VpgId, vm: VmId) -> Option<VmFolder> {
-    let with_end = |path: &Path, end: String| {
-        let entries = std::fs::read_dir(path).ok()?;
-        let mut paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
-        paths.find(|path| path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(&end)))
+    let with_end = |path: &Path, end: &str| -> Vec<PathBuf> {
+        let Ok(entries) = std::fs::read_dir(path) else { return Vec::new() };
+        let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+        paths
+            .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(end)))
+            .collect()
     };
-    let group = with_end(datastore, format!("-{}", vpg.short()))?;
-    with_end(&group, format!("-{}", vm.short())).map(VmFolder::at)
+    let groups = with_end(datastore, &format!("-{}", vpg.short()));
+    let folders = groups.iter().flat_map(|group| with_end(group, &format!("-{}", vm.short())));
+    folders.map(VmFolder::at).find(|folder| journal_owner(folder).is_some_and(|owner| owner == (vpg, vm)))
+}
+
+/// Whose journal lies in a folder; nothing when there is none, or neither superblock can be read.
+fn journal_owner(folder: &VmFolder) -> Option<(VpgId, VmId)> {
+    let file = std::fs::File::open(folder.journal()).ok()?;
+    SUPERBLOCK_OFFSETS.into_iter().find_map(|offset_bytes| {
+        let mut page = vec![0; PAGE_BYTES];
+        file.read_exact_at(&mut page, offset_bytes).ok()?;
+        let superblock = Superblock::decode(&page).ok()?;
+        Some((VpgId(superblock.vpg_id), VmId(superblock.vm_id)))
+    })
 }
