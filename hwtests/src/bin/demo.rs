@@ -1,0 +1,56 @@
+//! `demo`: protects two VMs, kills their source, recovers them at checkpoints and checks everything.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use hwtests::demo::{Door, Size, run};
+
+/// The main job from start to end, on this machine.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// Disks over NBD instead of ublk
+    #[arg(long)]
+    nbd: bool,
+    /// Sizes for an emulated machine
+    #[arg(long)]
+    small: bool,
+    /// Work in this folder and leave it there [default: a temporary one, removed at the end]
+    #[arg(long, value_name = "DIR")]
+    keep: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    match demo(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("demo: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn demo(arguments: &Arguments) -> Result<()> {
+    ensure!(nix::unistd::geteuid().is_root(), "the demo mounts filesystems: run it as root");
+    let door = if arguments.nbd { Door::Nbd } else { Door::Ublk };
+    let size = if arguments.small { SMALL } else { LARGE };
+    let folder = match &arguments.keep {
+        Some(folder) => folder.clone(),
+        None => std::env::temp_dir().join(format!("holdfast-demo-{}", std::process::id())),
+    };
+    std::fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+    let result = run(door, size, &folder);
+    match (&result, &arguments.keep) {
+        (_, Some(_)) => {}
+        (Ok(_), None) => {
+            std::fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
+        }
+        (Err(_), None) => eprintln!("demo: logs and disks are left in {}", folder.display()),
+    }
+    println!("{}", result?);
+    Ok(())
+}
+
+const LARGE: Size = Size { disk_bytes: 512 << 20, files_bytes: 250 << 20, transactions: 300, patience: 1 };
+const SMALL: Size = Size { disk_bytes: 64 << 20, files_bytes: 20 << 20, transactions: 20, patience: 10 };

@@ -1,0 +1,166 @@
+//! The product's own processes as the demo runs them: started like an operator would, killed when dropped.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+/// Where the product's binaries are.
+#[derive(Clone, Debug)]
+pub(super) struct Binaries {
+    folder: PathBuf,
+}
+
+impl Binaries {
+    /// Takes the folder of the running executable, where cargo and the rig put all of them.
+    ///
+    /// # Errors
+    /// When a binary is missing, with the command that builds it.
+    pub(super) fn beside_this_one() -> Result<Self> {
+        let here = std::env::current_exe().context("path of this executable")?;
+        let folder = here.parent().context("folder of this executable")?.to_path_buf();
+        for name in ["vra", "zvm"] {
+            ensure!(
+                folder.join(name).exists(),
+                "{} is missing: run `cargo build --workspace --bins`",
+                folder.join(name).display()
+            );
+        }
+        Ok(Self { folder })
+    }
+
+    /// Path of one of them.
+    pub(super) fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// Runs a command to its end and returns what it printed.
+    ///
+    /// # Errors
+    /// What the command said when it failed.
+    pub(super) fn run(&self, name: &str, arguments: &[&str]) -> Result<String> {
+        let output = Command::new(self.path(name))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .with_context(|| format!("start {name}"))?;
+        ensure!(
+            output.status.success(),
+            "`{name} {}` failed ({}): {}",
+            arguments.join(" "),
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Runs a command that prints JSON.
+    ///
+    /// # Errors
+    /// What the command said when it failed, or that it printed no JSON.
+    pub(super) fn json(&self, name: &str, arguments: &[&str]) -> Result<Value> {
+        let printed = self.run(name, arguments)?;
+        serde_json::from_str(&printed)
+            .with_context(|| format!("`{name} {}` printed no JSON: {printed}", arguments.join(" ")))
+    }
+}
+
+/// A daemon of the product, killed when dropped.
+pub(super) struct Daemon {
+    name: String,
+    child: Child,
+    log: PathBuf,
+}
+
+impl Daemon {
+    /// Starts `binary` with its output in `log`.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub(super) fn start(name: &str, binary: &Path, arguments: &[&str], log: &Path) -> Result<Self> {
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .open(log)
+            .with_context(|| format!("open {}", log.display()))?;
+        let errors = file.try_clone().context("duplicate the log's descriptor")?;
+        let child = Command::new(binary)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(file)
+            .stderr(errors)
+            .spawn()
+            .with_context(|| format!("start {}", binary.display()))?;
+        Ok(Self { name: name.to_owned(), child, log: log.to_path_buf() })
+    }
+
+    /// Waits until `ready` says yes.
+    ///
+    /// # Errors
+    /// When the daemon ends or `seconds` pass first, with the end of its log.
+    pub(super) fn wait_until(&mut self, seconds: u64, mut ready: impl FnMut() -> bool) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(seconds);
+        while !ready() {
+            if let Some(status) = self.child.try_wait().with_context(|| format!("wait for {}", self.name))? {
+                bail!("{} ended ({status}):\n{}", self.name, self.log_end());
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "{} is not ready after {seconds} s:\n{}",
+                self.name,
+                self.log_end()
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
+    /// `kill -9`, and waits for the process to be gone.
+    ///
+    /// # Errors
+    /// When it cannot be killed.
+    pub(super) fn kill(mut self) -> Result<()> {
+        self.child.kill().with_context(|| format!("kill {}", self.name))?;
+        self.child.wait().with_context(|| format!("wait for {}", self.name))?;
+        Ok(())
+    }
+
+    /// Asks it to end (SIGTERM) and waits.
+    ///
+    /// # Errors
+    /// When it does not end within 20 s; it is killed then.
+    pub(super) fn stop(mut self) -> Result<()> {
+        let pid = nix::unistd::Pid::from_raw(self.child.id().cast_signed());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)
+            .with_context(|| format!("send SIGTERM to {}", self.name))?;
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while self.child.try_wait().with_context(|| format!("wait for {}", self.name))?.is_none() {
+            ensure!(
+                Instant::now() < deadline,
+                "{} did not end within 20 s of SIGTERM:\n{}",
+                self.name,
+                self.log_end()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    fn log_end(&self) -> String {
+        let text = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(15)..].join("\n")
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None)) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}

@@ -1,0 +1,464 @@
+//! The main job, start to end: protect two VMs, lose the source, recover at a checkpoint, and check what came back.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::devices::{Mount, NbdDevice, check_ext4, make_ext4, run as run_program};
+use super::process::Binaries;
+use super::report::{Recovery, Report, Story};
+use super::site::{Side, Site, Vm};
+use super::tree::{self, Manifest};
+use super::workload::{self, Recovered, Step, Workload};
+
+/// How disks are offered to their users.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// `/dev/ublkbN`.
+    Ublk,
+    /// NBD, made block devices by `nbdfuse` and `losetup`.
+    Nbd,
+}
+
+/// Sizes of the demo.
+#[derive(Clone, Copy, Debug)]
+pub struct Size {
+    /// Each disk, in bytes.
+    pub disk_bytes: u64,
+    /// Files copied onto the first disk, in bytes.
+    pub files_bytes: u64,
+    /// Transactions before the tag, and again after it.
+    pub transactions: u64,
+    /// How much longer than natively things may take.
+    pub patience: u32,
+}
+
+/// Runs the whole job in `folder`, which it fills.
+///
+/// # Errors
+/// The first thing that is not as it should be.
+pub fn run(door: Door, size: Size, folder: &Path) -> Result<Report> {
+    let mut story = Story::start();
+    let vms = make_vms(folder, size.disk_bytes)?;
+
+    story.tell("start a ZVM and two VRAs, each its own process; enrol the VRAs with one-time tokens");
+    let mut site = Site::start(Binaries::beside_this_one()?, folder)?;
+    site.write_inventory(&vms)?;
+
+    story.tell(&format!("attach 3 disks of 2 VMs at {}", door.describe()));
+    let devices = attach(&site, door, &vms, folder)?;
+
+    story.tell("make ext4 on each; copy real files onto the first disk");
+    let mounts = mount_all(&devices, folder)?;
+    let manifest = copy_files(mounts[0].folder(), size.files_bytes)?;
+    story.tell(&format!("copied {} files, {}", manifest.len(), mib(tree::total_bytes(&manifest))));
+
+    story.tell(
+        "start the application: each step appends to a log on one VM and commits to SQLite on the other",
+    );
+    let app = Workload::start(mounts[1].folder(), mounts[2].folder())?;
+    app.wait_for_more(5, 60 * u64::from(size.patience))?;
+
+    story.tell("create the VPG: both VMs, a checkpoint every second; the initial sync runs while the application writes");
+    let created = Instant::now();
+    site.zvm(&[
+        "vpg",
+        "create",
+        VPG,
+        "--vm",
+        vms[0].name,
+        "--vm",
+        vms[1].name,
+        "--target",
+        Side::Target.name(),
+        "--datastore",
+        "recovery-store",
+        "--journal-limit",
+        "2GiB",
+        "--checkpoint-interval",
+        "1s",
+        "--history",
+        "1h",
+    ])?;
+    wait_for_checkpoint(&site, 0, 60 * u64::from(size.patience))?;
+    story.tell(&format!(
+        "initial sync done and first checkpoint made after {:.1} s",
+        created.elapsed().as_secs_f64()
+    ));
+
+    app.wait_for_more(size.transactions, 120 * u64::from(size.patience))?;
+    let before_tag = app.last_number();
+    let tagged = site.zvm_json(&["checkpoint", "tag", VPG, TAG])?;
+    let after_tag = app.last_number() + 1;
+    let tagged_us = time_of(&tagged)?;
+    story.tell(&format!("tagged checkpoint \"{TAG}\" between transactions {before_tag} and {after_tag}"));
+    write_durably(&mounts[0].folder().join(LATER_FILE), b"written after the tag\n")?;
+    app.wait_for_more(size.transactions, 120 * u64::from(size.patience))?;
+    wait_for_checkpoint(&site, workload::now_us(), 60 * u64::from(size.patience))?;
+    story.tell("the manager's view:");
+    story.show(&site.zvm(&["status"])?);
+
+    let killed_us = workload::now_us();
+    site.kill_source()?;
+    app.ask_to_stop();
+    let steps = app.steps();
+    story.tell(&format!(
+        "DISASTER: kill -9 of the source VRA, after transaction {}",
+        steps.last().map_or(0, |step| step.number)
+    ));
+    std::thread::sleep(Duration::from_millis(500) * size.patience);
+
+    story.tell("checkpoints at the target, newest first:");
+    story.show(&site.zvm(&["checkpoint", "list", VPG, "--limit", "5"])?);
+    let latest = newest_checkpoint(&site)?.context("the target lists no checkpoint")?;
+    let latest_us = time_of(&latest)?;
+    let application = Application { manifest: &manifest, steps: &steps };
+    let mut recoveries = Vec::new();
+    for (name, at_us, at_least, at_most, later_file) in [
+        (TAG, tagged_us, before_tag, after_tag, false),
+        ("latest", latest_us, committed_before(&steps, latest_us), started_before(&steps, latest_us), true),
+    ] {
+        story.tell(&format!("open \"{name}\" at the target and check it"));
+        let recovery = recover(&site, door, folder, &application, name, at_least..=at_most, later_file)
+            .with_context(|| format!("recovery at \"{name}\" (checkpoint of {at_us} us)"))?;
+        story.tell(&format!(
+            "\"{name}\": fsck clean, {} files equal, SQLite ok, {} transactions (must hold {at_least} to {at_most})",
+            manifest.len(),
+            recovery.found.transactions
+        ));
+        recoveries.push(recovery);
+    }
+
+    story.tell("clean up: no device, mount or process stays");
+    let written_bytes = disk_bytes(&vms)?;
+    let journal_bytes = allocated_bytes(&site.datastore())?;
+    drop_devices(door, devices, mounts)?;
+    // The application's last step may have failed with its disk: that is the disaster, not an error of the demo.
+    let _ = app.join();
+    site.stop()?;
+    Ok(Report {
+        door: door.describe(),
+        files: manifest.len() as u64,
+        files_bytes: tree::total_bytes(&manifest),
+        source_bytes: written_bytes,
+        target_bytes: journal_bytes,
+        transactions: steps.last().map_or(0, |step| step.number),
+        rpo: Duration::from_micros(killed_us.saturating_sub(latest_us)),
+        recoveries,
+        took: story.elapsed(),
+    })
+}
+
+/// What was running at the source and must be found again.
+struct Application<'a> {
+    manifest: &'a Manifest,
+    steps: &'a [Step],
+}
+
+const VPG: &str = "shop";
+const TAG: &str = "before-upgrade";
+const LATER_FILE: &str = "after-the-tag.txt";
+
+impl Door {
+    fn argument(self) -> &'static str {
+        match self {
+            Self::Ublk => "ublk",
+            Self::Nbd => "nbd",
+        }
+    }
+
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Ublk => "ublk block devices",
+            Self::Nbd => "NBD exports (block devices by nbdfuse and losetup)",
+        }
+    }
+}
+
+/// A block device, however it came to be.
+enum Device {
+    Ublk { path: PathBuf, number: u64 },
+    Nbd(NbdDevice),
+}
+
+impl Device {
+    fn open(door: &Value, folder: &Path) -> Result<Self> {
+        let text = |key: &str| door.get(key).and_then(Value::as_str).map(PathBuf::from);
+        match door.get("kind").and_then(Value::as_str) {
+            Some("ublk") => {
+                let path = text("path").context("a ublk door without a path")?;
+                let number =
+                    door.get("device").and_then(Value::as_u64).context("a ublk door without a number")?;
+                wait_for_file(&path)?;
+                Ok(Self::Ublk { path, number })
+            }
+            Some("nbd_unix") => {
+                let socket = text("path").context("an NBD door without a socket")?;
+                let export = door.get("export").and_then(Value::as_str).unwrap_or_default();
+                NbdDevice::attach(&socket, export, folder).map(Self::Nbd)
+            }
+            _ => anyhow::bail!("an unexpected door: {door}"),
+        }
+    }
+
+    fn path(&self) -> &Path {
+        match self {
+            Self::Ublk { path, .. } => path,
+            Self::Nbd(device) => device.path(),
+        }
+    }
+}
+
+fn make_vms(folder: &Path, disk_bytes: u64) -> Result<Vec<Vm>> {
+    let disks = folder.join("production-disks");
+    fs::create_dir_all(&disks).with_context(|| format!("create {}", disks.display()))?;
+    let mut vms = Vec::new();
+    for (name, uuid, count) in [
+        ("shop-app", "5a0e1d52-4a0b-4f5c-9a53-0f5d7b7d0a01", 2),
+        ("shop-db", "5a0e1d52-4a0b-4f5c-9a53-0f5d7b7d0a02", 1),
+    ] {
+        let mut paths = Vec::new();
+        for number in 0..count {
+            let path = disks.join(format!("{name}-{number}.raw"));
+            let file = File::create_new(&path).with_context(|| format!("create {}", path.display()))?;
+            file.set_len(disk_bytes).with_context(|| format!("size {}", path.display()))?;
+            paths.push(path);
+        }
+        vms.push(Vm { name, uuid: uuid.to_owned(), disks: paths });
+    }
+    Ok(vms)
+}
+
+fn attach(site: &Site, door: Door, vms: &[Vm], folder: &Path) -> Result<Vec<Device>> {
+    let mut devices = Vec::new();
+    for vm in vms {
+        for (number, disk) in vm.disks.iter().enumerate() {
+            let path = disk.display().to_string();
+            let number = number.to_string();
+            let attached = site.vra_json(
+                Side::Source,
+                &[
+                    "attach",
+                    &path,
+                    "--vm-name",
+                    vm.name,
+                    "--vm",
+                    &vm.uuid,
+                    "--number",
+                    &number,
+                    "--door",
+                    door.argument(),
+                ],
+            )?;
+            let at = find(&attached, "door").context("`vra attach` shows no door")?;
+            devices.push(Device::open(at, &folder.join(format!("fuse-{}-{number}", vm.name)))?);
+        }
+    }
+    Ok(devices)
+}
+
+fn mount_all(devices: &[Device], folder: &Path) -> Result<Vec<Mount>> {
+    devices
+        .iter()
+        .enumerate()
+        .map(|(at, device)| {
+            make_ext4(device.path())?;
+            Mount::ext4(device.path(), &folder.join(format!("production-{at}")))
+        })
+        .collect()
+}
+
+fn copy_files(target: &Path, limit_bytes: u64) -> Result<Manifest> {
+    let sources = ["/usr/bin", "/usr/lib", "/usr/share", "/usr", "/bin", "/lib"].map(Path::new);
+    let present: Vec<&Path> = sources.into_iter().filter(|source| source.is_dir()).collect();
+    tree::copy(&present, target, limit_bytes)
+}
+
+fn recover(
+    site: &Site,
+    door: Door,
+    folder: &Path,
+    application: &Application<'_>,
+    name: &str,
+    expected: std::ops::RangeInclusive<u64>,
+    later_file: bool,
+) -> Result<Recovery> {
+    let started = Instant::now();
+    let shown = site.zvm_json(&["test", "start", VPG, "--at", name, "--door", door.argument()])?;
+    let opened_in = started.elapsed();
+    let mut disks = disks_of(&shown)?;
+    disks.sort_by_key(|(vm, number, _)| (vm.clone(), *number));
+    ensure!(disks.len() == 3, "the test shows {} disks instead of 3: {shown}", disks.len());
+    let mut devices = Vec::new();
+    for (vm, number, door) in &disks {
+        devices.push(Device::open(door, &folder.join(format!("fuse-{name}-{vm}-{number}")))?);
+    }
+    let mut mounts = Vec::new();
+    for (at, device) in devices.iter().enumerate() {
+        mounts.push(Mount::ext4(device.path(), &folder.join(format!("recovered-{name}-{at}")))?);
+    }
+    let usable_in = started.elapsed();
+    tree::verify(application.manifest, mounts[0].folder())?;
+    ensure!(
+        mounts[0].folder().join(LATER_FILE).exists() == later_file,
+        "{LATER_FILE}, written after the tag, {} there",
+        if later_file { "is not" } else { "is" }
+    );
+    let found: Recovered = workload::inspect(mounts[1].folder(), mounts[2].folder())?;
+    ensure!(
+        expected.contains(&found.transactions),
+        "{} transactions came back, but this checkpoint must hold {} to {} (the application had made {})",
+        found.transactions,
+        expected.start(),
+        expected.end(),
+        application.steps.len()
+    );
+    for mount in mounts {
+        mount.unmount()?;
+    }
+    for device in &devices {
+        check_ext4(device.path())?;
+    }
+    drop(devices);
+    site.zvm(&["test", "stop", VPG])?;
+    Ok(Recovery { name: name.to_owned(), expected, found, opened_in, usable_in })
+}
+
+/// VM, number and door of each disk of a test.
+fn disks_of(shown: &Value) -> Result<Vec<(String, u64, Value)>> {
+    let mut disks = Vec::new();
+    collect_disks(shown, &mut disks);
+    ensure!(!disks.is_empty(), "`zvm test start` shows no disks: {shown}");
+    Ok(disks)
+}
+
+fn collect_disks(value: &Value, disks: &mut Vec<(String, u64, Value)>) {
+    match value {
+        Value::Object(fields) => {
+            let disk = (
+                fields.get("vm_name").and_then(Value::as_str),
+                fields.get("number").and_then(Value::as_u64),
+                fields.get("door").filter(|door| door.get("kind").is_some()),
+            );
+            if let (Some(vm), Some(number), Some(door)) = disk {
+                disks.push((vm.to_owned(), number, door.clone()));
+            } else {
+                fields.values().for_each(|field| collect_disks(field, disks));
+            }
+        }
+        Value::Array(items) => items.iter().for_each(|item| collect_disks(item, disks)),
+        _ => {}
+    }
+}
+
+fn drop_devices(door: Door, devices: Vec<Device>, mounts: Vec<Mount>) -> Result<()> {
+    // The source VRA is gone for good: its devices first, so that what still waits for them fails and ends.
+    if door == Door::Ublk {
+        let tool = Binaries::beside_this_one()?;
+        for device in &devices {
+            if let Device::Ublk { number, .. } = device {
+                tool.run("vra-ublk", &["del", &number.to_string()])?;
+            }
+        }
+    }
+    drop(mounts);
+    drop(devices);
+    Ok(())
+}
+
+fn wait_for_checkpoint(site: &Site, after_us: u64, seconds: u64) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(seconds);
+    loop {
+        let newest = newest_checkpoint(site)?;
+        if newest.as_ref().map(time_of).transpose()?.is_some_and(|time_us| time_us > after_us) {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            let status = site.zvm(&["status"])?;
+            anyhow::bail!("no new checkpoint within {seconds} s; `zvm status` says:\n{status}");
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+fn newest_checkpoint(site: &Site) -> Result<Option<Value>> {
+    // Until the journals exist at the target there is nothing to list from.
+    let Ok(listed) = site.zvm_json(&["checkpoint", "list", VPG, "--limit", "1"]) else { return Ok(None) };
+    let list = listed.as_array().or_else(|| find(&listed, "checkpoints").and_then(Value::as_array));
+    Ok(list
+        .or_else(|| find(&listed, "value").and_then(Value::as_array))
+        .and_then(|list| list.first())
+        .cloned())
+}
+
+fn time_of(checkpoint: &Value) -> Result<u64> {
+    find(checkpoint, "time_us")
+        .and_then(Value::as_u64)
+        .with_context(|| format!("a checkpoint without a time: {checkpoint}"))
+}
+
+fn find<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {
+    match value {
+        Value::Object(fields) => {
+            fields.get(key).or_else(|| fields.values().find_map(|field| find(field, key)))
+        }
+        Value::Array(items) => items.iter().find_map(|item| find(item, key)),
+        _ => None,
+    }
+}
+
+/// Highest transaction that the application knew to be committed before a moment: a checkpoint of it must hold it.
+fn committed_before(steps: &[Step], time_us: u64) -> u64 {
+    steps.iter().filter(|step| step.committed_us < time_us).map(|step| step.number).max().unwrap_or(0)
+}
+
+/// Highest transaction that had been begun before a moment: a checkpoint of it can hold none later. The step after the
+/// last finished one may have been under way.
+fn started_before(steps: &[Step], time_us: u64) -> u64 {
+    let started =
+        steps.iter().filter(|step| step.started_us <= time_us).map(|step| step.number).max().unwrap_or(0);
+    let under_way = steps.last().is_none_or(|last| last.number == started);
+    started + u64::from(under_way)
+}
+
+fn write_durably(path: &Path, content: &[u8]) -> Result<()> {
+    fs::write(path, content).with_context(|| format!("write {}", path.display()))?;
+    let folder = path.parent().context("a file has a folder")?;
+    let root = File::open(folder).with_context(|| format!("open {}", folder.display()))?;
+    nix::unistd::syncfs(&root).with_context(|| format!("sync {}", folder.display()))
+}
+
+fn wait_for_file(path: &Path) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !path.exists() {
+        ensure!(Instant::now() < deadline, "{} did not appear within 10 s", path.display());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+fn disk_bytes(vms: &[Vm]) -> Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let mut bytes = 0;
+    for disk in vms.iter().flat_map(|vm| &vm.disks) {
+        bytes += fs::metadata(disk).with_context(|| format!("look at {}", disk.display()))?.blocks() * 512;
+    }
+    Ok(bytes)
+}
+
+fn allocated_bytes(folder: &Path) -> Result<u64> {
+    let printed = run_program("du", &["-sk", &folder.to_string_lossy()])?;
+    let kib: u64 = printed
+        .split_whitespace()
+        .next()
+        .and_then(|word| word.parse().ok())
+        .context("du printed no number")?;
+    Ok(kib * 1024)
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
