@@ -629,7 +629,7 @@ impl World {
             let found = reader.view(cut).and_then(|view| self.read_image(&view));
             match found {
                 Ok(found) => {
-                    self.compare(cut, &found).map_err(|what| format!("after a bit flipped: {what}"))?
+                    self.compare(cut, &found).map_err(|what| format!("after a bit flipped: {what}"))?;
                 }
                 Err(ViewError::Corrupt { .. }) => noticed = true,
                 Err(error) => return Err(format!("after a bit flipped: {error:?}")),
