@@ -2,6 +2,7 @@ use quinn::RecvStream;
 
 use super::MAX_FRAME_BYTES;
 use super::frame::{FRAME_HEADER_BYTES, Frame, WireError, frame_len_bytes};
+use crate::link::LinkError;
 
 /// Collects frames from a QUIC stream.
 #[derive(Debug)]
@@ -14,7 +15,7 @@ pub struct FrameReader {
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ReadFrameError {
     /// The stream failed.
-    #[error("the stream failed: {0}")]
+    #[error("the stream failed: {}", cause(_0))]
     Stream(quinn::ReadError),
     /// The stream ended inside a frame.
     #[error("the stream ended inside a frame")]
@@ -64,5 +65,16 @@ impl FrameReader {
 impl Default for FrameReader {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// Why a stream failed, in words. A peer that refuses this side's certificate says so only after the handshake, so it is often a stream that learns
+/// of it: then the certificate, not the stream, is what must be named.
+fn cause(error: &quinn::ReadError) -> String {
+    match error {
+        quinn::ReadError::ConnectionLost(lost) => {
+            LinkError::from_connection("the peer", lost.clone()).to_string()
+        }
+        other => other.to_string(),
     }
 }
