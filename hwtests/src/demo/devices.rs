@@ -102,6 +102,13 @@ impl Mount {
         &self.folder
     }
 
+    /// Takes the filesystem out of the tree and unmounts it as soon as nothing uses it; the process that is returned ends then.
+    pub(super) fn detach(self) -> Result<Child> {
+        let folder = self.folder.clone();
+        std::mem::forget(self);
+        Command::new("umount").arg("-l").arg(folder).stdin(Stdio::null()).spawn().context("start umount")
+    }
+
     /// Unmounts, and says so when that fails.
     ///
     /// # Errors

@@ -57,6 +57,16 @@ impl Binaries {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
+    /// Starts a command whose end is somebody else's to wait for.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub(super) fn start(&self, name: &str, arguments: &[&str]) -> Result<Child> {
+        let mut command = Command::new(self.path(name));
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null());
+        command.spawn().with_context(|| format!("start {name}"))
+    }
+
     /// Runs a command that prints JSON.
     ///
     /// # Errors

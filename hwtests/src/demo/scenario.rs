@@ -135,9 +135,7 @@ pub fn run(door: Door, size: Size, folder: &Path) -> Result<Report> {
     story.tell("clean up: no device, mount or process stays");
     let written_bytes = disk_bytes(&vms)?;
     let journal_bytes = allocated_bytes(&site.datastore())?;
-    drop_devices(door, devices, mounts)?;
-    // The application's last step may have failed with its disk: that is the disaster, not an error of the demo.
-    let _ = app.join();
+    drop_devices(door, devices, mounts, app)?;
     site.stop()?;
     Ok(Report {
         door: door.describe(),
@@ -354,18 +352,30 @@ fn collect_disks(value: &Value, disks: &mut Vec<(String, u64, Value)>) {
     }
 }
 
-fn drop_devices(door: Door, devices: Vec<Device>, mounts: Vec<Mount>) -> Result<()> {
-    // The source VRA is gone for good: its devices first, so that what still waits for them fails and ends.
+/// The source VRA is gone for good, and its ublk devices wait for it with all that was sent to them. So everything at once: a mount goes only when
+/// its device has failed what waits, a device goes only when nothing has it open, and the application ends when its disks fail.
+fn drop_devices(door: Door, devices: Vec<Device>, mounts: Vec<Mount>, app: Workload) -> Result<()> {
+    let mut under_way = Vec::new();
     if door == Door::Ublk {
         let tool = Binaries::beside_this_one()?;
+        for mount in mounts {
+            under_way.push(mount.detach()?);
+        }
         for device in &devices {
             if let Device::Ublk { number, .. } = device {
-                tool.run("vra-ublk", &["del", &number.to_string()])?;
+                under_way.push(tool.start("vra-ublk", &["del", &number.to_string()])?);
             }
         }
+    } else {
+        drop(mounts);
+        drop(devices);
     }
-    drop(mounts);
-    drop(devices);
+    // The application's last step may have failed with its disk: that is the disaster, not an error of the demo.
+    let _ = app.join();
+    for mut child in under_way {
+        let status = child.wait().context("wait for the clean-up of a device")?;
+        ensure!(status.success(), "the clean-up of a device failed: {status}");
+    }
     Ok(())
 }
 
