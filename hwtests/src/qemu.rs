@@ -54,7 +54,9 @@ impl Qemu {
         if let Some(prefix) = &self.prefix {
             let libraries = prefix.join("usr/lib/x86_64-linux-gnu");
             command.env("QEMU_MODULE_DIR", libraries.join("qemu"));
-            command.env("LD_LIBRARY_PATH", libraries);
+            // Unpacked packages of Debian 12 still have some libraries in /lib.
+            let older_libraries = prefix.join("lib/x86_64-linux-gnu");
+            command.env("LD_LIBRARY_PATH", format!("{}:{}", libraries.display(), older_libraries.display()));
             for data in ["usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu"] {
                 command.arg("-L").arg(prefix.join(data));
             }
