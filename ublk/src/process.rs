@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use caps::{CapSet, Capability};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -103,6 +104,21 @@ pub fn is_io_flusher() -> io::Result<bool> {
     }
 }
 
+/// Takes CAP_SYS_ADMIN from the calling thread, and from those that it starts.
+///
+/// A ublk queue that is fetched without it keeps the driver from looking for partitions when the device starts (`GD_SUPPRESS_PART_SCAN`,
+/// drivers/block/ublk_drv.c). Before 7.0 there is no flag for that, and a server that dies during the look leaves the driver waiting for
+/// its own I/O with the device's mutex held: the device can then be neither recovered nor deleted.
+///
+/// # Errors
+/// The kernel's refusal.
+pub fn give_up_sys_admin() -> io::Result<()> {
+    for set in [CapSet::Effective, CapSet::Permitted] {
+        caps::drop(None, set, Capability::CAP_SYS_ADMIN).map_err(io::Error::other)?;
+    }
+    Ok(())
+}
+
 /// `PR_SET_IO_FLUSHER` of include/uapi/linux/prctl.h.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 /// `PR_GET_IO_FLUSHER`.
@@ -198,6 +214,21 @@ mod tests {
         for _ in 0..reactors.thread_count() {
             assert!(flags.recv().expect("each thread answers"));
         }
+    }
+
+    /// The capability belongs to a thread: its maker, who sends the driver's commands, keeps it.
+    #[test]
+    fn a_thread_gives_up_its_capability_for_itself_alone() {
+        let has = || caps::has_cap(None, CapSet::Effective, Capability::CAP_SYS_ADMIN).expect("readable");
+        let before = has();
+        std::thread::spawn(move || {
+            give_up_sys_admin().expect("nobody is refused less");
+            assert!(!has());
+            give_up_sys_admin().expect("and again");
+        })
+        .join()
+        .expect("ends");
+        assert_eq!(has(), before);
     }
 
     #[test]

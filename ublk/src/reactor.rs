@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use io_uring::{cqueue, opcode, types};
 
+use crate::process;
 use crate::reactor::ring::{Ring, SourceRing, Token};
 use crate::reactor::wake::{SOURCES_MAX, WakeSet};
 use crate::serve::{Wake, Waker};
@@ -75,7 +76,7 @@ pub enum ReactorError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// The operating system refused the thread or its event descriptor.
+    /// The operating system refused the thread, its event descriptor, or to take a capability from it.
     #[error("cannot start reactor thread {thread}")]
     Thread {
         /// Number of the thread.
@@ -294,7 +295,13 @@ fn start_thread(thread: usize, entries: u32) -> Result<Arc<Shared>, ReactorError
         .name(format!("reactor-{thread}"))
         .spawn(move || {
             let _guard = AbortOnPanic;
-            match Ring::new(entries) {
+            // The ring first: with sysctl kernel.io_uring_disabled=1 making one takes the capability.
+            let ring = Ring::new(entries).map_err(|source| ReactorError::Ring { entries, source });
+            let ring = ring.and_then(|ring| {
+                process::give_up_sys_admin().map_err(|source| ReactorError::Thread { thread, source })?;
+                Ok(ring)
+            });
+            match ring {
                 Ok(ring) => {
                     let _ = ready.send(Ok(()));
                     Reactor::new(ring, thread_shared).run();
@@ -305,11 +312,7 @@ fn start_thread(thread: usize, entries: u32) -> Result<Arc<Shared>, ReactorError
             }
         })
         .map_err(|source| ReactorError::Thread { thread, source })?;
-    match started.recv() {
-        Ok(Ok(())) => Ok(shared),
-        Ok(Err(source)) => Err(ReactorError::Ring { entries, source }),
-        Err(_) => Err(ReactorError::Ended { thread }),
-    }
+    started.recv().unwrap_or(Err(ReactorError::Ended { thread })).map(|()| shared)
 }
 
 /// A reactor thread that died in a living process would leave its guests waiting for ever; a dead process can be

@@ -1,12 +1,14 @@
 //! The edges of the ublk door: what is not offered, what is refused, and what a dead daemon still holds.
 
 use std::fs::File;
+use std::io::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use ublk::backing::{Backing, BackingError, BackingSettings};
 
+use super::ram_disk::RamDisk;
 use crate::suite::context::Context;
 use crate::suite::ublk::UblkServer;
 use crate::suite::{Body, Case, MachineNeeds, Need};
@@ -35,6 +37,12 @@ pub(super) const CASES: &[Case] = &[
         Body::Inside(discard_not_offered),
     )
     .needs(NULL_BLK),
+    Case::new(
+        "ublk-no-partition-scan",
+        "A guest's partition table is not read by the host when its disk's device starts.",
+        Body::Inside(no_partition_scan),
+    )
+    .needs(&[Need::Tool("vra-ublk"), Need::Module("brd")]),
     Case::new(
         "ublk-dead-daemon-fenced",
         "While a killed daemon's write is in the block layer, neither its disk nor its device can be taken.",
@@ -101,6 +109,21 @@ fn discard_not_offered(context: &mut Context) -> Result<()> {
 }
 
 /// Over a device whose every I/O takes three seconds.
+fn no_partition_scan(context: &mut Context) -> Result<()> {
+    let ram = RamDisk::new(context, 16)?;
+    // A master boot record with one Linux partition of 2048 sectors from sector 2048 on.
+    let mut record = [0; 512];
+    record[446..462].copy_from_slice(&[0, 0, 0, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 8, 0, 0]);
+    record[510..].copy_from_slice(&[0x55, 0xaa]);
+    std::fs::OpenOptions::new().write(true).open(ram.device())?.write_all(&record)?;
+    let server = UblkServer::add(context, &["loop", ram.device()])?;
+    let read = std::fs::read(server.device())?;
+    ensure!(read[..512] == record, "the device does not have the table");
+    let partition = format!("/sys/block/ublkb{0}/ublkb{0}p1", server.id);
+    ensure!(!Path::new(&partition).exists(), "the host looked for partitions and found one");
+    server.delete(context)
+}
+
 fn dead_daemon_fenced(context: &mut Context) -> Result<()> {
     let _below = NullBlk::new(context, &["irqmode=2", "completion_nsec=3000000000", "memory_backed=1"])?;
     let in_flight = || Ok::<_, anyhow::Error>(!context.read("/sys/block/nullb0/inflight")?.ends_with(" 0"));
