@@ -4,232 +4,26 @@
 //! of the same in flight, and waits longer after each failure. What it remembers is only what saves work: a restarted
 //! manager begins with an empty memory and arrives at the same place.
 
+mod plan;
+mod world;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use uuid::Uuid;
 use vra::api::view::ViewSubject;
-use vra::api::{
-    ApiError, ErrorCode, OpenView, PointInTime, SetTrust, ViewId, ViewMode, VpgDefinition, VpgId, VraId,
-    VraStatus,
-};
+use vra::api::{ApiError, ErrorCode, OpenView, PointInTime, ViewId, ViewMode, VpgId, VraId};
 
 use crate::model::task::TaskKind;
 use crate::model::test_run::{TestRun, TestState};
 use crate::model::vpg::{Vpg, VpgState};
-use crate::model::vra::Vra;
+
+pub use plan::{Action, ActionKind, ActionOutcome, Failure, Plan, Progress, Subject, Transition};
+pub use world::{Desired, LastStatus, Leftover, Observed, Seen};
 
 /// How long a test may take to open before it is rolled back, microseconds.
 pub const TEST_START_LIMIT_US: u64 = 120_000_000;
 
 /// Views that tests open carry this before the test's id, so that a forgotten one is known for ours.
 const TEST_LABEL: &str = "zvm test ";
-
-/// What should be.
-#[derive(Debug, Clone, Default)]
-pub struct Desired {
-    /// Enrolled VRAs; revoked ones are not here.
-    pub vras: BTreeMap<VraId, Vra>,
-    /// Groups.
-    pub vpgs: Vec<Vpg>,
-    /// Tests.
-    pub tests: Vec<TestRun>,
-    /// Parts of deleted groups at VRAs that could not be reached.
-    pub leftovers: Vec<Leftover>,
-    /// Certificates that VRAs must not trust.
-    pub trust: SetTrust,
-}
-
-/// A part of a group that was deleted by force while its VRA could not be reached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Leftover {
-    /// The group.
-    pub vpg: VpgId,
-    /// Where.
-    pub vra: VraId,
-    /// Its files stay.
-    pub keep_files: bool,
-}
-
-/// What was seen of a VRA.
-#[derive(Debug, Clone, Default)]
-pub struct Seen {
-    /// Whether it answered the last time it was asked.
-    pub reachable: bool,
-    /// Why it didn't.
-    pub error: Option<String>,
-    /// Since when it has been as it is, microseconds.
-    pub since_us: u64,
-    /// Its last answer.
-    pub last: Option<LastStatus>,
-}
-
-/// A VRA's answer and when it was asked.
-#[derive(Debug, Clone)]
-pub struct LastStatus {
-    /// When the question was sent: what was done later may not be in the answer.
-    pub asked_us: u64,
-    /// The answer.
-    pub status: VraStatus,
-}
-
-/// What was seen of all VRAs.
-pub type Observed = BTreeMap<VraId, Seen>;
-
-/// A request to a VRA.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Action {
-    /// To whom.
-    pub vra: VraId,
-    /// What.
-    pub kind: ActionKind,
-}
-
-/// What a VRA is asked to do.
-#[derive(Debug, Clone, PartialEq)]
-pub enum ActionKind {
-    /// Take the list of revoked certificates.
-    SetTrust {
-        /// The list.
-        trust: SetTrust,
-        /// The run of the VRA that takes it (its start time).
-        run_us: u64,
-    },
-    /// Take a group's definition.
-    ApplyVpg(VpgDefinition),
-    /// End a group.
-    RemoveVpg {
-        /// Which one.
-        vpg: VpgId,
-        /// Leave its files.
-        keep_files: bool,
-    },
-    /// Open a test's view.
-    OpenView {
-        /// The test.
-        test: Uuid,
-        /// The view; its id is set.
-        open: OpenView,
-    },
-    /// Close a view.
-    CloseView {
-        /// Which one.
-        view: ViewId,
-    },
-}
-
-/// How an action ended.
-#[derive(Debug, Clone, PartialEq)]
-pub enum ActionOutcome {
-    /// It was done.
-    Done,
-    /// The VRA answered that it won't.
-    Refused(ApiError),
-    /// No answer.
-    Unreachable(String),
-}
-
-/// A change of the manager's own state that follows from what was seen or done.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Transition {
-    /// All VRAs of a group have a revision.
-    VpgApplied {
-        /// The group.
-        vpg: VpgId,
-        /// The revision.
-        revision: u64,
-    },
-    /// A VRA refused a group's definition.
-    VpgRefused {
-        /// The group.
-        vpg: VpgId,
-        /// Who refused.
-        vra: VraId,
-        /// Why.
-        error: ApiError,
-    },
-    /// No VRA has a part in a deleted group any more.
-    VpgRemoved {
-        /// The group.
-        vpg: VpgId,
-        /// What could not be reached.
-        leftovers: Vec<Leftover>,
-    },
-    /// A VRA that came back has let go of a group that was deleted by force.
-    LeftoverGone {
-        /// The group.
-        vpg: VpgId,
-        /// The VRA.
-        vra: VraId,
-    },
-    /// All views of a test are open.
-    TestRunning {
-        /// The test.
-        test: Uuid,
-    },
-    /// A view of a starting test cannot be opened: it must be rolled back.
-    TestFailed {
-        /// The test.
-        test: Uuid,
-        /// Where.
-        vra: VraId,
-        /// Why.
-        error: ApiError,
-    },
-    /// All views of a stopping test are closed.
-    TestStopped {
-        /// The test.
-        test: Uuid,
-    },
-}
-
-/// How far a group's open task is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Progress {
-    /// The group.
-    pub vpg: VpgId,
-    /// Which of its tasks.
-    pub kind: TaskKind,
-    /// 0 to 100.
-    pub percent: u8,
-    /// What it waits for.
-    pub step: String,
-}
-
-/// What follows from one look at the world.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Plan {
-    /// To be sent now, each on its own.
-    pub actions: Vec<Action>,
-    /// To be noted now.
-    pub transitions: Vec<Transition>,
-    /// To be shown.
-    pub progress: Vec<Progress>,
-}
-
-/// What an action is about: there is one of each at a time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Subject {
-    /// The list of revoked certificates.
-    Trust,
-    /// A group's definition.
-    Apply(VpgId),
-    /// A group's end.
-    Remove(VpgId),
-    /// A view's opening.
-    Open(ViewId),
-    /// A view's closing.
-    Close(ViewId),
-}
-
-/// An action that failed and will be tried again.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Failure {
-    /// How often in a row.
-    pub count: u32,
-    /// The last reason.
-    pub outcome: ActionOutcome,
-    next_us: u64,
-}
 
 /// The core and its memory.
 #[derive(Debug)]
@@ -591,19 +385,6 @@ impl Reconciler {
             })
             .collect();
         format!("waiting for {} {what}", reasons.join(", "))
-    }
-}
-
-impl ActionKind {
-    /// What the action is about.
-    pub fn subject(&self) -> Subject {
-        match self {
-            Self::SetTrust { .. } => Subject::Trust,
-            Self::ApplyVpg(definition) => Subject::Apply(definition.id),
-            Self::RemoveVpg { vpg, .. } => Subject::Remove(*vpg),
-            Self::OpenView { open, .. } => Subject::Open(open.view.unwrap_or(ViewId(Uuid::nil()))),
-            Self::CloseView { view } => Subject::Close(*view),
-        }
     }
 }
 

@@ -1,0 +1,60 @@
+//! What the reconciler is given: what is wanted, and what was seen.
+
+use std::collections::BTreeMap;
+
+use vra::api::{SetTrust, VpgId, VraId, VraStatus};
+
+use crate::model::test_run::TestRun;
+use crate::model::vpg::Vpg;
+use crate::model::vra::Vra;
+
+/// What should be.
+#[derive(Debug, Clone, Default)]
+pub struct Desired {
+    /// Enrolled VRAs; revoked ones are not here.
+    pub vras: BTreeMap<VraId, Vra>,
+    /// Groups.
+    pub vpgs: Vec<Vpg>,
+    /// Tests.
+    pub tests: Vec<TestRun>,
+    /// Parts of deleted groups at VRAs that could not be reached.
+    pub leftovers: Vec<Leftover>,
+    /// Certificates that VRAs must not trust.
+    pub trust: SetTrust,
+}
+
+/// A part of a group that was deleted by force while its VRA could not be reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Leftover {
+    /// The group.
+    pub vpg: VpgId,
+    /// Where.
+    pub vra: VraId,
+    /// Its files stay.
+    pub keep_files: bool,
+}
+
+/// What was seen of a VRA.
+#[derive(Debug, Clone, Default)]
+pub struct Seen {
+    /// Whether it answered the last time it was asked.
+    pub reachable: bool,
+    /// Why it didn't.
+    pub error: Option<String>,
+    /// Since when it has been as it is, microseconds.
+    pub since_us: u64,
+    /// Its last answer.
+    pub last: Option<LastStatus>,
+}
+
+/// A VRA's answer and when it was asked.
+#[derive(Debug, Clone)]
+pub struct LastStatus {
+    /// When the question was sent: what was done later may not be in the answer.
+    pub asked_us: u64,
+    /// The answer.
+    pub status: VraStatus,
+}
+
+/// What was seen of all VRAs.
+pub type Observed = BTreeMap<VraId, Seen>;
