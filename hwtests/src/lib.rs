@@ -18,5 +18,6 @@ pub mod qemu;
 pub mod relay;
 pub mod runs;
 pub mod sim;
+pub mod site;
 pub mod suite;
 pub mod tool;

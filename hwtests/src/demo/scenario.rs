@@ -5,23 +5,12 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use serde_json::Value;
 
 use super::devices::{Mount, NbdDevice, check_ext4, make_ext4, run as run_program};
-use super::process::Binaries;
 use super::report::{Recovery, Report, Story};
-use super::site::{Side, Site, Vm};
 use super::tree::{self, Manifest};
 use super::workload::{self, Recovered, Step, Workload};
-
-/// How disks are offered to their users.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Door {
-    /// `/dev/ublkbN`.
-    Ublk,
-    /// NBD, made block devices by `nbdfuse` and `losetup`.
-    Nbd,
-}
+use crate::site::{Binaries, DiskAt, Door, Side, Site, SiteSettings, Vm, time_of};
 
 /// Sizes of the demo.
 #[derive(Clone, Copy, Debug)]
@@ -45,10 +34,10 @@ pub fn run(door: Door, size: Size, folder: &Path) -> Result<Report> {
     let vms = make_vms(folder, size.disk_bytes)?;
 
     story.tell("start a ZVM and two VRAs, each its own process; enrol the VRAs with one-time tokens");
-    let mut site = Site::start(Binaries::beside_this_one()?, folder)?;
+    let mut site = Site::start(Binaries::beside_this_one()?, folder, &SiteSettings::SMALL)?;
     site.write_inventory(&vms)?;
 
-    story.tell(&format!("attach 3 disks of 2 VMs at {}", door.describe()));
+    story.tell(&format!("attach 3 disks of 2 VMs at {}", describe(door)));
     let devices = attach(&site, door, &vms, folder)?;
 
     story.tell("make ext4 on each; copy real files onto the first disk");
@@ -64,26 +53,8 @@ pub fn run(door: Door, size: Size, folder: &Path) -> Result<Report> {
 
     story.tell("create the VPG: both VMs, a checkpoint every second; the initial sync runs while the application writes");
     let created = Instant::now();
-    site.zvm(&[
-        "vpg",
-        "create",
-        VPG,
-        "--vm",
-        vms[0].name,
-        "--vm",
-        vms[1].name,
-        "--target",
-        Side::Target.name(),
-        "--datastore",
-        "recovery-store",
-        "--journal-limit",
-        "2GiB",
-        "--checkpoint-interval",
-        "1s",
-        "--history",
-        "1h",
-    ])?;
-    wait_for_checkpoint(&site, 0, 60 * u64::from(size.patience))?;
+    site.protect(VPG, &vms)?;
+    site.wait_for_checkpoint(VPG, 0, 60 * u64::from(size.patience))?;
     story.tell(&format!(
         "initial sync done and first checkpoint made after {:.1} s",
         created.elapsed().as_secs_f64()
@@ -97,12 +68,12 @@ pub fn run(door: Door, size: Size, folder: &Path) -> Result<Report> {
     story.tell(&format!("tagged checkpoint \"{TAG}\" between transactions {before_tag} and {after_tag}"));
     write_durably(&mounts[0].folder().join(LATER_FILE), b"written after the tag\n")?;
     app.wait_for_more(size.transactions, 120 * u64::from(size.patience))?;
-    wait_for_checkpoint(&site, workload::now_us(), 60 * u64::from(size.patience))?;
+    site.wait_for_checkpoint(VPG, workload::now_us(), 60 * u64::from(size.patience))?;
     story.tell("the manager's view:");
     story.show(&site.zvm(&["status"])?);
 
     let killed_us = workload::now_us();
-    site.kill_source()?;
+    site.kill(Side::Source)?;
     app.ask_to_stop();
     let steps = app.steps();
     story.tell(&format!(
@@ -113,7 +84,7 @@ pub fn run(door: Door, size: Size, folder: &Path) -> Result<Report> {
 
     story.tell("checkpoints at the target, newest first:");
     story.show(&site.zvm(&["checkpoint", "list", VPG, "--limit", "5"])?);
-    let latest = newest_checkpoint(&site)?.context("the target lists no checkpoint")?;
+    let latest = site.newest_checkpoint(VPG).context("the target lists no checkpoint")?;
     let latest_us = time_of(&latest)?;
     let application = Application { manifest: &manifest, steps: &steps };
     let mut recoveries = Vec::new();
@@ -134,11 +105,11 @@ pub fn run(door: Door, size: Size, folder: &Path) -> Result<Report> {
 
     story.tell("clean up: no device, mount or process stays");
     let written_bytes = disk_bytes(&vms)?;
-    let journal_bytes = allocated_bytes(&site.datastore())?;
+    let journal_bytes = allocated_bytes(site.datastore())?;
     drop_devices(door, devices, mounts, app)?;
     site.stop()?;
     Ok(Report {
-        door: door.describe(),
+        door: describe(door),
         files: manifest.len() as u64,
         files_bytes: tree::total_bytes(&manifest),
         source_bytes: written_bytes,
@@ -160,45 +131,24 @@ const VPG: &str = "shop";
 const TAG: &str = "before-upgrade";
 const LATER_FILE: &str = "after-the-tag.txt";
 
-impl Door {
-    fn argument(self) -> &'static str {
-        match self {
-            Self::Ublk => "ublk",
-            Self::Nbd => "nbd",
-        }
-    }
-
-    fn describe(self) -> &'static str {
-        match self {
-            Self::Ublk => "ublk block devices",
-            Self::Nbd => "NBD exports (block devices by nbdfuse and losetup)",
-        }
+fn describe(door: Door) -> &'static str {
+    match door {
+        Door::Ublk => "ublk block devices",
+        Door::Nbd => "NBD exports (block devices by nbdfuse and losetup)",
     }
 }
 
 /// A block device, however it came to be.
 enum Device {
-    Ublk { path: PathBuf, number: u64 },
+    Ublk { path: PathBuf, number: u32 },
     Nbd(NbdDevice),
 }
 
 impl Device {
-    fn open(door: &Value, folder: &Path) -> Result<Self> {
-        let text = |key: &str| door.get(key).and_then(Value::as_str).map(PathBuf::from);
-        match door.get("kind").and_then(Value::as_str) {
-            Some("ublk") => {
-                let path = text("path").context("a ublk door without a path")?;
-                let number =
-                    door.get("device").and_then(Value::as_u64).context("a ublk door without a number")?;
-                wait_for_file(&path)?;
-                Ok(Self::Ublk { path, number })
-            }
-            Some("nbd_unix") => {
-                let socket = text("path").context("an NBD door without a socket")?;
-                let export = door.get("export").and_then(Value::as_str).unwrap_or_default();
-                NbdDevice::attach(&socket, export, folder).map(Self::Nbd)
-            }
-            _ => anyhow::bail!("an unexpected door: {door}"),
+    fn open(at: DiskAt, folder: &Path) -> Result<Self> {
+        match at {
+            DiskAt::Ublk { path, device } => Ok(Self::Ublk { path, number: device }),
+            DiskAt::Nbd { socket, export } => NbdDevice::attach(&socket, &export, folder).map(Self::Nbd),
         }
     }
 
@@ -233,25 +183,8 @@ fn make_vms(folder: &Path, disk_bytes: u64) -> Result<Vec<Vm>> {
 fn attach(site: &Site, door: Door, vms: &[Vm], folder: &Path) -> Result<Vec<Device>> {
     let mut devices = Vec::new();
     for vm in vms {
-        for (number, disk) in vm.disks.iter().enumerate() {
-            let path = disk.display().to_string();
-            let number = number.to_string();
-            let attached = site.vra_json(
-                Side::Source,
-                &[
-                    "attach",
-                    &path,
-                    "--vm-name",
-                    vm.name,
-                    "--vm",
-                    &vm.uuid,
-                    "--number",
-                    &number,
-                    "--door",
-                    door.argument(),
-                ],
-            )?;
-            let at = find(&attached, "door").context("`vra attach` shows no door")?;
+        for number in 0..vm.disks.len() {
+            let at = site.attach(vm, number, door)?;
             devices.push(Device::open(at, &folder.join(format!("fuse-{}-{number}", vm.name)))?);
         }
     }
@@ -285,14 +218,13 @@ fn recover(
     later_file: bool,
 ) -> Result<Recovery> {
     let started = Instant::now();
-    let shown = site.zvm_json(&["test", "start", VPG, "--at", name, "--door", door.argument()])?;
+    let disks = site.start_test(VPG, name, door)?;
     let opened_in = started.elapsed();
-    let mut disks = disks_of(&shown)?;
-    disks.sort_by_key(|(vm, number, _)| (vm.clone(), *number));
-    ensure!(disks.len() == 3, "the test shows {} disks instead of 3: {shown}", disks.len());
+    ensure!(disks.len() == 3, "the test shows {} disks instead of 3: {disks:?}", disks.len());
     let mut devices = Vec::new();
-    for (vm, number, door) in &disks {
-        devices.push(Device::open(door, &folder.join(format!("fuse-{name}-{vm}-{number}")))?);
+    for disk in disks {
+        let fuse = folder.join(format!("fuse-{name}-{}-{}", disk.vm, disk.number));
+        devices.push(Device::open(disk.at, &fuse)?);
     }
     let mut mounts = Vec::new();
     for (at, device) in devices.iter().enumerate() {
@@ -321,35 +253,8 @@ fn recover(
         check_ext4(device.path())?;
     }
     drop(devices);
-    site.zvm(&["test", "stop", VPG])?;
+    site.stop_test(VPG)?;
     Ok(Recovery { name: name.to_owned(), expected, found, opened_in, usable_in })
-}
-
-/// VM, number and door of each disk of a test.
-fn disks_of(shown: &Value) -> Result<Vec<(String, u64, Value)>> {
-    let mut disks = Vec::new();
-    collect_disks(shown, &mut disks);
-    ensure!(!disks.is_empty(), "`zvm test start` shows no disks: {shown}");
-    Ok(disks)
-}
-
-fn collect_disks(value: &Value, disks: &mut Vec<(String, u64, Value)>) {
-    match value {
-        Value::Object(fields) => {
-            let disk = (
-                fields.get("vm_name").and_then(Value::as_str),
-                fields.get("number").and_then(Value::as_u64),
-                fields.get("door").filter(|door| door.get("kind").is_some()),
-            );
-            if let (Some(vm), Some(number), Some(door)) = disk {
-                disks.push((vm.to_owned(), number, door.clone()));
-            } else {
-                fields.values().for_each(|field| collect_disks(field, disks));
-            }
-        }
-        Value::Array(items) => items.iter().for_each(|item| collect_disks(item, disks)),
-        _ => {}
-    }
 }
 
 /// The source VRA is gone for good, and its ublk devices wait for it with all that was sent to them. So everything at once: a mount goes only when
@@ -379,47 +284,6 @@ fn drop_devices(door: Door, devices: Vec<Device>, mounts: Vec<Mount>, app: Workl
     Ok(())
 }
 
-fn wait_for_checkpoint(site: &Site, after_us: u64, seconds: u64) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(seconds);
-    loop {
-        let newest = newest_checkpoint(site)?;
-        if newest.as_ref().map(time_of).transpose()?.is_some_and(|time_us| time_us > after_us) {
-            return Ok(());
-        }
-        if Instant::now() >= deadline {
-            let status = site.zvm(&["status"])?;
-            anyhow::bail!("no new checkpoint within {seconds} s; `zvm status` says:\n{status}");
-        }
-        std::thread::sleep(Duration::from_millis(200));
-    }
-}
-
-fn newest_checkpoint(site: &Site) -> Result<Option<Value>> {
-    // Until the journals exist at the target there is nothing to list from.
-    let Ok(listed) = site.zvm_json(&["checkpoint", "list", VPG, "--limit", "1"]) else { return Ok(None) };
-    let list = listed.as_array().or_else(|| find(&listed, "checkpoints").and_then(Value::as_array));
-    Ok(list
-        .or_else(|| find(&listed, "value").and_then(Value::as_array))
-        .and_then(|list| list.first())
-        .cloned())
-}
-
-fn time_of(checkpoint: &Value) -> Result<u64> {
-    find(checkpoint, "time_us")
-        .and_then(Value::as_u64)
-        .with_context(|| format!("a checkpoint without a time: {checkpoint}"))
-}
-
-fn find<'a>(value: &'a Value, key: &str) -> Option<&'a Value> {
-    match value {
-        Value::Object(fields) => {
-            fields.get(key).or_else(|| fields.values().find_map(|field| find(field, key)))
-        }
-        Value::Array(items) => items.iter().find_map(|item| find(item, key)),
-        _ => None,
-    }
-}
-
 /// Highest transaction that the application knew to be committed before a moment: a checkpoint of it must hold it.
 fn committed_before(steps: &[Step], time_us: u64) -> u64 {
     steps.iter().filter(|step| step.committed_us < time_us).map(|step| step.number).max().unwrap_or(0)
@@ -439,15 +303,6 @@ fn write_durably(path: &Path, content: &[u8]) -> Result<()> {
     let folder = path.parent().context("a file has a folder")?;
     let root = File::open(folder).with_context(|| format!("open {}", folder.display()))?;
     nix::unistd::syncfs(&root).with_context(|| format!("sync {}", folder.display()))
-}
-
-fn wait_for_file(path: &Path) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    while !path.exists() {
-        ensure!(Instant::now() < deadline, "{} did not appear within 10 s", path.display());
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
 }
 
 fn disk_bytes(vms: &[Vm]) -> Result<u64> {

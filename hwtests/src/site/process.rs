@@ -1,4 +1,4 @@
-//! The product's own processes as the demo runs them: started like an operator would, killed when dropped.
+//! The product's own processes: started like an operator would, killed when dropped.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use serde_json::Value;
 
 /// Where the product's binaries are.
 #[derive(Clone, Debug)]
-pub(super) struct Binaries {
+pub struct Binaries {
     folder: PathBuf,
 }
 
@@ -19,7 +19,7 @@ impl Binaries {
     ///
     /// # Errors
     /// When a binary is missing, with the command that builds it.
-    pub(super) fn beside_this_one() -> Result<Self> {
+    pub fn beside_this_one() -> Result<Self> {
         let here = std::env::current_exe().context("path of this executable")?;
         let folder = here.parent().context("folder of this executable")?.to_path_buf();
         for name in ["vra", "zvm"] {
@@ -33,7 +33,7 @@ impl Binaries {
     }
 
     /// Path of one of them.
-    pub(super) fn path(&self, name: &str) -> PathBuf {
+    pub fn path(&self, name: &str) -> PathBuf {
         self.folder.join(name)
     }
 
@@ -41,7 +41,7 @@ impl Binaries {
     ///
     /// # Errors
     /// What the command said when it failed.
-    pub(super) fn run(&self, name: &str, arguments: &[&str]) -> Result<String> {
+    pub fn run(&self, name: &str, arguments: &[&str]) -> Result<String> {
         let output = Command::new(self.path(name))
             .args(arguments)
             .stdin(Stdio::null())
@@ -61,7 +61,7 @@ impl Binaries {
     ///
     /// # Errors
     /// When it cannot be started.
-    pub(super) fn start(&self, name: &str, arguments: &[&str]) -> Result<Child> {
+    pub fn start(&self, name: &str, arguments: &[&str]) -> Result<Child> {
         let mut command = Command::new(self.path(name));
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null());
         command.spawn().with_context(|| format!("start {name}"))
@@ -71,7 +71,7 @@ impl Binaries {
     ///
     /// # Errors
     /// What the command said when it failed, or that it printed no JSON.
-    pub(super) fn json(&self, name: &str, arguments: &[&str]) -> Result<Value> {
+    pub fn json(&self, name: &str, arguments: &[&str]) -> Result<Value> {
         let printed = self.run(name, arguments)?;
         serde_json::from_str(&printed)
             .with_context(|| format!("`{name} {}` printed no JSON: {printed}", arguments.join(" ")))
@@ -79,7 +79,7 @@ impl Binaries {
 }
 
 /// A daemon of the product, killed when dropped.
-pub(super) struct Daemon {
+pub struct Daemon {
     name: String,
     child: Child,
     log: PathBuf,
@@ -90,7 +90,7 @@ impl Daemon {
     ///
     /// # Errors
     /// When it cannot be started.
-    pub(super) fn start(name: &str, binary: &Path, arguments: &[&str], log: &Path) -> Result<Self> {
+    pub fn start(name: &str, binary: &Path, arguments: &[&str], log: &Path) -> Result<Self> {
         let file = File::options()
             .create(true)
             .append(true)
@@ -111,7 +111,7 @@ impl Daemon {
     ///
     /// # Errors
     /// When the daemon ends or `seconds` pass first, with the end of its log.
-    pub(super) fn wait_until(&mut self, seconds: u64, mut ready: impl FnMut() -> bool) -> Result<()> {
+    pub fn wait_until(&mut self, seconds: u64, mut ready: impl FnMut() -> bool) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(seconds);
         while !ready() {
             if let Some(status) = self.child.try_wait().with_context(|| format!("wait for {}", self.name))? {
@@ -132,7 +132,7 @@ impl Daemon {
     ///
     /// # Errors
     /// When it cannot be killed.
-    pub(super) fn kill(mut self) -> Result<()> {
+    pub fn kill(mut self) -> Result<()> {
         self.child.kill().with_context(|| format!("kill {}", self.name))?;
         self.child.wait().with_context(|| format!("wait for {}", self.name))?;
         Ok(())
@@ -142,7 +142,7 @@ impl Daemon {
     ///
     /// # Errors
     /// When it does not end within 20 s; it is killed then.
-    pub(super) fn stop(mut self) -> Result<()> {
+    pub fn stop(mut self) -> Result<()> {
         let pid = nix::unistd::Pid::from_raw(self.child.id().cast_signed());
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)
             .with_context(|| format!("send SIGTERM to {}", self.name))?;
