@@ -46,13 +46,17 @@ pub enum OpenError {
     #[error("the file is not a journal")]
     NotAJournal,
     /// A newer release wrote it.
-    #[error("the journal's format is newer than this release")]
+    #[error("this release cannot read it")]
     Newer(#[source] SuperblockError),
     /// Both superblocks are damaged.
-    #[error("both superblocks are damaged: the journal can only be read by scanning it")]
+    #[error(
+        "both superblocks are damaged, without which no record can be placed: restore the file from a copy, or move its folder away and replicate anew"
+    )]
     SuperblocksDamaged(#[source] SuperblockError),
     /// It is another VM's.
-    #[error("the journal belongs to VM {found}, not to VM {expected}")]
+    #[error(
+        "it belongs to VM {found}, not to VM {expected}: put that VM's own journal back, or move the folder away and replicate anew"
+    )]
     OtherVm {
         /// Whose it is.
         found: Uuid,

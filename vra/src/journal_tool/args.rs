@@ -96,6 +96,6 @@ pub(super) struct Serve {
     #[arg(long, value_name = "FOLDER")]
     pub(super) scratch: Option<PathBuf>,
     /// Space reserved for what is written to each disk, in GiB
-    #[arg(long, default_value_t = 4, requires = "scratch")]
+    #[arg(long, default_value_t = 4, requires = "scratch", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     pub(super) scratch_gib: u64,
 }

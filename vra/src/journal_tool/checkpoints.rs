@@ -26,6 +26,7 @@ struct Entry<'a> {
 /// Lists the checkpoints.
 pub(super) fn run(path: &Path, json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
     let journal = Journal::open(path)?;
+    journal.warn_if_cut_short();
     let entries = journal.reader.catalogue().checkpoints().iter().map(|entry| Entry {
         cut: entry.checkpoint.cut,
         seq: entry.seq,

@@ -25,12 +25,10 @@ const HOLE_BYTES: usize = 64 << 10;
 /// Writes a disk as it was into an image.
 pub(super) fn run(arguments: &Extract, out: &mut dyn Write) -> anyhow::Result<()> {
     let mut journal = Journal::open(&arguments.journal)?;
+    journal.warn_if_cut_short();
     let found = arguments.at.find(&journal.reader)?;
     let mut view = journal.reader.view(found.seq)?;
-    let known = journal.reader.survey.superblock.volumes.len();
-    let volume = view.take_volume(arguments.disk).with_context(|| {
-        format!("the VM has {known} disks, numbered from 0; choose another --disk or a later moment")
-    })?;
+    let Ok(volume) = view.take_volume(arguments.disk) else { bail!(journal.no_disk(arguments.disk)) };
     let disk = journal.open_disk(arguments.disk)?;
     let holes = disk.file().try_clone()?;
     let disk = journal.storage.add_file(disk);

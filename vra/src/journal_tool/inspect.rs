@@ -156,12 +156,6 @@ fn facts(journal: &Journal) -> Facts {
         free_slots: survey.free_slots.len(),
         disks: disks.collect(),
         segments: segments.collect(),
-        damage: survey.damage.map(|damage| {
-            format!(
-                "records {} to {} cannot be read; `vra-journal verify` says more",
-                damage.after_seq + 1,
-                damage.resumes_after_seq
-            )
-        }),
+        damage: journal.cut_short.as_ref().map(|why| format!("{why}; `vra-journal verify` says more")),
     }
 }

@@ -19,6 +19,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use self::args::{Args, Command};
+use crate::report::chain;
 
 /// Exit code when `verify` found damage.
 const EXIT_DAMAGED: u8 = 1;
@@ -34,7 +35,7 @@ pub fn main() -> ExitCode {
     match run(&args, &mut std::io::stdout().lock()) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("vra-journal: {error:#}");
+            eprintln!("error: {}", chain(error.as_ref()));
             ExitCode::from(EXIT_FAILED)
         }
     }

@@ -4,12 +4,15 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use journal::recovery::SurveyOptions;
-use journal::storage::FileId;
+use journal::format::slot_offset_bytes;
+use journal::recovery::{Content, Survey, SurveyOptions};
+use journal::scan::ScanStop;
 use journal::storage::ring::{Access, DirectFile, RingStorage};
+use journal::storage::{Blocking, FileId, Purpose};
 use journal::view::Reader;
 use serde::Deserialize;
 
+use super::walk::walk;
 use crate::api::VmId;
 use crate::api::vpg::{VmDefinition, VpgDefinition};
 
@@ -41,6 +44,8 @@ pub(super) struct Journal {
     pub(super) reader: Reader,
     /// Who and what it is for, if its manifest can be read.
     pub(super) manifest: Option<Manifest>,
+    /// Set if damage hides records after it, though some of them are there: the history ends before them.
+    pub(super) cut_short: Option<String>,
 }
 
 impl Journal {
@@ -52,7 +57,18 @@ impl Journal {
             .with_context(|| format!("cannot open {}", path.display()))?;
         let manifest = reader.survey.manifest.as_ref();
         let manifest = manifest.and_then(|manifest| serde_json::from_str(&manifest.text).ok());
-        Ok(Self { path, storage, file, reader, manifest })
+        let cut_short = cut_short(&mut storage, file, &reader.survey)?;
+        Ok(Self { path, storage, file, reader, manifest, cut_short })
+    }
+
+    /// Says on standard error that the history is shorter than what was written, if it is: the newest checkpoint is
+    /// then not the newest that there was.
+    pub(super) fn warn_if_cut_short(&self) {
+        if let Some(why) = &self.cut_short {
+            eprintln!(
+                "warning: {why}; nothing after that can be opened: `vra-journal verify` names all damage"
+            );
+        }
     }
 
     /// The VM's name, or its id when the manifest cannot be read.
@@ -69,8 +85,27 @@ impl Journal {
     /// Opens the recovery disk of a volume for direct I/O.
     pub(super) fn open_disk(&self, number: u16) -> anyhow::Result<DirectFile> {
         let path = self.disk_path(number);
-        DirectFile::open(&path, Access::ReadOnly)
-            .with_context(|| format!("the recovery disk of disk {number} must be beside the journal"))
+        let disk = DirectFile::open(&path, Access::ReadOnly)
+            .with_context(|| format!("the recovery disk of disk {number} must be beside the journal"))?;
+        let found_bytes = disk.file().metadata()?.len();
+        let volume = self.reader.survey.superblock.volumes.get(usize::from(number));
+        if let Some(wanted_bytes) =
+            volume.map(|volume| volume.size_bytes).filter(|bytes| found_bytes < *bytes)
+        {
+            bail!(
+                "recovery disk {} has {found_bytes} bytes, its volume has {wanted_bytes}: it was cut; restore it from a copy",
+                path.display()
+            );
+        }
+        Ok(disk)
+    }
+
+    /// What to say of a disk that isn't in a view.
+    pub(super) fn no_disk(&self, number: u16) -> String {
+        let known = self.reader.survey.superblock.volumes.len();
+        format!(
+            "there is no disk {number} at that moment: the VM has {known}, numbered from 0; choose another --disk or a later moment"
+        )
     }
 
     /// A further handle of the journal's file, for direct I/O.
@@ -84,6 +119,25 @@ impl Journal {
         let volume = vm.and_then(|vm| vm.volumes.iter().find(|volume| volume.number == number));
         volume.map_or(512, |volume| volume.logical_block_bytes)
     }
+}
+
+/// Why the history ends before the last record that is there.
+fn cut_short(storage: &mut RingStorage, file: FileId, survey: &Survey) -> anyhow::Result<Option<String>> {
+    if let Some(damage) = &survey.damage {
+        let (first, until) = (damage.after_seq + 1, damage.resumes_after_seq);
+        return Ok(Some(format!("records {first} to {until} cannot be read")));
+    }
+    let Some(newest) = survey.segments.last() else { return Ok(None) };
+    let Content::Scanned(scan) = &newest.content else { return Ok(None) };
+    if !matches!(scan.stop, ScanStop::Damaged(_)) {
+        return Ok(None);
+    }
+    // Torn, or damaged later? If it is damaged, what was written after it is there.
+    let slot_len_bytes = survey.superblock.slot_len_bytes;
+    let offset_bytes = slot_offset_bytes(newest.header.slot, slot_len_bytes);
+    let slot = Blocking::new(storage, file, Purpose::View).read(offset_bytes, slot_len_bytes as usize)?;
+    let walked = walk(&slot, &newest.header, None);
+    Ok(walked.findings.into_iter().next().map(|finding| finding.what))
 }
 
 /// Opens a journal's file.
@@ -122,7 +176,7 @@ pub(super) fn find_all(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
 
 /// The one journal that a path means.
 pub(super) fn find_one(path: &Path) -> anyhow::Result<PathBuf> {
-    let metadata = std::fs::metadata(path).with_context(|| format!("cannot find {}", path.display()))?;
+    let metadata = std::fs::metadata(path).with_context(|| format!("cannot look at {}", path.display()))?;
     if !metadata.is_dir() {
         return Ok(path.to_owned());
     }

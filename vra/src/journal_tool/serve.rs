@@ -35,6 +35,7 @@ pub(super) fn run(arguments: &Serve, out: &mut dyn Write) -> anyhow::Result<()> 
     let mut interrupted = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC)?;
 
     let journal = Journal::open(&arguments.journal)?;
+    journal.warn_if_cut_short();
     let found = arguments.at.find(&journal.reader)?;
     let mut view = journal.reader.view(found.seq)?;
     let numbers: Vec<u16> = match arguments.disk {
@@ -53,10 +54,7 @@ pub(super) fn run(arguments: &Serve, out: &mut dyn Write) -> anyhow::Result<()> 
     );
     let mut lines = Vec::new();
     for number in numbers {
-        let volume = view.take_volume(number).with_context(|| {
-            let known = journal.reader.survey.superblock.volumes.len();
-            format!("the VM has {known} disks, numbered from 0; choose another --disk or a later moment")
-        })?;
+        let Ok(volume) = view.take_volume(number) else { bail!(journal.no_disk(number)) };
         let size = text::bytes(volume.size_bytes());
         let source = ViewSource {
             volume,
@@ -70,7 +68,7 @@ pub(super) fn run(arguments: &Serve, out: &mut dyn Write) -> anyhow::Result<()> 
             ViewSettings { logical_block_bytes: journal.logical_block_bytes(number), look_for_holes: true };
         let scratch = arguments.scratch.as_ref().map(|folder| {
             let name = format!("vra-journal-scratch-{}-{number}", std::process::id());
-            ScratchFile::create(&folder.join(name), arguments.scratch_gib.max(1) << 30)
+            ScratchFile::create(&folder.join(name), arguments.scratch_gib << 30)
         });
         let disk = ViewDisk::new(source, view_settings, scratch.transpose()?)?;
         let name = format!("disk-{number}");

@@ -76,7 +76,7 @@ fn answer(arguments: &[&str]) -> Value {
 }
 
 fn failure(arguments: &[&str]) -> String {
-    format!("{:#}", call(arguments).expect_err("it fails"))
+    chain(call(arguments).expect_err("it fails").as_ref())
 }
 
 #[test]
@@ -159,6 +159,78 @@ fn what_cannot_be_extracted_is_named_with_a_remedy() {
     journal.change(Change::GiveUpHistory { sync_id: 12 });
     let text = extract("latest");
     assert!(text.contains("no checkpoint"), "{text}");
+}
+
+#[test]
+fn damage_before_the_newest_records_is_told_to_whoever_asks_for_the_latest() {
+    let (mut journal, cuts) = protected("cut-short");
+    let store = datastore(&journal).to_path_buf();
+    let _clean_up = CleanUp(&store);
+    let path = journal.path();
+    journal.write(65536, vec![0x22; 16384]);
+    journal.flush();
+    let damaged_seq = journal.seq;
+    let intact = std::fs::read(&path).expect("journal");
+    assert_eq!(place::Journal::open(&path).expect("whole").cut_short, None);
+
+    // Nothing was written after it: a batch like that may have been torn by a power cut.
+    TestJournal::flip_bit(&path, &[0x22; 16384], 17);
+    assert_eq!(place::Journal::open(&path).expect("torn").cut_short, None);
+
+    std::fs::write(&path, &intact).expect("journal");
+    journal.write(0, vec![0x33; 4096]);
+    journal.checkpoint("after it", START_US + 600_000_000);
+    journal.flush();
+    TestJournal::flip_bit(&path, &[0x22; 16384], 17);
+    let damaged = place::Journal::open(&path).expect("damaged");
+    let why = damaged.cut_short.expect("told");
+    assert!(why.contains(&format!("records {damaged_seq} to {damaged_seq} cannot be read")), "{why}");
+    let store = store.to_string_lossy().into_owned();
+    let facts = answer(&["inspect", &store, "--json"]);
+    assert!(facts["damage"].as_str().is_some_and(|text| text.contains(&why)), "{facts}");
+    let out = journal.folder.join("out.img").to_string_lossy().into_owned();
+    let (text, _) =
+        call(&["extract", &store, "--at", "latest", "--out", &out, "--quiet"]).expect("an older one");
+    assert!(text.contains(&cuts[2].to_string()), "{text}");
+}
+
+#[test]
+fn what_is_no_journal_of_this_release_is_refused() {
+    let (journal, _) = protected("foreign");
+    let store = datastore(&journal).to_path_buf();
+    let _clean_up = CleanUp(&store);
+    let path = journal.path();
+    let (store, intact) = (store.to_string_lossy().into_owned(), std::fs::read(&path).expect("journal"));
+    let disk = journal.folder.join("disk-0.raw");
+    let out = journal.folder.join("out.img").to_string_lossy().into_owned();
+    let extract = ["extract", &store, "--at", "latest", "--out", &out, "--quiet"];
+
+    let mut newer = intact.clone();
+    for copy in [0, 64 << 10] {
+        newer[copy + 8] = 2;
+    }
+    std::fs::write(&path, &newer).expect("journal");
+    let text = failure(&extract);
+    assert!(text.contains("format version 2 is not known") && text.contains("newer release"), "{text}");
+
+    let mut damaged = intact.clone();
+    for copy in [0, 64 << 10] {
+        damaged[copy + 100] ^= 1;
+    }
+    std::fs::write(&path, &damaged).expect("journal");
+    let text = failure(&extract);
+    assert!(text.contains("both superblocks are damaged") && text.contains("restore the file"), "{text}");
+
+    // A recovery disk that was cut would read as zeroes where it ends.
+    std::fs::write(&path, &intact).expect("journal");
+    std::fs::File::options().write(true).open(&disk).and_then(|disk| disk.set_len(1 << 20)).expect("cut");
+    let text = failure(&extract);
+    assert!(text.contains("disk-0.raw has 1048576 bytes, its volume has 4194304"), "{text}");
+    for gib in ["0", "18446744073709551615"] {
+        let serve =
+            ["serve", &store, "--at", "latest", "--socket", "/s", "--scratch", "/x", "--scratch-gib", gib];
+        assert!(failure(&serve).contains("not in 1..=1048576"), "{gib}");
+    }
 }
 
 #[test]
