@@ -428,9 +428,7 @@ pub struct Client {
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nothing answers at the socket.
-    #[error(
-        "cannot reach the manager at {path}: is `zvm serve` running, and does this user have the right to it?"
-    )]
+    #[error("cannot reach the manager at {path}")]
     Connect {
         /// The socket.
         path: PathBuf,

@@ -75,7 +75,9 @@ pub enum AuthorityError {
         mode: u32,
     },
     /// A file could not be read or written.
-    #[error("cannot access {path}")]
+    #[error(
+        "cannot access {path}: {source}; run this as root or as the manager's user, or set another state_dir"
+    )]
     File {
         /// The file.
         path: PathBuf,

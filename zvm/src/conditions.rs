@@ -30,6 +30,8 @@ pub struct Look<'a> {
     pub reports: &'a [VpgReport],
     /// Actions that failed.
     pub failures: &'a BTreeMap<(VraId, Subject), Failure>,
+    /// Groups that ended lately, and when, microseconds.
+    pub ended: &'a BTreeMap<VpgId, u64>,
     /// The inventory in force.
     pub inventory: &'a Inventory,
     /// The manager's clock, microseconds.
@@ -124,7 +126,9 @@ impl Look<'_> {
             let Some(last) = seen.last.as_ref().filter(|_| seen.reachable) else { continue };
             let Some(vra) = self.desired.vras.get(id) else { continue };
             let is_left = |vpg| self.desired.leftovers.iter().any(|left| left.vra == *id && left.vpg == vpg);
-            let unknown = |vpg: VpgId| !known.contains(&vpg) && !is_left(vpg);
+            // What a VRA said before a group's end says nothing about the time after it.
+            let is_old = |vpg| self.ended.get(&vpg).is_some_and(|ended_us| last.asked_us <= *ended_us);
+            let unknown = |vpg: VpgId| !known.contains(&vpg) && !is_left(vpg) && !is_old(vpg);
             for vpg in last.status.vpgs.iter().filter(|vpg| unknown(vpg.vpg)) {
                 found.push(condition(
                     "vpg-unknown",

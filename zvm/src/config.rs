@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use vra::config::{MAX_CONFIG_BYTES, read_text};
 
 /// Where `zvm` looks for its configuration unless told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/holdfast/zvm.toml";
@@ -17,6 +18,7 @@ pub struct Config {
     /// Unix socket that the command line speaks to; only its owner may connect.
     pub socket: PathBuf,
     /// UDP address that VRAs enrol at (QUIC).
+    #[serde(deserialize_with = "vra::config::socket_address")]
     pub listen: SocketAddr,
     /// Where the inventory comes from.
     pub inventory: InventoryConfig,
@@ -52,7 +54,7 @@ pub struct ReconcileConfig {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file exists (or was named by the user) and could not be read.
-    #[error("cannot read configuration {path}")]
+    #[error("cannot read the configuration {path}: {source}; give another with --config")]
     Read {
         /// The file.
         path: PathBuf,
@@ -60,7 +62,7 @@ pub enum ConfigError {
         source: std::io::Error,
     },
     /// The file is not what a configuration looks like.
-    #[error("configuration {path} is not valid: {reason}")]
+    #[error("the configuration {path} is not valid: {reason}")]
     Parse {
         /// The file.
         path: PathBuf,
@@ -100,7 +102,7 @@ impl Config {
             Some(path) => (path, false),
             None => (Path::new(DEFAULT_PATH), true),
         };
-        match std::fs::read_to_string(path) {
+        match read_text(path, MAX_CONFIG_BYTES) {
             Ok(text) => Self::parse(&text, path),
             Err(error) if may_be_missing && error.kind() == std::io::ErrorKind::NotFound => {
                 Ok(Self::default())

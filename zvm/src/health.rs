@@ -266,7 +266,7 @@ impl<'a> Look<'a> {
         let name = self.vra_name(vra);
         if !self.vras.contains_key(&vra) {
             let description = format!("the certificate of VRA {name} is revoked");
-            let remedy = "enrol it again under the same name, or delete the group".into();
+            let remedy = "a revoked VRA is never let in again: delete the group, and create it anew once its host has a new VRA".into();
             troubles.push((Trouble::NeedsConfiguration, Problem { description, remedy }));
             return;
         }

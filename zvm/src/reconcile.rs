@@ -22,6 +22,9 @@ pub use world::{Desired, LastStatus, Leftover, Observed, Seen};
 /// How long a test may take to open before it is rolled back, microseconds.
 pub const TEST_START_LIMIT_US: u64 = 120_000_000;
 
+/// How long the end of a group is remembered, microseconds: by then every VRA that answers has been asked again.
+const REMEMBER_ENDED_US: u64 = 600_000_000;
+
 /// Views that tests open carry this before the test's id, so that a forgotten one is known for ours.
 const TEST_LABEL: &str = "zvm test ";
 
@@ -37,6 +40,8 @@ pub struct Reconciler {
     /// Revision that a VRA took, and when it said so.
     applied: HashMap<(VraId, VpgId), (u64, u64)>,
     removed: HashSet<(VraId, VpgId)>,
+    /// When the last groups ended.
+    ended: BTreeMap<VpgId, u64>,
     opened: HashSet<ViewId>,
     closed: HashSet<ViewId>,
 }
@@ -52,6 +57,7 @@ impl Reconciler {
             trusted: HashMap::new(),
             applied: HashMap::new(),
             removed: HashSet::new(),
+            ended: BTreeMap::new(),
             opened: HashSet::new(),
             closed: HashSet::new(),
         }
@@ -61,6 +67,7 @@ impl Reconciler {
     pub fn plan(&mut self, desired: &Desired, observed: &Observed, now_us: u64) -> Plan {
         let mut plan = Plan::default();
         self.forget(desired);
+        self.ended.retain(|_, ended_us| now_us.saturating_sub(*ended_us) < REMEMBER_ENDED_US);
         self.plan_trust(desired, observed, &mut plan);
         for vpg in &desired.vpgs {
             match vpg.state {
@@ -72,6 +79,11 @@ impl Reconciler {
             self.plan_test(test, desired, observed, now_us, &mut plan);
         }
         self.plan_leftovers(desired, &mut plan);
+        for transition in &plan.transitions {
+            if let Transition::VpgRemoved { vpg, .. } = transition {
+                self.ended.insert(*vpg, now_us);
+            }
+        }
         self.plan_stray_views(desired, observed, &mut plan);
         plan.actions.retain(|action| {
             let key = (action.vra, action.kind.subject());
@@ -106,6 +118,11 @@ impl Reconciler {
         };
         self.failures.insert(key, Failure { count, outcome, next_us: now_us.saturating_add(wait_us) });
         transitions
+    }
+
+    /// Groups that ended lately, and when, microseconds.
+    pub fn ended(&self) -> &BTreeMap<VpgId, u64> {
+        &self.ended
     }
 
     /// Actions that failed the last time, by VRA.

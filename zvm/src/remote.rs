@@ -10,6 +10,7 @@ use vra::api::{ApiError, ErrorCode, Request, Response, VraId};
 use vra::control::{Client, ClientError};
 use vra::link::{Link, LinkError, LinkSettings};
 use vra::pki::{Credentials, Identity, Trust};
+use vra::report::chain;
 
 use crate::reconcile::ActionOutcome;
 
@@ -165,19 +166,4 @@ impl Peer {
     fn drop_idle(&self) {
         self.idle.lock().expect("no code panics while it holds this lock").clear();
     }
-}
-
-/// An error with its sources, in one line.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        let inner_text = inner.to_string();
-        if !text.ends_with(&inner_text) {
-            text.push_str(": ");
-            text.push_str(&inner_text);
-        }
-        source = inner.source();
-    }
-    text
 }

@@ -216,13 +216,20 @@ fn a_group_that_only_a_vra_knows_and_an_ending_certificate_are_alerts() {
     group.world.desired.vras.get_mut(&source).unwrap().certificate_ends_us =
         TimeUs(NOW_US + 86_400 * SECOND_US);
     let stranger = world::vpg_status(VpgId::random(), 1);
+    let vpg = stranger.vpg;
     group.world.see(target, NOW_US, |status| status.vpgs.push(stranger));
+    assert_eq!(group.codes(), ["vra-certificate-ends", "vpg-unknown"]);
+    // It ended after the VRA was asked: that it was there then is nothing strange.
+    group.ended.insert(vpg, NOW_US + 1);
+    assert_eq!(group.codes(), ["vra-certificate-ends"]);
+    group.ended.insert(vpg, NOW_US - 1);
     assert_eq!(group.codes(), ["vra-certificate-ends", "vpg-unknown"]);
 }
 
 /// A group of one VM that does well.
 struct Group {
     world: World,
+    ended: BTreeMap<VpgId, u64>,
     source: VraId,
     target: VraId,
 }
@@ -286,7 +293,7 @@ impl Group {
             status.vpgs.push(at_target);
             status.target_vms.push(target_vm);
         });
-        Self { world, source, target }
+        Self { world, ended: BTreeMap::new(), source, target }
     }
 
     fn source(&mut self, change: impl FnOnce(&mut VraStatus)) {
@@ -327,6 +334,7 @@ impl Group {
             observed: &self.world.observed,
             reports: &[self.report()],
             failures: &BTreeMap::new(),
+            ended: &self.ended,
             inventory: &Inventory::default(),
             now_us: self.world.now_us,
         };

@@ -136,7 +136,7 @@ fn a_bad_inventory_is_an_alert_and_the_last_good_one_stays() {
 #[test]
 fn what_does_not_exist_is_named_with_a_way_out() {
     let site = Site::start();
-    let cases: [(&[&str], i32, &str); 8] = [
+    let cases: [(&[&str], i32, &str); 13] = [
         (&["vpg", "show", "shop"], 3, "there is no VPG \"shop\""),
         (&["vpg", "delete", "shop"], 3, "zvm vpg list"),
         (&["checkpoint", "list", "shop"], 3, "there is no VPG"),
@@ -149,6 +149,11 @@ fn what_does_not_exist_is_named_with_a_way_out() {
             "cannot be the name",
         ),
         (&["vpg", "create", "shop", "--vm", "db", "--target", "b"], 2, "--datastore"),
+        (&["vpg", "create", "--file", "/dev/zero"], 2, "more than 1048576 bytes"),
+        (&["checkpoint", "list", "shop", "--from", "yesterday"], 2, "write one as 2026-11-22T16:00:05Z"),
+        (&["task", "show", "x"], 2, "`zvm task list` shows"),
+        (&["event", "list", "--limit", "0"], 2, "not in 1..="),
+        (&["vra", "set-address", "vra-x", "nonsense"], 3, "there is no VRA"),
     ];
     for (args, code, words) in cases {
         let answer = site.zvm(args);

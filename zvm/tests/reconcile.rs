@@ -129,6 +129,7 @@ fn a_group_is_removed_at_the_source_first_and_gone_when_all_have_let_go() {
     assert_eq!(removes(&second), [target]);
     world.finish_all(&second, ActionOutcome::Done);
     assert_eq!(world.plan().transitions, [Transition::VpgRemoved { vpg, leftovers: vec![] }]);
+    assert_eq!(world.core.ended().get(&vpg), Some(&world.now_us));
 }
 
 #[test]

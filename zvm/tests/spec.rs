@@ -47,11 +47,13 @@ fn settings_of_a_vm_go_before_those_of_the_group() {
 #[test]
 fn what_is_wrong_is_named() {
     type Change = fn(&mut VpgSpec);
-    let cases: [(Change, ErrorCode, &str); 14] = [
+    let cases: [(Change, ErrorCode, &str); 16] = [
         (|spec| spec.name = "a/b".into(), ErrorCode::BadRequest, "cannot be the name"),
         (|spec| spec.name = "taken".into(), ErrorCode::Conflict, "there is a VPG \"taken\" already"),
         (|spec| spec.checkpoint_interval_ms = 500, ErrorCode::BadRequest, "1000 to 3600000 ms"),
         (|spec| spec.hold_deadline_ms = 5_000, ErrorCode::BadRequest, "the hold deadline"),
+        (|spec| spec.journal_limit_bytes = 5, ErrorCode::BadRequest, "must be 64 MiB to 1024 TiB, not 5 B"),
+        (|spec| spec.vms[0].journal_limit_bytes = Some(u64::MAX), ErrorCode::BadRequest, "the journal limit"),
         (|spec| spec.history_s = 1, ErrorCode::BadRequest, "history"),
         (|spec| spec.vms.clear(), ErrorCode::BadRequest, "1 to 256 VMs"),
         (|spec| spec.vms[0].vm = "nope".into(), ErrorCode::NotFound, "no VM \"nope\""),

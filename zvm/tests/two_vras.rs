@@ -86,6 +86,7 @@ fn what_a_vra_refuses_is_told_with_a_remedy_and_can_be_undone() {
     let pair = Pair::enrolled();
     let refused = pair.create("/nowhere");
     assert!(refused.code == 1 && refused.stderr.contains("vra-b refuses the definition"), "{refused:?}");
+    assert!(refused.stderr.contains("`zvm vpg delete shop` ends it"), "{refused:?}");
     wait_for("the alert", || pair.site.zvm(&["alert", "list"]).stdout.contains("vra-refused"));
     assert_eq!(pair.site.zvm(&["vpg", "delete", "shop"]).code, 0);
     wait_for("the alert's end", || pair.site.zvm(&["alert", "list"]).stdout.contains("No alerts"));

@@ -183,12 +183,13 @@ pub(super) enum TaskCommand {
     /// The newest tasks.
     List {
         /// How many at most.
-        #[arg(long, default_value_t = 20)]
+        #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_LIST)))]
         limit: u32,
     },
     /// One task.
     Show {
         /// Its id.
+        #[arg(value_parser = task_id)]
         task: Uuid,
     },
 }
@@ -199,7 +200,7 @@ pub(super) enum EventCommand {
     /// The newest events.
     List {
         /// How many at most.
-        #[arg(long, default_value_t = 50)]
+        #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_LIST)))]
         limit: u32,
     },
 }
@@ -213,7 +214,7 @@ pub(super) enum AlertCommand {
         #[arg(long)]
         all: bool,
         /// How many at most.
-        #[arg(long, default_value_t = 100)]
+        #[arg(long, default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_LIST)))]
         limit: u32,
     },
 }
@@ -382,6 +383,10 @@ impl<'a> Ask<'a> {
         show::response(response, self.json)?;
         Ok(())
     }
+}
+
+fn task_id(text: &str) -> Result<Uuid, String> {
+    text.parse().map_err(|_| "give an id as `zvm task list` shows it".to_owned())
 }
 
 /// `latest`, a checkpoint's id, a time, and everything else is a tag.

@@ -14,11 +14,11 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use vra::api::ErrorCode;
+use vra::report::chain;
 
 use crate::api::ClientError;
 use crate::config::Config;
 use crate::manager::{self, StartError};
-use crate::remote::chain;
 use crate::serve::Server;
 
 pub use shape::VpgFile;
@@ -124,6 +124,9 @@ impl Failure {
     fn remedy(&self) -> Option<&str> {
         match self {
             Self::Client(ClientError::Refused(error)) => error.remedy.as_deref(),
+            Self::Client(ClientError::Connect { .. }) => {
+                Some("is `zvm serve` running, and does this user have the right to it?")
+            }
             _ => None,
         }
     }
@@ -135,7 +138,7 @@ pub fn run() -> ExitCode {
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("zvm: cannot start threads: {error}");
+            eprintln!("error: cannot start threads: {error}");
             return ExitCode::FAILURE;
         }
     };
@@ -144,9 +147,9 @@ pub fn run() -> ExitCode {
         // Whoever read the output has enough of it.
         Err(Failure::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("zvm: {}", chain(&failure));
+            eprintln!("error: {}", chain(&failure));
             if let Some(remedy) = failure.remedy() {
-                eprintln!("     {remedy}");
+                eprintln!("remedy: {remedy}");
             }
             ExitCode::from(failure.exit_code())
         }

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use serde::Deserialize;
+use vra::config::{MAX_CONFIG_BYTES, read_text};
 
 use crate::api::{VmSpec, VpgSpec, defaults};
 use crate::model::vpg::Priority;
@@ -72,7 +73,7 @@ pub struct VmTable {
 impl VpgFile {
     /// Reads a file.
     pub fn read(path: &Path) -> Result<Self, String> {
-        let text = std::fs::read_to_string(path)
+        let text = read_text(path, MAX_CONFIG_BYTES)
             .map_err(|error| format!("cannot read {}: {error}", path.display()))?;
         toml::from_str(&text)
             .map_err(|error| format!("{} is not valid: {}", path.display(), error.to_string().trim_end()))

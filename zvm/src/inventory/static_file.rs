@@ -33,11 +33,7 @@ impl StaticFile {
             return Ok(None);
         }
         let from = self.path.display().to_string();
-        let read = if stamp.len_bytes > MAX_FILE_BYTES {
-            Err(std::io::Error::other(format!("the file has more than {MAX_FILE_BYTES} bytes")))
-        } else {
-            std::fs::read_to_string(&self.path)
-        };
+        let read = vra::config::read_text(&self.path, MAX_FILE_BYTES);
         self.last_stamp = Some(stamp);
         let text = read.map_err(|source| InventoryError::Read { from: from.clone(), source })?;
         parse(&text, &from).map(Some)

@@ -148,8 +148,13 @@ impl Manager {
             .into_iter()
             .map(|vra: VraId| {
                 vras.get(&vra).cloned().ok_or_else(|| {
-                    ApiError::new(ErrorCode::NotReady, format!("target VRA {vra} of VPG {} is revoked", vpg.name))
-                        .remedy("enrol it again under the same name, or recover from its datastore with `vra-journal`")
+                    ApiError::new(
+                        ErrorCode::NotReady,
+                        format!("target VRA {vra} of VPG {} is revoked", vpg.name),
+                    )
+                    .remedy(
+                        "recover from its datastore with `vra-journal`: a revoked VRA is never let in again",
+                    )
                 })
             })
             .collect()

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 use vra::api::{RemoveVpg, Request, TimeUs, VpgId};
+use vra::report::chain;
 
 use super::Manager;
 use crate::conditions::{self, Look};
@@ -16,7 +17,6 @@ use crate::model::status::{VpgReport, VpgStatus, VpgSubstatus};
 use crate::model::task::{TaskKind, TaskState};
 use crate::model::test_run::TestState;
 use crate::reconcile::{Action, ActionKind, ActionOutcome, Desired, Plan, Progress, Reconciler, Transition};
-use crate::remote::chain;
 use crate::store::{self, StoreError};
 
 /// Opening disks and taking definitions can take a VRA longer than answering a question.
@@ -89,6 +89,7 @@ impl Engine {
             observed: &observed,
             reports: &reports,
             failures: self.core.failures(),
+            ended: self.core.ended(),
             inventory: &inventory,
             now_us,
         };
@@ -183,8 +184,12 @@ impl Engine {
             }
             Transition::VpgRefused { vpg, vra, error } => {
                 let name = desired.vras.get(&vra).map_or_else(|| vra.to_string(), |vra| vra.name.clone());
-                let remedy = error.remedy.as_deref().unwrap_or("see the VRA's log");
-                let step = format!("VRA {name} refuses the definition: {error}; {remedy}");
+                let remedy = error.remedy.map(|remedy| format!("; {remedy}")).unwrap_or_default();
+                let step = format!(
+                    "VRA {name} refuses the definition: {}{remedy}. The manager tries again until that is mended, or until `zvm vpg delete {}` ends it",
+                    error.message,
+                    vpg_name(vpg)
+                );
                 for task in store::tasks::open_of(&mut tx, vpg, TaskKind::CreateProtectionGroup).await? {
                     store::tasks::finish(&mut tx, task.id, TaskState::Failed, &step, now_us).await?;
                     let kind = EventKind::CreateProtectionGroup;

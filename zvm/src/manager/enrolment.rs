@@ -16,13 +16,13 @@ use vra::api::{ApiError, ErrorCode, TimeUs};
 use vra::control::{read_frame, write_frame};
 use vra::link::{bind_udp, transport_config};
 use vra::pki::enroll_server_tls;
+use vra::report::chain;
 
 use super::{Manager, StartError, check_name, internal};
 use crate::api::NewToken;
 use crate::authority::AuthorityError;
 use crate::model::event::{Entity, EventKind};
 use crate::model::vra::{EnrolToken, Vra, VraState};
-use crate::remote::chain;
 use crate::store::{self, StoreError};
 
 /// Enrolments at once; more wait.

@@ -3,10 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use vra::report::chain;
+
 use super::Manager;
 use crate::inventory::{Inventory, Provider};
 use crate::model::event::{Entity, EventKind};
-use crate::remote::chain;
 use crate::store::StoreError;
 
 /// Code of the alert for an inventory that cannot be read.

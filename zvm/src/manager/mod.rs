@@ -21,6 +21,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 use vra::api::{ApiError, ErrorCode, TimeUs, VpgId, VraId, ZvmId};
 use vra::pki::Credentials;
+use vra::report::chain;
 
 use crate::authority::{Authority, AuthorityError};
 use crate::clock::Clock;
@@ -33,7 +34,7 @@ use crate::model::task::{Task, TaskKind, TaskState};
 use crate::model::vpg::Vpg;
 use crate::model::vra::{Vra, VraState};
 use crate::reconcile::{Desired, Observed};
-use crate::remote::{Remote, chain};
+use crate::remote::Remote;
 use crate::store::{self, Connection, Store, StoreError};
 
 /// Everything that the parts of the manager share.
@@ -86,7 +87,7 @@ pub enum StartError {
     Link(#[from] vra::link::LinkError),
     /// The UDP socket for enrolment.
     #[error(
-        "cannot listen for enrolment on udp {address}: is another `zvm serve` running? Set `listen` in the configuration"
+        "cannot listen for enrolment on udp {address}: {source}; is another `zvm serve` running? Set `listen` in the configuration"
     )]
     Listen {
         /// The address.
@@ -95,7 +96,9 @@ pub enum StartError {
         source: std::io::Error,
     },
     /// The unix socket.
-    #[error("cannot listen at {path}: is another `zvm serve` running? Set `socket` in the configuration")]
+    #[error(
+        "cannot listen at {path}: {source}; is another `zvm serve` running? Set `socket` in the configuration"
+    )]
     Socket {
         /// The socket.
         path: std::path::PathBuf,
@@ -103,7 +106,9 @@ pub enum StartError {
         source: std::io::Error,
     },
     /// Another manager runs on the same state.
-    #[error("{path} is locked: another `zvm serve` runs on this state folder")]
+    #[error(
+        "{path} is locked: another `zvm serve` runs on this state folder; stop it, or set another state_dir"
+    )]
     Locked {
         /// The lock file.
         path: std::path::PathBuf,

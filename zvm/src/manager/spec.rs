@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 
 use vra::api::volume::{MAX_VOLUMES_PER_VM, VolumeInfo};
-use vra::api::vpg::{MAX_VMS_PER_VPG, VolumeDefinition};
+use vra::api::vpg::{JOURNAL_LIMIT_BYTES, MAX_VMS_PER_VPG, VolumeDefinition};
 use vra::api::{ApiError, ErrorCode, JournalId, TimeUs, VmId, VpgId, VraId};
 
 use super::check_name;
@@ -12,6 +12,7 @@ use crate::api::{VmSpec, VpgSpec};
 use crate::inventory::{FindVmError, Inventory, Vm};
 use crate::model::vpg::{Member, Vpg, VpgSettings, VpgState};
 use crate::model::vra::Vra;
+use crate::units::format_bytes;
 
 const CHECKPOINT_INTERVAL_MS: std::ops::RangeInclusive<u32> = 1_000..=3_600_000;
 const HOLD_DEADLINE_MS: std::ops::RangeInclusive<u32> = 10..=1_000;
@@ -141,13 +142,23 @@ fn place<'a>(spec: &'a VpgSpec, vm_spec: &'a VmSpec, context: &Context<'a>) -> R
             target.name, vm.name
         )));
     }
+    let journal_limit_bytes = vm_spec.journal_limit_bytes.unwrap_or(spec.journal_limit_bytes);
+    if !JOURNAL_LIMIT_BYTES.contains(&journal_limit_bytes) {
+        return Err(bad(format!(
+            "the journal limit of VM {:?} must be {} to {}, not {}",
+            vm.name,
+            format_bytes(*JOURNAL_LIMIT_BYTES.start()),
+            format_bytes(*JOURNAL_LIMIT_BYTES.end()),
+            format_bytes(journal_limit_bytes)
+        )));
+    }
     let datastore = vm_spec.datastore.as_ref().unwrap_or(&spec.datastore);
     Ok(Place {
         vm,
         source,
         target,
         datastore: find_datastore(context.inventory, datastore, target)?,
-        journal_limit_bytes: vm_spec.journal_limit_bytes.unwrap_or(spec.journal_limit_bytes),
+        journal_limit_bytes,
     })
 }
 

@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use tokio::task::JoinHandle;
 use vra::api::{Request, Response, VraId};
+use vra::report::chain;
 
 use super::Manager;
 use crate::model::vra::{Vra, VraState};
 use crate::reconcile::{LastStatus, Seen};
-use crate::remote::{CallError, chain};
+use crate::remote::CallError;
 use crate::store::{self, StoreError};
 
 impl Manager {
