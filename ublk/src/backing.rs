@@ -68,13 +68,13 @@ pub enum BackingError {
         path: PathBuf,
     },
     /// A directory, a socket, …
-    #[error("{} is neither a regular file nor a block device", path.display())]
+    #[error("{} is neither a regular file nor a block device: give the path of a raw disk image or of a device", path.display())]
     NotADisk {
         /// The path.
         path: PathBuf,
     },
     /// No permission.
-    #[error("no permission to open {}: run as root, or grant access to the file", path.display())]
+    #[error("no permission to open {}: run as root, or give the user that runs this the right to read and write it", path.display())]
     Denied {
         /// The path.
         path: PathBuf,
@@ -113,9 +113,15 @@ pub enum BackingError {
         /// What it needs.
         align_bytes: u32,
     },
-    /// Empty, or ends inside a block.
+    /// No bytes.
+    #[error("{} is empty: check the path, or make the disk with `truncate -s SIZE` or `fallocate -l SIZE`", path.display())]
+    Empty {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Ends inside a block.
     #[error(
-        "{} has {size_bytes} bytes, which is not a positive multiple of its block size {block_bytes}: grow it with \
+        "{} has {size_bytes} bytes, which is not a multiple of its block size {block_bytes}: grow it with \
          `truncate -s %{block_bytes}`",
         path.display()
     )]

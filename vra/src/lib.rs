@@ -21,6 +21,7 @@ pub mod link;
 pub mod pki;
 pub mod planted;
 pub mod receive;
+pub mod report;
 pub mod ship;
 pub mod sync;
 pub mod view;

@@ -26,7 +26,7 @@ fn main() -> ExitCode {
     match demo(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("demo: {error:#}");
+            eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
     }

@@ -159,7 +159,7 @@ fn recover_changed(context: &mut Context) -> Result<()> {
 fn remedies(context: &mut Context) -> Result<()> {
     let odd = context.path("odd.raw").to_string_lossy().into_owned();
     context.run(&["truncate", "-s", "1000", &odd])?;
-    let not_a_multiple = "has 1000 bytes, which is not a positive multiple";
+    let not_a_multiple = "has 1000 bytes, which is not a multiple";
     refused(context, &["vra-ublk", "add", "loop", &odd], not_a_multiple)?;
     refused(context, &["vra-ublk", "del", "77"], "there is no ublk device 77")?;
     refused(context, &["vra-ublk", "add", "null", "--depth", "5000"], "at most 4096")?;

@@ -32,7 +32,10 @@ impl Facts {
     /// After the look at the format: images have odd sizes, and are not to be grown.
     pub(super) fn check_size(&self, path: &Path) -> Result<(), BackingError> {
         let (size_bytes, block_bytes) = (self.size_bytes, self.logical_block_bytes);
-        if size_bytes == 0 || !size_bytes.is_multiple_of(u64::from(block_bytes)) {
+        if size_bytes == 0 {
+            return Err(BackingError::Empty { path: path.to_owned() });
+        }
+        if !size_bytes.is_multiple_of(u64::from(block_bytes)) {
             return Err(BackingError::Size { path: path.to_owned(), size_bytes, block_bytes });
         }
         Ok(())

@@ -58,9 +58,9 @@ fn what_is_no_disk_is_refused_with_the_remedy() {
     assert!(error_of(&missing.0).contains("does not exist: check the path"));
     assert!(error_of(Path::new("/proc")).contains("neither a regular file nor a block device"));
     let odd = Scratch::with_len("odd", 1000);
-    assert!(error_of(&odd.0).contains("has 1000 bytes, which is not a positive multiple"));
+    assert!(error_of(&odd.0).contains("has 1000 bytes, which is not a multiple"));
     let empty = Scratch::with_len("empty", 0);
-    assert!(error_of(&empty.0).contains("has 0 bytes"));
+    assert!(error_of(&empty.0).contains("is empty: check the path"));
 }
 
 #[test]

@@ -6,6 +6,11 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use uuid::Uuid;
 
+/// A text that is no id.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no UUID: write one as 5d1f1f8e-6a0e-4f0b-9a6e-0d6a4b1c2d3e")]
+pub struct BadId(String);
+
 macro_rules! id {
     ($(#[$doc:meta])* $name:ident) => {
         $(#[$doc])*
@@ -32,10 +37,10 @@ macro_rules! id {
         }
 
         impl FromStr for $name {
-            type Err = uuid::Error;
+            type Err = BadId;
 
-            fn from_str(text: &str) -> Result<Self, uuid::Error> {
-                text.parse().map(Self)
+            fn from_str(text: &str) -> Result<Self, BadId> {
+                text.parse().map(Self).map_err(|_| BadId(text.to_owned()))
             }
         }
     };
@@ -82,15 +87,19 @@ impl fmt::Display for TimeUs {
 
 /// Reads RFC 3339 (`2026-11-22T16:00:05Z`).
 impl FromStr for TimeUs {
-    type Err = jiff::Error;
+    type Err = BadTime;
 
-    fn from_str(text: &str) -> Result<Self, jiff::Error> {
-        let time: jiff::Timestamp = text.parse()?;
-        u64::try_from(time.as_microsecond())
-            .map(Self)
-            .map_err(|_| jiff::Error::from_args(format_args!("{text} is before 1970")))
+    fn from_str(text: &str) -> Result<Self, BadTime> {
+        let bad = || BadTime(text.to_owned());
+        let time: jiff::Timestamp = text.parse().map_err(|_| bad())?;
+        u64::try_from(time.as_microsecond()).map(Self).map_err(|_| bad())
     }
 }
+
+/// A text that is no time.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no time since 1970: write one as 2026-11-22T16:00:05Z")]
+pub struct BadTime(String);
 
 /// A checkpoint of a VPG: its epoch (D1). In JSON and on the command line `<nonce: 32 hex digits>-<counter>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -20,8 +20,8 @@ pub mod vpg;
 pub use door::{DoorAddress, DoorRequest};
 pub use error::{ApiError, ErrorCode};
 pub use ids::{
-    CheckpointId, CheckpointIdError, GenerationId, JournalId, TimeUs, ViewId, VmId, VolumeId, VpgId, VraId,
-    ZvmId,
+    BadId, BadTime, CheckpointId, CheckpointIdError, GenerationId, JournalId, TimeUs, ViewId, VmId, VolumeId,
+    VpgId, VraId, ZvmId,
 };
 pub use status::{Alert, DoctorReport, Severity, VraStatus};
 pub use view::{OpenView, PointInTime, ViewInfo, ViewMode};

@@ -9,6 +9,9 @@ use super::{CheckpointId, JournalId, TimeUs, VmId, VolumeId, VpgId, VraId};
 /// Most VMs of one VPG.
 pub const MAX_VMS_PER_VPG: usize = 256;
 
+/// How much space a definition may give a VM's journal, in bytes: 64 MiB to 1 PiB.
+pub const JOURNAL_LIMIT_BYTES: std::ops::RangeInclusive<u64> = 64 << 20..=1 << 50;
+
 /// A VPG, as every VRA of it gets it. A VRA is source of the VMs whose [`VmDefinition::source`] has its id, and target of those
 /// whose [`VmDefinition::target`] has it.
 ///

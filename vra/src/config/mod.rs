@@ -4,10 +4,13 @@ mod store;
 
 pub use store::{Store, StoreError, write_atomic};
 
+use std::fs::File;
+use std::io::{self, Read};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::de::Error;
+use serde::{Deserialize, Deserializer};
 
 /// Where the configuration is looked for.
 pub const CONFIG_PATH: &str = "/etc/holdfast/vra.toml";
@@ -19,6 +22,7 @@ pub struct Config {
     /// The name that status and lists show; by default the host's.
     pub name: String,
     /// UDP address of the link.
+    #[serde(deserialize_with = "socket_address")]
     pub listen: SocketAddr,
     /// `host:port` under which others reach it; told to the ZVM at enrolment.
     pub advertise: Option<String>,
@@ -132,12 +136,12 @@ impl Default for TargetConfig {
 #[non_exhaustive]
 pub enum ConfigError {
     /// The file couldn't be read.
-    #[error("cannot read the configuration {}", path.display())]
+    #[error("cannot read the configuration {}: {source}; give another with --config", path.display())]
     Read {
         /// Which file.
         path: PathBuf,
         /// Why.
-        source: std::io::Error,
+        source: io::Error,
     },
     /// Not TOML, an unknown key, or a value of a wrong kind; the source shows the line.
     #[error("the configuration {} is not valid", path.display())]
@@ -167,9 +171,9 @@ impl Config {
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
         let default = Path::new(CONFIG_PATH);
         let at = path.unwrap_or(default);
-        let text = match std::fs::read_to_string(at) {
+        let text = match read_text(at, MAX_CONFIG_BYTES) {
             Ok(text) => text,
-            Err(error) if path.is_none() && error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) if path.is_none() && error.kind() == io::ErrorKind::NotFound => String::new(),
             Err(source) => return Err(ConfigError::Read { path: at.to_owned(), source }),
         };
         Self::parse(&text, at)
@@ -222,6 +226,36 @@ impl Config {
     }
 }
 
+/// Longest configuration, in bytes.
+pub const MAX_CONFIG_BYTES: u64 = 1 << 20;
+
+/// Reads a text file of at most `max_bytes`. What is longer, or never ends, isn't read to its end.
+///
+/// # Errors
+/// The operating system's; [`io::ErrorKind::FileTooLarge`] and [`io::ErrorKind::InvalidData`] for what is no such file.
+pub fn read_text(path: &Path, max_bytes: u64) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?.take(max_bytes.saturating_add(1)).read_to_string(&mut text)?;
+    if text.len() as u64 > max_bytes {
+        let message = format!("it has more than {max_bytes} bytes, as no such file has");
+        return Err(io::Error::new(io::ErrorKind::FileTooLarge, message));
+    }
+    Ok(text)
+}
+
+/// Reads an IP address with a port, for serde.
+///
+/// # Errors
+/// The text, and how one is written.
+pub fn socket_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    text.parse().map_err(|_| {
+        D::Error::custom(format!(
+            "{text:?} is no IP address with a port: write one as 192.0.2.1:9710 or [::]:9710"
+        ))
+    })
+}
+
 /// The host's name, as `hostname` shows it.
 pub fn hostname() -> String {
     nix::sys::utsname::uname()
@@ -246,6 +280,22 @@ mod tests {
         assert_eq!(config.listen.port(), 0);
         assert!(!config.memory.lock);
         assert_eq!(config.memory.arena_mib, MemoryConfig::default().arena_mib);
+    }
+
+    #[test]
+    fn what_is_no_configuration_is_refused_and_never_read_whole() {
+        let load = |path: &str| Config::load(Some(Path::new(path))).expect_err(path);
+        for (path, words) in [
+            ("/nonexistent/vra.toml", "cannot read the configuration /nonexistent/vra.toml"),
+            ("/dev/zero", "more than 1048576 bytes"),
+            ("/", "--config"),
+        ] {
+            let error = load(path).to_string();
+            assert!(error.contains(words), "{error}");
+        }
+        let error = parse("listen = \"host:9710\"").expect_err("a name");
+        let ConfigError::Parse { source, .. } = &error else { panic!("{error}") };
+        assert!(source.to_string().contains("192.0.2.1:9710"), "{source}");
     }
 
     #[test]

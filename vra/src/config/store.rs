@@ -49,8 +49,16 @@ pub enum StoreError {
         /// Why.
         source: io::Error,
     },
+    /// The folder isn't there and couldn't be made.
+    #[error("cannot make the folder {}: {source}; make it by hand, run the VRA as root, or name another in the configuration", path.display())]
+    Folder {
+        /// Which folder.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
     /// The file couldn't be written: the change was not made.
-    #[error("cannot write the state file {}; make space or repair the file system that it is on", path.display())]
+    #[error("cannot write the state file {}: {source}; make space or repair the file system that it is on", path.display())]
     Write {
         /// Which file.
         path: PathBuf,
@@ -58,7 +66,7 @@ pub enum StoreError {
         source: io::Error,
     },
     /// The file isn't what this program writes.
-    #[error("the state file {} is damaged; restore it from a backup, or move it away to start empty", path.display())]
+    #[error("the state file {} is damaged: {source}; restore it from a backup, or move it away to start empty", path.display())]
     Damaged {
         /// Which file.
         path: PathBuf,

@@ -25,7 +25,7 @@ pub struct Client {
 #[non_exhaustive]
 pub enum ClientError {
     /// Nothing answers at the unix socket.
-    #[error("cannot reach the VRA at {}: is `vra serve` running, and does this user have the right to it?", path.display())]
+    #[error("cannot reach the VRA at {}", path.display())]
     Connect {
         /// The socket.
         path: PathBuf,

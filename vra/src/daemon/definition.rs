@@ -4,11 +4,8 @@ use std::collections::BTreeSet;
 use std::path::{Component, PathBuf};
 
 use crate::api::volume::{MAX_NAME_BYTES, MAX_VOLUMES_PER_VM};
-use crate::api::vpg::{MAX_VMS_PER_VPG, VmDefinition};
+use crate::api::vpg::{JOURNAL_LIMIT_BYTES, MAX_VMS_PER_VPG, VmDefinition};
 use crate::api::{ApiError, ErrorCode, VpgDefinition, VraId};
-
-/// Least space for a journal, in bytes.
-pub const MIN_JOURNAL_BYTES: u64 = 64 << 20;
 
 /// Checks all that can be checked without looking at disks.
 ///
@@ -86,10 +83,13 @@ fn check_vm(vm: &VmDefinition) -> Result<(), ApiError> {
             )));
         }
     }
-    if vm.journal_limit_bytes < MIN_JOURNAL_BYTES {
+    if !JOURNAL_LIMIT_BYTES.contains(&vm.journal_limit_bytes) {
         return Err(bad(format!(
-            "the journal of VM {} may use {} bytes; it needs {MIN_JOURNAL_BYTES} at least",
-            vm.name, vm.journal_limit_bytes
+            "the journal limit of VM {} is {} bytes; it must be {} to {}",
+            vm.name,
+            vm.journal_limit_bytes,
+            JOURNAL_LIMIT_BYTES.start(),
+            JOURNAL_LIMIT_BYTES.end()
         )));
     }
     Ok(())
@@ -142,7 +142,7 @@ mod tests {
             source: VraEndpoint { id: VraId::random(), address: "a:9710".to_owned() },
             target: VraEndpoint { id: target, address: "[::1]:9710".to_owned() },
             datastore: "/data/x".into(),
-            journal_limit_bytes: MIN_JOURNAL_BYTES,
+            journal_limit_bytes: *JOURNAL_LIMIT_BYTES.start(),
             history_s: 3600,
             give_up_history: true,
         };
@@ -167,7 +167,7 @@ mod tests {
     fn each_bad_value_is_named() {
         type Change = fn(&mut VpgDefinition);
         let own = VraId::random();
-        let cases: [(Change, &str); 9] = [
+        let cases: [(Change, &str); 10] = [
             (|d| d.name = String::new(), "VPG name"),
             (|d| d.checkpoint_interval_ms = 10, "checkpoint_interval_ms is 10; it must be 1000 to 3600000"),
             (|d| d.vms.clear(), "the number of VMs is 0"),
@@ -176,7 +176,8 @@ mod tests {
             (|d| d.vms[0].volumes[0].size_bytes = 1000, "has 1000 bytes, which is not a multiple"),
             (|d| d.vms[0].volumes[0].logical_block_bytes = 520, "blocks of 520 bytes"),
             (|d| d.vms[0].source.address = "host".to_owned(), "\"host\""),
-            (|d| d.vms[0].journal_limit_bytes = 5, "may use 5 bytes"),
+            (|d| d.vms[0].journal_limit_bytes = 5, "is 5 bytes; it must be 67108864 to"),
+            (|d| d.vms[0].journal_limit_bytes = u64::MAX, "to 1125899906842624"),
         ];
         for (change, text) in cases {
             let mut bad = definition(own);

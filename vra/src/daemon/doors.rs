@@ -16,6 +16,7 @@ use ublk::serve::Disk;
 use crate::api::door::NbdListen;
 use crate::api::{ApiError, DoorAddress, DoorRequest, ErrorCode};
 use crate::config::{Config, DoorConfig};
+use crate::report::chain;
 
 /// How long the requests of a door that is closed may take to end.
 const CLOSE_LIMIT: Duration = Duration::from_secs(30);
@@ -67,7 +68,7 @@ impl Doors {
         arena: Arena,
     ) -> Result<Self, ublk::nbd::ListenError> {
         let driver = Driver::open(Arc::clone(&reactors)).map_err(|error| {
-            ApiError::new(ErrorCode::Unsupported, super::error::chain(&error))
+            ApiError::new(ErrorCode::Unsupported, chain(&error))
                 .remedy("see `vra doctor`; on a host without ublk use the NBD door (--door nbd)")
         });
         let nbd = NbdServer::new(Arc::clone(&reactors));
@@ -194,7 +195,7 @@ impl Door {
                 if let Err(error) = device.quiesce(STOP_LIMIT) {
                     tracing::warn!(
                         device = device.id(),
-                        error = super::error::chain(&error),
+                        error = chain(&error),
                         "could not quiesce a device: the next daemon recovers it with reissued requests"
                     );
                 }

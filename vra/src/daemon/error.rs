@@ -1,10 +1,12 @@
 //! What goes wrong at start, and how errors of the parts become errors of the control protocol.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use crate::api::{ApiError, ErrorCode};
 use crate::config::StoreError;
 use crate::pki::PkiError;
+use crate::report::chain;
 
 /// Why the daemon can't run.
 #[derive(Debug, thiserror::Error)]
@@ -24,7 +26,7 @@ pub enum DaemonError {
     Reactors(#[from] ublk::reactor::ReactorError),
     /// Memory for guest data.
     #[error(
-        "cannot get {mib} MiB of memory for guest data: lower memory.arena_mib in the configuration, or give the host more"
+        "cannot get {mib} MiB of memory for guest data: {source}; lower memory.arena_mib in the configuration, or give the host more"
     )]
     Arena {
         /// How much.
@@ -62,21 +64,6 @@ pub enum DaemonError {
     },
 }
 
-/// An error and all its causes in one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let inner_text = inner.to_string();
-        if !text.contains(&inner_text) {
-            text.push_str(": ");
-            text.push_str(&inner_text);
-        }
-        cause = inner.source();
-    }
-    text
-}
-
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         Self::new(ErrorCode::Io, chain(&error))
@@ -91,14 +78,14 @@ impl From<ublk::backing::BackingError> for ApiError {
             Backing::Busy { .. } => ErrorCode::Busy,
             Backing::Denied { .. } | Backing::ReadOnly { .. } => ErrorCode::PermissionDenied,
             Backing::ImageFormat { .. } => ErrorCode::ImageFormat,
-            Backing::NotADisk { .. } | Backing::Size { .. } => ErrorCode::BadRequest,
+            Backing::NotADisk { .. } | Backing::Empty { .. } | Backing::Size { .. } => ErrorCode::BadRequest,
             Backing::NoDirectIo { .. } | Backing::Alignment { .. } => ErrorCode::Unsupported,
             Backing::Io { .. } => ErrorCode::Io,
         };
         let api = Self::new(code, chain(&error));
         match code {
             ErrorCode::ImageFormat => api.remedy(
-                "convert it to raw; if it is a raw disk whose guest happens to have such bytes at its beginning, attach it with --force-raw",
+                "if it is a raw disk whose guest happens to have such bytes at its beginning, attach it with --force-raw",
             ),
             _ => api,
         }
@@ -127,7 +114,25 @@ impl From<ublk::nbd::ListenError> for ApiError {
             Listen::InUse { .. } | Listen::NotASocket { .. } => ErrorCode::Busy,
             Listen::System { .. } => ErrorCode::Io,
         };
-        Self::new(code, chain(&error))
+        let remedy = match &error {
+            Listen::System { source, .. } => match source.kind() {
+                ErrorKind::NotFound => Some("make the socket's folder first"),
+                ErrorKind::PermissionDenied => {
+                    Some("give the VRA's user the right to write to the socket's folder")
+                }
+                ErrorKind::AddrNotAvailable => Some("choose an address that this host has"),
+                ErrorKind::InvalidFilename | ErrorKind::InvalidInput => {
+                    Some("choose a path of at most 107 bytes")
+                }
+                _ => None,
+            },
+            Listen::InUse { .. } | Listen::NotASocket { .. } => None,
+        };
+        let api = Self::new(code, chain(&error));
+        match remedy {
+            Some(remedy) => api.remedy(remedy),
+            None => api,
+        }
     }
 }
 

@@ -63,7 +63,7 @@ pub(super) fn make_folder(folder: &Path) -> Result<(), StoreError> {
         .recursive(true)
         .mode(0o700)
         .create(folder)
-        .map_err(|source| StoreError::Write { path: folder.to_owned(), source })
+        .map_err(|source| StoreError::Folder { path: folder.to_owned(), source })
 }
 
 /// Makes the folder of sockets, mode 0755: the sockets in it are 0600.
@@ -72,5 +72,5 @@ pub(super) fn make_run_folder(folder: &Path) -> Result<(), StoreError> {
         .recursive(true)
         .mode(0o755)
         .create(folder)
-        .map_err(|source| StoreError::Write { path: folder.to_owned(), source })
+        .map_err(|source| StoreError::Folder { path: folder.to_owned(), source })
 }

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-use super::error::chain;
 use super::{Daemon, Finding, LocalIdentity, lock};
 use crate::api::enroll::hex;
 use crate::api::status::SiteInfo;
@@ -13,6 +12,7 @@ use crate::api::{Severity, TimeUs};
 use crate::control::{Caller, serve_stream};
 use crate::link::{Accepted, Link, LinkError, LinkSettings, StreamKind};
 use crate::pki::{Credentials, Identity, PkiDir, PkiError};
+use crate::report::chain;
 
 /// Time between two tries to bring the link up, and two looks for a certificate.
 const TRY_EVERY: Duration = Duration::from_secs(1);
@@ -26,24 +26,26 @@ pub(super) type SharedLink = Arc<Mutex<LinkState>>;
 /// The link, or why there is none.
 #[derive(Default)]
 pub(super) struct LinkState {
-    up: Option<(Link, SiteInfo)>,
+    up: Option<Link>,
+    /// Whose certificate the VRA has, from when it was first read.
+    site: Option<SiteInfo>,
     problem: Option<String>,
 }
 
 impl LinkState {
     /// The link, if it is up.
     pub(super) fn link(&self) -> Option<Link> {
-        self.up.as_ref().map(|(link, _)| link.clone())
+        self.up.clone()
     }
 
-    /// The site, if the VRA is enrolled and the link is up.
+    /// The site, if the VRA is enrolled: whether or not the link is up.
     pub(super) fn site(&self) -> Option<SiteInfo> {
-        self.up.as_ref().map(|(_, site)| site.clone())
+        self.site.clone()
     }
 
     /// Takes the link away.
     pub(super) fn take(&mut self) -> Option<Link> {
-        self.up.take().map(|(link, _)| link)
+        self.up.take()
     }
 
     /// What is wrong with the link.
@@ -56,7 +58,7 @@ impl LinkState {
             let message = format!("the link is down: {problem}");
             add("link-down", Severity::Critical, message, "repair it: the VRA tries again every second");
         }
-        let Some((_, site)) = &self.up else { return };
+        let Some(site) = &self.site else { return };
         let (ends, now) = (site.certificate_ends_us, TimeUs::now());
         if ends <= now {
             let message = format!("the VRA's certificate ended at {ends}");
@@ -82,9 +84,12 @@ impl LinkState {
 pub(super) async fn keep_linked(daemon: Arc<Daemon>) {
     loop {
         match bring_up(&daemon) {
-            Ok(Some((link, site, accepted))) => {
-                tracing::info!(listen = %link.local_address(), zvm = %site.zvm, "the link is up");
-                *lock(&daemon.link) = LinkState { up: Some((link, site)), problem: None };
+            Ok(Some((link, accepted))) => {
+                tracing::info!(listen = %link.local_address(), "the link is up");
+                {
+                    let mut state = lock(&daemon.link);
+                    (state.up, state.problem) = (Some(link), None);
+                }
                 serve_accepted(&daemon, accepted).await;
             }
             Ok(None) => {}
@@ -94,7 +99,7 @@ pub(super) async fn keep_linked(daemon: Arc<Daemon>) {
     }
 }
 
-type Up = (Link, SiteInfo, mpsc::Receiver<Accepted>);
+type Up = (Link, mpsc::Receiver<Accepted>);
 
 fn bring_up(daemon: &Daemon) -> Result<Option<Up>, LinkError> {
     let folder = PkiDir::open(&daemon.config.pki_dir())?;
@@ -106,10 +111,10 @@ fn bring_up(daemon: &Daemon) -> Result<Option<Up>, LinkError> {
     if credentials.own.identity != expected {
         return Err(PkiError::WrongIdentity { expected, found: credentials.own.identity }.into());
     }
-    let site = site_of(&credentials, zvm);
+    lock(&daemon.link).site = Some(site_of(&credentials, zvm));
     let settings = LinkSettings { listen: daemon.config.listen };
     let (link, accepted) = Link::bind(&settings, credentials, daemon.trust.clone())?;
-    Ok(Some((link, site, accepted)))
+    Ok(Some((link, accepted)))
 }
 
 fn site_of(credentials: &Credentials, zvm: crate::api::ZvmId) -> SiteInfo {

@@ -22,7 +22,7 @@ mod volumes;
 mod vpgs;
 
 pub use alerts::{AlertBook, Finding};
-pub use definition::{MIN_JOURNAL_BYTES, check as check_definition};
+pub use definition::check as check_definition;
 pub use error::DaemonError;
 pub use identity::LocalIdentity;
 

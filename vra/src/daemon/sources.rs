@@ -7,7 +7,6 @@ use std::time::Duration;
 use quinn::{RecvStream, SendStream};
 use uuid::Uuid;
 
-use super::error::chain;
 use super::linking::SharedLink;
 use super::state::State;
 use super::vpgs::missing_volumes;
@@ -21,6 +20,7 @@ use crate::capture::{
 use crate::checkpoint::{GroupSettings, Member};
 use crate::clock::Clock;
 use crate::link::StreamKind;
+use crate::report::chain;
 use crate::ship::shell::{ConnectError, DataConnector, Shipper, ShipperParts};
 use crate::ship::{Doorbell, Sender, SenderEvent, SenderLimits, SenderStatus, StreamIdentity};
 use crate::sync::{SyncJob, SyncThread};

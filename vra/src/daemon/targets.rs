@@ -3,13 +3,13 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use super::error::chain;
 use super::state::State;
 use super::{Daemon, Finding, lock};
 use crate::api::status::TargetVmStatus;
 use crate::api::{Alert, ApiError, ErrorCode, Severity, VmId, VpgDefinition};
 use crate::link::Accepted;
 use crate::receive::{FolderError, TargetError};
+use crate::report::chain;
 
 impl Daemon {
     /// Opens, or makes, the journals of the VMs that this VRA is target of, and closes those of others. Does all that it can.
@@ -126,7 +126,7 @@ impl From<TargetError> for ApiError {
             TargetError::Folder(folder) => match folder {
                 FolderError::NoDatastore { .. } => ErrorCode::NotFound,
                 FolderError::ReadOnly { .. } | FolderError::Permission { .. } => ErrorCode::PermissionDenied,
-                FolderError::NoSpace { .. } => ErrorCode::Exhausted,
+                FolderError::NoSpace { .. } | FolderError::Full { .. } => ErrorCode::Exhausted,
                 FolderError::OrphanDisks { .. } => ErrorCode::Conflict,
                 _ => ErrorCode::Io,
             },

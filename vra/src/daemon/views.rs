@@ -7,7 +7,6 @@ use ublk::serve::Disk;
 
 use super::definition::check_name;
 use super::doors::Door;
-use super::error::chain;
 use super::{Daemon, lock};
 use crate::api::view::{ViewDiskInfo, ViewSubject};
 use crate::api::{
@@ -15,6 +14,7 @@ use crate::api::{
     ViewId, ViewInfo, ViewMode, VmId, VolumeId, VpgId,
 };
 use crate::receive::TargetVm;
+use crate::report::chain;
 use crate::view::{Freshness, ScratchFile, ViewDisk, ViewDiskError, ViewSettings, ViewSource};
 
 /// Most views that are open at once.

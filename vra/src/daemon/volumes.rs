@@ -1,5 +1,7 @@
 //! Attached volumes: local disks and the doors to them.
 
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use ublk::backing::{Backing, BackingSettings};
@@ -8,7 +10,6 @@ use ublk::sweep::{Verdict, sweep};
 
 use super::definition::check_name;
 use super::doors::Door;
-use super::error::chain;
 use super::state::{State, VolumeRecord};
 use super::{Daemon, Finding, lock};
 use crate::api::volume::MAX_VOLUMES_PER_VM;
@@ -16,6 +17,7 @@ use crate::api::{
     ApiError, Attach, Detach, DoorRequest, ErrorCode, Severity, TimeUs, VmId, VolumeId, VolumeInfo,
 };
 use crate::capture::ProtectedDisk;
+use crate::report::chain;
 
 /// A volume as it is served, or the reason why it isn't.
 pub(super) enum LiveVolume {
@@ -308,27 +310,38 @@ fn disk_over(backing: &Backing) -> Result<Arc<ProtectedDisk>, ApiError> {
 
 /// The volume that an attachment would repeat.
 fn find_same(state: &State, attach: &Attach) -> Result<Option<(VolumeId, VolumeRecord)>, ApiError> {
-    let Some((id, record)) = state.volumes.iter().find(|(_, record)| record.path == attach.path) else {
-        return Ok(None);
-    };
-    let same = record.vm == attach.vm
+    let found = state.volumes.iter().find(|(_, record)| is_same_disk(&record.path, &attach.path));
+    let Some((id, record)) = found else { return Ok(None) };
+    let same = record.path == attach.path
+        && record.vm == attach.vm
         && attach.volume.is_none_or(|volume| volume == *id)
         && attach.number.is_none_or(|number| number == record.number)
         && is_same_door(&record.door, &attach.door);
     if same {
         return Ok(Some((*id, record.clone())));
     }
+    let door = match record.door {
+        DoorRequest::Ublk { .. } => "ublk",
+        DoorRequest::Nbd { .. } => "NBD",
+    };
     Err(ApiError::new(
         ErrorCode::Conflict,
         format!(
-            "{} is attached already, as volume {} ({id}) of VM {} ({}), or with another door",
+            "{} is attached already: {} is volume {} ({id}) of VM {} ({}) with a door of kind {door}",
             attach.path.display(),
+            record.path.display(),
             record.number,
             record.vm_name,
             record.vm
         ),
     )
-    .remedy("detach it first"))
+    .remedy(format!("use it as it is, or detach it first: `vra detach {id}`")))
+}
+
+/// By their paths, or as the file that both lead to.
+fn is_same_disk(one: &Path, other: &Path) -> bool {
+    let file = |path: &Path| std::fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino())).ok();
+    one == other || file(one).is_some_and(|one| file(other) == Some(one))
 }
 
 fn is_same_door(one: &DoorRequest, other: &DoorRequest) -> bool {
@@ -354,12 +367,16 @@ fn free_number(state: &State, attach: &Attach, id: VolumeId) -> Result<u16, ApiE
     match wanted {
         Some(number) if usize::from(number) >= MAX_VOLUMES_PER_VM => Err(ApiError::new(
             ErrorCode::BadRequest,
-            format!("volume number {number} is not below {MAX_VOLUMES_PER_VM}"),
+            format!(
+                "volume number {number} is too large: a VM's volumes are numbered 0 to {}",
+                MAX_VOLUMES_PER_VM - 1
+            ),
         )),
         Some(number) if used.contains(&number) => Err(ApiError::new(
             ErrorCode::Conflict,
             format!("VM {} has a volume with number {number} already", attach.vm_name),
-        )),
+        )
+        .remedy("`vra list` shows the numbers; without --number it is the lowest free one")),
         Some(number) => Ok(number),
         None => Err(ApiError::new(ErrorCode::Exhausted, "no volume number is free")),
     }

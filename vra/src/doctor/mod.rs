@@ -10,6 +10,7 @@ use crate::api::status::{Check, CheckState};
 use crate::api::{DoctorReport, TimeUs};
 use crate::config::Config;
 use crate::pki::PkiDir;
+use crate::report::chain;
 
 /// Looks at this host with the rights of this process. Takes a few file operations on each datastore; blocks.
 pub fn examine(config: &Config) -> DoctorReport {
@@ -160,8 +161,12 @@ fn clock() -> Check {
 
 fn certificate(config: &Config) -> Check {
     const SOON_US: u64 = 30 * 86_400 * 1_000_000;
-    let loaded = PkiDir::open(&config.pki_dir())
-        .and_then(|folder| if folder.is_enrolled() { folder.load().map(Some) } else { Ok(None) });
+    // A look makes no folder.
+    let loaded = match config.pki_dir().try_exists() {
+        Ok(false) => Ok(None),
+        _ => PkiDir::open(&config.pki_dir())
+            .and_then(|folder| if folder.is_enrolled() { folder.load().map(Some) } else { Ok(None) }),
+    };
     let own = match loaded {
         Ok(Some(credentials)) => credentials.own,
         Ok(None) => {
@@ -172,7 +177,7 @@ fn certificate(config: &Config) -> Check {
             );
         }
         Err(error) => {
-            return missing("certificate", error.to_string(), "run `vra doctor` as root, or enrol again");
+            return missing("certificate", chain(&error), "run `vra doctor` as root, or enrol again");
         }
     };
     let found = format!("{}, serial {}, until {}", own.identity, own.serial, own.ends_us);

@@ -12,7 +12,7 @@ use crate::pki::PkiError;
 pub enum LinkError {
     /// The own socket couldn't be opened.
     #[error(
-        "cannot listen on udp {address}: is another VRA running, or is the port taken? Set `listen` in the configuration"
+        "cannot listen on udp {address}: {source}; is another VRA running, or is the port taken? Set `listen` in the configuration"
     )]
     Bind {
         /// Where.
@@ -21,7 +21,7 @@ pub enum LinkError {
         source: std::io::Error,
     },
     /// A host name without a usable address.
-    #[error("cannot resolve \"{address}\"; check the peer's address")]
+    #[error("cannot resolve \"{address}\": {source}; check the peer's address")]
     Resolve {
         /// As configured.
         address: String,

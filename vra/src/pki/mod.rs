@@ -33,7 +33,7 @@ pub enum PkiError {
         source: std::io::Error,
     },
     /// A file of the key store doesn't hold what it should.
-    #[error("{} is not {expected}; enrol the VRA again with `vra enroll`", path.display())]
+    #[error("{} is not {expected}: move it away and enrol the VRA again with `vra enroll`", path.display())]
     Malformed {
         /// Which file.
         path: PathBuf,

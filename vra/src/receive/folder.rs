@@ -51,6 +51,12 @@ pub enum FolderError {
         /// What is needed, in bytes.
         needed_bytes: u64,
     },
+    /// No space, though there seemed to be enough.
+    #[error("datastore {} is full: free space, or name another datastore in the VPG", path.display())]
+    Full {
+        /// The datastore.
+        path: PathBuf,
+    },
     /// Recovery disks without their journal.
     #[error(
         "{} holds recovery disks but no journal: put {JOURNAL_FILE} back, or move the folder away to begin with a new journal",
@@ -220,7 +226,7 @@ impl VmFolder {
             io::ErrorKind::ReadOnlyFilesystem => FolderError::ReadOnly { path: datastore() },
             io::ErrorKind::PermissionDenied => FolderError::Permission { path: path.into() },
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                FolderError::NoSpace { path: datastore(), free_bytes: 0, needed_bytes: 0 }
+                FolderError::Full { path: datastore() }
             }
             _ => FolderError::Io { operation, path: path.into(), source },
         }

@@ -38,14 +38,4 @@ pub use target_error::TargetError;
 pub use target_host::{TargetHost, TargetSettings};
 pub use target_vm::{OpenedView, Pin, TargetVm};
 
-/// An error with everything that caused it, in one line.
-pub(crate) fn error_chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    text
-}
+pub(crate) use crate::report::chain as error_chain;

@@ -158,7 +158,7 @@ fn main() -> ExitCode {
     match run(Cli::parse()) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("rig: {error:#}");
+            eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
     }

@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     match run(args.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("vra-ublk: {error:#}");
+            eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
     }

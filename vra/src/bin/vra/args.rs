@@ -3,7 +3,8 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use vra::api::door::NbdListen;
 use vra::api::{CheckpointId, DoorRequest, PointInTime, TimeUs, ViewId, VmId, VolumeId};
 
@@ -22,6 +23,28 @@ pub(crate) struct Cli {
     pub json: bool,
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Cli {
+    /// Reads the command line; ends the process where it is wrong.
+    pub(crate) fn read() -> Self {
+        let cli = Self::parse();
+        cli.check().unwrap_or_else(|error| error.exit());
+        cli
+    }
+
+    fn check(&self) -> Result<(), clap::Error> {
+        let door = match &self.command {
+            Command::Attach(args) => &args.door,
+            Command::View(ViewCommand::Open { door, .. }) => door,
+            _ => return Ok(()),
+        };
+        if door.door == DoorKind::Ublk && (door.nbd_socket.is_some() || door.nbd_tcp.is_some()) {
+            let message = "--nbd-socket and --nbd-tcp are for the NBD door: add --door nbd";
+            return Err(Self::command().error(ErrorKind::ArgumentConflict, message));
+        }
+        Ok(())
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -47,7 +70,7 @@ pub(crate) enum Command {
     /// Get a certificate from the ZVM with a one-time token
     Enroll {
         /// The ZVM's host and UDP port
-        #[arg(long, value_name = "HOST:PORT")]
+        #[arg(long, value_name = "HOST:PORT", value_parser = host_and_port)]
         zvm: String,
         /// File that holds the token, - for standard input
         #[arg(long, value_name = "FILE")]
@@ -90,10 +113,10 @@ pub(crate) struct DoorArgs {
     #[arg(long, value_enum, default_value_t = DoorKind::Ublk)]
     pub door: DoorKind,
     /// NBD: unix socket [default: one in the VRA's run_dir]
-    #[arg(long, value_name = "SOCKET", conflicts_with = "nbd_tcp")]
+    #[arg(long, value_name = "SOCKET", conflicts_with = "nbd_tcp", value_parser = absolute)]
     pub nbd_socket: Option<PathBuf>,
     /// NBD: loopback address and port
-    #[arg(long, value_name = "ADDR:PORT")]
+    #[arg(long, value_name = "ADDR:PORT", value_parser = socket_address)]
     pub nbd_tcp: Option<SocketAddr>,
 }
 
@@ -171,6 +194,23 @@ pub(crate) enum ViewCommand {
     List,
 }
 
+fn absolute(text: &str) -> Result<PathBuf, String> {
+    std::path::absolute(text).map_err(|error| error.to_string())
+}
+
+fn socket_address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|_| "give an IP address and a port, as 127.0.0.1:10809".to_owned())
+}
+
+fn host_and_port(text: &str) -> Result<String, String> {
+    match text.rsplit_once(':') {
+        Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0) => {
+            Ok(text.to_owned())
+        }
+        _ => Err("give the ZVM's host and UDP port, as zvm.example:9443".to_owned()),
+    }
+}
+
 fn point_in_time(text: &str) -> Result<PointInTime, String> {
     if text == "latest" {
         return Ok(PointInTime::Latest);
@@ -205,7 +245,29 @@ mod tests {
 
     #[test]
     fn the_command_line_is_consistent() {
-        use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_is_malformed_is_answered_with_a_form() {
+        let attach = ["vra", "attach", "/d", "--vm-name", "db"];
+        let cases: [(&[&str], &str); 6] = [
+            (&["--vm", "db"], "\"db\" is no UUID: write one as"),
+            (&["--door", "nbd", "--nbd-tcp", "localhost:10809"], "as 127.0.0.1:10809"),
+            (&["--door", "nbd", "--nbd-tcp", "127.0.0.1:99999"], "as 127.0.0.1:10809"),
+            (&["--nbd-socket", "/s"], "add --door nbd"),
+            (&["--nbd-tcp", "127.0.0.1:1"], "add --door nbd"),
+            (&["--number", "99999"], "99999 is not in 0..=65535"),
+        ];
+        for (more, words) in cases {
+            let read = Cli::try_parse_from(attach.iter().chain(more)).and_then(|cli| cli.check());
+            let error = read.expect_err(words).to_string();
+            assert!(error.contains(words), "{more:?}: {error}");
+        }
+        for zvm in ["zvm.example", ":9443", "zvm.example:0", "zvm.example:https"] {
+            let read = Cli::try_parse_from(["vra", "enroll", "--zvm", zvm, "--token-file", "-"]);
+            let error = read.expect_err(zvm).to_string();
+            assert!(error.contains("as zvm.example:9443"), "{zvm}: {error}");
+        }
     }
 }

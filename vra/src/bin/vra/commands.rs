@@ -199,6 +199,13 @@ impl Daemon<'_> {
                 self.show(&view, |view| show::views(std::slice::from_ref(view)))
             }
             ViewCommand::Close { view } => {
+                // Closing what isn't open is no error to the protocol, but a mistyped id is one to whoever typed it.
+                let Response::Views(views) = client.call(Request::ListViews).await? else {
+                    bail!(ClientError::Unexpected)
+                };
+                if views.iter().all(|open| open.view != *view) {
+                    bail!("no view {view} is open here: `vra view list` shows those that are");
+                }
                 client.call(Request::CloseView(CloseView { view: *view })).await?;
                 if !self.cli.json {
                     println!("closed {view}");

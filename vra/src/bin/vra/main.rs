@@ -9,9 +9,9 @@ use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use clap::Parser;
 use vra::config::Config;
 use vra::control::ClientError;
+use vra::report::chain;
 
 use crate::args::{Cli, Command};
 
@@ -19,11 +19,11 @@ use crate::args::{Cli, Command};
 const EXIT_UNREACHABLE: u8 = 3;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::read();
     match run(&cli) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {}", chain(&error));
+            eprintln!("error: {}", chain(error.as_ref()));
             if let Some(remedy) = remedy(&error) {
                 eprintln!("remedy: {remedy}");
             }
@@ -57,24 +57,12 @@ fn log_to_stderr(config: &Config) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The error and its causes in one line; a cause that its parent's text holds already is left out.
-fn chain(error: &anyhow::Error) -> String {
-    let mut text = String::new();
-    for cause in error.chain() {
-        let cause = cause.to_string();
-        if !text.contains(&cause) {
-            if !text.is_empty() {
-                text.push_str(": ");
-            }
-            text.push_str(cause.trim_end());
-        }
-    }
-    text
-}
-
 fn remedy(error: &anyhow::Error) -> Option<&str> {
     match error.downcast_ref::<ClientError>()? {
         ClientError::Api(error) => error.remedy.as_deref(),
+        ClientError::Connect { .. } => {
+            Some("is `vra serve` running, and does this user have the right to it?")
+        }
         _ => None,
     }
 }

@@ -38,6 +38,9 @@ pub(crate) fn status(status: &VraStatus) {
     );
     match &status.site {
         Some(site) => println!("site: zvm {}, certificate until {}", site.zvm, site.certificate_ends_us),
+        None if status.alerts.iter().any(|alert| alert.code == "link-down") => {
+            println!("site: the certificate can't be used, as the alert says");
+        }
         None => println!("site: not enrolled (`vra enroll`)"),
     }
     if !status.volumes.is_empty() {

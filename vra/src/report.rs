@@ -1,0 +1,41 @@
+//! How programs tell what went wrong.
+
+use std::error::Error;
+
+/// An error and its causes in one line; a cause that the text before it holds already is left out.
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string().trim_end().to_owned();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let words = inner.to_string();
+        if !text.contains(words.trim_end()) {
+            text.push_str(": ");
+            text.push_str(words.trim_end());
+        }
+        cause = inner.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot read /x: {source}; give another file")]
+    struct Told {
+        source: std::io::Error,
+    }
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("no start")]
+    struct Outer {
+        source: Told,
+    }
+
+    #[test]
+    fn each_cause_is_told_once() {
+        let told = Told { source: std::io::Error::other("not there") };
+        assert_eq!(chain(&Outer { source: told }), "no start: cannot read /x: not there; give another file");
+    }
+}
