@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use hwtests::demo::{Size, run};
+use hwtests::demo::{Size, interrupt, run};
 use hwtests::site::Door;
 
 /// The main job from start to end, on this machine.
@@ -22,9 +22,16 @@ struct Arguments {
     keep: Option<PathBuf>,
 }
 
+/// As a shell has it for a program that SIGINT ended.
+const EXIT_INTERRUPTED: u8 = 130;
+
 fn main() -> ExitCode {
     match demo(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(_) if interrupt::came() => {
+            eprintln!("interrupted: everything that was made is gone again");
+            ExitCode::from(EXIT_INTERRUPTED)
+        }
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -41,13 +48,14 @@ fn demo(arguments: &Arguments) -> Result<()> {
         None => std::env::temp_dir().join(format!("holdfast-demo-{}", std::process::id())),
     };
     std::fs::create_dir_all(&folder).with_context(|| format!("create {}", folder.display()))?;
+    interrupt::catch()?;
     let result = run(door, size, &folder);
     match (&result, &arguments.keep) {
         (_, Some(_)) => {}
-        (Ok(_), None) => {
+        (result, None) if result.is_ok() || interrupt::came() => {
             std::fs::remove_dir_all(&folder).with_context(|| format!("remove {}", folder.display()))?;
         }
-        (Err(_), None) => eprintln!("demo: logs and disks are left in {}", folder.display()),
+        (_, None) => eprintln!("logs and disks are left in {}", folder.display()),
     }
     println!("{}", result?);
     Ok(())

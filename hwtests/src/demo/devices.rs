@@ -1,10 +1,55 @@
 //! Block devices, filesystems and mounts of the demo, each undone when dropped.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+
+use crate::site::DiskAt;
+
+/// A block device, however it came to be.
+pub(super) enum Device {
+    /// One of the ublk driver, which its VRA makes and deletes.
+    Ublk {
+        /// `/dev/ublkbN`.
+        path: PathBuf,
+        /// N.
+        number: u32,
+    },
+    /// One made of an NBD export, which goes when this is dropped.
+    Nbd(NbdDevice),
+}
+
+impl Device {
+    /// The disk that the product offers there; `folder` is a scratch folder for a FUSE mount.
+    ///
+    /// # Errors
+    /// As [`NbdDevice::attach`].
+    pub(super) fn open(at: DiskAt, folder: &Path) -> Result<Self> {
+        match at {
+            DiskAt::Ublk { path, device } => Ok(Self::Ublk { path, number: device }),
+            DiskAt::Nbd { socket, export } => NbdDevice::attach(&socket, &export, folder).map(Self::Nbd),
+        }
+    }
+
+    /// The block device.
+    pub(super) fn path(&self) -> &Path {
+        match self {
+            Self::Ublk { path, .. } => path,
+            Self::Nbd(device) => device.path(),
+        }
+    }
+
+    /// Its number, if it is one of the ublk driver.
+    pub(super) fn ublk_number(&self) -> Option<u32> {
+        match self {
+            Self::Ublk { number, .. } => Some(*number),
+            Self::Nbd(_) => None,
+        }
+    }
+}
 
 /// A block device made from an NBD socket without a kernel NBD client: `nbdfuse` shows it as a file, a loop device
 /// with direct I/O makes that a block device.
@@ -27,6 +72,8 @@ impl NbdDevice {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
+            // Out of reach of the terminal's Ctrl-C: it goes after what uses it.
+            .process_group(0)
             .spawn()
             .context("start nbdfuse (Debian package nbdfuse)")?;
         let file = folder.join("nbd");

@@ -1,6 +1,8 @@
 //! The demo: the product's main job with real processes, devices, filesystems and a database.
 
 mod devices;
+pub mod interrupt;
+mod production;
 mod report;
 mod scenario;
 mod tree;

@@ -4,6 +4,9 @@ use std::fmt;
 use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};
 
+use anyhow::Result;
+
+use super::interrupt;
 use super::workload::Recovered;
 
 /// The lines that the demo prints as it goes, with the time since its start.
@@ -18,8 +21,13 @@ impl Story {
     }
 
     /// Prints what happens now.
-    pub(super) fn tell(&mut self, what: &str) {
+    ///
+    /// # Errors
+    /// When it is not to happen any more, because the demo was interrupted.
+    pub(super) fn tell(&mut self, what: &str) -> Result<()> {
+        interrupt::check()?;
         println!("[{:6.1} s] {what}", self.elapsed().as_secs_f64());
+        Ok(())
     }
 
     /// Prints what a command of the product said, indented.

@@ -1,16 +1,17 @@
 //! The main job, start to end: protect two VMs, lose the source, recover at a checkpoint, and check what came back.
 
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
-use super::devices::{Mount, NbdDevice, check_ext4, make_ext4, run as run_program};
+use super::devices::{Device, Mount, check_ext4, run as run_program};
+use super::production::Production;
 use super::report::{Recovery, Report, Story};
 use super::tree::{self, Manifest};
-use super::workload::{self, Recovered, Step, Workload};
-use crate::site::{Binaries, DiskAt, Door, Side, Site, SiteSettings, Vm, time_of};
+use super::workload::{self, Recovered, Step};
+use crate::site::{Binaries, Door, Side, Site, SiteSettings, Vm, time_of};
 
 /// Sizes of the demo.
 #[derive(Clone, Copy, Debug)]
@@ -33,43 +34,44 @@ pub fn run(door: Door, size: Size, folder: &Path) -> Result<Report> {
     let mut story = Story::start();
     let vms = make_vms(folder, size.disk_bytes)?;
 
-    story.tell("start a ZVM and two VRAs, each its own process; enrol the VRAs with one-time tokens");
+    story.tell("start a ZVM and two VRAs, each its own process; enrol the VRAs with one-time tokens")?;
     let mut site = Site::start(Binaries::beside_this_one()?, folder, &SiteSettings::SMALL)?;
     site.write_inventory(&vms)?;
 
-    story.tell(&format!("attach 3 disks of 2 VMs at {}", describe(door)));
-    let devices = attach(&site, door, &vms, folder)?;
+    story.tell(&format!("attach 3 disks of 2 VMs at {}", describe(door)))?;
+    let mut production = Production::attach(&site, door, &vms, folder)?;
 
-    story.tell("make ext4 on each; copy real files onto the first disk");
-    let mounts = mount_all(&devices, folder)?;
-    let manifest = copy_files(mounts[0].folder(), size.files_bytes)?;
-    story.tell(&format!("copied {} files, {}", manifest.len(), mib(tree::total_bytes(&manifest))));
+    story.tell("make ext4 on each; copy real files onto the first disk")?;
+    production.mount_all(folder)?;
+    let files = production.folder(0).to_owned();
+    let manifest = copy_files(&files, size.files_bytes)?;
+    story.tell(&format!("copied {} files, {}", manifest.len(), mib(tree::total_bytes(&manifest))))?;
 
     story.tell(
         "start the application: each step appends to a log on one VM and commits to SQLite on the other",
-    );
-    let app = Workload::start(mounts[1].folder(), mounts[2].folder())?;
+    )?;
+    let app = production.start_app()?;
     app.wait_for_more(5, 60 * u64::from(size.patience))?;
 
-    story.tell("create the VPG: both VMs, a checkpoint every second; the initial sync runs while the application writes");
+    story.tell("create the VPG: both VMs, a checkpoint every second; the initial sync runs while the application writes")?;
     let created = Instant::now();
     site.protect(VPG, &vms)?;
     site.wait_for_checkpoint(VPG, 0, 60 * u64::from(size.patience))?;
     story.tell(&format!(
         "initial sync done and first checkpoint made after {:.1} s",
         created.elapsed().as_secs_f64()
-    ));
+    ))?;
 
     app.wait_for_more(size.transactions, 120 * u64::from(size.patience))?;
     let before_tag = app.last_number();
     let tagged = site.zvm_json(&["checkpoint", "tag", VPG, TAG])?;
     let after_tag = app.last_number() + 1;
     let tagged_us = time_of(&tagged)?;
-    story.tell(&format!("tagged checkpoint \"{TAG}\" between transactions {before_tag} and {after_tag}"));
-    write_durably(&mounts[0].folder().join(LATER_FILE), b"written after the tag\n")?;
+    story.tell(&format!("tagged checkpoint \"{TAG}\" between transactions {before_tag} and {after_tag}"))?;
+    write_durably(&files.join(LATER_FILE), b"written after the tag\n")?;
     app.wait_for_more(size.transactions, 120 * u64::from(size.patience))?;
     site.wait_for_checkpoint(VPG, workload::now_us(), 60 * u64::from(size.patience))?;
-    story.tell("the manager's view:");
+    story.tell("the manager's view:")?;
     story.show(&site.zvm(&["status"])?);
 
     let killed_us = workload::now_us();
@@ -79,10 +81,10 @@ pub fn run(door: Door, size: Size, folder: &Path) -> Result<Report> {
     story.tell(&format!(
         "DISASTER: kill -9 of the source VRA, after transaction {}",
         steps.last().map_or(0, |step| step.number)
-    ));
+    ))?;
     std::thread::sleep(Duration::from_millis(500) * size.patience);
 
-    story.tell("checkpoints at the target, newest first:");
+    story.tell("checkpoints at the target, newest first:")?;
     story.show(&site.zvm(&["checkpoint", "list", VPG, "--limit", "5"])?);
     let latest = site.newest_checkpoint(VPG).context("the target lists no checkpoint")?;
     let latest_us = time_of(&latest)?;
@@ -92,21 +94,21 @@ pub fn run(door: Door, size: Size, folder: &Path) -> Result<Report> {
         (TAG, tagged_us, before_tag, after_tag, false),
         ("latest", latest_us, committed_before(&steps, latest_us), started_before(&steps, latest_us), true),
     ] {
-        story.tell(&format!("open \"{name}\" at the target and check it"));
+        story.tell(&format!("open \"{name}\" at the target and check it"))?;
         let recovery = recover(&site, door, folder, &application, name, at_least..=at_most, later_file)
             .with_context(|| format!("recovery at \"{name}\" (checkpoint of {at_us} us)"))?;
         story.tell(&format!(
             "\"{name}\": fsck clean, {} files equal, SQLite ok, {} transactions (must hold {at_least} to {at_most})",
             manifest.len(),
             recovery.found.transactions
-        ));
+        ))?;
         recoveries.push(recovery);
     }
 
-    story.tell("clean up: no device, mount or process stays");
+    story.tell("clean up: no device, mount or process stays")?;
     let written_bytes = disk_bytes(&vms)?;
     let journal_bytes = allocated_bytes(site.datastore())?;
-    drop_devices(door, devices, mounts, app)?;
+    production.end()?;
     site.stop()?;
     Ok(Report {
         door: describe(door),
@@ -138,28 +140,6 @@ fn describe(door: Door) -> &'static str {
     }
 }
 
-/// A block device, however it came to be.
-enum Device {
-    Ublk { path: PathBuf, number: u32 },
-    Nbd(NbdDevice),
-}
-
-impl Device {
-    fn open(at: DiskAt, folder: &Path) -> Result<Self> {
-        match at {
-            DiskAt::Ublk { path, device } => Ok(Self::Ublk { path, number: device }),
-            DiskAt::Nbd { socket, export } => NbdDevice::attach(&socket, &export, folder).map(Self::Nbd),
-        }
-    }
-
-    fn path(&self) -> &Path {
-        match self {
-            Self::Ublk { path, .. } => path,
-            Self::Nbd(device) => device.path(),
-        }
-    }
-}
-
 fn make_vms(folder: &Path, disk_bytes: u64) -> Result<Vec<Vm>> {
     let disks = folder.join("production-disks");
     fs::create_dir_all(&disks).with_context(|| format!("create {}", disks.display()))?;
@@ -180,32 +160,34 @@ fn make_vms(folder: &Path, disk_bytes: u64) -> Result<Vec<Vm>> {
     Ok(vms)
 }
 
-fn attach(site: &Site, door: Door, vms: &[Vm], folder: &Path) -> Result<Vec<Device>> {
-    let mut devices = Vec::new();
-    for vm in vms {
-        for number in 0..vm.disks.len() {
-            let at = site.attach(vm, number, door)?;
-            devices.push(Device::open(at, &folder.join(format!("fuse-{}-{number}", vm.name)))?);
-        }
-    }
-    Ok(devices)
-}
-
-fn mount_all(devices: &[Device], folder: &Path) -> Result<Vec<Mount>> {
-    devices
-        .iter()
-        .enumerate()
-        .map(|(at, device)| {
-            make_ext4(device.path())?;
-            Mount::ext4(device.path(), &folder.join(format!("production-{at}")))
-        })
-        .collect()
-}
-
 fn copy_files(target: &Path, limit_bytes: u64) -> Result<Manifest> {
     let sources = ["/usr/bin", "/usr/lib", "/usr/share", "/usr", "/bin", "/lib"].map(Path::new);
     let present: Vec<&Path> = sources.into_iter().filter(|source| source.is_dir()).collect();
     tree::copy(&present, target, limit_bytes)
+}
+
+/// The disks of a test at the target, closed when dropped.
+struct OpenTest<'a> {
+    /// None once it is closed.
+    site: Option<&'a Site>,
+    devices: Vec<Device>,
+    mounts: Vec<Mount>,
+}
+
+impl OpenTest<'_> {
+    fn close(&mut self) -> Result<()> {
+        self.mounts.clear();
+        self.devices.clear();
+        self.site.take().map_or(Ok(()), |site| site.stop_test(VPG))
+    }
+}
+
+impl Drop for OpenTest<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            eprintln!("error: {error:#}");
+        }
+    }
 }
 
 fn recover(
@@ -220,24 +202,23 @@ fn recover(
     let started = Instant::now();
     let disks = site.start_test(VPG, name, door)?;
     let opened_in = started.elapsed();
+    let mut test = OpenTest { site: Some(site), devices: Vec::new(), mounts: Vec::new() };
     ensure!(disks.len() == 3, "the test shows {} disks instead of 3: {disks:?}", disks.len());
-    let mut devices = Vec::new();
     for disk in disks {
         let fuse = folder.join(format!("fuse-{name}-{}-{}", disk.vm, disk.number));
-        devices.push(Device::open(disk.at, &fuse)?);
+        test.devices.push(Device::open(disk.at, &fuse)?);
     }
-    let mut mounts = Vec::new();
-    for (at, device) in devices.iter().enumerate() {
-        mounts.push(Mount::ext4(device.path(), &folder.join(format!("recovered-{name}-{at}")))?);
+    for (at, device) in test.devices.iter().enumerate() {
+        test.mounts.push(Mount::ext4(device.path(), &folder.join(format!("recovered-{name}-{at}")))?);
     }
     let usable_in = started.elapsed();
-    tree::verify(application.manifest, mounts[0].folder())?;
+    tree::verify(application.manifest, test.mounts[0].folder())?;
     ensure!(
-        mounts[0].folder().join(LATER_FILE).exists() == later_file,
+        test.mounts[0].folder().join(LATER_FILE).exists() == later_file,
         "{LATER_FILE}, written after the tag, {} there",
         if later_file { "is not" } else { "is" }
     );
-    let found: Recovered = workload::inspect(mounts[1].folder(), mounts[2].folder())?;
+    let found: Recovered = workload::inspect(test.mounts[1].folder(), test.mounts[2].folder())?;
     ensure!(
         expected.contains(&found.transactions),
         "{} transactions came back, but this checkpoint must hold {} to {} (the application had made {})",
@@ -246,42 +227,14 @@ fn recover(
         expected.end(),
         application.steps.len()
     );
-    for mount in mounts {
+    for mount in test.mounts.drain(..) {
         mount.unmount()?;
     }
-    for device in &devices {
+    for device in &test.devices {
         check_ext4(device.path())?;
     }
-    drop(devices);
-    site.stop_test(VPG)?;
+    test.close()?;
     Ok(Recovery { name: name.to_owned(), expected, found, opened_in, usable_in })
-}
-
-/// The source VRA is gone for good, and its ublk devices wait for it with all that was sent to them. So everything at once: a mount goes only when
-/// its device has failed what waits, a device goes only when nothing has it open, and the application ends when its disks fail.
-fn drop_devices(door: Door, devices: Vec<Device>, mounts: Vec<Mount>, app: Workload) -> Result<()> {
-    let mut under_way = Vec::new();
-    if door == Door::Ublk {
-        let tool = Binaries::beside_this_one()?;
-        for mount in mounts {
-            under_way.push(mount.detach()?);
-        }
-        for device in &devices {
-            if let Device::Ublk { number, .. } = device {
-                under_way.push(tool.start("vra-ublk", &["del", &number.to_string()])?);
-            }
-        }
-    } else {
-        drop(mounts);
-        drop(devices);
-    }
-    // The application's last step may have failed with its disk: that is the disaster, not an error of the demo.
-    let _ = app.join();
-    for mut child in under_way {
-        let status = child.wait().context("wait for the clean-up of a device")?;
-        ensure!(status.success(), "the clean-up of a device failed: {status}");
-    }
-    Ok(())
 }
 
 /// Highest transaction that the application knew to be committed before a moment: a checkpoint of it must hold it.

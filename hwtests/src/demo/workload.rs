@@ -6,14 +6,17 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
+
+use super::interrupt;
 
 /// File name of the log on the application's data disk.
 pub(super) const LOG_NAME: &str = "steps.log";
@@ -80,19 +83,20 @@ impl Workload {
     /// When the application died or `seconds` have passed.
     pub(super) fn wait_for_more(&self, count: u64, seconds: u64) -> Result<()> {
         let target = self.last_number() + count;
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(seconds);
+        let deadline = Instant::now() + Duration::from_secs(seconds);
         while self.last_number() < target {
+            interrupt::check()?;
             ensure!(
                 self.thread.as_ref().is_some_and(|thread| !thread.is_finished()),
                 "the application stopped at transaction {}",
                 self.last_number()
             );
             ensure!(
-                std::time::Instant::now() < deadline,
+                Instant::now() < deadline,
                 "the application made no {count} transactions in {seconds} s, it stands at {}",
                 self.last_number()
             );
-            std::thread::sleep(std::time::Duration::from_millis(20));
+            std::thread::sleep(Duration::from_millis(20));
         }
         Ok(())
     }
@@ -101,6 +105,15 @@ impl Workload {
     /// on a disk that is gone.
     pub(super) fn ask_to_stop(&self) {
         self.stop.store(true, Ordering::Release);
+    }
+
+    /// Asks the application to stop and waits for its last step, but no longer than `limit`.
+    pub(super) fn stop_within(&self, limit: Duration) {
+        self.ask_to_stop();
+        let deadline = Instant::now() + limit;
+        while self.thread.as_ref().is_some_and(|thread| !thread.is_finished()) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Waits for the application's end. An error of its own is returned: after a disaster the caller expects one.
@@ -201,6 +214,8 @@ impl Database {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
+            // Out of reach of the terminal's Ctrl-C: it ends with the application.
+            .process_group(0)
             .spawn()
             .context("start sqlite3 (Debian package sqlite3)")?;
         let input = process.stdin.take().context("sqlite3 has no standard input")?;

@@ -1,6 +1,7 @@
 //! The product's own processes: started like an operator would, killed when dropped.
 
 use std::fs::File;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -102,6 +103,8 @@ impl Daemon {
             .stdin(Stdio::null())
             .stdout(file)
             .stderr(errors)
+            // Out of reach of the terminal's Ctrl-C: whoever started it ends it, in order.
+            .process_group(0)
             .spawn()
             .with_context(|| format!("start {}", binary.display()))?;
         Ok(Self { name: name.to_owned(), child, log: log.to_path_buf() })
