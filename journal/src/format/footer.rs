@@ -295,9 +295,11 @@ impl Footer {
                     flags: 0,
                 },
             };
+            // After an odd number of CRCs events begin at no multiple of eight: each is padded by itself.
+            let end_bytes = bytes.len() + event_len_bytes(record.payload.len());
             bytes.extend_from_slice(header.as_bytes());
             bytes.extend_from_slice(&record.payload);
-            bytes.resize(bytes.len().next_multiple_of(EVENT_ALIGN_BYTES), 0);
+            bytes.resize(end_bytes, 0);
         }
         bytes.resize(bytes.len().next_multiple_of(PAGE_BYTES), 0);
         bytes
