@@ -62,6 +62,7 @@ fn package_of(tool: &str) -> &str {
         "mkfs.ext4" | "mke2fs" | "e2fsck" | "debugfs" | "resize2fs" | "tune2fs" => "e2fsprogs",
         "mkfs.xfs" | "xfs_repair" | "xfs_io" => "xfsprogs",
         "ip" | "tc" => "iproute2",
+        "nbdcopy" | "nbdinfo" => "libnbd-bin",
         "blockdev" | "losetup" | "lsblk" | "wipefs" | "blkdiscard" => "util-linux",
         other => other,
     }

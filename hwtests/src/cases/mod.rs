@@ -1,9 +1,11 @@
 //! The table of rig tests.
 
+mod content;
 mod crash;
 mod judged;
 mod machine;
 pub(crate) mod ram_disk;
+mod replicate;
 mod ublk;
 mod ublk_edges;
 mod ublk_library;
@@ -12,8 +14,16 @@ use crate::suite::Case;
 
 /// All cases, in the order in which they run.
 pub fn all() -> Vec<Case> {
-    [machine::CASES, ublk::CASES, ublk_edges::CASES, ublk_library::CASES, crash::CASES, judged::CASES]
-        .concat()
+    [
+        machine::CASES,
+        ublk::CASES,
+        ublk_edges::CASES,
+        ublk_library::CASES,
+        crash::CASES,
+        replicate::CASES,
+        judged::CASES,
+    ]
+    .concat()
 }
 
 /// The case of this name, also one that is not in the table because it goes wrong on purpose.

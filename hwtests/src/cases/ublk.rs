@@ -1,12 +1,14 @@
 //! The ublk driver of ours against a real kernel: what a device says of itself, and that data comes back.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use anyhow::{Context as _, Result, ensure};
 
+pub(super) use super::content::same_content;
+use super::content::{aligned, direct, filled_with};
 use super::ram_disk::RamDisk;
 use crate::suite::context::Context;
 use crate::suite::ublk::{UblkServer, list, state};
@@ -222,16 +224,9 @@ fn loop_discard_zeroes(context: &mut Context) -> Result<()> {
     let punched = blocks("discarded")?;
     ensure!(punched + 2 * MIB <= written, "a discard of 2 MiB freed only {} bytes", written - punched);
     context.run(&["blkdiscard", "-z", "-o", &(8 * MIB).to_string(), "-l", &MIB.to_string(), &device])?;
-    let mut file = direct(&device)?;
     for (start, end, fill) in [(0, 4, 0xa5), (4, 6, 0), (6, 8, 0xa5), (8, 9, 0), (9, 16, 0xa5)] {
-        file.seek(SeekFrom::Start(start * MIB))?;
-        for mib in start..end {
-            let mut content = aligned_mib();
-            file.read_exact(content.as_mut())?;
-            ensure!(content.as_ref().iter().all(|&byte| byte == fill), "MiB {mib} is not all {fill:#x}");
-        }
+        filled_with(&device, start * MIB..end * MIB, fill)?;
     }
-    drop(file);
     server.delete(context)
 }
 
@@ -351,54 +346,5 @@ impl<'a> Mount<'a> {
 impl Drop for Mount<'_> {
     fn drop(&mut self) {
         let _ = self.context.run(&["umount", self.place]);
-    }
-}
-
-/// Compares the beginning of two devices.
-pub(super) fn same_content(one: &str, other: &str, len_bytes: u64) -> Result<()> {
-    let (left, right) = (direct(one)?, direct(other)?);
-    let (mut a, mut b) = (aligned_mib(), aligned_mib());
-    for offset in (0..len_bytes).step_by(1 << 20) {
-        left.read_exact_at(a.as_mut(), offset)?;
-        right.read_exact_at(b.as_mut(), offset)?;
-        ensure!(a.as_ref() == b.as_ref(), "{one} and {other} differ in the MiB at {offset}");
-    }
-    Ok(())
-}
-
-fn direct(path: &str) -> Result<File> {
-    let file = File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(path);
-    file.with_context(|| format!("opening {path}"))
-}
-
-/// A block for direct I/O.
-#[repr(align(4096))]
-struct Block([u8; 4096]);
-
-fn aligned(fill: u8) -> Block {
-    Block([fill; 4096])
-}
-
-/// A MiB for direct I/O.
-struct Mib {
-    memory: Vec<u8>,
-    start: usize,
-}
-
-fn aligned_mib() -> Mib {
-    let memory = vec![0; (1 << 20) + 4096];
-    let start = memory.as_ptr().align_offset(4096);
-    Mib { memory, start }
-}
-
-impl AsRef<[u8]> for Mib {
-    fn as_ref(&self) -> &[u8] {
-        &self.memory[self.start..][..1 << 20]
-    }
-}
-
-impl AsMut<[u8]> for Mib {
-    fn as_mut(&mut self) -> &mut [u8] {
-        &mut self.memory[self.start..][..1 << 20]
     }
 }

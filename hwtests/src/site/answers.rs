@@ -4,10 +4,21 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
+use vra::api::VraStatus;
 
+use super::Side;
 use super::setup::Site;
 
 impl Site {
+    /// What a VRA tells of itself.
+    ///
+    /// # Errors
+    /// What `vra status` said.
+    pub fn vra_status(&self, side: Side) -> Result<VraStatus> {
+        let status = self.vra_json(side, &["status"])?;
+        serde_json::from_value(status).with_context(|| format!("read the status of {}", side.name()))
+    }
+
     /// Waits for a checkpoint of a VPG that is younger than `after_us` (µs since the Unix epoch) and returns it.
     ///
     /// # Errors
@@ -32,7 +43,7 @@ impl Site {
     /// The newest checkpoint of a VPG; none as long as its journals don't exist, when there is nothing to list from.
     pub fn newest_checkpoint(&self, vpg: &str) -> Option<Value> {
         let listed = self.zvm_json(&["checkpoint", "list", vpg, "--limit", "1"]).ok()?;
-        find(&listed, "value")?.as_array()?.first().cloned()
+        listed.as_array()?.first().cloned()
     }
 }
 

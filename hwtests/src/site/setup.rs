@@ -4,6 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -21,7 +22,7 @@ pub struct Site {
     binaries: Binaries,
     folder: PathBuf,
     datastore: PathBuf,
-    zvm: Daemon,
+    zvm: Option<Daemon>,
     vras: [Option<Daemon>; 2],
     relay: Option<Relay>,
 }
@@ -48,8 +49,14 @@ impl Site {
             false => None,
         };
         let target_port = relay.as_ref().map_or(ports[2], |relay| relay.address().port());
-        let mut site =
-            Self { binaries, folder: folder.to_path_buf(), datastore, zvm, vras: [None, None], relay };
+        let mut site = Self {
+            binaries,
+            folder: folder.to_path_buf(),
+            datastore,
+            zvm: Some(zvm),
+            vras: [None, None],
+            relay,
+        };
         for (side, port, advertised_port) in
             [(Side::Source, ports[1], ports[1]), (Side::Target, ports[2], target_port)]
         {
@@ -60,12 +67,21 @@ impl Site {
         Ok(site)
     }
 
-    /// Tells the ZVM what there is to protect.
+    /// Tells the ZVM what there is to protect, and waits until it knows.
     ///
     /// # Errors
-    /// When the file cannot be written.
+    /// When the file cannot be written, or the ZVM has not read it within 30 s.
     pub fn write_inventory(&self, vms: &[Vm]) -> Result<()> {
-        write_inventory(&self.folder, &self.datastore, vms)
+        write_inventory(&self.folder, &self.datastore, vms)?;
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let shown = self.zvm_json(&["inventory"])?.to_string();
+            if vms.iter().all(|vm| shown.contains(&vm.uuid)) {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "the ZVM has not read the inventory within 30 s: {shown}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 
     /// Runs a `zvm` command.
@@ -82,6 +98,15 @@ impl Site {
     /// What it said.
     pub fn zvm_json(&self, arguments: &[&str]) -> Result<Value> {
         self.binaries.json("zvm", &[&["--config", &self.zvm_config(), "--json"], arguments].concat())
+    }
+
+    /// Runs a `vra` command against one side.
+    ///
+    /// # Errors
+    /// What it said.
+    pub fn vra(&self, side: Side, arguments: &[&str]) -> Result<String> {
+        let config = vra_config(&self.folder, side).display().to_string();
+        self.binaries.run("vra", &[&["--config", &config], arguments].concat())
     }
 
     /// Runs a `vra` command against one side and reads the JSON that it prints.
@@ -142,11 +167,11 @@ impl Site {
     ///
     /// # Errors
     /// When one doesn't end by itself.
-    pub fn stop(mut self) -> Result<()> {
+    pub fn stop(&mut self) -> Result<()> {
         for vra in &mut self.vras {
             vra.take().map_or(Ok(()), Daemon::stop)?;
         }
-        self.zvm.stop()
+        self.zvm.take().map_or(Ok(()), Daemon::stop)
     }
 
     fn running(&mut self, side: Side) -> Result<Daemon> {
