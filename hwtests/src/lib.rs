@@ -8,6 +8,7 @@ pub mod cache;
 pub mod cases;
 pub mod cpio;
 pub mod demo;
+pub mod durability;
 pub mod error;
 pub mod initramfs;
 pub mod kernel;

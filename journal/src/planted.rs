@@ -62,17 +62,17 @@ pub const ALL: [Bug; 17] = [
     Bug::BaseBeforeDiskSync,
 ];
 
-/// Whether the bug is switched on in this thread.
+/// Whether the bug is switched on in this thread or everywhere.
 #[cfg(not(feature = "sim"))]
 #[inline(always)]
 pub const fn planted(_bug: Bug) -> bool {
     false
 }
 
-/// Whether the bug is switched on in this thread.
+/// Whether the bug is switched on in this thread or everywhere.
 #[cfg(feature = "sim")]
 pub fn planted(bug: Bug) -> bool {
-    PLANTED.get() == Some(bug)
+    PLANTED.get() == Some(bug) || EVERYWHERE.get() == Some(&bug)
 }
 
 /// Switches a bug on in this thread, or all off.
@@ -80,6 +80,15 @@ pub fn planted(bug: Bug) -> bool {
 pub fn plant(bug: Option<Bug>) {
     PLANTED.set(bug);
 }
+
+/// Switches a bug on in all threads of this process, for good: for programs that are the product with that bug. The first one stays.
+#[cfg(feature = "sim")]
+pub fn plant_everywhere(bug: Bug) {
+    EVERYWHERE.get_or_init(|| bug);
+}
+
+#[cfg(feature = "sim")]
+static EVERYWHERE: std::sync::OnceLock<Bug> = std::sync::OnceLock::new();
 
 #[cfg(feature = "sim")]
 thread_local! {

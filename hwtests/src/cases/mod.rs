@@ -2,6 +2,7 @@
 
 mod content;
 mod crash;
+mod durability;
 mod judged;
 mod machine;
 pub(crate) mod ram_disk;
@@ -21,6 +22,7 @@ pub fn all() -> Vec<Case> {
         ublk_library::CASES,
         crash::CASES,
         replicate::CASES,
+        durability::CASES,
         judged::CASES,
     ]
     .concat()

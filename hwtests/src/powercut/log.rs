@@ -5,6 +5,7 @@
 //! data of a write follows it.
 
 use std::fs::File;
+use std::ops::RangeInclusive;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -159,10 +160,15 @@ impl Log {
     /// `count` moments at which power may go, sorted, all different: a moment `n` is after the first `n` entries. All there are
     /// if that is fewer.
     pub fn cut_points(&self, count: usize, seed: u64) -> Vec<usize> {
+        self.cut_points_in(0..=self.entries.len(), count, seed)
+    }
+
+    /// The same among the moments of `span`.
+    pub fn cut_points_in(&self, span: RangeInclusive<usize>, count: usize, seed: u64) -> Vec<usize> {
         use rand::SeedableRng;
         use rand::seq::IndexedRandom;
         let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
-        let all: Vec<usize> = (0..=self.entries.len()).collect();
+        let all: Vec<usize> = span.take_while(|moment| *moment <= self.entries.len()).collect();
         let mut points: Vec<usize> = all.sample(&mut rng, count).copied().collect();
         points.sort_unstable();
         points
@@ -383,5 +389,6 @@ pub(crate) mod tests {
         assert_eq!((points.len(), &points), (8, &log.cut_points(8, 7)));
         assert!(points.windows(2).all(|pair| pair[0] < pair[1]) && points[7] <= 20);
         assert_eq!(log.cut_points(99, 1), (0..=20).collect::<Vec<_>>());
+        assert_eq!(log.cut_points_in(18..=99, 99, 1), [18, 19, 20]);
     }
 }

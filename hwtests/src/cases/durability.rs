@@ -1,0 +1,258 @@
+//! Power cuts at the target: what it acknowledged as durable is there afterwards.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::durability::acks::{Acknowledged, REGION_BYTES};
+use crate::durability::check::{CheckError, Found, check, recover, verify};
+use crate::durability::load::Load;
+use crate::machine::{Disk, DiskContent, Finished};
+use crate::powercut::log::Log;
+use crate::powercut::replay::{Fate, Replayer};
+use crate::site::Binaries;
+use crate::suite::context::Skip;
+use crate::suite::{Body, Case, Outside};
+use crate::tool;
+use vra::api::VraId;
+use vra::api::vpg::VraEndpoint;
+
+pub(super) const CASES: &[Case] = &[
+    Case::new(
+        "powercut-journal-ext4",
+        "After a power cut at the target all that it acknowledged as durable is there: 10 cuts, ext4.",
+        Body::Outside(|outside| survives(outside, Filesystem::Ext4, SHORT)),
+    ),
+    Case::new(
+        "powercut-journal-xfs",
+        "After a power cut at the target all that it acknowledged as durable is there: 10 cuts, xfs.",
+        Body::Outside(|outside| survives(outside, Filesystem::Xfs, SHORT)),
+    ),
+    Case::new(
+        "powercut-without-sync-loses",
+        "A target that acknowledges before its fdatasync is found out by power cuts.",
+        Body::Outside(without_sync_loses),
+    ),
+    Case::new(
+        "powercut-journal-ext4-100",
+        "The same with 100 cuts of a longer load, ext4.",
+        Body::Outside(|outside| survives(outside, Filesystem::Ext4, LONG)),
+    )
+    .long(),
+    Case::new(
+        "powercut-journal-xfs-100",
+        "The same with 100 cuts of a longer load, xfs.",
+        Body::Outside(|outside| survives(outside, Filesystem::Xfs, LONG)),
+    )
+    .long(),
+];
+
+/// How much of it.
+#[derive(Clone, Copy)]
+struct Extent {
+    /// What the load ships.
+    records: u64,
+    /// Power cuts before the first sync is acknowledged.
+    sync_cuts: usize,
+    /// Power cuts after that.
+    journal_cuts: usize,
+}
+
+const SHORT: Extent = Extent { records: 800, sync_cuts: 3, journal_cuts: 7 };
+const LONG: Extent = Extent { records: 6_000, sync_cuts: 20, journal_cuts: 80 };
+
+/// The load's, and where power goes.
+const SEED: u64 = 1;
+
+const DISK_MIB: u64 = 384;
+
+/// The filesystem ends here; what is behind it is for acknowledged numbers.
+const FILESYSTEM_MIB: u64 = DISK_MIB - 1;
+
+const ACKS_OFFSET_BYTES: u64 = FILESYSTEM_MIB << 20;
+
+const _: () = assert!(ACKS_OFFSET_BYTES + REGION_BYTES <= DISK_MIB << 20);
+
+/// What the datastore lies on.
+#[derive(Clone, Copy, Debug)]
+enum Filesystem {
+    Ext4,
+    Xfs,
+}
+
+impl Filesystem {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext4",
+            Self::Xfs => "xfs",
+        }
+    }
+
+    /// Skips the case where this host can't mount such a filesystem.
+    fn require_here(self) -> Result<()> {
+        if !nix::unistd::geteuid().is_root() {
+            return Err(Skip("mounting the rebuilt disks needs root".into()).into());
+        }
+        let name = self.name();
+        let known = std::fs::read_to_string("/proc/filesystems").context("read /proc/filesystems")?;
+        if known.split_whitespace().any(|word| word == name)
+            || tool::run(Command::new("modprobe").arg(name)).is_ok()
+        {
+            return Ok(());
+        }
+        Err(Skip(format!("this host's own kernel has no {name} to mount the rebuilt disks with")).into())
+    }
+
+    /// Makes one that leaves the disk's last MiB alone.
+    fn make(self, device: &str) -> String {
+        match self {
+            Self::Ext4 => format!(
+                "mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0 {device} {}k",
+                FILESYSTEM_MIB << 10
+            ),
+            Self::Xfs => format!("modprobe xfs; mkfs.xfs -q -d size={FILESYSTEM_MIB}m {device}"),
+        }
+    }
+}
+
+fn survives(outside: &Outside, filesystem: Filesystem, extent: Extent) -> Result<()> {
+    let cuts = Cuts::run(outside, filesystem, extent, false)?;
+    for Cut { place, acknowledged, outcome } in cuts.all()? {
+        let what = || format!("power cut after entry {place} of the log, {acknowledged} acknowledged");
+        outcome.with_context(what)?;
+    }
+    Ok(())
+}
+
+fn without_sync_loses(outside: &Outside) -> Result<()> {
+    let cuts = Cuts::run(outside, Filesystem::Ext4, Extent { sync_cuts: 0, ..SHORT }, true)?.all()?;
+    let lost = cuts.iter().filter(|cut| matches!(cut.outcome, Err(CheckError::Lost { .. }))).count();
+    ensure!(lost > 0, "none of {} power cuts took an acknowledged record", cuts.len());
+    Ok(())
+}
+
+/// A load's log, and where it is cut.
+struct Cuts {
+    finished: Finished,
+    log: Log,
+    acknowledged: Acknowledged,
+    extent: Extent,
+    filesystem: Filesystem,
+}
+
+/// A power cut and what came of it.
+struct Cut {
+    /// How many entries of the log came before it.
+    place: usize,
+    /// What had been acknowledged.
+    acknowledged: u64,
+    outcome: Result<Found, CheckError>,
+}
+
+impl Cuts {
+    /// Runs the load in a machine.
+    fn run(outside: &Outside, filesystem: Filesystem, extent: Extent, without_sync: bool) -> Result<Self> {
+        filesystem.require_here()?;
+        let mut machine = outside.machine();
+        machine.disks = vec![Disk { content: DiskContent::Empty { size_mib: DISK_MIB }, log_writes: true }];
+        machine.limit = Duration::from_secs(120 + extent.records / 10);
+        let without_sync = if without_sync { "--without-sync" } else { "" };
+        let mut job = outside.script(&format!(
+            "{}; mount /dev/vda /mnt; mkdir /mnt/datastore /tmp/scratch; sync -f /mnt; \
+             durability run-on-disk --device /dev/vda --acks-offset {ACKS_OFFSET_BYTES} --datastore /mnt/datastore \
+             --scratch /tmp/scratch --seed {SEED} --records {} {without_sync}",
+            filesystem.make("/dev/vda"),
+            extent.records
+        ));
+        job.programs.push(Binaries::beside_this_one()?.path("durability"));
+        let finished = machine.run(&job, &mut |_| {})?;
+        ensure!(finished.exit == 0, "the load failed:\n{}", finished.output()?);
+        let log = Log::open(&finished.disk_log(0))?;
+        let acknowledged = Acknowledged::read(&log, ACKS_OFFSET_BYTES)?;
+        let last = acknowledged.at(log.entries().len());
+        ensure!(last == extent.records, "the last acknowledged record is {last}, not {}", extent.records);
+        ensure!(acknowledged.count() > 10, "only {} acknowledgements", acknowledged.count());
+        Ok(Self { finished, log, acknowledged, extent, filesystem })
+    }
+
+    /// Cuts power at random moments of the load, and checks what is left.
+    fn all(&self) -> Result<Vec<Cut>> {
+        let folder = self.finished.folder.path();
+        let (base, work) = (folder.join("base.raw"), folder.join("work.raw"));
+        let (image, mount) = (folder.join("cut.raw"), folder.join("mount"));
+        std::fs::File::create(&base)?.set_len(DISK_MIB << 20)?;
+        std::fs::create_dir_all(&mount)?;
+        let vra_journal = Binaries::beside_this_one()?.path("vra-journal");
+        let mut replayer = Replayer::new(&self.log, &base, &work)?;
+        let Extent { sync_cuts, journal_cuts, .. } = self.extent;
+        let (all, after_sync) = (self.acknowledged.span(0), self.acknowledged.span(Load::sync_end()));
+        let mut places = self.log.cut_points_in(*all.start()..=*after_sync.start() - 1, sync_cuts, SEED);
+        places.extend(self.log.cut_points_in(after_sync, journal_cuts, SEED));
+        let mut cuts = Vec::new();
+        for (number, place) in places.into_iter().enumerate() {
+            let fate = if number % 4 == 0 { Fate::AllLost } else { Fate::Random { seed: SEED } };
+            replayer.cut(place, fate, &image)?;
+            let acknowledged = self.acknowledged.at(place);
+            let mounted = Mounted::new(&image, &mount, self.filesystem)?;
+            let datastore = mount.join("datastore");
+            let outcome = check_datastore(&datastore, (acknowledged, self.extent.records))?;
+            if outcome.is_ok() {
+                verify(&vra_journal, &datastore).with_context(|| format!("power cut after entry {place}"))?;
+            }
+            mounted.unmount()?;
+            cuts.push(Cut { place, acknowledged, outcome });
+        }
+        for file in [&base, &work, &image] {
+            std::fs::remove_file(file).with_context(|| format!("delete {}", file.display()))?;
+        }
+        Ok(cuts)
+    }
+}
+
+/// Starts a target on a datastore as after a power cut, then looks what is there.
+fn check_datastore(
+    datastore: &Path,
+    (acknowledged, published): (u64, u64),
+) -> Result<Result<Found, CheckError>> {
+    let load = Load::new(SEED);
+    let nowhere = || VraEndpoint { id: VraId::random(), address: "127.0.0.1:1".to_owned() };
+    let definition = load.definition(nowhere(), nowhere(), datastore);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(runtime.block_on(recover(&definition)).and_then(|durable_through| {
+        let found = check(&definition, load, (acknowledged, published), 0)?;
+        if found.through == durable_through {
+            return Ok(found);
+        }
+        Err(CheckError::Lost { acknowledged: durable_through, found_through: found.through })
+    }))
+}
+
+/// A rebuilt disk, mounted natively.
+struct Mounted {
+    at: Option<PathBuf>,
+}
+
+impl Mounted {
+    /// Mounts it, as a host does that starts after a power cut: the filesystem replays its own journal.
+    fn new(image: &Path, at: &Path, filesystem: Filesystem) -> Result<Self> {
+        tool::run(Command::new("mount").args(["-t", filesystem.name(), "-o", "loop"]).args([image, at]))?;
+        Ok(Self { at: Some(at.to_owned()) })
+    }
+
+    fn unmount(mut self) -> Result<()> {
+        let Some(at) = self.at.take() else { bail!("unmounted twice") };
+        tool::run(Command::new("umount").arg(at))?;
+        Ok(())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if let Some(at) = self.at.take() {
+            // The error that brought us here says more.
+            let _ = tool::run(Command::new("umount").arg(at));
+        }
+    }
+}
