@@ -5,8 +5,8 @@ use std::os::unix::fs::FileExt;
 use anyhow::{Result, ensure};
 
 use super::load::Load;
-use super::stand::{PATIENCE_S, RawDisk, SITE, with_stand};
-use crate::cases::content::{aligned, direct, filled_with};
+use super::stand::{DISK_BYTES, PATIENCE_S, RawDisk, SITE, VPG, with_stand};
+use crate::cases::content::{aligned, direct, filled_with, same_content};
 use crate::site::{DiskAt, Door, Side};
 use crate::suite::context::Context;
 
@@ -18,15 +18,7 @@ pub(super) fn discard_zeroes(context: &mut Context) -> Result<()> {
         let place = |from: u64, len: u64| {
             ["-o".to_owned(), (from * MIB).to_string(), "-l".to_owned(), (len * MIB).to_string()]
         };
-        context.fio(&[
-            &format!("--filename={device}"),
-            "--rw=write",
-            "--bs=256k",
-            "--size=16m",
-            "--direct=1",
-            "--buffer_pattern=0xa5",
-            "--end_fsync=1",
-        ])?;
+        stand.fill()?;
         for (from, len, zeroes) in [(4, 2, false), (8, 1, true), (12, 2, false), (12, 2, true)] {
             let words = place(from, len);
             let [o, from, l, len] = words.each_ref().map(String::as_str);
@@ -36,26 +28,24 @@ pub(super) fn discard_zeroes(context: &mut Context) -> Result<()> {
         // Written again after it was discarded: later than the zeroes.
         direct(&device)?.write_all_at(&aligned(0x3c).0, 5 * MIB)?;
         stand.recovers("quiet")?;
-        let disks = stand.site.start_test(super::stand::VPG, "quiet", Door::Ublk)?;
+        let disks = stand.site.start_test(VPG, "quiet", Door::Ublk)?;
         let DiskAt::Ublk { path, .. } = &disks[0].at else { anyhow::bail!("not a ublk device") };
         let view = path.to_string_lossy();
         for (start, end, fill) in
-            [(0, 4, 0xa5), (4, 5, 0), (6, 8, 0xa5), (8, 9, 0), (9, 12, 0xa5), (12, 14, 0), (14, 16, 0xa5)]
+            [(0, 4, 0xa5), (4, 5, 0), (6, 8, 0xa5), (8, 9, 0), (9, 12, 0xa5), (12, 14, 0), (14, 32, 0xa5)]
         {
             filled_with(&view, start * MIB..end * MIB, fill)?;
         }
         let mut block = aligned(0);
         direct(&view)?.read_exact_at(&mut block.0, 5 * MIB)?;
         ensure!(block.0.iter().all(|&byte| byte == 0x3c), "what was written after the discard is not there");
-        stand.site.stop_test(super::stand::VPG)
+        stand.site.stop_test(VPG)
     })
 }
 
 pub(super) fn detach_attach_delete(context: &mut Context) -> Result<()> {
-    let expected = ["volumes-missing", "not-connected"];
-    with_stand(context, &SITE, RawDisk::File, &expected, |stand| {
-        let load = Load { rounds: 1, pause_ms: 0 };
-        stand.start_load(load)?.finish(PATIENCE_S)?;
+    with_stand(context, &SITE, RawDisk::File, &["code=\"volumes-missing\""], |stand| {
+        stand.fill()?;
         let copy = stand.copy_of_disk()?;
         let refused = stand.site.vra(Side::Source, &["detach", "guest:0"]);
         ensure!(
@@ -63,12 +53,12 @@ pub(super) fn detach_attach_delete(context: &mut Context) -> Result<()> {
             "a protected disk was detached without --force"
         );
         stand.detach_by_force()?;
-        context.run(&["cmp", &copy, &stand.raw_disk()])?;
+        same_content(&copy, &stand.raw_disk(), DISK_BYTES)?;
         stand.attach()?;
-        stand.start_load(load)?.finish(PATIENCE_S)?;
+        stand.start_load(Load { rounds: 1, pause_ms: 0 })?.finish(PATIENCE_S)?;
         stand.recovers("attached-again")?;
         stand.unprotect()?;
-        stand.start_load(load)?.finish(PATIENCE_S)?;
+        stand.fill()?;
         stand.protect()?;
         stand.recovers("protected-again")
     })

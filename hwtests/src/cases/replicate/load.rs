@@ -20,8 +20,8 @@ pub(super) struct Load {
 impl Load {
     /// Bytes that a round writes.
     const ROUND_BYTES: u64 = Self::RANDOM_BYTES + Self::DURABLE_BYTES;
-    const RANDOM_BYTES: u64 = 14 << 20;
-    const DURABLE_BYTES: u64 = 1 << 20;
+    const RANDOM_BYTES: u64 = 10 << 20;
+    const DURABLE_BYTES: u64 = 512 << 10;
 
     pub(super) fn start(self, context: &Context, device: &str) -> Result<RunningLoad> {
         context.note(format_args!("a load of {} bytes", Self::ROUND_BYTES * u64::from(self.rounds)));

@@ -20,11 +20,11 @@ pub(super) enum End {
 }
 
 pub(super) fn restarted(context: &mut Context, end: End, times: u32) -> Result<()> {
-    with_stand(context, &SITE, RawDisk::File, &["not-connected"], |stand| {
-        stand.start_load(Load { rounds: 1, pause_ms: 0 })?.finish(PATIENCE_S)?;
+    with_stand(context, &SITE, RawDisk::File, &[], |stand| {
+        stand.fill()?;
         stand.recovers("before")?;
         let copy = stand.copy_of_disk()?;
-        let mut load = stand.start_load(Load { rounds: 2 + times, pause_ms: 200 })?;
+        let mut load = stand.start_load(Load { rounds: 1 + times, pause_ms: 200 })?;
         for _ in 0..times {
             stand.wait_for_writes(60)?;
             load.ensure_running()?;

@@ -18,7 +18,7 @@ pub(super) fn fio_verify(context: &mut Context) -> Result<()> {
 }
 
 pub(super) fn killed(context: &mut Context, kills: u32) -> Result<()> {
-    with_stand(context, &SITE, RawDisk::File, &["not-connected"], |stand| {
+    with_stand(context, &SITE, RawDisk::File, &[], |stand| {
         same_stream_after(stand, Load { rounds: 1 + kills, pause_ms: 300 }, kills, |stand| {
             stand.site.kill(Side::Target)?;
             std::thread::sleep(Duration::from_millis(500));
@@ -30,7 +30,7 @@ pub(super) fn killed(context: &mut Context, kills: u32) -> Result<()> {
 pub(super) fn link_cut(context: &mut Context) -> Result<()> {
     const CUT: Duration = Duration::from_secs(10);
     let site = SiteSettings { relayed: true, ..SITE };
-    with_stand(context, &site, RawDisk::File, &["not-connected"], |stand| {
+    with_stand(context, &site, RawDisk::File, &[], |stand| {
         same_stream_after(stand, Load { rounds: 2, pause_ms: 1500 }, 1, |stand| {
             let started = Instant::now();
             stand.site.cut(true)?;
