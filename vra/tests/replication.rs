@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use ::vra::api::status::{SourceMode, TargetState};
 use ::vra::api::view::ViewSubject;
 use ::vra::api::vpg::{VmDefinition, VolumeDefinition};
-use ::vra::api::{CheckpointId, Detach, RemoveVpg};
+use ::vra::api::{Attach, CheckpointId, Detach, RemoveVpg};
 use ::vra::api::{
     CheckpointInfo, CloseView, DoorAddress, DoorRequest, ErrorCode, JournalId, ListCheckpoints, OpenView,
     PointInTime, Request, Response, SetTrust, TagCheckpoint, TimeUs, ViewId, ViewInfo, ViewMode, VmId,
@@ -225,6 +225,43 @@ async fn replication_goes_on_after_either_side_was_killed() {
     let view = open_view(&target, &open(vpg, at, ViewMode::ReadOnly)).await;
     let Some(found) = nbdcopy(&view.disks[0].door, &target.path("copy.raw")) else { return };
     assert!(found == expected, "the disk differs after both were killed");
+}
+
+#[tokio::test]
+async fn a_disk_detached_by_force_goes_on_as_the_same_volume_when_it_is_attached_again() {
+    let ca = TestCa::new();
+    let Some((source, target, volumes, definition)) = streaming_pair("again", &ca).await else { return };
+    let (vpg, vm) = (definition.id, volumes[0].vm);
+    for volume in &volumes {
+        source.ask(Request::Detach(Detach { volume: volume.volume, force: true })).await;
+    }
+    let waits =
+        source.wait_for("waiting", |status| status.source_vms[0].mode == SourceMode::WaitingForVolumes);
+    waits.await;
+    let attach = |path: &std::path::Path, number| {
+        Request::Attach(Attach {
+            vm,
+            vm_name: "db".to_owned(),
+            volume: None,
+            number,
+            path: path.to_owned(),
+            door: DoorRequest::Nbd { listen: None },
+            force_raw: false,
+        })
+    };
+    let error = source.refusal(attach(&volumes[0].path, None)).await;
+    assert!(error.message.contains("volumes 0, 1 of VM db"), "{error}");
+    let error = source.refusal(attach(&volumes[0].path, Some(1))).await;
+    assert!(error.message.contains("which a VPG protects"), "another disk was taken: {error}");
+    source.ask(attach(&volumes[1].path, Some(1))).await;
+    source.ask(attach(&volumes[0].path, None)).await;
+    let status =
+        source.wait_for("streaming", |status| status.source_vms[0].mode == SourceMode::Streaming).await;
+    for (was, is) in volumes.iter().zip(&status.volumes) {
+        assert_eq!((is.volume, is.number, &is.path), (was.volume, was.number, &was.path));
+    }
+    let tagged = tag(&source, vpg, "again").await;
+    wait_for_checkpoint(&target, vpg, tagged.id).await;
 }
 
 #[tokio::test]

@@ -19,10 +19,10 @@ pub struct Attach {
     pub vm: VmId,
     /// The VM's name, for people.
     pub vm_name: String,
-    /// The volume's id, by default a new one.
+    /// The volume's id, by default that of the volume which a VPG protects under this number and which isn't attached, else a new one.
     #[serde(default)]
     pub volume: Option<VolumeId>,
-    /// The volume's number in its VM, by default the lowest free one.
+    /// The volume's number in its VM, by default that of the only volume which a VPG protects and which isn't attached, else the lowest free one.
     #[serde(default)]
     pub number: Option<u16>,
     /// Absolute path of the raw file or block device.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use ublk::backing::{Backing, BackingSettings};
-use ublk::serve::Disk;
+use ublk::serve::{Disk, Geometry};
 use ublk::sweep::{Verdict, sweep};
 
 use super::definition::check_name;
@@ -13,6 +13,7 @@ use super::doors::Door;
 use super::state::{State, VolumeRecord};
 use super::{Daemon, Finding, lock};
 use crate::api::volume::MAX_VOLUMES_PER_VM;
+use crate::api::vpg::VolumeDefinition;
 use crate::api::{
     ApiError, Attach, Detach, DoorRequest, ErrorCode, Severity, TimeUs, VmId, VolumeId, VolumeInfo,
 };
@@ -55,11 +56,16 @@ impl Daemon {
                 _ => self.volume_info(id, &record).ok_or_else(|| gone(id)),
             };
         }
-        let id = attach.volume.unwrap_or_else(VolumeId::random);
-        let number = free_number(change.get(), &attach, id)?;
+        let awaited = awaited(change.get(), &attach)?;
+        let id = attach.volume.or(awaited.map(|volume| volume.id)).unwrap_or_else(VolumeId::random);
+        let wanted = attach.number.or(awaited.map(|volume| volume.number));
+        let number = free_number(change.get(), &attach, id, wanted)?;
         let settings =
             BackingSettings { refuse_image_formats: !attach.force_raw, ..BackingSettings::FIRST_ATTACH };
         let backing = tokio::task::block_in_place(|| Backing::open(&attach.path, settings))?;
+        if let Some(volume) = awaited {
+            check_awaited(volume, &attach, backing.geometry())?;
+        }
         let record = VolumeRecord {
             vm: attach.vm,
             vm_name: attach.vm_name,
@@ -351,7 +357,58 @@ fn is_same_door(one: &DoorRequest, other: &DoorRequest) -> bool {
     }
 }
 
-fn free_number(state: &State, attach: &Attach, id: VolumeId) -> Result<u16, ApiError> {
+/// The volume that a VPG protects and that isn't attached, if the disk to be attached is that one: what was detached by force goes on
+/// when it is attached again.
+fn awaited<'a>(state: &'a State, attach: &Attach) -> Result<Option<&'a VolumeDefinition>, ApiError> {
+    let Some(vpg) = state.vpg_of(attach.vm) else { return Ok(None) };
+    let volumes = vpg.vms.iter().filter(|vm| vm.id == attach.vm).flat_map(|vm| &vm.volumes);
+    let mut fitting = volumes.filter(|volume| {
+        !state.volumes.contains_key(&volume.id)
+            && attach.volume.is_none_or(|id| id == volume.id)
+            && attach.number.is_none_or(|number| number == volume.number)
+    });
+    let first = fitting.next();
+    let others: Vec<_> = fitting.map(|volume| volume.number.to_string()).collect();
+    match first {
+        Some(first) if !others.is_empty() => Err(ApiError::new(
+            ErrorCode::Conflict,
+            format!(
+                "VPG \"{}\" protects volumes {}, {} of VM {}, which are not attached: which of them is {}?",
+                vpg.name,
+                first.number,
+                others.join(", "),
+                attach.vm_name,
+                attach.path.display()
+            ),
+        )
+        .remedy("say it by the volume's number (--number)")),
+        first => Ok(first),
+    }
+}
+
+/// Another disk must not go on as a protected volume.
+fn check_awaited(volume: &VolumeDefinition, attach: &Attach, geometry: &Geometry) -> Result<(), ApiError> {
+    if (geometry.size_bytes, geometry.logical_block_bytes) == (volume.size_bytes, volume.logical_block_bytes)
+    {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorCode::Conflict,
+        format!(
+            "{} has {} bytes in blocks of {}, but volume {} of VM {}, which a VPG protects, has {} in blocks of {}",
+            attach.path.display(),
+            geometry.size_bytes,
+            geometry.logical_block_bytes,
+            volume.number,
+            attach.vm_name,
+            volume.size_bytes,
+            volume.logical_block_bytes
+        ),
+    )
+    .remedy("attach the disk that was protected, or delete the VPG first; a further disk needs a free number (--number)"))
+}
+
+fn free_number(state: &State, attach: &Attach, id: VolumeId, wanted: Option<u16>) -> Result<u16, ApiError> {
     if state.volumes.contains_key(&id) {
         return Err(ApiError::new(ErrorCode::Conflict, format!("volume {id} is another disk here"))
             .remedy("choose another id, or none"));
@@ -363,7 +420,7 @@ fn free_number(state: &State, attach: &Attach, id: VolumeId) -> Result<u16, ApiE
             format!("VM {} has {MAX_VOLUMES_PER_VM} volumes, the most that are possible", attach.vm_name),
         ));
     }
-    let wanted = attach.number.or_else(|| (0..u16::MAX).find(|number| !used.contains(number)));
+    let wanted = wanted.or_else(|| (0..u16::MAX).find(|number| !used.contains(number)));
     match wanted {
         Some(number) if usize::from(number) >= MAX_VOLUMES_PER_VM => Err(ApiError::new(
             ErrorCode::BadRequest,

@@ -94,7 +94,7 @@ pub(crate) struct AttachArgs {
     /// The VM's UUID [default: that of the VM with this name if it has a volume here, else a new one]
     #[arg(long, value_name = "UUID")]
     pub vm: Option<VmId>,
-    /// The volume's UUID [default: a new one]
+    /// The volume's UUID [default: that of the protected volume which isn't attached, else a new one]
     #[arg(long, value_name = "UUID")]
     pub volume: Option<VolumeId>,
     /// The volume's number in its VM [default: the lowest free one]
