@@ -31,6 +31,8 @@ impl BackingSettings {
     /// For a disk that is attached for the first time.
     pub const FIRST_ATTACH: Self =
         Self { read_only: false, lock_wait: Duration::ZERO, refuse_image_formats: true };
+    /// For a disk that could not be opened before: the next try comes soon.
+    pub const RETRY: Self = Self { lock_wait: Duration::ZERO, ..Self::RECOVERY };
     /// For a disk that a daemon before us had.
     pub const RECOVERY: Self =
         Self { read_only: false, lock_wait: Duration::from_secs(30), refuse_image_formats: false };

@@ -38,6 +38,26 @@ async fn an_attached_disk_is_served_again_after_a_kill_and_after_a_stop() {
 }
 
 #[tokio::test]
+async fn a_disk_that_was_not_there_at_the_start_is_served_as_soon_as_it_is() {
+    let mut vra = Vra::start("later", None);
+    let disk = vra.disk("disk.raw", 8 << 20);
+    let volume = vra.attach(VmId::random(), "db", &disk).await;
+    vra.stop();
+    let elsewhere = disk.with_extension("elsewhere");
+    std::fs::rename(&disk, &elsewhere).expect("renamed");
+    vra.serve();
+    let status = vra.wait_for("an alert", |status| !status.alerts.is_empty()).await;
+    assert_eq!(status.alerts[0].code, "volume-not-served");
+    assert!(status.volumes[0].problem.as_ref().is_some_and(|problem| problem.contains("does not exist")));
+    std::fs::rename(&elsewhere, &disk).expect("renamed back");
+    let status = vra.wait_for("served", |status| status.volumes[0].problem.is_none()).await;
+    assert_eq!(status.volumes[0].door, volume.door);
+    vra.wait_for("no alert", |status| status.alerts.is_empty()).await;
+    let said = vra.log().matches("a volume can't be served").count();
+    assert_eq!(said, 1, "the same trouble is logged once");
+}
+
+#[tokio::test]
 async fn disks_that_cannot_be_attached_are_named_with_a_remedy() {
     let vra = Vra::start("bad-disks", None);
     let attach = |name: &str, more: &[&str]| {

@@ -3,9 +3,10 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ublk::arena::Arena;
+use ublk::control::ControlError;
 use ublk::cookie::Cookie;
 use ublk::device::{Device, DeviceSettings, Driver};
 use ublk::features::Features;
@@ -20,6 +21,9 @@ use crate::report::chain;
 
 /// How long the requests of a door that is closed may take to end.
 const CLOSE_LIMIT: Duration = Duration::from_secs(30);
+
+/// How long the ublk driver may take to answer at the daemon's start.
+const OPEN_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long NBD clients get at the daemon's end.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
@@ -67,7 +71,7 @@ impl Doors {
         reactors: Arc<Reactors>,
         arena: Arena,
     ) -> Result<Self, ublk::nbd::ListenError> {
-        let driver = Driver::open(Arc::clone(&reactors)).map_err(|error| {
+        let driver = open_driver(&reactors).map_err(|error| {
             ApiError::new(ErrorCode::Unsupported, chain(&error))
                 .remedy("see `vra doctor`; on a host without ublk use the NBD door (--door nbd)")
         });
@@ -204,6 +208,19 @@ impl Door {
                 server.stop(STOP_LIMIT);
             }
             Self::Ublk(_) | Self::Shared { .. } => {}
+        }
+    }
+}
+
+/// A driver that still takes leave of a killed daemon may not answer for a while.
+fn open_driver(reactors: &Arc<Reactors>) -> Result<Driver, ControlError> {
+    let deadline = Instant::now() + OPEN_LIMIT;
+    loop {
+        match Driver::open(Arc::clone(reactors)) {
+            Err(error @ ControlError::Deadline { .. }) if Instant::now() < deadline => {
+                tracing::warn!(error = chain(&error), "the ublk driver doesn't answer yet");
+            }
+            opened => return opened,
         }
     }
 }

@@ -12,6 +12,7 @@ mod error;
 mod handler;
 mod identity;
 mod linking;
+mod restore;
 mod source_status;
 mod sources;
 mod state;
@@ -28,6 +29,7 @@ pub use identity::LocalIdentity;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -92,6 +94,7 @@ async fn serve(config: &Config) -> Result<(), DaemonError> {
     tasks.spawn(linking::keep_linked(Arc::clone(&daemon)));
     tasks.spawn(look_for_wrong(Arc::clone(&daemon)));
     tasks.spawn(Arc::clone(&daemon).tick_sources());
+    tasks.spawn(Arc::clone(&daemon).keep_serving());
     let handler = Arc::clone(&daemon);
     tasks.spawn(async move { server.serve(handler).await });
     tracing::info!(vra = %daemon.vra, name = config.name, version = env!("CARGO_PKG_VERSION"), "started");
@@ -115,6 +118,8 @@ pub(crate) struct Daemon {
     link: SharedLink,
     doors: Doors,
     volumes: Mutex<BTreeMap<VolumeId, LiveVolume>>,
+    /// The ublk devices of former daemons were looked through.
+    swept: AtomicBool,
     views: Mutex<BTreeMap<ViewId, LiveView>>,
     sources: Mutex<BTreeMap<VmId, Arc<LiveSource>>>,
     targets: Arc<TargetHost>,
@@ -163,6 +168,7 @@ impl Daemon {
             groups: Mutex::default(),
             doors,
             volumes: Mutex::default(),
+            swept: AtomicBool::new(false),
             views: Mutex::default(),
             alerts: Mutex::default(),
         })
@@ -181,9 +187,7 @@ impl Daemon {
         for vm in self.targets.vms() {
             views::remove_left_scratch(vm.folder().path());
         }
-        if let Err(error) = change.update(|state| state.view_cookies.clear()) {
-            tracing::error!(%error, "can't note that the views of a former daemon have gone");
-        }
+        self.forget_swept_views(&mut change);
     }
 
     async fn stop(&self) {

@@ -128,6 +128,11 @@ impl Daemon {
         Ok(info)
     }
 
+    /// The cookies of open views' devices.
+    pub(super) fn open_view_cookies(&self) -> Vec<u32> {
+        lock(&self.views).values().flat_map(|live| live.cookies.clone()).collect()
+    }
+
     /// Closes a view. One that isn't open is closed already.
     pub(super) async fn close_view(&self, close: CloseView) -> Result<(), ApiError> {
         let mut change = self.state.change().await;

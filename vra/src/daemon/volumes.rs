@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use ublk::backing::{Backing, BackingSettings};
 use ublk::serve::{Disk, Geometry};
-use ublk::sweep::{Verdict, sweep};
 
 use super::definition::check_name;
 use super::doors::Door;
@@ -49,7 +48,7 @@ impl Daemon {
             if is_served {
                 return self.volume_info(id, &record).ok_or_else(|| gone(id));
             }
-            tokio::task::block_in_place(|| self.restore_volume(id, &record));
+            tokio::task::block_in_place(|| self.restore_volume(id, &record, BackingSettings::RECOVERY));
             self.follow_sources(change.get())?;
             return match lock(&self.volumes).get(&id) {
                 Some(LiveVolume::Failed(error)) => Err(error.clone()),
@@ -145,14 +144,6 @@ impl Daemon {
         infos
     }
 
-    /// Serves again what was attached before the daemon's start.
-    pub(super) fn restore_volumes(&self) {
-        self.sweep_devices();
-        for (id, record) in &self.seen().volumes {
-            self.restore_volume(*id, record);
-        }
-    }
-
     /// Lets go of all volumes at the daemon's end; ublk devices stay, their guests wait.
     pub(super) fn leave_volumes(&self) {
         let quiesce = self.doors.ublk_features().is_some_and(|features| features.has(ublk::uapi::F_QUIESCE));
@@ -179,87 +170,13 @@ impl Daemon {
                     record.number, record.vm_name, error.message
                 ),
                 remedy: Some(
-                    error.remedy.clone().unwrap_or_else(|| "repair it and attach it again".to_owned()),
+                    error
+                        .remedy
+                        .clone()
+                        .unwrap_or_else(|| "the VRA tries again by itself once that is mended".to_owned()),
                 ),
             });
         }
-    }
-
-    fn restore_volume(&self, id: VolumeId, record: &VolumeRecord) {
-        let live = self.reopen(id, record).unwrap_or_else(|error| {
-            tracing::error!(volume = %id, vm = record.vm_name, %error, "a volume can't be served");
-            LiveVolume::Failed(error)
-        });
-        lock(&self.volumes).insert(id, live);
-    }
-
-    fn reopen(&self, id: VolumeId, record: &VolumeRecord) -> Result<LiveVolume, ApiError> {
-        let backing = Backing::open(&record.path, BackingSettings::RECOVERY)?;
-        let geometry = backing.geometry();
-        if (geometry.size_bytes, geometry.logical_block_bytes)
-            != (record.size_bytes, record.logical_block_bytes)
-        {
-            return Err(ApiError::new(
-                ErrorCode::Conflict,
-                format!(
-                    "{} had {} bytes in blocks of {} when it was attached, now it has {} in blocks of {}",
-                    record.path.display(),
-                    record.size_bytes,
-                    record.logical_block_bytes,
-                    geometry.size_bytes,
-                    geometry.logical_block_bytes
-                ),
-            )
-            .remedy("if this is the right disk, detach the volume and attach it again"));
-        }
-        let disk = disk_over(&backing)?;
-        let served = Arc::clone(&disk) as Arc<dyn Disk>;
-        let door = match record.device {
-            Some(device) if self.is_left(device, record.cookie) => self.doors.recover(device, served)?,
-            wish => self.doors.open_door(served, &record.door, &id.to_string(), record.cookie, wish)?,
-        };
-        Ok(LiveVolume::Served { _backing: backing, disk, door })
-    }
-
-    /// Looks through the devices that former daemons left. Those of volumes wait to be recovered, those of views are deleted.
-    fn sweep_devices(&self) {
-        let Ok(driver) = self.doors.driver() else { return };
-        let seen = self.seen();
-        let swept = sweep(driver.control(), |_, cookie| {
-            if seen.view_cookies.contains(&cookie.disk_id) {
-                Verdict::Delete
-            } else if seen.volumes.values().any(|volume| volume.cookie == cookie.disk_id) {
-                Verdict::Recover
-            } else {
-                // Another VRA's on this host, perhaps.
-                Verdict::Leave
-            }
-        });
-        match swept {
-            Ok(swept) => {
-                for (device, error) in swept.failed {
-                    tracing::warn!(
-                        device,
-                        error = chain(&error),
-                        "a device that a former daemon left can't be deleted"
-                    );
-                }
-            }
-            Err(error) => tracing::error!(
-                error = chain(&error),
-                "can't look for ublk devices that a former daemon left"
-            ),
-        }
-    }
-
-    /// Whether a former daemon left that device for that volume.
-    fn is_left(&self, device: u32, cookie: u32) -> bool {
-        let Ok(driver) = self.doors.driver() else { return false };
-        driver.list().is_ok_and(|devices| {
-            devices
-                .iter()
-                .any(|info| info.id == device && info.cookie.is_some_and(|found| found.disk_id == cookie))
-        })
     }
 
     fn volume_info(&self, id: VolumeId, record: &VolumeRecord) -> Option<VolumeInfo> {
@@ -296,6 +213,14 @@ impl LiveVolume {
         }
     }
 
+    /// Why it can't be served.
+    pub(super) fn problem(&self) -> Option<ApiError> {
+        match self {
+            Self::Served { .. } => None,
+            Self::Failed(error) => Some(error.clone()),
+        }
+    }
+
     fn device(&self) -> Option<u32> {
         match self {
             Self::Served { door, .. } => door.device(),
@@ -305,7 +230,7 @@ impl LiveVolume {
 }
 
 /// The disk that captures, over the very open file that has the lock (A4).
-fn disk_over(backing: &Backing) -> Result<Arc<ProtectedDisk>, ApiError> {
+pub(super) fn disk_over(backing: &Backing) -> Result<Arc<ProtectedDisk>, ApiError> {
     let file = backing.file().try_clone().map_err(|error| {
         ApiError::new(ErrorCode::Exhausted, format!("cannot duplicate a file descriptor: {error}"))
             .remedy("raise LimitNOFILE")

@@ -1,0 +1,166 @@
+//! Volumes after a start of the daemon, and after what kept them from being served: devices that a former daemon left are found and taken over.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use ublk::backing::{Backing, BackingSettings};
+use ublk::device::{DeviceError, DeviceInfo};
+use ublk::serve::Disk;
+use ublk::sweep::{Verdict, sweep};
+
+use super::error::chain;
+use super::state::{Change, VolumeRecord};
+use super::volumes::{LiveVolume, disk_over};
+use super::{Daemon, lock};
+use crate::api::{ApiError, DoorRequest, ErrorCode, VolumeId};
+
+/// Time between two tries to serve what can't be served.
+const RETRY_EVERY: Duration = Duration::from_secs(2);
+
+impl Daemon {
+    /// Serves again what was attached before the daemon's start.
+    pub(super) fn restore_volumes(&self) {
+        self.sweep_devices();
+        for (id, record) in &self.seen().volumes {
+            self.restore_volume(*id, record, BackingSettings::RECOVERY);
+        }
+    }
+
+    /// Tries again what failed, since a guest may wait for it. Ends only when cancelled.
+    pub(super) async fn keep_serving(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(RETRY_EVERY).await;
+            if self.swept.load(Ordering::Acquire) && self.failed_volumes().is_empty() {
+                continue;
+            }
+            let mut change = self.state.change().await;
+            if !self.swept.load(Ordering::Acquire) {
+                tokio::task::block_in_place(|| self.sweep_devices());
+                self.forget_swept_views(&mut change);
+            }
+            for id in self.failed_volumes() {
+                if let Some(record) = change.get().volumes.get(&id) {
+                    tokio::task::block_in_place(|| self.restore_volume(id, record, BackingSettings::RETRY));
+                }
+            }
+            if let Err(error) = self.follow_sources(change.get()) {
+                tracing::error!(%error, "can't protect all VMs");
+            }
+        }
+    }
+
+    /// Forgets the devices of a former daemon's views, once they were deleted.
+    pub(super) fn forget_swept_views(&self, change: &mut Change<'_>) {
+        if !self.swept.load(Ordering::Acquire) {
+            return;
+        }
+        let open = self.open_view_cookies();
+        if let Err(error) = change.update(|state| state.view_cookies.retain(|cookie| open.contains(cookie))) {
+            tracing::error!(%error, "can't note that the views of a former daemon have gone");
+        }
+    }
+
+    fn failed_volumes(&self) -> Vec<VolumeId> {
+        let volumes = lock(&self.volumes);
+        let failed = volumes.iter().filter(|(_, live)| live.problem().is_some());
+        failed.map(|(id, _)| *id).collect()
+    }
+
+    /// Serves a volume, or notes why that can't be.
+    pub(super) fn restore_volume(&self, id: VolumeId, record: &VolumeRecord, settings: BackingSettings) {
+        let live = self.reopen(id, record, settings).unwrap_or_else(LiveVolume::Failed);
+        let former = lock(&self.volumes).get(&id).and_then(LiveVolume::problem);
+        match &live {
+            LiveVolume::Failed(error) if former.as_ref() != Some(error) => {
+                tracing::error!(volume = %id, vm = record.vm_name, %error, "a volume can't be served");
+            }
+            LiveVolume::Served { .. } if former.is_some() => {
+                tracing::info!(volume = %id, vm = record.vm_name, "a volume is served again");
+            }
+            _ => {}
+        }
+        lock(&self.volumes).insert(id, live);
+    }
+
+    fn reopen(
+        &self,
+        id: VolumeId,
+        record: &VolumeRecord,
+        settings: BackingSettings,
+    ) -> Result<LiveVolume, ApiError> {
+        let backing = Backing::open(&record.path, settings)?;
+        let geometry = backing.geometry();
+        if (geometry.size_bytes, geometry.logical_block_bytes)
+            != (record.size_bytes, record.logical_block_bytes)
+        {
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!(
+                    "{} had {} bytes in blocks of {} when it was attached, now it has {} in blocks of {}",
+                    record.path.display(),
+                    record.size_bytes,
+                    record.logical_block_bytes,
+                    geometry.size_bytes,
+                    geometry.logical_block_bytes
+                ),
+            )
+            .remedy("if this is the right disk, detach the volume and attach it again"));
+        }
+        let disk = disk_over(&backing)?;
+        let served = Arc::clone(&disk) as Arc<dyn Disk>;
+        let left = match record.door {
+            DoorRequest::Ublk { .. } => self.left_device(record.cookie)?,
+            DoorRequest::Nbd { .. } => None,
+        };
+        let door = match left {
+            Some(device) => self.doors.recover(device, served)?,
+            None => {
+                self.doors.open_door(served, &record.door, &id.to_string(), record.cookie, record.device)?
+            }
+        };
+        Ok(LiveVolume::Served { _backing: backing, disk, door })
+    }
+
+    /// Looks through the devices that former daemons left. Those of volumes wait to be recovered, those of views are deleted.
+    fn sweep_devices(&self) {
+        let Ok(driver) = self.doors.driver() else {
+            self.swept.store(true, Ordering::Release);
+            return;
+        };
+        let seen = self.seen();
+        let swept = sweep(driver.control(), |_, cookie| {
+            if seen.view_cookies.contains(&cookie.disk_id) {
+                Verdict::Delete
+            } else if seen.volumes.values().any(|volume| volume.cookie == cookie.disk_id) {
+                Verdict::Recover
+            } else {
+                // Another VRA's on this host, perhaps.
+                Verdict::Leave
+            }
+        });
+        match swept {
+            Ok(swept) => {
+                self.swept.store(true, Ordering::Release);
+                for (device, error) in swept.failed {
+                    tracing::warn!(
+                        device,
+                        error = chain(&error),
+                        "a device that a former daemon left can't be deleted"
+                    );
+                }
+            }
+            Err(error) => tracing::error!(
+                error = chain(&error),
+                "can't look for ublk devices that a former daemon left"
+            ),
+        }
+    }
+
+    /// The device that a former daemon left for the volume of that cookie. Without an answer of the driver none may be made: a guest may have it open.
+    fn left_device(&self, cookie: u32) -> Result<Option<u32>, ApiError> {
+        let devices = self.doors.driver()?.list().map_err(DeviceError::from)?;
+        let is_left = |info: &DeviceInfo| info.cookie.is_some_and(|found| found.disk_id == cookie);
+        Ok(devices.iter().find(|info| is_left(info)).map(|info| info.id))
+    }
+}
