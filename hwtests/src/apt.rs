@@ -82,6 +82,7 @@ impl PrivateApt {
 
     /// Reads the suites' package lists.
     pub fn update(&self) -> Result<(), RigError> {
+        tracing::info!("downloading Debian's package lists");
         tool::run(self.command("apt-get").args(["update", "-qq", "--error-on=any"])).map(drop)
     }
 
@@ -93,6 +94,7 @@ impl PrivateApt {
 
     /// Downloads these packages alone and unpacks them into `target`.
     pub fn unpack(&self, packages: &[String], target: &Path) -> Result<(), RigError> {
+        tracing::info!("downloading {}", packages.join(", "));
         let downloads = self.empty_folder("downloads")?;
         tool::run(self.command("apt-get").arg("download").args(packages).current_dir(&downloads))?;
         unpack_all(&downloads, target)
@@ -100,6 +102,7 @@ impl PrivateApt {
 
     /// Downloads a package of `suite` with all it needs that this machine doesn't have, and unpacks it into `target`.
     pub fn unpack_closure(&self, package: &str, suite: &str, target: &Path) -> Result<(), RigError> {
+        tracing::info!("downloading {package} of {suite} with what it needs");
         let downloads = self.empty_folder("cache/archives")?;
         fs::create_dir_all(downloads.join("partial")).map_err(RigError::io("creating", &downloads))?;
         let options = ["install", "--yes", "--download-only", "--no-install-recommends", "--reinstall", "-t"];

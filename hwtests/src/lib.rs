@@ -11,6 +11,7 @@ pub mod demo;
 pub mod durability;
 pub mod error;
 pub mod initramfs;
+pub mod interrupt;
 pub mod kernel;
 pub mod machine;
 pub mod mode;

@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use hwtests::demo::{Size, interrupt, run};
+use hwtests::demo::{Size, run};
+use hwtests::interrupt;
 use hwtests::site::Door;
 
 /// The main job from start to end, on this machine.

@@ -201,6 +201,8 @@ pub(super) fn run(program: &str, arguments: &[&str]) -> Result<String> {
     let output = Command::new(program)
         .args(arguments)
         .stdin(Stdio::null())
+        // Out of reach of the terminal's Ctrl-C: a mount that was made must be known as one.
+        .process_group(0)
         .output()
         .with_context(|| format!("start {program}"))?;
     ensure!(

@@ -1,7 +1,6 @@
 //! The demo: the product's main job with real processes, devices, filesystems and a database.
 
 mod devices;
-pub mod interrupt;
 mod production;
 mod report;
 mod scenario;

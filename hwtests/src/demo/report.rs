@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
-use super::interrupt;
 use super::workload::Recovered;
+use crate::interrupt;
 
 /// The lines that the demo prints as it goes, with the time since its start.
 pub(super) struct Story {

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::interrupt;
+use crate::interrupt;
 
 /// File name of the log on the application's data disk.
 pub(super) const LOG_NAME: &str = "steps.log";

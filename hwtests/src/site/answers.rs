@@ -8,6 +8,7 @@ use vra::api::VraStatus;
 
 use super::Side;
 use super::setup::Site;
+use crate::interrupt;
 
 impl Site {
     /// What a VRA tells of itself.
@@ -26,6 +27,7 @@ impl Site {
     pub fn wait_for_checkpoint(&self, vpg: &str, after_us: u64, seconds: u64) -> Result<Value> {
         let deadline = Instant::now() + Duration::from_secs(seconds);
         loop {
+            interrupt::check()?;
             let newest = self.newest_checkpoint(vpg);
             if let Some(newest) = newest
                 && time_of(&newest)? > after_us

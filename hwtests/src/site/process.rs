@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
+use crate::interrupt;
+
 /// Where the product's binaries are.
 #[derive(Clone, Debug)]
 pub struct Binaries {
@@ -46,6 +48,8 @@ impl Binaries {
         let output = Command::new(self.path(name))
             .args(arguments)
             .stdin(Stdio::null())
+            // Out of reach of the terminal's Ctrl-C: what it did must be known.
+            .process_group(0)
             .output()
             .with_context(|| format!("start {name}"))?;
         ensure!(
@@ -117,6 +121,7 @@ impl Daemon {
     pub fn wait_until(&mut self, seconds: u64, mut ready: impl FnMut() -> bool) -> Result<()> {
         let deadline = Instant::now() + Duration::from_secs(seconds);
         while !ready() {
+            interrupt::check()?;
             if let Some(status) = self.child.try_wait().with_context(|| format!("wait for {}", self.name))? {
                 bail!("{} ended ({status}):\n{}", self.name, self.log_end());
             }

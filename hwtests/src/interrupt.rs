@@ -1,4 +1,5 @@
-//! Ctrl-C and SIGTERM: noted at once, looked at between steps, so that what was made so far is undone in order.
+//! Ctrl-C and SIGTERM for a process that makes devices and mounts: noted at once, looked at between steps, so that what was made so far is
+//! undone in order.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -27,7 +28,7 @@ pub fn came() -> bool {
 
 /// # Errors
 /// When a signal came.
-pub(super) fn check() -> Result<()> {
+pub(crate) fn check() -> Result<()> {
     ensure!(!came(), "interrupted");
     Ok(())
 }
