@@ -9,11 +9,11 @@ use ublk::device::{DeviceError, DeviceInfo};
 use ublk::serve::Disk;
 use ublk::sweep::{Verdict, sweep};
 
-use super::error::chain;
 use super::state::{Change, VolumeRecord};
 use super::volumes::{LiveVolume, disk_over};
 use super::{Daemon, lock};
 use crate::api::{ApiError, DoorRequest, ErrorCode, VolumeId};
+use crate::report::chain;
 
 /// Time between two tries to serve what can't be served.
 const RETRY_EVERY: Duration = Duration::from_secs(2);
