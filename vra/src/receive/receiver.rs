@@ -189,12 +189,17 @@ impl Receiver {
         if let Some(action) = self.base.poll_action() {
             return Some(ReceiverOutput::Disk(action));
         }
-        let action = self.writer.next_action();
-        if let Some(Action { purpose: Purpose::Append, op: Op::Write { .. }, .. }) = &action {
-            self.group_began_us = now.mono_us;
-        }
-        // An idle writer may still have found that it is full.
-        self.take_events(now);
+        let action = loop {
+            let action = self.writer.next_action();
+            if let Some(Action { purpose: Purpose::Append, op: Op::Write { .. }, .. }) = &action {
+                self.group_began_us = now.mono_us;
+            }
+            // An idle writer may still have found that it is full, or refused a claim.
+            self.take_events(now);
+            if action.is_some() || !self.claims_again(now) {
+                break action;
+            }
+        };
         action.map(ReceiverOutput::Journal).or_else(|| self.outputs.pop_front())
     }
 
@@ -309,14 +314,7 @@ impl Receiver {
             match event {
                 Event::Durable(point) => self.durable(point, now),
                 Event::Granted { ticket, grant } => self.granted(ticket, &grant),
-                Event::Refused { ticket, reason } => {
-                    if let Some(candidate) =
-                        self.candidate.take_if(|candidate| candidate.claim == Some(ticket))
-                    {
-                        let (code, text) = (RefuseCode::NotDescendant, reason.to_string());
-                        self.refuse(candidate.id, Refuse { code, detail: 0, text });
-                    }
-                }
+                Event::Refused { ticket, .. } => self.claim_refused(ticket),
                 Event::Changed { ticket } => self.changed(ticket, now),
                 Event::Full { no_space } => {
                     self.full = true;

@@ -5,7 +5,8 @@ use journal::writer::{Change, ChangeError, Grant as Granted};
 use uuid::Uuid;
 
 use super::base_sync::BaseSync;
-use super::{Receiver, Stream};
+use super::{Candidate, Receiver, Stream};
+use crate::clock::Now;
 use crate::receive::admission::{self, Admission};
 use crate::receive::error_chain;
 use crate::receive::intake::Intake;
@@ -74,6 +75,28 @@ impl Receiver {
                 self.refuse(candidate.id, Refuse { code, detail: 0, text });
             }
         }
+    }
+
+    /// The journal's tail was another one when the claim's turn had come. An earlier candidate's claim may have become durable before it:
+    /// if that one's generation is an ancestor too, the claim is made again from there.
+    pub(super) fn claim_refused(&mut self, ticket: u64) {
+        let refused = self.candidate.take_if(|candidate| candidate.claim == Some(ticket));
+        let Some(candidate) = refused else { return };
+        match self.check_open(&candidate.open) {
+            Ok(()) => self.candidate = Some(Candidate { claim: None, ..candidate }),
+            Err(refuse) => self.refuse(candidate.id, refuse),
+        }
+    }
+
+    /// Whether a claim that was refused is made again now.
+    pub(super) fn claims_again(&mut self, now: Now) -> bool {
+        let is_claimed =
+            |receiver: &Self| receiver.candidate.as_ref().map(|candidate| candidate.claim.is_some());
+        if is_claimed(self) != Some(false) {
+            return false;
+        }
+        self.advance(now);
+        is_claimed(self) == Some(true)
     }
 
     /// A new generation begins with a full sync: decides where that goes (C5).
