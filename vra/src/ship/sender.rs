@@ -471,13 +471,15 @@ impl Sender {
         let wait_us = match refuse.code {
             RefuseCode::NotDescendant
             | RefuseCode::VolumesDiffer
-            | RefuseCode::Fenced
             | RefuseCode::NotAllowed
             | RefuseCode::Closed => return self.halt(StopReason::Refused(refuse)),
             RefuseCode::Busy | RefuseCode::BadBatch => self.backoff.failed(),
             // A target that speaks this version and says otherwise is tried as any other.
             RefuseCode::Version if refuse.detail == u64::from(PROTOCOL_VERSION) => self.backoff.failed(),
-            RefuseCode::Version
+            // It may have been an older stream of this very source whose open came late. Another source of a newer generation
+            // lets the target refuse this one for good.
+            RefuseCode::Fenced
+            | RefuseCode::Version
             | RefuseCode::Feature
             | RefuseCode::UnknownVm
             | RefuseCode::JournalDiffers

@@ -288,6 +288,17 @@ fn refusals_are_retried_or_stop_it() {
 }
 
 #[test]
+fn a_sender_that_was_fenced_by_its_own_late_stream_comes_back() {
+    let mut world = World::new();
+    world.stream();
+    world.frame(Frame::Refuse(Refuse { code: RefuseCode::Fenced, detail: 0, text: "another".into() }));
+    assert!(matches!(world.poll(), Some(Output::Hangup)));
+    assert!(matches!(world.poll(), Some(Output::Event(SenderEvent::Refused(_)))));
+    assert!(world.poll().is_none(), "not at once: it may be another source");
+    world.open();
+}
+
+#[test]
 fn an_impossible_acknowledgement_ends_the_stream() {
     let mut world = World::new();
     world.stream();
