@@ -203,6 +203,44 @@ fn writes_come_back_at_every_checkpoint_across_slots_and_openings() {
     }
 }
 
+/// B6: what the journal has of a volume up to its base is older than the volume's recovery disk.
+#[test]
+fn records_up_to_a_volumes_base_are_not_read_and_older_views_leave_the_volume_out() {
+    let folder = Folder::new("base");
+    create_journal(&folder.journal());
+    let mut target = Target::open(&folder.journal());
+    target.end_base_sync();
+    let write = |volume, offset_bytes, fill| {
+        move |seq| Record::write(seq, 1, volume, offset_bytes, Bytes::from(vec![fill; 4096]))
+    };
+    target.push(write(1, 0, 1));
+    target.push(write(1, 4096, 2));
+    let base_seq = target.seq;
+    target.push(write(1, 4096, 3));
+    let newest_seq = target.seq;
+    target.offer();
+    target.drive();
+    let mut volumes = target.writer.superblock().volumes.clone();
+    volumes.push(VolumeState { id: Uuid::from_u128(6), base_seq, size_bytes: 1 << 20, fresh_image: false });
+    target.change(Change::SetVolumes(volumes));
+    let (mut storage, file, reader) = reader(&folder.journal());
+    let before = reader.view(base_seq - 1).expect("in the history");
+    assert!(before.volume(0).is_ok());
+    assert!(matches!(before.volume(1), Err(ViewError::NoVolume(1))), "its disk is newer than that");
+    let mut read = |seq| {
+        let (view, mut bytes) = (reader.view(seq).expect("in the history"), vec![0xee; 8192]);
+        let volume = view.volume(1).expect("its base is not above that");
+        let from_disk = |_: &mut RingStorage, _, into: &mut [u8]| {
+            into.fill(0xdd);
+            Ok(())
+        };
+        volume.read(&mut storage, file, 0, &mut bytes, from_disk).expect("readable");
+        (bytes[0], bytes[4096])
+    };
+    assert_eq!(read(base_seq), (0xdd, 0xdd), "the recovery disk has them");
+    assert_eq!(read(newest_seq), (0xdd, 3));
+}
+
 #[test]
 fn a_flipped_bit_is_named_by_its_record() {
     let folder = Folder::new("flip");
