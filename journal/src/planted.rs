@@ -23,8 +23,6 @@ pub enum Bug {
     SuperblockNotSettled,
     /// The open count is not raised.
     OpenCountNotRaised,
-    /// Slots are reused before the superblock that gives them up is durable.
-    SlotsFreedBeforeSuperblock,
     /// The superblock copy with the lower sequence is taken.
     OlderSuperblockTaken,
     /// A new owner is granted before its generation is durable (A5).
@@ -37,12 +35,10 @@ pub enum Bug {
     OpenedWithoutFence,
     /// A view doesn't check what it read (C4).
     ViewWithoutChecksums,
-    /// The durable base moves before the recovery disk is synced (B6).
-    BaseBeforeDiskSync,
 }
 
 /// All of them.
-pub const ALL: [Bug; 17] = [
+pub const ALL: [Bug; 15] = [
     Bug::SkippedSyncBeforeAck,
     Bug::FailedSyncForgotten,
     Bug::RecoveryWithoutSync,
@@ -52,14 +48,12 @@ pub const ALL: [Bug; 17] = [
     Bug::SealedBeforeSync,
     Bug::SuperblockNotSettled,
     Bug::OpenCountNotRaised,
-    Bug::SlotsFreedBeforeSuperblock,
     Bug::OlderSuperblockTaken,
     Bug::GrantBeforeGenerationDurable,
     Bug::CheckpointInsideSyncCounted,
     Bug::SyncEndInsideBatch,
     Bug::OpenedWithoutFence,
     Bug::ViewWithoutChecksums,
-    Bug::BaseBeforeDiskSync,
 ];
 
 /// Whether the bug is switched on in this thread or everywhere.

@@ -1,8 +1,7 @@
 //! Runs the simulation's seeds: one to look into, or many.
 
 use clap::Parser;
-use hwtests::sim::{Coverage, run_many, run_seed};
-use journal::planted::{ALL, Bug};
+use hwtests::sim::{Coverage, PlantedBug, run_many, run_seed, trace_seed};
 
 /// Guest, source, target and storage under one seed, against a model that knows every acknowledged write.
 #[derive(Debug, Parser)]
@@ -19,6 +18,9 @@ struct Options {
     /// Print what was reached, and how often.
     #[arg(long)]
     coverage: bool,
+    /// Print what happens, if it is one seed.
+    #[arg(long)]
+    trace: bool,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -26,12 +28,13 @@ fn main() -> anyhow::Result<()> {
     let bug = match options.bug.as_deref() {
         None => None,
         Some("list") => {
-            ALL.iter().for_each(|bug| println!("{bug:?}"));
+            PlantedBug::all().iter().for_each(|bug| println!("{bug}"));
             return Ok(());
         }
         Some(name) => Some(bug_of(name)?),
     };
     let coverage = match options.seeds {
+        1 if options.trace => trace_seed(options.from, bug)?,
         1 => run_seed(options.from, bug)?,
         count => run_many(options.from..options.from.saturating_add(count), bug)?,
     };
@@ -46,14 +49,17 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn bug_of(name: &str) -> anyhow::Result<Bug> {
-    let found = ALL.iter().find(|bug| format!("{bug:?}") == name);
-    found.copied().ok_or_else(|| anyhow::anyhow!("no bug is called {name}: see --bug list"))
+fn bug_of(name: &str) -> anyhow::Result<PlantedBug> {
+    let found = PlantedBug::all().into_iter().find(|bug| bug.to_string() == name);
+    found.ok_or_else(|| anyhow::anyhow!("no bug is called {name}: see --bug list"))
 }
 
 fn print_coverage(coverage: &Coverage) {
     for ((fault, purpose), count) in &coverage.faults {
         println!("{count:>10}  {fault:?} at {purpose:?}");
+    }
+    for ((disturbance, moment), count) in &coverage.meetings {
+        println!("{count:>10}  {disturbance:?} while {moment:?}");
     }
     for (happening, count) in &coverage.happenings {
         println!("{count:>10}  {happening:?}");

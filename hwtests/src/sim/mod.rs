@@ -1,52 +1,32 @@
-//! The simulation: guest, source, target and storage under one seed, against a model that knows every acknowledged write.
+//! The simulation: guest, source, network, target and storage under one seed, against a model that knows every write and every
+//! acknowledgement.
 //!
-//! A seed decides everything, so a failure is its seed. What may go wrong is the storage's (`journal::storage::sim`) and
-//! the world's: crashes of the target at any operation, power cuts, reconnects, new generations, full journals.
+//! A seed decides everything, so a failure is its seed. The machines are the product's own; what may go wrong is the storage's
+//! (`journal::storage::sim`), the network's (`streams.rs`) and the world's (`world.rs`).
 
-mod model;
+mod coverage;
+mod door;
+mod env;
+mod group;
+mod guest;
+mod ledger;
+mod local_disk;
+mod planted;
+mod protected;
+mod recovered;
+mod scripted;
+mod shipper;
+mod streams;
 mod target;
+mod vm;
 mod world;
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use journal::planted::{Bug, plant};
-use journal::storage::Purpose;
-use journal::storage::sim::Fault;
-
-pub use world::{Happening, World};
-
-/// What a run reached.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Coverage {
-    /// Which fault met an operation of which purpose, how often.
-    pub faults: BTreeMap<(Fault, Purpose), u64>,
-    /// What else happened, how often.
-    pub happenings: BTreeMap<Happening, u64>,
-}
-
-impl Coverage {
-    /// Adds another run's.
-    pub fn add(&mut self, other: &Coverage) {
-        for (key, count) in &other.faults {
-            *self.faults.entry(*key).or_default() += count;
-        }
-        for (key, count) in &other.happenings {
-            *self.happenings.entry(*key).or_default() += count;
-        }
-    }
-
-    /// What had to be reached and wasn't.
-    pub fn missing(&self) -> Vec<String> {
-        let faults = REQUIRED_FAULTS.iter().filter(|key| !self.faults.contains_key(key));
-        let happenings = Happening::ALL.iter().filter(|key| !self.happenings.contains_key(key));
-        faults
-            .map(|(fault, purpose)| format!("{fault:?} at {purpose:?}"))
-            .chain(happenings.map(|happening| format!("{happening:?}")))
-            .collect()
-    }
-}
+pub use coverage::{Coverage, Disturbance, Happening, Moment};
+pub use planted::PlantedBug;
+pub use world::{World, is_scripted};
 
 /// A seed whose run broke a promise.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,10 +49,22 @@ impl std::error::Error for Failure {}
 ///
 /// # Errors
 /// The promise that was broken.
-pub fn run_seed(seed: u64, bug: Option<Bug>) -> Result<Coverage, Failure> {
-    plant(bug);
-    let result = std::panic::catch_unwind(|| World::new(seed).run());
-    plant(None);
+pub fn run_seed(seed: u64, bug: Option<PlantedBug>) -> Result<Coverage, Failure> {
+    run(seed, bug, false)
+}
+
+/// The same, and prints what happens.
+///
+/// # Errors
+/// The promise that was broken.
+pub fn trace_seed(seed: u64, bug: Option<PlantedBug>) -> Result<Coverage, Failure> {
+    run(seed, bug, true)
+}
+
+fn run(seed: u64, bug: Option<PlantedBug>, traced: bool) -> Result<Coverage, Failure> {
+    PlantedBug::plant(bug);
+    let result = std::panic::catch_unwind(|| World::new(seed, traced)?.run());
+    PlantedBug::plant(None);
     match result {
         Ok(Ok(coverage)) => Ok(coverage),
         Ok(Err(what)) => Err(Failure { seed, what }),
@@ -88,7 +80,7 @@ pub fn run_seed(seed: u64, bug: Option<Bug>) -> Result<Coverage, Failure> {
 ///
 /// # Errors
 /// The lowest seed that failed among those that were run.
-pub fn run_many(seeds: std::ops::Range<u64>, bug: Option<Bug>) -> Result<Coverage, Failure> {
+pub fn run_many(seeds: std::ops::Range<u64>, bug: Option<PlantedBug>) -> Result<Coverage, Failure> {
     let next = AtomicU64::new(seeds.start);
     let stop = AtomicBool::new(false);
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -123,55 +115,3 @@ pub fn run_many(seeds: std::ops::Range<u64>, bug: Option<Bug>) -> Result<Coverag
     }
     failures.into_iter().min_by_key(|failure| failure.seed).map_or(Ok(coverage), Err)
 }
-
-/// Every fault at each step of each operation that can meet it.
-const REQUIRED_FAULTS: &[(Fault, Purpose)] = &[
-    (Fault::Kill, Purpose::Append),
-    (Fault::Kill, Purpose::Seal),
-    (Fault::Kill, Purpose::Superblock),
-    (Fault::Kill, Purpose::SuperblockMirror),
-    (Fault::Kill, Purpose::Manifest),
-    (Fault::Kill, Purpose::Grow),
-    (Fault::Kill, Purpose::Carry),
-    (Fault::Kill, Purpose::Survey),
-    (Fault::Kill, Purpose::RecoveryDisk),
-    (Fault::PowerCut, Purpose::Append),
-    (Fault::PowerCut, Purpose::Seal),
-    (Fault::PowerCut, Purpose::Superblock),
-    (Fault::PowerCut, Purpose::SuperblockMirror),
-    (Fault::PowerCut, Purpose::Manifest),
-    (Fault::PowerCut, Purpose::Grow),
-    (Fault::PowerCut, Purpose::Carry),
-    (Fault::PowerCut, Purpose::Survey),
-    (Fault::PowerCut, Purpose::RecoveryDisk),
-    (Fault::TornWrite, Purpose::Append),
-    (Fault::TornWrite, Purpose::Seal),
-    (Fault::TornWrite, Purpose::Superblock),
-    (Fault::TornWrite, Purpose::SuperblockMirror),
-    (Fault::TornWrite, Purpose::Manifest),
-    (Fault::TornWrite, Purpose::Carry),
-    (Fault::TornWrite, Purpose::RecoveryDisk),
-    (Fault::LostWrite, Purpose::Append),
-    (Fault::LostWrite, Purpose::Seal),
-    (Fault::LostWrite, Purpose::Superblock),
-    (Fault::LostWrite, Purpose::SuperblockMirror),
-    (Fault::LostWrite, Purpose::Manifest),
-    (Fault::LostWrite, Purpose::Carry),
-    (Fault::LostWrite, Purpose::RecoveryDisk),
-    (Fault::KeptWrite, Purpose::Append),
-    (Fault::KeptWrite, Purpose::Superblock),
-    (Fault::KeptWrite, Purpose::Carry),
-    (Fault::LateLanding, Purpose::Append),
-    (Fault::LateLanding, Purpose::Superblock),
-    (Fault::LateLanding, Purpose::Carry),
-    (Fault::LateLanding, Purpose::RecoveryDisk),
-    (Fault::Error, Purpose::Append),
-    (Fault::Error, Purpose::Superblock),
-    (Fault::Error, Purpose::Carry),
-    (Fault::Error, Purpose::Survey),
-    (Fault::FailedSync, Purpose::Append),
-    (Fault::FailedSync, Purpose::Superblock),
-    (Fault::FailedSync, Purpose::Carry),
-    (Fault::FailedSync, Purpose::RecoveryDisk),
-    (Fault::NoSpace, Purpose::Grow),
-];

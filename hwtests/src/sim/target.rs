@@ -1,213 +1,360 @@
-//! The target: a process with the journal's writer, and the stream that reaches it.
+//! A target: files on a datastore, and a process with the product's receiver.
 
-use bytes::Bytes;
-use journal::batch::{BatchLink, BatchSealer, BatchView, PushError, Record, RecordKind};
-use journal::format::ChainPoint;
+use journal::format::{FIRST_SLOT_OFFSET_BYTES, VolumeState};
 use journal::planted::{Bug, planted};
-use journal::storage::sim::{SimRng, SimStorage};
-use journal::storage::{Blocking, FileId, Purpose, Storage};
-use journal::writer::{Change, Event, Grant, OfferError, State, Writer};
-use uuid::Uuid;
+use journal::recovery::{NewJournal, OpenError, OpenOptions, Opened, SegmentError, create, open};
+use journal::storage::sim::{Crash, SimDisk, SimStorage};
+use journal::storage::{Blocking, FileId, Op, Purpose, Storage};
+use journal::writer::{Limits, Writer};
+use vra::receive::{Receiver, ReceiverEvent, ReceiverOutput, ReceiverPolicy, StreamId, VmIdentity};
+use vra::wire::Frame;
 
-use super::model::{DISK_BYTES, Model};
+use super::coverage::Happening;
+use super::env::Env;
+use super::ledger::Ledger;
+use super::streams::{Arrival, StreamKey};
 
-/// The journal that the world has.
-pub(super) const JOURNAL_ID: Uuid = Uuid::from_u128(0x70);
+/// Length of a slot, in bytes.
+pub(super) const SLOT_BYTES: u64 = 64 << 10;
 
-/// Batches are kept short, so that a slot takes several.
-const LONGEST_BATCH_BYTES: usize = 24 << 10;
-
-/// The target's process is dead, or the storage failed in a way that ends what it was doing.
-#[derive(Debug)]
-pub(super) struct Broken;
-
-#[derive(Debug)]
-pub(super) struct Target {
-    pub(super) storage: SimStorage,
-    pub(super) writer: Writer,
-    disk_storage: SimStorage,
-    journal: FileId,
-    disks: Vec<FileId>,
-    under_way: usize,
-    /// Set while a stream may send.
-    pub(super) grant: Option<Grant>,
-    sent_through: u64,
-    prev_batch_crc: u32,
-    /// How many volumes have ended the sync that goes to the recovery disks.
-    ended: usize,
-    /// A change that the stream waits for.
-    awaited: Option<u64>,
-    /// A recovery disk failed: the process ends itself.
-    pub(super) gave_up: bool,
+pub(super) struct TargetSite {
+    pub(super) disk: SimDisk,
+    pub(super) journal: FileId,
+    pub(super) recovery_disks: Vec<FileId>,
+    identity: VmIdentity,
+    policy: ReceiverPolicy,
+    /// The recovery disks' space stays reserved.
+    reserved: bool,
+    process: Option<Process>,
+    /// What the living process knows to be durable after its storage failed.
+    trusted_through: Option<u64>,
+    /// A view is open at this cut: the history must not be given up.
+    pinned_cut: Option<u64>,
 }
 
-impl Target {
-    pub(super) fn new(
-        [storage, disk_storage]: [SimStorage; 2],
-        writer: Writer,
-        journal: FileId,
-        disks: Vec<FileId>,
-    ) -> Self {
-        Self {
-            storage,
-            writer,
-            disk_storage,
+struct Process {
+    journal_io: SimStorage,
+    disk_io: SimStorage,
+    receiver: Receiver,
+    journal_ops: usize,
+    disk_ops: usize,
+    /// The storage failed; everything up to here was durable.
+    failed: Option<u64>,
+    /// It was opened after a failure, by the same process: a later one may find more than it trusted.
+    trusting: bool,
+}
+
+/// What the target says.
+pub(super) enum Told {
+    Frame(StreamKey, Frame),
+    Close(StreamKey),
+    Event(ReceiverEvent),
+}
+
+/// Whether the target's process lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Life {
+    Alive,
+    Dead,
+}
+
+impl TargetSite {
+    pub(super) fn new(seed: u64, identity: VmIdentity, env: &mut Env) -> Result<Self, String> {
+        let disk = SimDisk::new(seed);
+        let journal = disk.add_file();
+        let recovery_disks = identity.volumes.iter().map(|_| disk.add_file()).collect();
+        let limits = Limits {
+            max_slots: 3 + env.rng.below(12) as u32,
+            grow_slots: 1 + env.rng.below(3) as u32,
+            group_bytes: 4096 << env.rng.below(6),
+        };
+        let policy = ReceiverPolicy { limits, give_up_history: env.rng.one_in(2), window_bytes: 1 << 20 };
+        let site = Self {
+            disk,
             journal,
-            disks,
-            under_way: 0,
-            grant: None,
-            sent_through: 0,
-            prev_batch_crc: 0,
-            ended: 0,
-            awaited: None,
-            gave_up: false,
-        }
-    }
-
-    /// Lets the storage do at most `steps` operations; gives what happened.
-    pub(super) fn pump(&mut self, steps: usize) -> Result<Vec<Event>, Broken> {
-        let mut done = Vec::new();
-        for _ in 0..steps {
-            while let Some(action) = self.writer.next_action() {
-                self.storage.submit(self.journal, action.token, action.purpose, action.op);
-                self.under_way += 1;
-            }
-            if self.under_way == 0 {
-                break;
-            }
-            self.storage.collect(true, &mut done).map_err(|_| Broken)?;
-            for completion in done.drain(..) {
-                self.under_way -= 1;
-                self.writer.done(completion.token, completion.result.map(drop));
-            }
-        }
-        Ok(std::iter::from_fn(|| self.writer.poll_event()).collect())
-    }
-
-    pub(super) fn is_idle(&self) -> bool {
-        self.under_way == 0 && self.writer.is_idle()
-    }
-
-    /// A change is durable.
-    pub(super) fn changed(&mut self, ticket: u64) {
-        if self.awaited == Some(ticket) {
-            self.awaited = None;
-        }
-    }
-
-    pub(super) fn is_waiting(&self) -> bool {
-        self.awaited.is_some()
-    }
-
-    /// The stream waits for a change before it sends more.
-    pub(super) fn wait_for(&mut self, ticket: u64) {
-        self.awaited = Some(ticket);
-    }
-
-    /// The stream may send from here on.
-    pub(super) fn granted(&mut self, grant: Grant) {
-        self.grant = Some(grant);
-        self.sent_through = grant.durable.seq;
-        self.prev_batch_crc = grant.durable.batch_crc;
-        self.ended = 0;
-    }
-
-    /// Sends a batch of the records that were not sent yet.
-    pub(super) fn ship(&mut self, model: &mut Model, rng: &mut SimRng) -> Result<(), String> {
-        let Some(grant) = self.grant else { return Ok(()) };
-        let records = model.records_after(self.sent_through);
-        if records.is_empty() || self.awaited.is_some() || self.writer.state() != State::Running {
-            return Ok(());
-        }
-        let count = (1 + rng.below(model.most_records()) as usize).min(records.len());
-        let mut sealer = BatchSealer::new();
-        let mut last_time_us = 0;
-        for record in &records[..count] {
-            if !sealer.is_empty() && sealer.len_bytes() + record.payload.len() > LONGEST_BATCH_BYTES {
-                break;
-            }
-            match sealer.push(record.clone()) {
-                Ok(()) => last_time_us = record.time_us,
-                Err(PushError::Full(_)) => break,
-                Err(error) => return Err(format!("sealing: {error}")),
-            }
-        }
-        let link = BatchLink {
-            journal_id: JOURNAL_ID,
-            generation: model.generation,
-            open_count: grant.open_count,
-            prev_batch_crc: self.prev_batch_crc,
+            recovery_disks,
+            identity,
+            policy,
+            reserved: env.rng.one_in(2),
+            process: None,
+            trusted_through: None,
+            pinned_cut: None,
         };
-        let batch = sealer.seal(&link, 0).ok_or("an empty batch")?;
-        let bytes = batch.to_bytes();
-        let view = BatchView::parse(&bytes).map_err(|error| format!("parsing: {error}"))?;
-        let offered = if self.writer.superblock().state.is_base_sync() {
-            self.receive_for_base(&bytes, &view, last_time_us)
-        } else {
-            self.writer.offer(bytes.clone(), &view, last_time_us).map_err(Refusal::Offer)
-        };
-        match offered {
-            Ok(()) => {
-                (self.sent_through, self.prev_batch_crc) = (batch.last_seq, batch.crc);
-                model.note_sent(ChainPoint { seq: batch.last_seq, batch_crc: batch.crc });
-                Ok(())
-            }
-            // The process is about to be found dead or poisoned, or gives up because a recovery disk failed.
-            Err(Refusal::Broken | Refusal::Offer(OfferError::Poisoned)) => {
-                self.grant = None;
-                self.gave_up = true;
-                Ok(())
-            }
-            Err(Refusal::Offer(error)) => Err(format!("the target refused a good batch: {error}")),
-        }
+        site.create()?;
+        Ok(site)
     }
 
-    /// Records go to the recovery disks; the base moves when they are durable there (B6).
-    fn receive_for_base(&mut self, bytes: &Bytes, view: &BatchView<'_>, time_us: u64) -> Result<(), Refusal> {
-        let through = self.writer.accept_for_base(view, time_us).map_err(Refusal::Offer)?;
-        for record in view.records() {
-            let record = record.to_record(bytes);
-            self.apply(&record)?;
-            match record.kind {
-                RecordKind::SyncBegin => self.ended = 0,
-                RecordKind::SyncEnd => self.ended += 1,
-                _ => {}
-            }
-        }
-        if !planted(Bug::BaseBeforeDiskSync) {
-            for disk in self.disks.clone() {
-                self.blocking(disk).sync().map_err(|_| Refusal::Broken)?;
-            }
-        }
-        let end = self.ended == DISK_BYTES.len();
-        if self.ended > 0 && !end {
-            // Which volumes have ended is known to this process only: the base stays before the first end.
-            return Ok(());
-        }
-        let ticket = self.writer.change(Change::AdvanceBase { through, end }).map_err(|_| Refusal::Broken)?;
-        if end {
-            // What follows is journaled, once that is durable.
-            self.awaited = Some(ticket);
+    fn create(&self) -> Result<(), String> {
+        let mut storage = self.disk.storage();
+        let volumes = self.identity.volumes.iter();
+        let new = NewJournal {
+            journal_id: self.identity.journal.0,
+            vm_id: self.identity.vm.0,
+            vpg_id: self.identity.vm.0,
+            slot_len_bytes: SLOT_BYTES,
+            slot_count: 2,
+            volumes: volumes
+                .map(|volume| VolumeState {
+                    id: volume.id.0,
+                    base_seq: 0,
+                    size_bytes: volume.size_bytes,
+                    fresh_image: true,
+                })
+                .collect(),
+            manifest: "{}".into(),
+        };
+        create(&mut storage, self.journal, &new).map_err(|error| format!("create: {error}"))?;
+        for (file, volume) in self.recovery_disks.iter().zip(&self.identity.volumes) {
+            let mut io = Blocking::new(&mut storage, *file, Purpose::RecoveryDisk);
+            let len_bytes = volume.size_bytes;
+            io.run(Op::Allocate { offset_bytes: 0, len_bytes }).map_err(|error| error.to_string())?;
         }
         Ok(())
     }
 
-    fn apply(&mut self, record: &Record) -> Result<(), Refusal> {
-        let data = match record.kind {
-            RecordKind::Write | RecordKind::SyncData => record.payload.clone(),
-            RecordKind::Zeroes => vec![0; record.len_bytes as usize].into(),
-            _ => return Ok(()),
-        };
-        let disk = self.disks[usize::from(record.volume)];
-        self.blocking(disk).write(record.offset_bytes, data).map_err(|_| Refusal::Broken)
+    pub(super) fn is_up(&self) -> bool {
+        self.process.is_some()
     }
 
-    fn blocking(&mut self, file: FileId) -> Blocking<'_, SimStorage> {
-        Blocking::new(&mut self.disk_storage, file, Purpose::RecoveryDisk)
+    pub(super) fn receiver(&self) -> Option<&Receiver> {
+        self.process.as_ref().map(|process| &process.receiver)
+    }
+
+    pub(super) fn pinned_cut(&self) -> Option<u64> {
+        self.pinned_cut
+    }
+
+    /// A view opens at this cut, or the last one is closed.
+    pub(super) fn pin(&mut self, cut: Option<u64>) {
+        self.pinned_cut = cut;
+        if let Some(process) = &mut self.process {
+            process.receiver.set_pinned(cut.is_some());
+        }
+    }
+
+    pub(super) fn arrived(&mut self, key: StreamKey, arrival: Arrival, env: &Env) {
+        let Some(process) = &mut self.process else { return };
+        let (id, now) = (StreamId(key), env.now());
+        match arrival {
+            Arrival::Open(open) => process.receiver.open(id, open, now),
+            Arrival::Batch(bytes) => process.receiver.batch(id, bytes, now),
+            Arrival::Closed => process.receiver.closed(id),
+        }
+    }
+
+    /// Starts what the receiver wants done; gives what it says.
+    pub(super) fn outputs(&mut self, env: &Env) -> Vec<Told> {
+        let mut told = Vec::new();
+        let Some(process) = &mut self.process else { return told };
+        while let Some(output) = process.receiver.poll(env.now()) {
+            match output {
+                ReceiverOutput::Journal(action) => {
+                    process.journal_ops += 1;
+                    process.journal_io.submit(self.journal, action.token, action.purpose, action.op);
+                }
+                ReceiverOutput::Disk(action) => {
+                    process.disk_ops += 1;
+                    let file = self.recovery_disks[usize::from(action.volume)];
+                    process.disk_io.submit(file, action.token, Purpose::RecoveryDisk, action.op);
+                }
+                ReceiverOutput::Send { stream, frame } => told.push(Told::Frame(stream.0, frame)),
+                ReceiverOutput::Close { stream } => told.push(Told::Close(stream.0)),
+                ReceiverOutput::Event(event) => {
+                    if let ReceiverEvent::Failed { durable_through, .. } = &event {
+                        process.failed = Some(*durable_through);
+                    }
+                    told.push(Told::Event(event));
+                }
+            }
+        }
+        told
+    }
+
+    /// Whether an operation is under way.
+    pub(super) fn is_busy(&self) -> bool {
+        self.process.as_ref().is_some_and(|process| process.journal_ops + process.disk_ops > 0)
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        !self.is_busy() && self.receiver().is_none_or(Receiver::is_idle)
+    }
+
+    /// Lets the storage do one operation, any one.
+    pub(super) fn run_one(&mut self, env: &mut Env) -> Life {
+        let Some(process) = &mut self.process else { return Life::Alive };
+        let all = process.journal_ops + process.disk_ops;
+        if all == 0 {
+            return Life::Alive;
+        }
+        let on_journal = env.any_index(all) < process.journal_ops;
+        let mut done = Vec::new();
+        let io = if on_journal { &mut process.journal_io } else { &mut process.disk_io };
+        if io.collect(true, &mut done).is_err() {
+            self.forget_process(env);
+            return Life::Dead;
+        }
+        for completion in done {
+            if on_journal {
+                process.journal_ops -= 1;
+                process.receiver.journal_done(completion.token, completion.result.map(drop), env.now());
+            } else {
+                process.disk_ops -= 1;
+                process.receiver.disk_done(completion.token, completion.result, env.now());
+            }
+        }
+        Life::Alive
+    }
+
+    /// Whether a later process may find more in the journal than this one trusts.
+    pub(super) fn is_trusting(&self) -> bool {
+        self.process.as_ref().is_some_and(|process| process.trusting)
+    }
+
+    /// Whether the process has failed storage and must open its files again, as soon as nothing is under way.
+    pub(super) fn has_failed(&self) -> bool {
+        self.process.as_ref().is_some_and(|process| process.failed.is_some())
+    }
+
+    /// After a failure: the same process opens its files again, or dies.
+    pub(super) fn end_failed(&mut self, env: &mut Env) {
+        let Some(durable_through) = self.process.as_ref().and_then(|process| process.failed) else { return };
+        if env.rng.one_in(2) {
+            self.crash(Crash::Kill, env);
+        } else {
+            (self.process, self.pinned_cut) = (None, None);
+            self.trusted_through = Some(durable_through);
+            env.happened(Happening::ReopenedAfterPoison);
+        }
+    }
+
+    pub(super) fn crash(&mut self, crash: Crash, env: &mut Env) {
+        self.disk.crash(crash);
+        self.forget_process(env);
+    }
+
+    /// Whether a crash that was armed has struck outside of the process's own operations.
+    pub(super) fn notice_death(&mut self, env: &mut Env) -> Life {
+        let Some(process) = &self.process else { return Life::Alive };
+        if !self.disk.is_dead(&process.journal_io) {
+            return Life::Alive;
+        }
+        self.forget_process(env);
+        Life::Dead
+    }
+
+    /// The process is gone; what it knew is gone too. Sometimes the next one won't get far either.
+    fn forget_process(&mut self, env: &mut Env) {
+        (self.process, self.trusted_through, self.pinned_cut) = (None, None, None);
+        if env.rng.one_in(8) {
+            let purpose = if env.rng.one_in(2) { Purpose::Superblock } else { Purpose::Carry };
+            let (after_ops, crash) = (env.rng.below(4), env.any_crash());
+            self.disk.arm_crash_at(purpose, after_ops, crash);
+        }
+    }
+
+    pub(super) fn open(&mut self, ledger: &Ledger, env: &mut Env) -> Result<(), String> {
+        for _ in 0..20 {
+            if !planted(Bug::OpenedWithoutFence) {
+                self.disk.fence();
+            }
+            let mut storage = self.disk.storage();
+            let vm_id = Some(self.identity.vm.0);
+            let options = OpenOptions { vm_id, trusted_through: self.trusted_through };
+            match self.open_once(&mut storage, &options, ledger, env)? {
+                Some(receiver) => {
+                    self.process = Some(Process {
+                        journal_io: storage,
+                        disk_io: self.disk.storage(),
+                        receiver,
+                        journal_ops: 0,
+                        disk_ops: 0,
+                        failed: None,
+                        trusting: self.trusted_through.is_some(),
+                    });
+                    return Ok(());
+                }
+                None if self.disk.is_dead(&storage) => self.forget_process(env),
+                // The same process tries again, or another one does.
+                None if env.rng.one_in(2) => self.crash(Crash::Kill, env),
+                None => {}
+            }
+            env.happened(Happening::OpenedAgain);
+        }
+        Err("twenty openings failed one after the other".into())
+    }
+
+    /// None if the storage failed or the process died.
+    fn open_once(
+        &self,
+        storage: &mut SimStorage,
+        options: &OpenOptions,
+        ledger: &Ledger,
+        env: &mut Env,
+    ) -> Result<Option<Receiver>, String> {
+        let opened = match open(storage, self.journal, options) {
+            Ok(opened) => opened,
+            Err(_) if self.disk.is_dead(storage) => return Ok(None),
+            Err(OpenError::Storage(_)) => return Ok(None),
+            Err(error) => return Err(format!("the journal cannot be opened: {error:?}")),
+        };
+        if opened.tail.seq < ledger.acked() {
+            let (tail, acked) = (opened.tail.seq, ledger.acked());
+            return Err(format!("recovered through {tail}, but {acked} was acknowledged"));
+        }
+        if !ledger.was_sent(opened.tail) {
+            return Err(format!("recovered through {:?}, which the source never sent", opened.tail));
+        }
+        let events = match events_of(&opened, storage, self.journal) {
+            Ok(events) => events,
+            Err(_) if self.disk.is_dead(storage) => return Ok(None),
+            Err(SegmentError::Storage(_)) => return Ok(None),
+            Err(error) => return Err(format!("a segment cannot be read: {error:?}")),
+        };
+        if opened.segments.last().is_some_and(|last| last.header.carried_end_bytes > 4096) {
+            env.happened(Happening::Carried);
+        }
+        let writer = Writer::new(opened, self.policy.limits);
+        let reserved = vec![self.reserved; self.recovery_disks.len()];
+        Ok(Some(Receiver::new(self.identity.clone(), self.policy, writer, events, &reserved)))
+    }
+
+    /// The datastore is nearly full.
+    pub(super) fn fill_datastore(&mut self) {
+        let disk_bytes: u64 = self.identity.volumes.iter().map(|volume| volume.size_bytes).sum();
+        self.disk.set_capacity_bytes(FIRST_SLOT_OFFSET_BYTES + disk_bytes + 4 * SLOT_BYTES);
+    }
+
+    /// The datastore gets room, or the limit is raised a little.
+    pub(super) fn make_room(&mut self) {
+        self.disk.set_capacity_bytes(u64::MAX);
+        self.policy.limits.max_slots = (self.policy.limits.max_slots + 1).min(40);
+        if let Some(process) = &mut self.process {
+            process.receiver.set_policy(self.policy);
+        }
+    }
+
+    /// Another manifest, or the open segment is sealed.
+    pub(super) fn change_something(&mut self, env: &mut Env) {
+        let Some(process) = &mut self.process else { return };
+        if env.rng.one_in(3) {
+            process.receiver.seal();
+        } else {
+            // A journal that has failed refuses, and is looked after.
+            let _ = process.receiver.set_manifest(format!(r#"{{"made":{}}}"#, env.rng.next_u64()));
+        }
     }
 }
 
-enum Refusal {
-    Broken,
-    Offer(OfferError),
+/// What of the journal isn't data, as the product reads it at an opening.
+fn events_of(
+    opened: &Opened,
+    storage: &mut SimStorage,
+    journal: FileId,
+) -> Result<Vec<journal::format::FooterEvent>, SegmentError> {
+    let mut io = Blocking::new(storage, journal, Purpose::Survey);
+    let mut events = Vec::new();
+    for segment in &opened.segments {
+        events.extend(segment.footer(&mut io, &opened.superblock)?.events);
+    }
+    Ok(events)
 }

@@ -232,11 +232,6 @@ impl Writer {
                 next.state = JournalState::HistoryGivenUp { sync_id };
                 next.low_water = self.durable;
                 next.low_water_segment = self.next_number;
-                if planted(Bug::SlotsFreedBeforeSuperblock) {
-                    self.superblock = next;
-                    self.after_change(AfterChange::Change { ticket, change: Box::new(change) });
-                    return None;
-                }
             }
             Change::SetVolumes(volumes) => next.volumes.clone_from(volumes),
             Change::SetManifest(text) => {
