@@ -86,6 +86,12 @@ impl Ledger {
         self.sent.retain(|point| stays(point.seq));
     }
 
+    /// Whether the record of this number ends a sync.
+    pub(super) fn ends_sync(&self, seq: u64) -> bool {
+        let found = self.stream.binary_search_by_key(&seq, |record| record.seq);
+        found.is_ok_and(|index| self.stream[index].kind == RecordKind::SyncEnd)
+    }
+
     /// Any number of the stream from one to another; one of the first of them more often than by chance, since what is near the base
     /// was sent by turns to the recovery disks and to the journal.
     pub(super) fn any_seq(&self, from_seq: u64, until_seq: u64, env: &mut Env) -> Option<u64> {

@@ -121,6 +121,12 @@ fn check_listed(reader: &Reader, ledger: &Ledger, env: &mut Env) -> Result<(), S
     if newest_seq < ledger.acked() {
         return Err(format!("the history ends at {newest_seq}, but {} was acknowledged", ledger.acked()));
     }
+    let base_seq = superblock.low_water.seq;
+    if !superblock.state.is_base_sync() && base_seq > 0 && !ledger.ends_sync(base_seq) {
+        return Err(format!(
+            "the base is at {base_seq}, where no sync ends: checkpoints after its end are lost"
+        ));
+    }
     let listed: Vec<u64> = reader.catalogue().checkpoints().iter().map(|entry| entry.seq).collect();
     let mut inside_sync = 0;
     for promise in ledger.promises() {
