@@ -1,6 +1,9 @@
 //! Benchmarks beside a peer: both measured in turn, at least five times, and compared pair by pair, so that what
 //! else the machine does meanwhile falls on both.
 
+mod protected;
+mod ship;
+mod site_ca;
 mod ublk;
 
 use std::path::PathBuf;
@@ -9,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 
 use crate::initramfs::Job;
-use crate::machine::Machine;
+use crate::machine::{Disk, DiskContent, Machine};
 use crate::suite::context::Context;
 
 /// Fewest pairs that make a result.
@@ -53,7 +56,10 @@ pub enum Better {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BenchPlace {
     /// In a machine of the rig (on this host where it has ublk).
-    Rig,
+    Rig {
+        /// Its empty disks, of these sizes in MiB.
+        disks_mib: &'static [u64],
+    },
     /// On this host.
     Host,
 }
@@ -88,7 +94,7 @@ pub struct Outcome {
 
 /// All benchmarks.
 pub fn all() -> Vec<Benchmark> {
-    [ublk::BENCHMARKS].concat()
+    [ship::BENCHMARKS, ublk::BENCHMARKS, protected::BENCHMARKS].concat()
 }
 
 impl Outcome {
@@ -144,6 +150,9 @@ impl Outcome {
 /// Measures pairs in this very process and prints each for whoever started it.
 pub fn run_here(benchmark: &Benchmark, pairs: u32) -> Result<Vec<Pair>> {
     let mut context = Context::new(benchmark.name)?;
+    if let BenchPlace::Rig { disks_mib } = benchmark.place {
+        context.attach_disks(disks_mib)?;
+    }
     (0..pairs)
         .map(|number| {
             let pair = (benchmark.pair)(&mut context, number).with_context(|| format!("pair {number}"))?;
@@ -163,6 +172,11 @@ pub fn run_in_machine(
     let argv = ["rig", "inside-bench", benchmark.name, &pairs.to_string()].map(str::to_owned).to_vec();
     let modules = ["ublk_drv", "loop"].map(str::to_owned).to_vec();
     let job = Job { argv, programs: programs.to_vec(), modules, ..Job::default() };
+    if let BenchPlace::Rig { disks_mib } = benchmark.place {
+        let empty =
+            |size_mib: &u64| Disk { content: DiskContent::Empty { size_mib: *size_mib }, log_writes: false };
+        machine.disks = disks_mib.iter().map(empty).collect();
+    }
     machine.limit = Duration::from_secs(60 + 60 * u64::from(pairs));
     let finished = machine.run(&job, &mut |_| {})?;
     let output = finished.output()?;
@@ -177,6 +191,21 @@ pub fn pairs_in(output: &str) -> Result<Vec<Pair>> {
         .filter_map(|line| line.strip_prefix(PAIR_MARK))
         .map(|json| Ok(serde_json::from_str(json)?))
         .collect()
+}
+
+/// Every second pair begins with the peer.
+fn in_turn(
+    number: u32,
+    ours: impl FnOnce() -> Result<f64>,
+    peer: impl FnOnce() -> Result<f64>,
+) -> Result<Pair> {
+    if number.is_multiple_of(2) {
+        let ours = ours()?;
+        Ok(Pair { ours, peer: peer()? })
+    } else {
+        let peer = peer()?;
+        Ok(Pair { ours: ours()?, peer })
+    }
 }
 
 /// Sorts the values and gives the middle one, or the mean of the two in the middle.

@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result};
 
-use super::{BenchPlace, Benchmark, Better, Pair};
+use super::{BenchPlace, Benchmark, Better, Pair, in_turn};
 use crate::cases::ram_disk::RamDisk;
 use crate::suite::context::Context;
 use crate::suite::ublk::UblkServer;
@@ -15,7 +15,7 @@ pub(super) const BENCHMARKS: &[Benchmark] = &[
         unit: "IOPS",
         better: Better::Higher,
         gate: Some(0.9),
-        place: BenchPlace::Rig,
+        place: BenchPlace::Rig { disks_mib: &[] },
         programs: &["vra-ublk", "rublk"],
         pair: |context, number| in_turn(number, || ours(context, &["null"]), || rublk(context, &["null"])),
     },
@@ -26,7 +26,7 @@ pub(super) const BENCHMARKS: &[Benchmark] = &[
         unit: "IOPS",
         better: Better::Higher,
         gate: Some(0.9),
-        place: BenchPlace::Rig,
+        place: BenchPlace::Rig { disks_mib: &[] },
         programs: &["vra-ublk", "rublk"],
         pair: over_ram_disk,
     },
@@ -44,21 +44,6 @@ fn over_ram_disk(context: &mut Context, number: u32) -> Result<Pair> {
     )
 }
 
-/// Every second pair begins with the peer.
-fn in_turn(
-    number: u32,
-    ours: impl FnOnce() -> Result<f64>,
-    peer: impl FnOnce() -> Result<f64>,
-) -> Result<Pair> {
-    if number.is_multiple_of(2) {
-        let ours = ours()?;
-        Ok(Pair { ours, peer: peer()? })
-    } else {
-        let peer = peer()?;
-        Ok(Pair { ours: ours()?, peer })
-    }
-}
-
 fn ours(context: &Context, target: &[&str]) -> Result<f64> {
     let shape = ["--queues", "1", "--depth", "64", "--buffer-kib", "64"];
     let server = UblkServer::add(context, &[target, &shape].concat())?;
@@ -68,14 +53,38 @@ fn ours(context: &Context, target: &[&str]) -> Result<f64> {
 }
 
 fn rublk(context: &Context, target: &[&str]) -> Result<f64> {
-    let (kind, rest) = target.split_first().context("a target has a name")?;
-    let shape = ["-n", RUBLK_ID, "--queue", "1", "--depth", "64", "--io-buf-size", "64KiB", "--quiet"];
-    context.run(&[&["rublk", "add", kind], &shape[..], rest].concat())?;
-    let device = format!("/dev/ublkb{RUBLK_ID}");
-    context.wait_for("rublk's device", 20, || Ok(std::fs::exists(&device)?.then_some(())))?;
-    let iops = iops(context, &device, target);
-    context.run(&["rublk", "del", "-n", RUBLK_ID])?;
+    let device = RublkDevice::add(context, target)?;
+    let iops = iops(context, device.path(), target);
+    device.delete()?;
     iops
+}
+
+/// A device of rublk, with one queue of the depth that ours has.
+pub(super) struct RublkDevice<'a> {
+    context: &'a Context,
+    path: String,
+}
+
+impl<'a> RublkDevice<'a> {
+    /// Adds it; `target` is its kind and the kind's own options.
+    pub(super) fn add(context: &'a Context, target: &[&str]) -> Result<Self> {
+        let (kind, rest) = target.split_first().context("a target has a name")?;
+        let shape = ["-n", RUBLK_ID, "--queue", "1", "--depth", "64", "--io-buf-size", "64KiB", "--quiet"];
+        context.run(&[&["rublk", "add", kind], &shape[..], rest].concat())?;
+        let path = format!("/dev/ublkb{RUBLK_ID}");
+        context.wait_for("rublk's device", 20, || Ok(std::fs::exists(&path)?.then_some(())))?;
+        Ok(Self { context, path })
+    }
+
+    /// The block device.
+    pub(super) fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// Deletes it.
+    pub(super) fn delete(self) -> Result<()> {
+        self.context.run(&["rublk", "del", "-n", RUBLK_ID]).map(drop)
+    }
 }
 
 fn iops(context: &Context, device: &str, target: &[&str]) -> Result<f64> {

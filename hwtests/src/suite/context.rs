@@ -46,7 +46,7 @@ impl Context {
     }
 
     /// Gives the case its empty disks: those of its machine, or natively loop devices, never a disk of the host.
-    pub(super) fn attach_disks(&mut self, sizes_mib: &[u64]) -> Result<()> {
+    pub(crate) fn attach_disks(&mut self, sizes_mib: &[u64]) -> Result<()> {
         for (index, size_mib) in sizes_mib.iter().enumerate() {
             if self.is_native() {
                 let image = self.path(&format!("disk{index}.raw"));
