@@ -1,0 +1,72 @@
+//! A segment slot as a damaged disk gives it: header, batches, footer, trailer. Input: a slot's first bytes; the checksums of the first
+//! page and of batches' heads are made to fit, so that what lies behind them is reached.
+
+use journal::batch::BatchHeader;
+use journal::format::{Footer, PAGE_BYTES, SegmentHeader, SegmentTrailer};
+use journal::scan::{Ownership, scan};
+use uuid::Uuid;
+
+const SLOT_BYTES: usize = 64 << 10;
+
+pub fn run(data: &[u8]) {
+    let mut slot = data[..data.len().min(SLOT_BYTES)].to_vec();
+    slot.resize(SLOT_BYTES, 0);
+    look_at(&slot);
+    fit_page(&mut slot[..PAGE_BYTES]);
+    fit_page(&mut slot[SLOT_BYTES - PAGE_BYTES..]);
+    fit_batches(&mut slot);
+    look_at(&slot);
+}
+
+fn look_at(slot: &[u8]) {
+    let len = slot.len() as u64;
+    if let Ok(header) = SegmentHeader::decode(&slot[..PAGE_BYTES], len) {
+        assert_eq!(SegmentHeader::decode(&header.encode(), len), Ok(header.clone()));
+        let ownership = Ownership { tail_generation: Uuid::nil(), first_seq: 0, fork_seq: u64::MAX };
+        for trusted_through in [None, Some(header.after.seq.saturating_add(2))] {
+            let found = scan(slot, &header, ownership, trusted_through);
+            assert!(found.end_bytes >= PAGE_BYTES as u64 && found.end_bytes <= len);
+            assert!(found.last.seq >= header.after.seq);
+            let footer = found.footer();
+            let bytes = footer.encode();
+            let again = Footer::decode(&bytes, crc32c::crc32c(&bytes), found.end_bytes)
+                .expect("a scan's own footer can be read");
+            assert_eq!(again.extents.len(), footer.extents.len());
+        }
+    }
+    if let Ok(trailer) = SegmentTrailer::decode(&slot[slot.len() - PAGE_BYTES..], len) {
+        assert_eq!(SegmentTrailer::decode(&trailer.encode(), len), Ok(trailer.clone()));
+        let begin = trailer.data_end_bytes as usize;
+        let bytes = &slot[begin..begin + trailer.footer_len_bytes as usize];
+        if let Ok(footer) = Footer::decode(bytes, crc32c::crc32c(bytes), trailer.data_end_bytes) {
+            for extent in &footer.extents {
+                assert!(extent.payload_offset_bytes() <= trailer.data_end_bytes || extent.is_zeroes());
+                let _crcs = footer.extent_crcs(extent);
+            }
+        }
+    }
+}
+
+fn fit_page(page: &mut [u8]) {
+    page[12..16].fill(0);
+    let crc = crc32c::crc32c(page);
+    page[12..16].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// Makes the head checksum of each batch fit, from the first page on as long as lengths make sense.
+fn fit_batches(slot: &mut [u8]) {
+    let mut at = PAGE_BYTES;
+    while let Some(batch) = slot.get_mut(at..) {
+        let Ok(total) = BatchHeader::needed(batch) else { return };
+        let number =
+            |from: usize| u32::from_le_bytes(batch[from..from + 4].try_into().expect("four")) as usize;
+        let head = BatchHeader::LEN + number(20) * 64 + number(24) * 4;
+        if batch.len() < head {
+            return;
+        }
+        batch[92..96].fill(0);
+        let crc = crc32c::crc32c(&batch[..head]);
+        batch[92..96].copy_from_slice(&crc.to_le_bytes());
+        at += total;
+    }
+}
