@@ -22,7 +22,7 @@ pub(super) const CASES: &[Case] = &[
     )
     .needs(NEEDS_NBD)
     .machine(MACHINE)
-    .limit_s(300),
+    .limit_s(600),
     Case::new(
         "replicate-target-killed",
         "kill -9 of the target under load and its restart: the stream goes on where it was, without a sync, and the view is the source disk.",
@@ -30,7 +30,7 @@ pub(super) const CASES: &[Case] = &[
     )
     .needs(NEEDS)
     .machine(MACHINE)
-    .limit_s(300),
+    .limit_s(600),
     Case::new(
         "replicate-target-killed-often",
         "The same, twelve times under one load.",
@@ -38,7 +38,7 @@ pub(super) const CASES: &[Case] = &[
     )
     .needs(NEEDS)
     .machine(MACHINE)
-    .limit_s(900)
+    .limit_s(1200)
     .long(),
     Case::new(
         "replicate-link-cut",
@@ -47,7 +47,7 @@ pub(super) const CASES: &[Case] = &[
     )
     .needs(NEEDS)
     .machine(MACHINE)
-    .limit_s(300),
+    .limit_s(600),
     Case::new(
         "replicate-discard-zeroes",
         "Discards and write-zeroes arrive, in order with the writes around them.",
@@ -55,7 +55,7 @@ pub(super) const CASES: &[Case] = &[
     )
     .needs(NEEDS)
     .machine(MACHINE)
-    .limit_s(240),
+    .limit_s(600),
     Case::new(
         "replicate-source-restart",
         "kill -9 of the source under load and its restart: the guest sees a pause; a full sync in a new generation is shown, and no checkpoint counts before its end.",
@@ -63,7 +63,7 @@ pub(super) const CASES: &[Case] = &[
     )
     .needs(NEEDS)
     .machine(MACHINE)
-    .limit_s(300),
+    .limit_s(600),
     Case::new(
         "replicate-source-restart-often",
         "The same, eight times under one load.",
@@ -80,7 +80,7 @@ pub(super) const CASES: &[Case] = &[
     )
     .needs(NEEDS)
     .machine(MACHINE)
-    .limit_s(300),
+    .limit_s(600),
     Case::new(
         "replicate-detach-attach-delete",
         "Detaching, attaching, deleting and protecting again leave no device, process or file behind, and the disk as the guest left it.",
@@ -88,5 +88,5 @@ pub(super) const CASES: &[Case] = &[
     )
     .needs(NEEDS)
     .machine(MACHINE)
-    .limit_s(240),
+    .limit_s(600),
 ];

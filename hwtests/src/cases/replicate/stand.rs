@@ -127,7 +127,7 @@ impl<'a> Stand<'a> {
         status.source_vms.into_iter().next().context("the source VRA has no VM")
     }
 
-    /// Waits until the source VM is in a mode and its target has all that was written.
+    /// Waits until the VM streams and its target has all that was written.
     pub(super) fn wait_until_streaming(&self) -> Result<SourceVmStatus> {
         self.context.wait_for("the VM to stream with nothing left to send", PATIENCE_S, || {
             let vm = self.source()?;
