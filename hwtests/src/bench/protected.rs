@@ -7,7 +7,7 @@ use vra::api::TimeUs;
 
 use super::ublk::RublkDevice;
 use super::{BenchPlace, Benchmark, Better, Pair, in_turn};
-use crate::site::{Binaries, DiskAt, Door, Site, SiteSettings, Vm};
+use crate::site::{Binaries, DiskAt, Door, Side, Site, SiteSettings, Vm};
 use crate::suite::context::Context;
 
 pub(super) const BENCHMARKS: &[Benchmark] = &[
@@ -119,9 +119,7 @@ fn protected(
     site.wait_for_checkpoint("bench", TimeUs::now().0, PATIENCE_S)?;
     site.zvm(&["vpg", "delete", "bench"])?;
     if let DiskAt::Ublk { .. } = at {
-        context.wait_for("the disk to be free", PATIENCE_S, || {
-            Ok(site.vra_json(crate::site::Side::Source, &["detach", &format!("{}:0", vms[0].uuid)]).ok())
-        })?;
+        site.vra(Side::Source, &["detach", &format!("{}:0", vms[0].name)])?;
     }
     site.stop()?;
     std::fs::remove_dir_all(folder)?;
