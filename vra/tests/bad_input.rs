@@ -197,7 +197,7 @@ fn want_of_permission_is_named_with_who_needs_it() {
     let at = nobody.folder.0.clone();
     let configure = |state: &str| {
         let text = format!(
-            "state_dir = \"{state}\"\nrun_dir = \"{0}/run\"\ndatastores = [\"{0}\"]\n[memory]\narena_mib = 16\n",
+            "state_dir = \"{state}\"\nrun_dir = \"{0}/run\"\ndatastores = [\"{0}\"]\n[memory]\nlock = false\narena_mib = 16\n",
             at.display()
         );
         std::fs::write(at.join("vra.toml"), text).expect("configuration");

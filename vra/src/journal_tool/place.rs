@@ -4,7 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use journal::format::slot_offset_bytes;
+use journal::format::{PAGE_BYTES, slot_offset_bytes};
 use journal::recovery::{Content, Survey, SurveyOptions};
 use journal::scan::ScanStop;
 use journal::storage::ring::{Access, DirectFile, RingStorage};
@@ -12,7 +12,7 @@ use journal::storage::{Blocking, FileId, Purpose};
 use journal::view::Reader;
 use serde::Deserialize;
 
-use super::walk::walk;
+use super::walk::resume;
 use crate::api::VmId;
 use crate::api::vpg::{VmDefinition, VpgDefinition};
 
@@ -136,8 +136,9 @@ fn cut_short(storage: &mut RingStorage, file: FileId, survey: &Survey) -> anyhow
     let slot_len_bytes = survey.superblock.slot_len_bytes;
     let offset_bytes = slot_offset_bytes(newest.header.slot, slot_len_bytes);
     let slot = Blocking::new(storage, file, Purpose::View).read(offset_bytes, slot_len_bytes as usize)?;
-    let walked = walk(&slot, &newest.header, None);
-    Ok(walked.findings.into_iter().next().map(|finding| finding.what))
+    let (at, end) = (scan.end_bytes as usize, slot.len() - PAGE_BYTES);
+    let next = resume(&slot, at, end, &newest.header, scan.last.seq);
+    Ok(next.map(|(_, seq)| format!("records {} to {} cannot be read", scan.last.seq + 1, seq - 1)))
 }
 
 /// Opens a journal's file.

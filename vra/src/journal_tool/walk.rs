@@ -166,7 +166,13 @@ fn misfit(
 }
 
 /// The next place after damage where a batch of this time begins, and its first record.
-fn resume(slot: &[u8], at: usize, end: usize, header: &SegmentHeader, last_seq: u64) -> Option<(usize, u64)> {
+pub(super) fn resume(
+    slot: &[u8],
+    at: usize,
+    end: usize,
+    header: &SegmentHeader,
+    last_seq: u64,
+) -> Option<(usize, u64)> {
     let belongs = |id: Uuid, open_count: u64, first_seq: u64| {
         id == header.journal_id && open_count <= header.open_count && first_seq > last_seq
     };
