@@ -7,6 +7,8 @@
 pub enum Bug {
     /// A group of batches counts as durable without its fdatasync.
     SkippedSyncBeforeAck,
+    /// A group that was written while the one before was synced counts as durable with it.
+    AheadCountsAsSynced,
     /// After a failed sync the writer goes on as if nothing had happened.
     FailedSyncForgotten,
     /// The copy of the last segment is not synced before the first acknowledgement (C1).
@@ -38,8 +40,9 @@ pub enum Bug {
 }
 
 /// All of them.
-pub const ALL: [Bug; 15] = [
+pub const ALL: [Bug; 16] = [
     Bug::SkippedSyncBeforeAck,
+    Bug::AheadCountsAsSynced,
     Bug::FailedSyncForgotten,
     Bug::RecoveryWithoutSync,
     Bug::AppendToForeignSegment,

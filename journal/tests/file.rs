@@ -7,7 +7,7 @@ use journal::batch::{BatchLink, BatchSealer, BatchView, Checkpoint, CheckpointKi
 use journal::format::{JournalState, VolumeState};
 use journal::recovery::{NewJournal, OpenError, OpenOptions, SurveyOptions, create, open};
 use journal::storage::ring::{Access, DirectFile, OpenFileError, RingStorage};
-use journal::storage::{FileId, Storage};
+use journal::storage::{FileId, Op, Storage};
 use journal::view::{Reader, ViewError};
 use journal::writer::{Change, Event, Limits, State, Writer, drive};
 use uuid::Uuid;
@@ -239,6 +239,51 @@ fn records_up_to_a_volumes_base_are_not_read_and_older_views_leave_the_volume_ou
     };
     assert_eq!(read(base_seq), (0xdd, 0xdd), "the recovery disk has them");
     assert_eq!(read(newest_seq), (0xdd, 3));
+}
+
+#[test]
+fn a_group_is_written_while_the_one_before_is_synced_and_acknowledged_after_it() {
+    let folder = Folder::new("ahead");
+    create_journal(&folder.journal());
+    let mut target = Target::open(&folder.journal());
+    target.end_base_sync();
+    // The second copy of the superblock, so that nothing but batches is left to do.
+    target.drive();
+    let group = |target: &mut Target| {
+        target.push(|seq| Record::write(seq, 1, 0, 4096, Bytes::from(vec![seq as u8; 4096])));
+        target.offer();
+        target.seq
+    };
+    let first = group(&mut target);
+    let action = |target: &mut Target| {
+        let action = target.writer.next_action()?;
+        Some((action.token, matches!(action.op, Op::Sync)))
+    };
+    let done = |target: &mut Target, token| {
+        target.writer.done(token, Ok(()));
+        std::iter::from_fn(|| target.writer.poll_event()).collect::<Vec<_>>()
+    };
+    let (first_write, false) = action(&mut target).expect("a write") else { panic!("not a sync") };
+    assert_eq!(action(&mut target), None, "its sync waits for its write");
+    assert_eq!(done(&mut target, first_write), []);
+    let (first_sync, true) = action(&mut target).expect("a sync") else { panic!("not a write") };
+
+    let second = group(&mut target);
+    let (second_write, false) = action(&mut target).expect("written ahead") else { panic!("not a sync") };
+    assert_eq!(done(&mut target, second_write), [], "written, and no sync since");
+    assert_eq!(action(&mut target), None, "one sync at a time");
+    let durable = |events: &[Event]| match events {
+        [Event::Durable(point)] => point.seq,
+        _ => panic!("{events:?}"),
+    };
+    assert_eq!(
+        durable(&done(&mut target, first_sync)),
+        first,
+        "the first sync counts for the first group alone"
+    );
+    let (second_sync, true) = action(&mut target).expect("a sync") else { panic!("not a write") };
+    assert_eq!(durable(&done(&mut target, second_sync)), second);
+    assert!(target.writer.is_idle());
 }
 
 #[test]

@@ -2,7 +2,8 @@
 //! the storage and hands over no clock but the batches' receive times.
 //!
 //! One step runs at a time: a group of batches (gathered, one write, one fdatasync), a superblock change, or growth. The
-//! next group gathers what was offered meanwhile.
+//! next group gathers what was offered meanwhile. While nothing is left of a group but its sync, the next group of the same
+//! segment is written already: its own sync begins when the other one has ended, so groups become durable in order.
 
 mod change;
 mod drive;
@@ -154,6 +155,8 @@ pub struct Writer {
     /// Writes that need no sync of their own and go with the next step: footer and trailer, the other superblock copy.
     riders: Vec<(Purpose, Op)>,
     step: Option<Step>,
+    /// The group after the one that is being synced, with the token of its first operation.
+    ahead: Option<(Step, u64)>,
     next_token: u64,
     under_way: usize,
     events: VecDeque<Event>,
@@ -214,6 +217,7 @@ impl Writer {
             next_ticket: 1,
             riders: Vec::new(),
             step: None,
+            ahead: None,
             next_token: 1,
             under_way: 0,
             events: VecDeque::new(),
@@ -279,7 +283,10 @@ impl Writer {
         if self.step.is_none() {
             self.step = self.begin_step();
         }
-        let (purpose, op) = self.step.as_mut()?.next_op()?;
+        let (purpose, op) = match self.step.as_mut()?.next_op() {
+            Some(next) => next,
+            None => self.next_op_ahead()?,
+        };
         let token = self.next_token;
         self.next_token += 1;
         self.under_way += 1;
@@ -287,9 +294,13 @@ impl Writer {
     }
 
     /// An operation has ended.
-    pub fn done(&mut self, _token: u64, result: Result<(), StorageError>) {
+    pub fn done(&mut self, token: u64, result: Result<(), StorageError>) {
         self.under_way = self.under_way.saturating_sub(1);
-        let Some(step) = self.step.as_mut() else { return };
+        let (step, is_ahead) = match (&mut self.step, &mut self.ahead) {
+            (_, Some((ahead, first_token))) if token >= *first_token => (ahead, true),
+            (Some(step), _) => (step, false),
+            (None, _) => return,
+        };
         let result =
             if planted(Bug::FailedSyncForgotten) && result.is_err_and(|error| error.verb == "fdatasync") {
                 Ok(())
@@ -313,11 +324,18 @@ impl Writer {
                 return;
             }
         }
-        if self.poisoned || !step.op_done() {
+        // What is written ahead has its sync before it still.
+        if self.poisoned || !step.op_done() || is_ahead {
             return;
         }
         if let Some(step) = self.step.take() {
             self.apply(step.into_effect());
+        }
+        self.step = self.ahead.take().map(|(step, _)| step);
+        if planted(Bug::AheadCountsAsSynced)
+            && let Some(group) = self.step.take()
+        {
+            self.apply(group.into_effect());
         }
     }
 
@@ -407,6 +425,27 @@ impl Writer {
             return Err(OfferError::Chain { after_seq });
         }
         Ok(())
+    }
+
+    /// A write of the next group, while the sync of the one before is all that is under way. Only within the open segment, and not
+    /// before a change or growth: these begin with everything durable.
+    fn next_op_ahead(&mut self) -> Option<(Purpose, Op)> {
+        if self.ahead.is_none() {
+            let front = self.queue.front()?;
+            let open = self.open.as_ref()?;
+            if !self.step.as_ref()?.is_last_sync_of_group()
+                || !self.changes.is_empty()
+                || self.wants_to_grow()
+                || !open.fits(&front.batch, self.superblock.slot_len_bytes)
+            {
+                return None;
+            }
+            let mut group = self.begin_group()?;
+            let next = group.next_op_of_writes();
+            self.ahead = Some((group, self.next_token));
+            return next;
+        }
+        self.ahead.as_mut().and_then(|(group, _)| group.next_op_of_writes())
     }
 
     fn begin_step(&mut self) -> Option<Step> {

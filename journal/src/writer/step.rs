@@ -21,13 +21,15 @@ pub(super) struct Step {
     under_way: usize,
     effect: Effect,
     growing: bool,
+    /// The operation given out last is a sync.
+    syncing: bool,
 }
 
 impl Step {
     pub(super) fn new(phases: Vec<Vec<(Purpose, Op)>>, effect: Effect) -> Self {
         let phases: VecDeque<VecDeque<_>> =
             phases.into_iter().filter(|phase| !phase.is_empty()).map(VecDeque::from).collect();
-        Self { phases, under_way: 0, effect, growing: false }
+        Self { phases, under_way: 0, effect, growing: false, syncing: false }
     }
 
     /// Begins with an allocation, whose failing for lack of space is no failure of the file.
@@ -44,7 +46,20 @@ impl Step {
     pub(super) fn next_op(&mut self) -> Option<(Purpose, Op)> {
         let op = self.phases.front_mut()?.pop_front()?;
         self.under_way += 1;
+        self.syncing = matches!(op.1, Op::Sync);
         Some(op)
+    }
+
+    /// Whether nothing is left of a group of batches but the sync under way.
+    pub(super) fn is_last_sync_of_group(&self) -> bool {
+        let is_group = matches!(self.effect, Effect::Durable(_));
+        is_group && self.syncing && self.phases.iter().all(VecDeque::is_empty)
+    }
+
+    /// The next operation of the first phase only: the others wait for [`Self::next_op`].
+    pub(super) fn next_op_of_writes(&mut self) -> Option<(Purpose, Op)> {
+        let first_is_writes = self.phases.front()?.iter().all(|(_, op)| !matches!(op, Op::Sync));
+        if first_is_writes { self.next_op() } else { None }
     }
 
     /// Counts the end of an operation; says whether the whole step has ended.

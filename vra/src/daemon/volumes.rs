@@ -17,7 +17,6 @@ use crate::api::{
     ApiError, Attach, Detach, DoorRequest, ErrorCode, Severity, TimeUs, VmId, VolumeId, VolumeInfo,
 };
 use crate::capture::ProtectedDisk;
-use crate::report::chain;
 
 /// A volume as it is served, or the reason why it isn't.
 pub(super) enum LiveVolume {
