@@ -234,6 +234,20 @@ fn what_is_no_journal_of_this_release_is_refused() {
 }
 
 #[test]
+fn the_newest_batch_may_be_torn_anywhere() {
+    let (mut journal, _) = protected("torn");
+    let store = datastore(&journal).to_path_buf();
+    let _clean_up = CleanUp(&store);
+    journal.write(65536, vec![0x22; 16384]);
+    journal.flush();
+    let path = journal.path();
+    TestJournal::flip_bit(&path, &[0x22; 16384], 2 * 4096 + 17);
+    let found = verify::check(&path).expect("readable");
+    assert!(found.damage.is_empty(), "{found:?}");
+    assert!(found.notes.iter().any(|note| note.contains("unit 2")), "{found:?}");
+}
+
+#[test]
 fn verify_finds_every_flipped_bit_and_names_it() {
     let (mut journal, _) = protected("verify");
     let store = datastore(&journal).to_path_buf();

@@ -31,7 +31,7 @@ pub(super) struct Report {
     /// Damage, in the order of the file's parts.
     pub(super) damage: Vec<Damage>,
     /// What is unusual but no damage.
-    notes: Vec<String>,
+    pub(super) notes: Vec<String>,
 }
 
 /// Something that cannot be read any more.

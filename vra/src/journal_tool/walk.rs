@@ -71,6 +71,13 @@ pub(super) fn walk(slot: &[u8], header: &SegmentHeader, trailer: Option<&Segment
                 continue;
             }
         };
+        if let Some(error) = damage.first()
+            && trailer.is_none()
+            && resume(slot, at, data_end, header, batch.last_seq()).is_none()
+        {
+            walked.torn_tail = Some(error.to_string());
+            break;
+        }
         if damage.is_empty() {
             footer.add(&batch, at as u64);
         }
