@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ublk::arena::Arena;
@@ -14,6 +14,7 @@ use ublk::nbd::{Address, ExportSettings, NbdServer};
 use ublk::reactor::Reactors;
 use ublk::serve::Disk;
 
+use super::lock;
 use crate::api::door::NbdListen;
 use crate::api::{ApiError, DoorAddress, DoorRequest, ErrorCode};
 use crate::config::{Config, DoorConfig};
@@ -32,7 +33,7 @@ const STOP_LIMIT: Duration = Duration::from_secs(5);
 pub(super) struct Doors {
     reactors: Arc<Reactors>,
     arena: Arena,
-    driver: Result<Driver, ApiError>,
+    driver: Mutex<Result<Driver, ApiError>>,
     /// Exports without an address of their own.
     nbd: NbdServer,
     nbd_socket: PathBuf,
@@ -71,10 +72,7 @@ impl Doors {
         reactors: Arc<Reactors>,
         arena: Arena,
     ) -> Result<Self, ublk::nbd::ListenError> {
-        let driver = open_driver(&reactors).map_err(|error| {
-            ApiError::new(ErrorCode::Unsupported, chain(&error))
-                .remedy("see `vra doctor`; on a host without ublk use the NBD door (--door nbd)")
-        });
+        let driver = Mutex::new(open_driver(&reactors).map_err(|error| no_driver(&error)));
         let nbd = NbdServer::new(Arc::clone(&reactors));
         let nbd_socket = config.run_dir.join("nbd.sock");
         nbd.listen(&Address::Unix { path: nbd_socket.clone(), mode: 0o600 })?;
@@ -83,12 +81,20 @@ impl Doors {
 
     /// The ublk driver's features, if there is a driver.
     pub(super) fn ublk_features(&self) -> Option<Features> {
-        self.driver.as_ref().ok().map(Driver::features)
+        lock(&self.driver).as_ref().ok().map(Driver::features)
     }
 
     /// The ublk driver.
-    pub(super) fn driver(&self) -> Result<&Driver, ApiError> {
-        self.driver.as_ref().map_err(Clone::clone)
+    pub(super) fn driver(&self) -> Result<Driver, ApiError> {
+        lock(&self.driver).clone()
+    }
+
+    /// Looks again for the ublk driver if it wasn't there or didn't answer: it may have been loaded meanwhile.
+    pub(super) fn look_for_driver(&self) {
+        if self.driver().is_err() {
+            let opened = Driver::open(Arc::clone(&self.reactors)).map_err(|error| no_driver(&error));
+            *lock(&self.driver) = opened;
+        }
     }
 
     /// Opens a door to a disk. `export` names it as an NBD export, `cookie` marks it as a ublk device, `device` is the number that
@@ -210,6 +216,11 @@ impl Door {
             Self::Ublk(_) | Self::Shared { .. } => {}
         }
     }
+}
+
+fn no_driver(error: &ControlError) -> ApiError {
+    ApiError::new(ErrorCode::Unsupported, chain(error))
+        .remedy("see `vra doctor`; on a host without ublk use the NBD door (--door nbd)")
 }
 
 /// A driver that still takes leave of a killed daemon may not answer for a while.

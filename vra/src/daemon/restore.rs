@@ -34,6 +34,7 @@ impl Daemon {
             if self.swept.load(Ordering::Acquire) && self.failed_volumes().is_empty() {
                 continue;
             }
+            tokio::task::block_in_place(|| self.doors.look_for_driver());
             let mut change = self.state.change().await;
             if !self.swept.load(Ordering::Acquire) {
                 tokio::task::block_in_place(|| self.sweep_devices());
@@ -124,11 +125,12 @@ impl Daemon {
 
     /// Looks through the devices that former daemons left. Those of volumes wait to be recovered, those of views are deleted.
     fn sweep_devices(&self) {
+        let seen = self.seen();
         let Ok(driver) = self.doors.driver() else {
-            self.swept.store(true, Ordering::Release);
+            // Devices of views may be there still: their cookies are remembered for the next look.
+            self.swept.store(seen.view_cookies.is_empty(), Ordering::Release);
             return;
         };
-        let seen = self.seen();
         let swept = sweep(driver.control(), |_, cookie| {
             if seen.view_cookies.contains(&cookie.disk_id) {
                 Verdict::Delete
@@ -154,6 +156,14 @@ impl Daemon {
                 error = chain(&error),
                 "can't look for ublk devices that a former daemon left"
             ),
+        }
+    }
+
+    /// Deletes the device that a former daemon left for the volume of that cookie, if there is one.
+    pub(super) fn delete_left_device(&self, cookie: u32, force: bool) -> Result<(), ApiError> {
+        match self.left_device(cookie)? {
+            Some(device) => Ok(self.doors.driver()?.delete(device, force)?),
+            None => Ok(()),
         }
     }
 

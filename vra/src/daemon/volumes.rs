@@ -128,6 +128,14 @@ impl Daemon {
                 lock(&self.volumes).insert(id, LiveVolume::Failed(error.clone()));
                 return Err(error);
             }
+        } else if matches!(record.door, DoorRequest::Ublk { .. }) {
+            // Once the record is gone nobody knows the device that a former daemon left, and its guest waits for ever.
+            let deleted =
+                tokio::task::block_in_place(|| self.delete_left_device(record.cookie, detach.force));
+            if let Err(error) = deleted {
+                lock(&self.volumes).insert(id, LiveVolume::Failed(error.clone()));
+                return Err(error);
+            }
         }
         change.update(|state| state.volumes.remove(&id))?;
         tracing::info!(volume = %id, vm = record.vm_name, disk = %record.path.display(), "detached");
