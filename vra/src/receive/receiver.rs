@@ -43,6 +43,8 @@ pub struct Receiver {
     arrivals: VecDeque<Arrival>,
     /// When the group under way left memory, by the monotonic clock.
     group_began_us: u64,
+    /// The same of groups of batches that are being written or synced, oldest first.
+    groups_began_us: VecDeque<u64>,
     outputs: VecDeque<ReceiverOutput>,
     full: bool,
     failed: bool,
@@ -97,6 +99,7 @@ impl Receiver {
             base_sync: BaseSync { sync_id, ..BaseSync::default() },
             arrivals: VecDeque::new(),
             group_began_us: 0,
+            groups_began_us: VecDeque::new(),
             outputs: VecDeque::new(),
             full: false,
             failed: false,
@@ -192,7 +195,7 @@ impl Receiver {
         let action = loop {
             let action = self.writer.next_action();
             if let Some(Action { purpose: Purpose::Append, op: Op::Write { .. }, .. }) = &action {
-                self.group_began_us = now.mono_us;
+                self.groups_began_us.push_back(now.mono_us);
             }
             // An idle writer may still have found that it is full, or refused a claim.
             self.take_events(now);
@@ -362,6 +365,7 @@ impl Receiver {
     }
 
     fn durable(&mut self, point: ChainPoint, now: Now) {
+        let began_us = self.groups_began_us.pop_front().unwrap_or(self.group_began_us);
         let mut newest = None;
         while let Some(arrival) = self.arrivals.pop_front_if(|arrival| arrival.last_seq <= point.seq) {
             newest = Some(arrival.mono_us);
@@ -371,8 +375,8 @@ impl Receiver {
             self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::Room));
         }
         let Some(stream) = &self.stream else { return };
-        let waited_us = self.group_began_us.saturating_sub(newest.unwrap_or(self.group_began_us));
-        let disk_us = now.mono_us.saturating_sub(self.group_began_us);
+        let waited_us = began_us.saturating_sub(newest.unwrap_or(began_us));
+        let disk_us = now.mono_us.saturating_sub(began_us);
         let frame = Frame::Ack(Ack {
             open_count: stream.open_count,
             received_through: (stream.intake.next_seq() - 1).max(point.seq),
