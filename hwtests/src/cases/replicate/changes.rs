@@ -1,5 +1,6 @@
 //! Discards, and the life of a protected disk.
 
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use anyhow::{Result, ensure};
@@ -44,7 +45,8 @@ pub(super) fn discard_zeroes(context: &mut Context) -> Result<()> {
 }
 
 pub(super) fn detach_attach_delete(context: &mut Context) -> Result<()> {
-    with_stand(context, &SITE, RawDisk::File, &["code=\"volumes-missing\""], |stand| {
+    let expected = ["code=\"volumes-missing\"", "code=\"volume-not-served\"", "a volume can't be served"];
+    with_stand(context, &SITE, RawDisk::File, &expected, |stand| {
         stand.fill()?;
         let copy = stand.copy_of_disk()?;
         let refused = stand.site.vra(Side::Source, &["detach", "guest:0"]);
@@ -60,6 +62,18 @@ pub(super) fn detach_attach_delete(context: &mut Context) -> Result<()> {
         stand.unprotect()?;
         stand.fill()?;
         stand.protect()?;
-        stand.recovers("protected-again")
+        stand.recovers("protected-again")?;
+
+        // A disk that was changed behind the VRA's back isn't served, and its device waits.
+        stand.site.kill(Side::Source)?;
+        let raw = File::options().write(true).open(stand.raw_disk())?;
+        raw.set_len(DISK_BYTES + MIB)?;
+        stand.site.start_vra(Side::Source)?;
+        let status = stand.site.vra_status(Side::Source)?;
+        ensure!(status.volumes.iter().any(|volume| volume.problem.is_some()), "a changed disk is served");
+        stand.detach_by_force()?;
+        raw.set_len(DISK_BYTES)?;
+        stand.attach()?;
+        stand.recovers("changed-back")
     })
 }
