@@ -129,10 +129,10 @@ fn cut_short(storage: &mut RingStorage, file: FileId, survey: &Survey) -> anyhow
     }
     let Some(newest) = survey.segments.last() else { return Ok(None) };
     let Content::Scanned(scan) = &newest.content else { return Ok(None) };
-    if !matches!(scan.stop, ScanStop::Damaged(_)) {
+    if !matches!(scan.stop, ScanStop::Damaged(_) | ScanStop::End) {
         return Ok(None);
     }
-    // Torn, or damaged later? If it is damaged, what was written after it is there.
+    // The end, torn, or damaged later? If it is damaged, what was written after it is there.
     let slot_len_bytes = survey.superblock.slot_len_bytes;
     let offset_bytes = slot_offset_bytes(newest.header.slot, slot_len_bytes);
     let slot = Blocking::new(storage, file, Purpose::View).read(offset_bytes, slot_len_bytes as usize)?;

@@ -188,6 +188,16 @@ fn damage_before_the_newest_records_is_told_to_whoever_asks_for_the_latest() {
     let store = store.to_string_lossy().into_owned();
     let facts = answer(&["inspect", &store, "--json"]);
     assert!(facts["damage"].as_str().is_some_and(|text| text.contains(&why)), "{facts}");
+
+    // Nothing says any more that a batch was there.
+    let mut headless = std::fs::read(&path).expect("journal");
+    let payload =
+        headless.windows(16300).position(|window| window == &[0x22; 16384][..16300]).expect("payload");
+    let head = headless[..payload].windows(8).rposition(|window| window == b"HFBATCH\0").expect("its batch");
+    headless[head..head + 512].fill(0);
+    std::fs::write(&path, &headless).expect("journal");
+    let why = place::Journal::open(&path).expect("damaged").cut_short.expect("told");
+    assert!(why.contains(&format!("records {damaged_seq} to {damaged_seq} cannot be read")), "{why}");
     let out = journal.folder.join("out.img").to_string_lossy().into_owned();
     let (text, _) =
         call(&["extract", &store, "--at", "latest", "--out", &out, "--quiet"]).expect("an older one");

@@ -180,12 +180,16 @@ pub(super) fn resume(
     header: &SegmentHeader,
     last_seq: u64,
 ) -> Option<(usize, u64)> {
-    let belongs = |id: Uuid, open_count: u64, first_seq: u64| {
-        id == header.journal_id && open_count <= header.open_count && first_seq > last_seq
+    // What an earlier opening left behind in the slot doesn't count.
+    let belongs = |offset: usize, id: Uuid, open_count: u64, first_seq: u64| {
+        let is_carried = (offset as u64) < header.carried_end_bytes;
+        let fits = open_count == header.open_count || is_carried && open_count < header.open_count;
+        id == header.journal_id && fits && first_seq > last_seq
     };
     (at + PAGE_BYTES..end).step_by(PAGE_BYTES).find_map(|offset| {
         let (batch, _) = BatchView::parse_damaged(&slot[offset..end]).ok()?;
         let link = batch.link();
-        belongs(link.journal_id, link.open_count, batch.first_seq()).then(|| (offset, batch.first_seq()))
+        let belongs = belongs(offset, link.journal_id, link.open_count, batch.first_seq());
+        belongs.then(|| (offset, batch.first_seq()))
     })
 }
