@@ -146,7 +146,15 @@ impl<'a> Stand<'a> {
 
     /// Takes a checkpoint while nobody writes, and waits until the target has it.
     pub(super) fn checkpoint(&self, tag: &str) -> Result<()> {
-        let tagged = self.site.zvm_json(&["checkpoint", "tag", VPG, tag])?;
+        // The manager learns only by silence that a killed VRA's connection is gone.
+        let tagged =
+            self.context.wait_for("the manager to reach the source VRA", PATIENCE_S, || {
+                match self.site.zvm_json(&["checkpoint", "tag", VPG, tag]) {
+                    Ok(tagged) => Ok(Some(tagged)),
+                    Err(error) if error.to_string().contains("does not answer") => Ok(None),
+                    Err(error) => Err(error),
+                }
+            })?;
         let time_us = time_of(&tagged)?;
         // Checkpoints arrive in their order.
         self.site.wait_for_checkpoint(VPG, time_us - 1, PATIENCE_S).map(drop)
