@@ -1,6 +1,7 @@
 //! Source VMs: capture, stream, syncs and checkpoints of each, as the definitions say.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -38,6 +39,8 @@ pub(super) struct LiveSource {
     /// The last sync, and when it began.
     sync: Mutex<Option<(SyncThread, TimeUs)>>,
     notes: Arc<Mutex<Notes>>,
+    /// The VM is no longer a source: set before its capture is ended.
+    left: AtomicBool,
 }
 
 /// What happened last, for status and alerts.
@@ -107,7 +110,7 @@ impl Daemon {
             .collect();
         for id in leaving {
             if let Some(live) = sources.remove(&id) {
-                live.vm.unprotect();
+                live.leave();
                 tracing::info!(vm = %id, name = live.definition.name, "no longer a source");
             }
         }
@@ -140,6 +143,10 @@ impl Daemon {
             for source in live {
                 let actions =
                     tokio::task::block_in_place(|| source.vm.tick(clock.now(), &mut rand::random::<u128>));
+                // One that has left meanwhile ended its capture by itself: that is no overflow.
+                if source.left.load(Ordering::Acquire) {
+                    continue;
+                }
                 for action in actions {
                     source.act(action).await;
                 }
@@ -186,7 +193,15 @@ impl Daemon {
                 Box::new(move |event| note_event(event, &vm, &mut lock(&notes), &name))
             },
         });
-        Ok(LiveSource { vpg, definition: definition.clone(), vm, shipper, sync: Mutex::default(), notes })
+        Ok(LiveSource {
+            vpg,
+            definition: definition.clone(),
+            vm,
+            shipper,
+            sync: Mutex::default(),
+            notes,
+            left: AtomicBool::new(false),
+        })
     }
 
     /// Tells the checkpointer which groups are whole: one with a member that isn't protected now gets no checkpoints (D3).
@@ -235,6 +250,12 @@ impl Daemon {
 }
 
 impl LiveSource {
+    /// Ends the capture. Noted before, so that whoever sees its end sees why.
+    fn leave(&self) {
+        self.left.store(true, Ordering::Release);
+        self.vm.unprotect();
+    }
+
     async fn act(&self, action: SourceAction) {
         match action {
             SourceAction::BeginGeneration(start) => {
@@ -276,7 +297,7 @@ impl LiveSource {
 
 impl Drop for LiveSource {
     fn drop(&mut self) {
-        self.vm.unprotect();
+        self.leave();
     }
 }
 
