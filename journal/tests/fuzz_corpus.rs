@@ -9,18 +9,11 @@ mod journal_segment;
 #[path = "../../fuzz/harness/journal_superblock.rs"]
 #[allow(unreachable_pub, reason = "shared with the fuzz target")]
 mod journal_superblock;
+#[path = "../../fuzz/harness/replay.rs"]
+#[allow(unreachable_pub, reason = "shared with the other crates' tests")]
+mod replay;
 
-fn replay(target: &str, run: fn(&[u8])) {
-    let folder = format!("{}/../fuzz/corpus/{target}", env!("CARGO_MANIFEST_DIR"));
-    let mut count = 0;
-    for entry in std::fs::read_dir(&folder).expect("corpus") {
-        let path = entry.expect("entry").path();
-        eprintln!("{}", path.display());
-        run(&std::fs::read(&path).expect("input"));
-        count += 1;
-    }
-    assert!(count > 0, "{folder} is empty");
-}
+use replay::replay;
 
 #[test]
 fn journal_batch_corpus() {

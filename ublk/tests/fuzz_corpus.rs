@@ -6,18 +6,11 @@ mod nbd_handshake;
 #[path = "../../fuzz/harness/nbd_transmission.rs"]
 #[allow(unreachable_pub, reason = "shared with the fuzz target")]
 mod nbd_transmission;
+#[path = "../../fuzz/harness/replay.rs"]
+#[allow(unreachable_pub, reason = "shared with the other crates' tests")]
+mod replay;
 
-fn replay(target: &str, run: fn(&[u8])) {
-    let folder = format!("{}/../fuzz/corpus/{target}", env!("CARGO_MANIFEST_DIR"));
-    let mut count = 0;
-    for entry in std::fs::read_dir(&folder).expect("corpus") {
-        let path = entry.expect("entry").path();
-        eprintln!("{}", path.display());
-        run(&std::fs::read(&path).expect("input"));
-        count += 1;
-    }
-    assert!(count > 0, "{folder} is empty");
-}
+use replay::replay;
 
 #[test]
 fn nbd_handshake_corpus() {
