@@ -134,3 +134,26 @@ pub fn scan(slot: &[u8], header: &SegmentHeader, ownership: Ownership, trusted_t
         }
     }
 }
+
+/// The first place behind an unreadable batch where a batch of the same segment and opening begins, in bytes from the slot's start,
+/// and that batch's first number: a sign that more was written than a scan could read. `at_bytes` is where the scan stopped.
+pub fn resume(
+    slot: &[u8],
+    at_bytes: u64,
+    end_bytes: u64,
+    header: &SegmentHeader,
+    last_seq: u64,
+) -> Option<(u64, u64)> {
+    let page = PAGE_BYTES as u64;
+    (at_bytes + page..end_bytes).step_by(PAGE_BYTES).find_map(|offset_bytes| {
+        let rest = slot.get(offset_bytes as usize..end_bytes as usize)?;
+        let (batch, _) = BatchView::parse_damaged(rest).ok()?;
+        let link = batch.link();
+        // What an earlier opening left behind in the slot doesn't count.
+        let is_carried = offset_bytes < header.carried_end_bytes;
+        let opening_fits =
+            link.open_count == header.open_count || is_carried && link.open_count < header.open_count;
+        let belongs = link.journal_id == header.journal_id && opening_fits && batch.first_seq() > last_seq;
+        belongs.then(|| (offset_bytes, batch.first_seq()))
+    })
+}

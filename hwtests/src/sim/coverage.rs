@@ -85,6 +85,10 @@ pub enum Happening {
     NoSpace,
     /// The storage failed and the same process opened the files again.
     ReopenedAfterPoison,
+    /// The target died, or its power went, while a group was written ahead.
+    DiedWithGroupAhead,
+    /// The storage failed while a group was written ahead.
+    FailedWithGroupAhead,
     /// An opening copied an unsealed segment.
     Carried,
     /// An opening failed and the next one went on.
@@ -162,6 +166,8 @@ impl Happening {
         Self::Full,
         Self::NoSpace,
         Self::ReopenedAfterPoison,
+        Self::DiedWithGroupAhead,
+        Self::FailedWithGroupAhead,
         Self::Carried,
         Self::OpenedAgain,
         Self::PinnedViewCompared,

@@ -218,6 +218,9 @@ impl TargetSite {
     /// After a failure: the same process opens its files again, or dies.
     pub(super) fn end_failed(&mut self, env: &mut Env) {
         let Some(durable_through) = self.process.as_ref().and_then(|process| process.failed) else { return };
+        if self.receiver().is_some_and(Receiver::is_writing_ahead) {
+            env.happened(Happening::FailedWithGroupAhead);
+        }
         if env.rng.one_in(2) {
             self.crash(Crash::Kill, env);
         } else {
@@ -244,6 +247,9 @@ impl TargetSite {
 
     /// The process is gone; what it knew is gone too. Sometimes the next one won't get far either.
     fn forget_process(&mut self, env: &mut Env) {
+        if self.receiver().is_some_and(Receiver::is_writing_ahead) && !self.has_failed() {
+            env.happened(Happening::DiedWithGroupAhead);
+        }
         (self.process, self.trusted_through, self.pinned_cut) = (None, None, None);
         if env.rng.one_in(8) {
             let purpose = if env.rng.one_in(2) { Purpose::Superblock } else { Purpose::Carry };

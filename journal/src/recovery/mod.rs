@@ -7,7 +7,7 @@ use bytes::Bytes;
 use uuid::Uuid;
 
 pub(crate) use survey::read_superblock;
-pub use survey::{Content, Damage, Segment, SegmentError, Survey, SurveyOptions, survey};
+pub use survey::{Content, Damage, Hidden, Segment, SegmentError, Survey, SurveyOptions, survey};
 
 use crate::format::manifest::{Manifest, ManifestError};
 use crate::format::{
@@ -132,6 +132,9 @@ pub struct Opened {
     pub tail: ChainPoint,
     /// The manifest's text, if it can be read.
     pub manifest: Option<Manifest>,
+    /// Records behind the stream's end that this opening leaves behind: their source sends them again, or notices that the journal
+    /// lost what it had acknowledged.
+    pub hidden: Option<Hidden>,
     /// Slots that hold nothing, lowest first.
     pub free_slots: Vec<u32>,
 }
@@ -154,7 +157,7 @@ pub struct OpenOptions {
 /// What is wrong with the file.
 pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) -> Result<Opened, OpenError> {
     let look = SurveyOptions { trusted_through: options.trusted_through, skip_unreadable: false };
-    let Survey { mut superblock, mut segments, tail, damage, free_slots, manifest } =
+    let Survey { mut superblock, mut segments, tail, damage, hidden, free_slots, manifest } =
         survey(storage, file, look)?;
     if let Some(expected) = options.vm_id
         && expected != superblock.vm_id
@@ -197,7 +200,7 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
     if !planted(Bug::RecoveryWithoutSync) {
         io.purpose(Purpose::Carry).sync()?;
     }
-    Ok(Opened { superblock, segments, tail, manifest, free_slots })
+    Ok(Opened { superblock, segments, tail, manifest, hidden, free_slots })
 }
 
 /// Copies an unsealed segment into a free slot as this opening's own.

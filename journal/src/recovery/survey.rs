@@ -7,7 +7,7 @@ use crate::format::{
     ChainPoint, Footer, FooterError, MANIFEST_OFFSETS, MANIFEST_SLOT_BYTES, PAGE_BYTES, SUPERBLOCK_OFFSETS,
     SegmentHeader, SegmentTrailer, Superblock, slot_offset_bytes,
 };
-use crate::scan::{Ownership, Scan, ScanStop, scan};
+use crate::scan::{Ownership, Scan, ScanStop, resume, scan};
 use crate::storage::{AlignedBuf, Blocking, FileId, Op, Purpose, Storage, StorageError};
 
 /// All that counts in a journal's file.
@@ -21,6 +21,8 @@ pub struct Survey {
     pub tail: ChainPoint,
     /// Set if later records are there that the segments don't reach.
     pub damage: Option<Damage>,
+    /// Set if records are there behind the stream's end that no later segment vouches for.
+    pub hidden: Option<Hidden>,
     /// Slots that hold nothing that counts, lowest first.
     pub free_slots: Vec<u32>,
     /// The manifest, if it can be read.
@@ -149,6 +151,20 @@ pub struct Damage {
     pub stop: Option<(u64, ScanStop)>,
 }
 
+/// Records behind an unreadable batch of the newest segment. Either they were never acknowledged, because a power cut tore the
+/// group before theirs, or the batch was damaged since: the file can't tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hidden {
+    /// The segment.
+    pub segment: u64,
+    /// Its slot.
+    pub slot: u32,
+    /// The last record that can be read.
+    pub after_seq: u64,
+    /// The first one behind the unreadable batch.
+    pub resumes_seq: u64,
+}
+
 /// How to look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SurveyOptions {
@@ -175,6 +191,7 @@ pub fn survey<S: Storage>(
     let mut slots = read_slots(&mut io, &superblock, skip_unreadable)?;
     let (mut segments, mut tail) = (Vec::<Segment>::new(), superblock.low_water);
     let ownership = Ownership::of(&superblock);
+    let mut hidden = None;
     loop {
         let wanted = segments.last().map_or(superblock.low_water_segment, |last| last.header.number + 1);
         let mut next: Option<Segment> = None;
@@ -188,6 +205,7 @@ pub fn survey<S: Storage>(
             }
             if next.as_ref().is_none_or(|next| next.header.open_count < slot.header.open_count) {
                 next = Some(slot.segment());
+                hidden = slot.hidden(&superblock);
             }
         }
         let Some(next) = next else { break };
@@ -210,7 +228,7 @@ pub fn survey<S: Storage>(
     });
     let in_use = |slot: &u32| segments.iter().any(|segment| segment.header.slot == *slot);
     let free_slots = (0..superblock.slot_count).filter(|slot| !in_use(slot)).collect();
-    Ok(Survey { superblock, segments, tail, damage, free_slots, manifest })
+    Ok(Survey { superblock, segments, tail, damage, hidden, free_slots, manifest })
 }
 
 /// Reads both superblocks and takes the one that counts.
@@ -264,6 +282,8 @@ struct Slot {
     header: SegmentHeader,
     trailer: Option<SegmentTrailer>,
     scan: Option<Scan>,
+    /// First number behind what stopped the scan.
+    resumes_seq: Option<u64>,
 }
 
 impl Slot {
@@ -278,7 +298,13 @@ impl Slot {
             let slot_len_bytes = superblock.slot_len_bytes;
             let bytes =
                 io.read(slot_offset_bytes(self.header.slot, slot_len_bytes), slot_len_bytes as usize)?;
-            self.scan = Some(scan(&bytes, &self.header, ownership, trusted_through));
+            let found = scan(&bytes, &self.header, ownership, trusted_through);
+            if matches!(found.stop, ScanStop::Damaged(_) | ScanStop::End) {
+                let end_bytes = slot_len_bytes - PAGE_BYTES as u64;
+                let next = resume(&bytes, found.end_bytes, end_bytes, &self.header, found.last.seq);
+                self.resumes_seq = next.map(|(_, seq)| seq);
+            }
+            self.scan = Some(found);
         }
         Ok(())
     }
@@ -295,6 +321,14 @@ impl Slot {
                 scan.end_bytes >= self.header.carried_end_bytes || scan.stop == ScanStop::Untrusted
             }),
         })
+    }
+
+    /// What is behind its end. Once another opening took the segment over, that opening decided where it ends.
+    fn hidden(&self, superblock: &Superblock) -> Option<Hidden> {
+        let (Some(scan), Some(resumes_seq)) = (&self.scan, self.resumes_seq) else { return None };
+        let SegmentHeader { number: segment, slot, open_count, .. } = self.header;
+        let after_seq = scan.last.seq;
+        (open_count == superblock.open_count).then_some(Hidden { segment, slot, after_seq, resumes_seq })
     }
 
     fn segment(&self) -> Segment {
@@ -342,7 +376,7 @@ fn read_slots<S: Storage>(
                 .filter(|trailer| header.as_ref().is_none_or(|header| *header == trailer.header));
             let header = header.or_else(|| trailer.as_ref().map(|trailer| trailer.header.clone()));
             if let Some(header) = header {
-                slots.push(Slot { header, trailer, scan: None });
+                slots.push(Slot { header, trailer, scan: None, resumes_seq: None });
             }
         }
     }

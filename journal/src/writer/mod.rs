@@ -375,6 +375,11 @@ impl Writer {
         self.poisoned || (self.step.is_none() && !waiting)
     }
 
+    /// Whether the group after the one that is being synced is being written.
+    pub fn is_writing_ahead(&self) -> bool {
+        self.ahead.is_some()
+    }
+
     /// How many operations were given out and have not ended.
     pub fn under_way(&self) -> usize {
         self.under_way

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use ublk::arena::Arena;
 use ublk::control::ControlError;
 use ublk::cookie::Cookie;
-use ublk::device::{Device, DeviceSettings, Driver};
+use ublk::device::{Device, DeviceError, DeviceSettings, Driver};
 use ublk::features::Features;
 use ublk::nbd::{Address, ExportSettings, NbdServer};
 use ublk::reactor::Reactors;
@@ -149,7 +149,7 @@ impl Doors {
     pub(super) fn close(&self, door: Door) -> Result<(), ApiError> {
         let ended = match door {
             Door::Ublk(device) => {
-                device.delete()?;
+                deleted(device.delete())?;
                 true
             }
             Door::Shared { export, .. } => self.nbd.remove_export(&export, CLOSE_LIMIT),
@@ -264,4 +264,18 @@ fn address_of(listen: &NbdListen) -> Result<Address, ApiError> {
 
 fn is_loopback(address: SocketAddr) -> bool {
     address.ip().is_loopback()
+}
+
+/// The end of a device. One that somebody has open is out of service all the same: the driver frees its number after the last close.
+pub(super) fn deleted(result: Result<(), DeviceError>) -> Result<(), DeviceError> {
+    match result {
+        Err(DeviceError::HeldOpen { device }) => {
+            tracing::warn!(
+                device,
+                "the device was deleted, but somebody has it open: its number stays taken until they close it"
+            );
+            Ok(())
+        }
+        other => other,
+    }
 }

@@ -9,6 +9,7 @@ use ublk::device::{DeviceError, DeviceInfo};
 use ublk::serve::Disk;
 use ublk::sweep::{Verdict, sweep};
 
+use super::doors::deleted;
 use super::state::{Change, VolumeRecord};
 use super::volumes::{LiveVolume, disk_over};
 use super::{Daemon, lock};
@@ -162,7 +163,7 @@ impl Daemon {
     /// Deletes the device that a former daemon left for the volume of that cookie, if there is one.
     pub(super) fn delete_left_device(&self, cookie: u32, force: bool) -> Result<(), ApiError> {
         match self.left_device(cookie)? {
-            Some(device) => Ok(self.doors.driver()?.delete(device, force)?),
+            Some(device) => Ok(deleted(self.doors.driver()?.delete(device, force))?),
             None => Ok(()),
         }
     }

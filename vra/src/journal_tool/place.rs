@@ -4,15 +4,12 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use journal::format::{PAGE_BYTES, slot_offset_bytes};
-use journal::recovery::{Content, Survey, SurveyOptions};
-use journal::scan::ScanStop;
+use journal::recovery::{Survey, SurveyOptions};
+use journal::storage::FileId;
 use journal::storage::ring::{Access, DirectFile, RingStorage};
-use journal::storage::{Blocking, FileId, Purpose};
 use journal::view::Reader;
 use serde::Deserialize;
 
-use super::walk::resume;
 use crate::api::VmId;
 use crate::api::vpg::{VmDefinition, VpgDefinition};
 
@@ -57,7 +54,7 @@ impl Journal {
             .with_context(|| format!("cannot open {}", path.display()))?;
         let manifest = reader.survey.manifest.as_ref();
         let manifest = manifest.and_then(|manifest| serde_json::from_str(&manifest.text).ok());
-        let cut_short = cut_short(&mut storage, file, &reader.survey)?;
+        let cut_short = cut_short(&reader.survey);
         Ok(Self { path, storage, file, reader, manifest, cut_short })
     }
 
@@ -122,23 +119,13 @@ impl Journal {
 }
 
 /// Why the history ends before the last record that is there.
-fn cut_short(storage: &mut RingStorage, file: FileId, survey: &Survey) -> anyhow::Result<Option<String>> {
-    if let Some(damage) = &survey.damage {
-        let (first, until) = (damage.after_seq + 1, damage.resumes_after_seq);
-        return Ok(Some(format!("records {first} to {until} cannot be read")));
-    }
-    let Some(newest) = survey.segments.last() else { return Ok(None) };
-    let Content::Scanned(scan) = &newest.content else { return Ok(None) };
-    if !matches!(scan.stop, ScanStop::Damaged(_) | ScanStop::End) {
-        return Ok(None);
-    }
-    // The end, torn, or damaged later? If it is damaged, what was written after it is there.
-    let slot_len_bytes = survey.superblock.slot_len_bytes;
-    let offset_bytes = slot_offset_bytes(newest.header.slot, slot_len_bytes);
-    let slot = Blocking::new(storage, file, Purpose::View).read(offset_bytes, slot_len_bytes as usize)?;
-    let (at, end) = (scan.end_bytes as usize, slot.len() - PAGE_BYTES);
-    let next = resume(&slot, at, end, &newest.header, scan.last.seq);
-    Ok(next.map(|(_, seq)| format!("records {} to {} cannot be read", scan.last.seq + 1, seq - 1)))
+fn cut_short(survey: &Survey) -> Option<String> {
+    let (first, until) = match (&survey.damage, &survey.hidden) {
+        (Some(damage), _) => (damage.after_seq + 1, damage.resumes_after_seq),
+        (None, Some(hidden)) => (hidden.after_seq + 1, hidden.resumes_seq - 1),
+        (None, None) => return None,
+    };
+    Some(format!("records {first} to {until} cannot be read"))
 }
 
 /// Opens a journal's file.

@@ -1,5 +1,6 @@
 use std::path::Path;
 
+use journal::format::{PAGE_BYTES, slot_offset_bytes};
 use journal::writer::Change;
 use serde_json::{Value, json};
 
@@ -154,8 +155,10 @@ fn what_cannot_be_extracted_is_named_with_a_remedy() {
     assert_eq!(std::fs::read(&out).expect("file"), b"precious");
     let text = failure(&["inspect", "/nonexistent/datastore"]);
     assert!(text.contains("/nonexistent/datastore"), "{text}");
-    let text = failure(&["inspect", &out]);
-    assert!(text.contains("not a journal"), "{text}");
+    for command in ["inspect", "verify"] {
+        let text = failure(&[command, &out]);
+        assert!(text.contains("not a journal"), "{text}");
+    }
     journal.change(Change::GiveUpHistory { sync_id: 12 });
     let text = extract("latest");
     assert!(text.contains("no checkpoint"), "{text}");
@@ -181,6 +184,7 @@ fn damage_before_the_newest_records_is_told_to_whoever_asks_for_the_latest() {
     journal.write(0, vec![0x33; 4096]);
     journal.checkpoint("after it", START_US + 600_000_000);
     journal.flush();
+    let later = std::fs::read(&path).expect("journal");
     TestJournal::flip_bit(&path, &[0x22; 16384], 17);
     let damaged = place::Journal::open(&path).expect("damaged");
     let why = damaged.cut_short.expect("told");
@@ -202,6 +206,38 @@ fn damage_before_the_newest_records_is_told_to_whoever_asks_for_the_latest() {
     let (text, _) =
         call(&["extract", &store, "--at", "latest", "--out", &out, "--quiet"]).expect("an older one");
     assert!(text.contains(&cuts[2].to_string()), "{text}");
+
+    // The newest segment's first batch: nothing of the segment can be read.
+    std::fs::write(&path, &later).expect("journal");
+    let newest = place::Journal::open(&path).expect("whole").reader.survey.segments.pop().expect("a segment");
+    assert!(newest.data_end_bytes() > 16384, "it has more than one batch");
+    let mut beheaded = later;
+    beheaded[slot_offset_bytes(newest.header.slot, 1 << 20) as usize + PAGE_BYTES + 100] ^= 1;
+    std::fs::write(&path, &beheaded).expect("journal");
+    let why = place::Journal::open(&path).expect("damaged").cut_short.expect("told");
+    assert!(why.starts_with("records ") && why.ends_with("cannot be read"), "{why}");
+    let (text, _) = call(&["verify", &store]).expect("checked");
+    assert!(text.contains("damaged"), "{text}");
+}
+
+#[test]
+fn a_slot_that_an_opening_passed_over_is_no_damage() {
+    let (mut journal, _) = protected("passed-over");
+    let store = datastore(&journal).to_path_buf();
+    let _clean_up = CleanUp(&store);
+    let path = journal.path();
+    journal.write(0, vec![0x44; 4096]);
+    journal.flush();
+    journal.write(8192, vec![0x55; 4096]);
+    journal.flush();
+    // A power cut tore the batch before the last one; then the journal was opened again.
+    TestJournal::flip_bit(&path, &[0x44; 4096], 17);
+    let path_name = path.to_string_lossy().into_owned();
+    let (text, _) = call(&["verify", &path_name]).expect("checked");
+    assert!(text.contains("damaged"), "{text}");
+    journal.reopen();
+    let (text, _) = call(&["verify", &path_name]).expect("checked");
+    assert!(text.contains("all whole"), "{text}");
 }
 
 #[test]

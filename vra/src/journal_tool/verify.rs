@@ -10,6 +10,7 @@ use journal::format::{
     MANIFEST_OFFSETS, MANIFEST_SLOT_BYTES, PAGE_BYTES, PageError, SUPERBLOCK_OFFSETS, SegmentHeader,
     SegmentTrailer, Superblock, slot_offset_bytes,
 };
+use journal::recovery::{OpenError, SurveyOptions, survey};
 use journal::storage::ring::RingStorage;
 use journal::storage::{Blocking, Purpose};
 use serde::Serialize;
@@ -92,7 +93,16 @@ pub(super) fn check(path: &Path) -> anyhow::Result<Report> {
     let superblock =
         report.superblock(&mut io).with_context(|| format!("cannot check {}", path.display()))?;
     report.manifest(&mut io, &superblock);
-    let segments = report.segments(&mut io, &superblock)?;
+    let mut segments = report.segments(&mut io, &superblock)?;
+    let options = SurveyOptions { skip_unreadable: true, ..SurveyOptions::default() };
+    if let Ok(survey) = survey(&mut storage, file, options) {
+        // What a later opening passed over when it looked for the stream's end was never acknowledged.
+        let counts = |slot: u32| survey.segments.iter().any(|segment| segment.header.slot == slot);
+        segments.retain(|_, (header, trailer)| {
+            trailer.is_some() || header.open_count == superblock.open_count || counts(header.slot)
+        });
+    }
+    let mut io = Blocking::new(&mut storage, file, Purpose::View);
     report.walk(&mut io, &superblock, segments)?;
     for (number, volume) in superblock.volumes.iter().enumerate() {
         let disk = path.with_file_name(format!("disk-{number}.raw"));
@@ -113,6 +123,9 @@ impl Report {
 
     /// Both copies; the newer whole one counts.
     fn superblock(&mut self, io: &mut Blocking<'_, RingStorage>) -> anyhow::Result<Superblock> {
+        if io.file_len_bytes()? < SUPERBLOCK_OFFSETS[1] + PAGE_BYTES as u64 {
+            return Err(OpenError::NotAJournal.into());
+        }
         let mut copies = Vec::new();
         let mut last_error = None;
         for offset_bytes in SUPERBLOCK_OFFSETS {

@@ -2,7 +2,7 @@
 
 use journal::batch::{BatchError, BatchView, RecordKind};
 use journal::format::{ChainPoint, Footer, FooterBuilder, PAGE_BYTES, SegmentHeader, SegmentTrailer};
-use uuid::Uuid;
+use journal::scan::resume;
 
 /// Something that cannot be read any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,7 +48,7 @@ pub(super) fn walk(slot: &[u8], header: &SegmentHeader, trailer: Option<&Segment
         let (batch, damage) = match fits {
             Ok(fits) => fits,
             Err(wrong) => {
-                let next = resume(slot, at, data_end, header, walked.last.seq);
+                let next = resume(slot, at as u64, data_end as u64, header, walked.last.seq);
                 if next.is_none() && trailer.is_none() {
                     if !matches!(wrong, Wrong::Batch(BatchError::Magic) | Wrong::Misfit(_)) {
                         walked.torn_tail = Some(wrong.to_string());
@@ -67,13 +67,13 @@ pub(super) fn walk(slot: &[u8], header: &SegmentHeader, trailer: Option<&Segment
                 });
                 after_gap = true;
                 let Some((offset, _)) = next else { break };
-                at = offset;
+                at = offset as usize;
                 continue;
             }
         };
         if let Some(error) = damage.first()
             && trailer.is_none()
-            && resume(slot, at, data_end, header, batch.last_seq()).is_none()
+            && resume(slot, at as u64, data_end as u64, header, batch.last_seq()).is_none()
         {
             walked.torn_tail = Some(error.to_string());
             break;
@@ -170,26 +170,4 @@ fn misfit(
     } else {
         None
     }
-}
-
-/// The next place after damage where a batch of this time begins, and its first record.
-pub(super) fn resume(
-    slot: &[u8],
-    at: usize,
-    end: usize,
-    header: &SegmentHeader,
-    last_seq: u64,
-) -> Option<(usize, u64)> {
-    // What an earlier opening left behind in the slot doesn't count.
-    let belongs = |offset: usize, id: Uuid, open_count: u64, first_seq: u64| {
-        let is_carried = (offset as u64) < header.carried_end_bytes;
-        let fits = open_count == header.open_count || is_carried && open_count < header.open_count;
-        id == header.journal_id && fits && first_seq > last_seq
-    };
-    (at + PAGE_BYTES..end).step_by(PAGE_BYTES).find_map(|offset| {
-        let (batch, _) = BatchView::parse_damaged(&slot[offset..end]).ok()?;
-        let link = batch.link();
-        let belongs = belongs(offset, link.journal_id, link.open_count, batch.first_seq());
-        belongs.then(|| (offset, batch.first_seq()))
-    })
 }

@@ -136,6 +136,16 @@ pub(super) fn open(
     let file = storage.add_file(DirectFile::open(&path, Access::Exclusive)?);
     let options = OpenOptions { vm_id: Some(vm.0), trusted_through };
     let opened = journal::recovery::open(&mut storage, file, &options).map_err(failed)?;
+    if let Some(hidden) = opened.hidden {
+        tracing::info!(
+            journal = %path.display(),
+            segment = hidden.segment,
+            after_seq = hidden.after_seq,
+            resumes_seq = hidden.resumes_seq,
+            "the journal ends before an unreadable batch with later ones behind it: a power cut before they were acknowledged, or damage. \
+             If they were acknowledged, their source notices and replicates anew"
+        );
+    }
     let mut io = Blocking::new(&mut storage, file, Purpose::Survey);
     let mut events = Vec::new();
     for segment in &opened.segments {

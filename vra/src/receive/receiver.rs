@@ -256,6 +256,11 @@ impl Receiver {
         self.failed || base_idle && self.writer.is_idle() && self.outputs.is_empty()
     }
 
+    /// Whether the journal writes a group while the one before is being synced.
+    pub fn is_writing_ahead(&self) -> bool {
+        self.writer.is_writing_ahead()
+    }
+
     /// What the journal holds that isn't data.
     pub fn history(&self) -> &History {
         &self.history

@@ -473,13 +473,12 @@ impl Sender {
             | RefuseCode::VolumesDiffer
             | RefuseCode::NotAllowed
             | RefuseCode::Closed => return self.halt(StopReason::Refused(refuse)),
-            RefuseCode::Busy | RefuseCode::BadBatch => self.backoff.failed(),
+            // Fenced: it may have been an older stream of this very source whose open came late. Another source of a newer generation
+            // lets the target refuse this one for good.
+            RefuseCode::Busy | RefuseCode::BadBatch | RefuseCode::Fenced => self.backoff.failed(),
             // A target that speaks this version and says otherwise is tried as any other.
             RefuseCode::Version if refuse.detail == u64::from(PROTOCOL_VERSION) => self.backoff.failed(),
-            // It may have been an older stream of this very source whose open came late. Another source of a newer generation
-            // lets the target refuse this one for good.
-            RefuseCode::Fenced
-            | RefuseCode::Version
+            RefuseCode::Version
             | RefuseCode::Feature
             | RefuseCode::UnknownVm
             | RefuseCode::JournalDiffers

@@ -19,6 +19,7 @@ use uuid::Uuid;
 
 const GENERATION: Uuid = Uuid::from_u128(0x6e);
 const JOURNAL_ID: Uuid = Uuid::from_u128(1);
+const LIMITS: Limits = Limits { max_slots: 64, grow_slots: 4, group_bytes: 1 << 20 };
 
 /// The journal of a VM with one volume, in a folder of its own that goes with it.
 pub(crate) struct TestJournal {
@@ -68,8 +69,7 @@ impl TestJournal {
         };
         create(&mut storage, file, &new).expect("journal");
         let opened = open(&mut storage, file, &OpenOptions::default()).expect("open");
-        let limits = Limits { max_slots: 64, grow_slots: 4, group_bytes: 1 << 20 };
-        let writer = Writer::new(opened, limits);
+        let writer = Writer::new(opened, LIMITS);
         let (sealer, changes) = (BatchSealer::new(), Vec::new());
         let mut journal =
             Self { folder, size_bytes, seq: 0, storage, file, writer, sealer, crc: 0, base, changes };
@@ -87,6 +87,12 @@ impl TestJournal {
 
     pub(crate) fn path(&self) -> PathBuf {
         self.folder.join("journal.hfj")
+    }
+
+    /// Opens the journal for writing once more, as after the death of its writer.
+    pub(crate) fn reopen(&mut self) {
+        let opened = open(&mut self.storage, self.file, &OpenOptions::default()).expect("open");
+        self.writer = Writer::new(opened, LIMITS);
     }
 
     pub(crate) fn change(&mut self, change: Change) {
