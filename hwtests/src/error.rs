@@ -65,6 +65,14 @@ pub enum RigError {
         /// The last lines of the console.
         console: String,
     },
+    /// The machine's first process did not begin in time.
+    #[error("the machine was not up after {limit_s} s; end of its console:\n{console}")]
+    NotUp {
+        /// How long it was given, in seconds.
+        limit_s: u64,
+        /// What its kernel and the emulator said last.
+        console: String,
+    },
     /// The machine was stopped at its deadline.
     #[error("the machine was stopped after {limit_s} s; end of its console:\n{console}")]
     Deadline {

@@ -103,6 +103,17 @@ impl<'a> Machine<'a> {
 
     /// Runs a job to its end. `sink` gets the job's output as it comes.
     pub fn run(&self, job: &Job, sink: &mut dyn FnMut(&[u8])) -> Result<Finished, RigError> {
+        match self.run_once(job, sink) {
+            // The emulator sometimes never gets as far as the kernel: nothing of the job has run.
+            Err(RigError::NotUp { .. }) => {
+                tracing::warn!("a machine did not come up: once more");
+                self.run_once(job, sink)
+            }
+            other => other,
+        }
+    }
+
+    fn run_once(&self, job: &Job, sink: &mut dyn FnMut(&[u8])) -> Result<Finished, RigError> {
         let folder = runs::RunFolder::create(self.cache)?;
         let path = folder.path().to_path_buf();
         let mut command = self.prepare(job, &path)?;
@@ -196,6 +207,11 @@ impl<'a> Machine<'a> {
             if let Some(status) = ended {
                 return Ok(status);
             }
+            if started.elapsed() > BOOT_LIMIT && !is_up(folder) {
+                emulator.stop();
+                let limit_s = BOOT_LIMIT.as_secs();
+                return Err(RigError::NotUp { limit_s, console: last_words(folder) });
+            }
             if started.elapsed() > self.limit {
                 emulator.stop();
                 tail.forward(sink)?;
@@ -207,6 +223,14 @@ impl<'a> Machine<'a> {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+/// A machine that has not said that it is up by then never will; most are within ten seconds.
+const BOOT_LIMIT: Duration = Duration::from_secs(100);
+
+/// Whether the first process has begun the job.
+fn is_up(folder: &Path) -> bool {
+    fs::metadata(folder.join("control.log")).is_ok_and(|metadata| metadata.len() > 0)
 }
 
 /// The emulator's process, which never outlives its owner.

@@ -153,6 +153,12 @@ impl Index {
         self.crcs[extent.crc as usize + unit]
     }
 
+    /// One piece, by its place in the order.
+    pub fn piece(&self, number: usize) -> Option<(IndexPiece, &Extent)> {
+        let piece = *self.pieces.get(number)?;
+        Some((piece, &self.extents[piece.extent as usize]))
+    }
+
     /// How many pieces there are.
     pub fn piece_count(&self) -> usize {
         self.pieces.len()

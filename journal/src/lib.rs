@@ -5,6 +5,7 @@ pub mod catalogue;
 pub mod format;
 pub mod index;
 pub mod planted;
+pub mod promotion;
 pub mod recovery;
 pub mod scan;
 pub mod storage;

@@ -37,10 +37,28 @@ pub enum Bug {
     OpenedWithoutFence,
     /// A view doesn't check what it read (C4).
     ViewWithoutChecksums,
+    /// Slots are free before the low-water mark is durable (C2).
+    SlotsFreedEarly,
+    /// A promotion is announced in the superblock alone (C2).
+    IntentNotInStream,
+    /// The file is cut before the superblock says that it is shorter.
+    CutBeforeSuperblock,
+    /// Of several segments that are promoted together one is left out.
+    PromotionSkipsSegment,
+    /// The low-water mark moves before the recovery disk was synced (C2).
+    PromotionWithoutSync,
+    /// Records that a recovery disk has from its sync are applied again (B6).
+    PromotionBelowBase,
+    /// A promotion doesn't compare checksums (C4).
+    PromotionUnchecked,
+    /// An open view reads promoted records from slots that were freed (C3).
+    ViewNotRepointed,
+    /// A promotion writes whole pages where a record covers a part of one.
+    PromotionPastEdges,
 }
 
 /// All of them.
-pub const ALL: [Bug; 16] = [
+pub const ALL: [Bug; 25] = [
     Bug::SkippedSyncBeforeAck,
     Bug::AheadCountsAsSynced,
     Bug::FailedSyncForgotten,
@@ -57,6 +75,15 @@ pub const ALL: [Bug; 16] = [
     Bug::SyncEndInsideBatch,
     Bug::OpenedWithoutFence,
     Bug::ViewWithoutChecksums,
+    Bug::SlotsFreedEarly,
+    Bug::IntentNotInStream,
+    Bug::CutBeforeSuperblock,
+    Bug::PromotionSkipsSegment,
+    Bug::PromotionWithoutSync,
+    Bug::PromotionBelowBase,
+    Bug::PromotionUnchecked,
+    Bug::ViewNotRepointed,
+    Bug::PromotionPastEdges,
 ];
 
 /// Whether the bug is switched on in this thread or everywhere.

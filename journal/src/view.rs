@@ -1,11 +1,14 @@
 //! A VM's disks as they were at a sequence number: recovery disks and the journal up to it.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::batch::{CRC_UNIT_BYTES, RecordKind, unit_count, unit_matches};
 use crate::catalogue::Catalogue;
 use crate::format::{Footer, FooterEvent, PAGE_BYTES, Superblock, SuperblockError, VolumeState};
-use crate::index::{Index, IndexBuilder};
+use crate::index::{Extent, Index, IndexBuilder};
 use crate::planted::{Bug, planted};
 use crate::recovery::{OpenError, SegmentError, Survey, SurveyOptions, survey};
 use crate::storage::{AlignedBuf, Blocking, FileId, Purpose, Storage, StorageError};
@@ -173,7 +176,7 @@ impl Reader {
             record.kind == RecordKind::Resize && record.volume == number && record.seq <= seq
         });
         let size_bytes = resizes.last().map_or(state.size_bytes, |event| event.record.len_bytes);
-        VolumeView { number, size_bytes, index: builder.build() }
+        VolumeView { number, size_bytes, index: builder.build(), promoted: Promoted::default() }
     }
 }
 
@@ -188,6 +191,11 @@ impl View {
     /// The number.
     pub fn seq(&self) -> u64 {
         self.seq
+    }
+
+    /// Follows a promotion that goes on beneath the view, through at most the view's own number.
+    pub fn follow(&mut self, promoted: &Promoted) {
+        self.volumes.values_mut().for_each(|volume| volume.promoted = promoted.clone());
     }
 
     /// The volumes that existed then.
@@ -232,6 +240,24 @@ pub struct VolumeView {
     number: u16,
     size_bytes: u64,
     index: Index,
+    promoted: Promoted,
+}
+
+/// How far promotion has come since a view was opened, shared by all who must know. What it has promoted is read from the recovery
+/// disk: the slots are used again (C3).
+#[derive(Clone, Debug, Default)]
+pub struct Promoted(Arc<AtomicU64>);
+
+impl Promoted {
+    /// The recovery disks hold everything up to here, durably. To be noted before the slots are freed.
+    pub fn advance(&self, through_seq: u64) {
+        self.0.fetch_max(through_seq, Ordering::AcqRel);
+    }
+
+    /// Everything up to here is read from the recovery disks.
+    pub fn through_seq(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
 }
 
 /// A part of a read: where it comes from. Parts are in order and cover the range asked for.
@@ -276,7 +302,46 @@ pub struct JournalPart {
     volume: u16,
 }
 
+impl From<JournalPart> for ReadPart {
+    fn from(part: JournalPart) -> Self {
+        Self::Journal(part)
+    }
+}
+
 impl JournalPart {
+    /// What to read for a range of an extent, whose payload begins at `payload_offset_bytes` of the file.
+    pub(crate) fn new(
+        volume: u16,
+        index: &Index,
+        extent: &Extent,
+        payload_offset_bytes: u64,
+        range: Range<u64>,
+    ) -> Self {
+        let (unit, page) = (CRC_UNIT_BYTES as u64, PAGE_BYTES as u64);
+        let len_bytes = range.end - range.start;
+        let in_payload = range.start - extent.offset_bytes;
+        let first_unit = in_payload / unit;
+        let units_begin = first_unit * unit;
+        let units_end = (in_payload + len_bytes).next_multiple_of(unit).min(extent.len_bytes);
+        let file_begin = payload_offset_bytes + units_begin;
+        let read_offset_bytes = file_begin / page * page;
+        let read_end = (payload_offset_bytes + units_end).next_multiple_of(page);
+        let unit_count = unit_count((units_end - units_begin) as usize);
+        let crc_of = |unit: usize| index.unit_crc(extent, first_unit as usize + unit);
+        Self {
+            offset_bytes: range.start,
+            len_bytes,
+            read_offset_bytes,
+            read_len_bytes: (read_end - read_offset_bytes) as usize,
+            skip_bytes: (payload_offset_bytes + in_payload - read_offset_bytes) as usize,
+            seq: extent.seq,
+            units_skip_bytes: (file_begin - read_offset_bytes) as usize,
+            units_len_bytes: (units_end - units_begin) as usize,
+            crcs: (0..unit_count).map(crc_of).collect(),
+            volume,
+        }
+    }
+
     /// Checks what was read and gives the wanted bytes of it (C4).
     ///
     /// # Errors
@@ -309,7 +374,14 @@ impl VolumeView {
         &self.index
     }
 
-    /// How to read a range, in parts.
+    /// How far the promotion beneath the view has come.
+    pub fn promoted(&self) -> &Promoted {
+        &self.promoted
+    }
+
+    /// How to read a range, in parts. If a checksum is wrong and promotion has come further since, what was read is not what the record
+    /// wrote: it is to be planned and read again.
+    ///
     ///
     /// # Errors
     /// The range is outside of the disk.
@@ -322,37 +394,19 @@ impl VolumeView {
                 parts.push(ReadPart::RecoveryDisk { offset_bytes: from, len_bytes: until - from });
             }
         };
+        let promoted_seq = if planted(Bug::ViewNotRepointed) { 0 } else { self.promoted.through_seq() };
         for (piece, extent) in self.index.overlapping(offset_bytes, len_bytes) {
+            if extent.seq <= promoted_seq {
+                continue;
+            }
             let (from, until) = (piece.offset_bytes.max(at), piece.end_bytes.min(end_bytes));
             gap(&mut parts, at, from);
             let (offset_bytes, len_bytes) = (from, until - from);
             parts.push(match extent.payload_offset_bytes {
                 None => ReadPart::Zeroes { offset_bytes, len_bytes },
                 Some(payload_offset_bytes) => {
-                    let in_payload = from - extent.offset_bytes;
-                    let unit = CRC_UNIT_BYTES as u64;
-                    let first_unit = in_payload / unit;
-                    let units_begin = first_unit * unit;
-                    let units_end = (in_payload + len_bytes).next_multiple_of(unit).min(extent.len_bytes);
-                    let file_begin = payload_offset_bytes + units_begin;
-                    let page = PAGE_BYTES as u64;
-                    let read_offset_bytes = file_begin / page * page;
-                    let read_end = (payload_offset_bytes + units_end).next_multiple_of(page);
-                    let unit_count = unit_count((units_end - units_begin) as usize);
-                    ReadPart::Journal(JournalPart {
-                        offset_bytes,
-                        len_bytes,
-                        read_offset_bytes,
-                        read_len_bytes: (read_end - read_offset_bytes) as usize,
-                        skip_bytes: (payload_offset_bytes + in_payload - read_offset_bytes) as usize,
-                        seq: extent.seq,
-                        units_skip_bytes: (file_begin - read_offset_bytes) as usize,
-                        units_len_bytes: (units_end - units_begin) as usize,
-                        crcs: (0..unit_count)
-                            .map(|unit| self.index.unit_crc(extent, first_unit as usize + unit))
-                            .collect(),
-                        volume: self.number,
-                    })
+                    JournalPart::new(self.number, &self.index, extent, payload_offset_bytes, from..until)
+                        .into()
                 }
             });
             at = until;

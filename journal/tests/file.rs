@@ -71,7 +71,7 @@ impl Target {
     fn open(path: &Path) -> Self {
         let (mut storage, file) = ring(path, Access::Exclusive);
         let opened = open(&mut storage, file, &OpenOptions::default()).expect("open");
-        let mut writer = Writer::new(opened, Limits { max_slots: 6, grow_slots: 2, group_bytes: 1 << 20 });
+        let mut writer = Writer::new(opened, Limits { max_slots: 8, grow_slots: 2, group_bytes: 1 << 20 });
         writer
             .change(Change::Claim { generation: GENERATION, parent: Uuid::nil(), first_seq: 1 })
             .expect("claim");
@@ -180,7 +180,7 @@ fn writes_come_back_at_every_checkpoint_across_slots_and_openings() {
             target = Target::open(&folder.journal());
         }
     }
-    assert_eq!(target.writer.superblock().slot_count, 6, "it grew to its limit");
+    assert_eq!(target.writer.superblock().slot_count, 8, "it grew to its limit");
     assert!(cuts.len() >= 12, "{}", cuts.len());
     let (_, _, reader) = reader(&folder.journal());
     let found: Vec<u64> = reader.catalogue().checkpoints().iter().map(|entry| entry.checkpoint.cut).collect();
@@ -247,13 +247,14 @@ fn a_group_is_written_while_the_one_before_is_synced_and_acknowledged_after_it()
     create_journal(&folder.journal());
     let mut target = Target::open(&folder.journal());
     target.end_base_sync();
-    // The second copy of the superblock, so that nothing but batches is left to do.
-    target.drive();
     let group = |target: &mut Target| {
         target.push(|seq| Record::write(seq, 1, 0, 4096, Bytes::from(vec![seq as u8; 4096])));
         target.offer();
         target.seq
     };
+    // A segment is begun, so that nothing but batches is left to do.
+    group(&mut target);
+    target.drive();
     let first = group(&mut target);
     let action = |target: &mut Target| {
         let action = target.writer.next_action()?;

@@ -26,6 +26,14 @@ pub enum Planted {
     BaseMovedEarly,
     /// Overlapping writes of one group are put onto the recovery disk in reverse.
     ApplySwapped,
+    /// C2: a promotion applies records before its intent is durable.
+    PromotionNotAnnounced,
+    /// C2: a promotion goes past an open view.
+    PromotionPastPin,
+    /// B5: a promotion ends inside a sync, whose begin is forgotten with its segment.
+    PromotionEndsInSync,
+    /// C6: history ages by the system's clock.
+    WallClockAges,
 }
 
 #[cfg(any(test, feature = "sim"))]

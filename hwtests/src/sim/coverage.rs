@@ -93,6 +93,18 @@ pub enum Happening {
     Carried,
     /// An opening failed and the next one went on.
     OpenedAgain,
+    /// Segments were promoted to the recovery disks.
+    Promoted,
+    /// A promotion that another process had announced was done.
+    PromotionResumed,
+    /// History was given up before its time, for lack of room.
+    HistoryShortened,
+    /// A promotion couldn't go on.
+    PromotionStuck,
+    /// A view was read that promotion had gone on beneath.
+    ViewRepointed,
+    /// The file got shorter.
+    Shrunk,
     /// A view that was pinned before was still there and right.
     PinnedViewCompared,
     /// A checkpoint was opened and compared while the target was writing.
@@ -170,6 +182,12 @@ impl Happening {
         Self::FailedWithGroupAhead,
         Self::Carried,
         Self::OpenedAgain,
+        Self::Promoted,
+        Self::PromotionResumed,
+        Self::HistoryShortened,
+        Self::PromotionStuck,
+        Self::ViewRepointed,
+        Self::Shrunk,
         Self::PinnedViewCompared,
         Self::CheckpointComparedBesideWriter,
         Self::CheckpointCompared,

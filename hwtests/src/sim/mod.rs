@@ -4,6 +4,7 @@
 //! A seed decides everything, so a failure is its seed. The machines are the product's own; what may go wrong is the storage's
 //! (`journal::storage::sim`), the network's (`streams.rs`) and the world's (`world.rs`).
 
+mod ageing;
 mod coverage;
 mod door;
 mod env;

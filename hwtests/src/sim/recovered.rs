@@ -1,5 +1,6 @@
 //! What can be recovered from a target's files, against what the ledger knows.
 
+use journal::batch::RecordKind;
 use journal::format::FIRST_SLOT_OFFSET_BYTES;
 use journal::recovery::{OpenError, SurveyOptions};
 use journal::storage::{Blocking, Purpose};
@@ -7,8 +8,8 @@ use journal::view::{Reader, View, ViewError};
 
 use super::coverage::Happening;
 use super::env::Env;
-use super::ledger::{Image, Ledger, difference};
-use super::target::TargetSite;
+use super::ledger::{Image, Ledger, Promise, difference};
+use super::target::{PinnedView, TargetSite};
 
 /// Reads one of the checkpoints while the target goes on.
 pub(super) fn compare_beside_writer(site: &TargetSite, ledger: &Ledger, env: &mut Env) -> Result<(), String> {
@@ -22,7 +23,7 @@ pub(super) fn compare_beside_writer(site: &TargetSite, ledger: &Ledger, env: &mu
         Err(error) => return Err(format!("a reader beside the writer: {error:?}")),
     };
     if let Some(receiver) = site.receiver() {
-        let listed = receiver.history().catalogue(receiver.writer().superblock());
+        let listed = receiver.catalogue();
         let found = reader.catalogue().checkpoints();
         if let Some(lost) = listed.checkpoints().iter().find(|entry| !found.contains(entry)) {
             return Err(format!("the target lists checkpoint {}, its journal doesn't", lost.seq));
@@ -57,18 +58,43 @@ pub(super) fn compare_cut(
 /// A checkpoint that can be opened now, to be pinned.
 pub(super) fn any_cut(site: &TargetSite, env: &mut Env) -> Option<u64> {
     let receiver = site.receiver()?;
-    let listed = receiver.history().catalogue(receiver.writer().superblock());
+    let listed = receiver.catalogue();
     let count = listed.checkpoints().len();
     (count > 0).then(|| listed.checkpoints()[env.any_index(count)].checkpoint.cut)
 }
 
-/// A pinned view can still be opened and is still right.
+/// Opens a view that stays open. What is armed for the target may meet it: then there is none.
+pub(super) fn open_pinned(site: &mut TargetSite, cut: u64) -> Result<(), String> {
+    let mut storage = site.disk.storage();
+    let mut view = match Reader::open(&mut storage, site.journal, SurveyOptions::default()) {
+        Ok(reader) => reader.view(cut).map_err(|error| format!("the pinned view at {cut}: {error:?}"))?,
+        Err(_) if site.disk.is_dead(&storage) => return Ok(()),
+        Err(ViewError::Open(OpenError::Storage(_)) | ViewError::Storage(_)) => return Ok(()),
+        Err(error) => return Err(format!("a reader for a pinned view: {error:?}")),
+    };
+    view.follow(site.promoted());
+    let promoted_seq = site.promoted().through_seq();
+    site.opened(PinnedView { cut, promoted_seq, view });
+    Ok(())
+}
+
+/// A pinned view is still right, and another one can be opened beside it.
 pub(super) fn check_pinned(site: &TargetSite, ledger: &Ledger, env: &mut Env) -> Result<(), String> {
-    let Some(cut) = site.pinned_cut() else { return Ok(()) };
+    let Some(PinnedView { cut, promoted_seq, view }) = site.pinned() else { return Ok(()) };
+    match read_image(site, view, ledger) {
+        Ok(found) => {
+            compare(ledger, *cut, &found).map_err(|what| format!("a view that stayed open: {what}"))?;
+            if site.promoted().through_seq() > *promoted_seq {
+                env.happened(Happening::ViewRepointed);
+            }
+        }
+        Err(ViewError::Storage(_)) => return Ok(()),
+        Err(error) => return Err(format!("reading a view at {cut} that stayed open: {error:?}")),
+    }
     let mut storage = site.disk.storage();
     match Reader::open(&mut storage, site.journal, SurveyOptions::default()) {
         Ok(reader) => {
-            if compare_cut(site, &reader, cut, ledger)? {
+            if compare_cut(site, &reader, *cut, ledger)? {
                 env.happened(Happening::PinnedViewCompared);
             }
             Ok(())
@@ -122,10 +148,27 @@ fn check_listed(reader: &Reader, ledger: &Ledger, env: &mut Env) -> Result<(), S
         return Err(format!("the history ends at {newest_seq}, but {} was acknowledged", ledger.acked()));
     }
     let base_seq = superblock.low_water.seq;
-    if !superblock.state.is_base_sync() && base_seq > 0 && !ledger.ends_sync(base_seq) {
+    let is_promoted = base_seq <= superblock.promotion_intent_seq;
+    if !superblock.state.is_base_sync() && base_seq > 0 && !is_promoted && !ledger.ends_sync(base_seq) {
         return Err(format!(
             "the base is at {base_seq}, where no sync ends: checkpoints after its end are lost"
         ));
+    }
+    let there = |promise: &&Promise| promise.counts && promise.seq <= newest_seq;
+    if let Some(newest) = ledger.promises().iter().filter(there).map(|promise| promise.checkpoint.cut).max()
+        && newest < superblock.promotion_intent_seq
+    {
+        return Err(format!("promotion went past the newest checkpoint, with cut {newest}"));
+    }
+    // Without superblocks the stream must tell how new the recovery disks are (C2).
+    let told = reader
+        .events()
+        .map(|event| &event.record)
+        .filter(|record| record.kind == RecordKind::PromotionIntent);
+    let told_seq = told.map(|record| record.argument).max().unwrap_or_default();
+    let promoted_seq = superblock.promotion_intent_seq;
+    if !superblock.state.is_base_sync() && base_seq == promoted_seq && told_seq < promoted_seq {
+        return Err(format!("promoted through {promoted_seq}, but the stream tells of {told_seq}"));
     }
     let listed: Vec<u64> = reader.catalogue().checkpoints().iter().map(|entry| entry.seq).collect();
     let mut inside_sync = 0;

@@ -1,14 +1,18 @@
 //! A target: files on a datastore, and a process with the product's receiver.
 
+use journal::batch::BatchView;
 use journal::format::{FIRST_SLOT_OFFSET_BYTES, VolumeState};
 use journal::planted::{Bug, planted};
+use journal::promotion::{PromotionAction, PromotionFile};
 use journal::recovery::{NewJournal, OpenError, OpenOptions, Opened, SegmentError, create, open};
 use journal::storage::sim::{Crash, SimDisk, SimStorage};
 use journal::storage::{Blocking, FileId, Op, Purpose, Storage};
+use journal::view::{Promoted, View};
 use journal::writer::{Limits, Writer};
 use vra::receive::{Receiver, ReceiverEvent, ReceiverOutput, ReceiverPolicy, StreamId, VmIdentity};
 use vra::wire::Frame;
 
+use super::ageing::Ageing;
 use super::coverage::Happening;
 use super::env::Env;
 use super::ledger::Ledger;
@@ -28,16 +32,31 @@ pub(super) struct TargetSite {
     process: Option<Process>,
     /// What the living process knows to be durable after its storage failed.
     trusted_through: Option<u64>,
-    /// A view is open at this cut: the history must not be given up.
-    pinned_cut: Option<u64>,
+    /// A view that is open: the history must not be given up, nor promoted past it.
+    pinned: Option<PinnedView>,
+    /// How long the file is, in slots.
+    slot_count: u32,
+    /// What that view follows.
+    promoted: Promoted,
+}
+
+/// A view that stays open while the target goes on.
+pub(super) struct PinnedView {
+    pub(super) cut: u64,
+    /// How far promotion had come when it was opened.
+    pub(super) promoted_seq: u64,
+    pub(super) view: View,
 }
 
 struct Process {
     journal_io: SimStorage,
     disk_io: SimStorage,
     receiver: Receiver,
+    ageing: Ageing,
+    promotion_io: SimStorage,
     journal_ops: usize,
     disk_ops: usize,
+    promotion_ops: usize,
     /// The storage failed; everything up to here was durable.
     failed: Option<u64>,
     /// It was opened after a failure, by the same process: a later one may find more than it trusted.
@@ -58,6 +77,12 @@ pub(super) enum Life {
     Dead,
 }
 
+impl Process {
+    fn all_ops(&self) -> usize {
+        self.journal_ops + self.disk_ops + self.promotion_ops
+    }
+}
+
 impl TargetSite {
     pub(super) fn new(seed: u64, identity: VmIdentity, env: &mut Env) -> Result<Self, String> {
         let disk = SimDisk::new(seed);
@@ -68,7 +93,13 @@ impl TargetSite {
             grow_slots: 1 + env.rng.below(3) as u32,
             group_bytes: 4096 << env.rng.below(6),
         };
-        let policy = ReceiverPolicy { limits, give_up_history: env.rng.one_in(2), window_bytes: 1 << 20 };
+        let policy = ReceiverPolicy {
+            limits,
+            // Steps of the world are short: a history of none, of some hundred steps, or of all.
+            history_us: [0, 5_000, 20_000, u64::MAX / 2][env.any_index(4)],
+            give_up_history: env.rng.one_in(2),
+            window_bytes: 1 << 20,
+        };
         let site = Self {
             disk,
             journal,
@@ -78,7 +109,9 @@ impl TargetSite {
             reserved: env.rng.one_in(2),
             process: None,
             trusted_through: None,
-            pinned_cut: None,
+            pinned: None,
+            slot_count: 0,
+            promoted: Promoted::default(),
         };
         site.create()?;
         Ok(site)
@@ -120,16 +153,25 @@ impl TargetSite {
         self.process.as_ref().map(|process| &process.receiver)
     }
 
-    pub(super) fn pinned_cut(&self) -> Option<u64> {
-        self.pinned_cut
+    pub(super) fn pinned(&self) -> Option<&PinnedView> {
+        self.pinned.as_ref()
     }
 
-    /// A view opens at this cut, or the last one is closed.
-    pub(super) fn pin(&mut self, cut: Option<u64>) {
-        self.pinned_cut = cut;
-        if let Some(process) = &mut self.process {
-            process.receiver.set_pinned(cut.is_some());
-        }
+    /// How far promotion has come, for views that follow it.
+    pub(super) fn promoted(&self) -> &Promoted {
+        &self.promoted
+    }
+
+    /// A view opens at this cut, or the last one is closed. The pin comes before the look at what can be opened (C2).
+    pub(super) fn pin(&mut self, cut: Option<u64>) -> bool {
+        self.pinned = None;
+        let Some(process) = &mut self.process else { return false };
+        process.receiver.set_lowest_pin(cut);
+        cut.is_some_and(|cut| cut >= process.receiver.oldest_seq())
+    }
+
+    pub(super) fn opened(&mut self, pinned: PinnedView) {
+        self.pinned = Some(pinned);
     }
 
     pub(super) fn arrived(&mut self, key: StreamKey, arrival: Arrival, env: &Env) {
@@ -137,15 +179,20 @@ impl TargetSite {
         let (id, now) = (StreamId(key), env.now());
         match arrival {
             Arrival::Open(open) => process.receiver.open(id, open, now),
-            Arrival::Batch(bytes) => process.receiver.batch(id, bytes, now),
+            Arrival::Batch(bytes) => {
+                if let Ok(view) = BatchView::parse(&bytes) {
+                    process.ageing.received(view.last_seq(), now.mono_us);
+                }
+                process.receiver.batch(id, bytes, now);
+            }
             Arrival::Closed => process.receiver.closed(id),
         }
     }
 
     /// Starts what the receiver wants done; gives what it says.
-    pub(super) fn outputs(&mut self, env: &Env) -> Vec<Told> {
+    pub(super) fn outputs(&mut self, env: &mut Env) -> Result<Vec<Told>, String> {
         let mut told = Vec::new();
-        let Some(process) = &mut self.process else { return told };
+        let Some(process) = &mut self.process else { return Ok(told) };
         while let Some(output) = process.receiver.poll(env.now()) {
             match output {
                 ReceiverOutput::Journal(action) => {
@@ -157,22 +204,39 @@ impl TargetSite {
                     let file = self.recovery_disks[usize::from(action.volume)];
                     process.disk_io.submit(file, action.token, Purpose::RecoveryDisk, action.op);
                 }
+                ReceiverOutput::Promotion(PromotionAction { token, file, purpose, op }) => {
+                    process.promotion_ops += 1;
+                    let file = match file {
+                        PromotionFile::Journal => self.journal,
+                        PromotionFile::Disk(volume) => self.recovery_disks[usize::from(volume)],
+                    };
+                    process.promotion_io.submit(file, token, purpose, op);
+                }
                 ReceiverOutput::Send { stream, frame } => told.push(Told::Frame(stream.0, frame)),
                 ReceiverOutput::Close { stream } => told.push(Told::Close(stream.0)),
                 ReceiverOutput::Event(event) => {
-                    if let ReceiverEvent::Failed { durable_through, .. } = &event {
-                        process.failed = Some(*durable_through);
+                    process.ageing.told(&event, self.policy.history_us, env.now().mono_us)?;
+                    match &event {
+                        ReceiverEvent::Failed { durable_through, .. } => {
+                            process.failed = Some(*durable_through)
+                        }
+                        ReceiverEvent::Promoted { through_seq, .. } => self.promoted.advance(*through_seq),
+                        _ => {}
                     }
                     told.push(Told::Event(event));
                 }
             }
         }
-        told
+        let slot_count = process.receiver.writer().superblock().slot_count;
+        if std::mem::replace(&mut self.slot_count, slot_count) > slot_count {
+            env.happened(Happening::Shrunk);
+        }
+        Ok(told)
     }
 
     /// Whether an operation is under way.
     pub(super) fn is_busy(&self) -> bool {
-        self.process.as_ref().is_some_and(|process| process.journal_ops + process.disk_ops > 0)
+        self.process.as_ref().is_some_and(|process| process.all_ops() > 0)
     }
 
     pub(super) fn is_idle(&self) -> bool {
@@ -182,24 +246,33 @@ impl TargetSite {
     /// Lets the storage do one operation, any one.
     pub(super) fn run_one(&mut self, env: &mut Env) -> Life {
         let Some(process) = &mut self.process else { return Life::Alive };
-        let all = process.journal_ops + process.disk_ops;
+        let all = process.all_ops();
         if all == 0 {
             return Life::Alive;
         }
-        let on_journal = env.any_index(all) < process.journal_ops;
+        let index = env.any_index(all);
         let mut done = Vec::new();
-        let io = if on_journal { &mut process.journal_io } else { &mut process.disk_io };
+        let io = if index < process.journal_ops {
+            &mut process.journal_io
+        } else if index < process.journal_ops + process.disk_ops {
+            &mut process.disk_io
+        } else {
+            &mut process.promotion_io
+        };
         if io.collect(true, &mut done).is_err() {
             self.forget_process(env);
             return Life::Dead;
         }
         for completion in done {
-            if on_journal {
+            if index < process.journal_ops {
                 process.journal_ops -= 1;
                 process.receiver.journal_done(completion.token, completion.result.map(drop), env.now());
-            } else {
+            } else if index < process.journal_ops + process.disk_ops {
                 process.disk_ops -= 1;
                 process.receiver.disk_done(completion.token, completion.result, env.now());
+            } else {
+                process.promotion_ops -= 1;
+                process.receiver.promotion_done(completion.token, completion.result, env.now());
             }
         }
         Life::Alive
@@ -224,7 +297,7 @@ impl TargetSite {
         if env.rng.one_in(2) {
             self.crash(Crash::Kill, env);
         } else {
-            (self.process, self.pinned_cut) = (None, None);
+            (self.process, self.pinned) = (None, None);
             self.trusted_through = Some(durable_through);
             env.happened(Happening::ReopenedAfterPoison);
         }
@@ -250,7 +323,7 @@ impl TargetSite {
         if self.receiver().is_some_and(Receiver::is_writing_ahead) && !self.has_failed() {
             env.happened(Happening::DiedWithGroupAhead);
         }
-        (self.process, self.trusted_through, self.pinned_cut) = (None, None, None);
+        (self.process, self.trusted_through, self.pinned) = (None, None, None);
         if env.rng.one_in(8) {
             let purpose = if env.rng.one_in(2) { Purpose::Superblock } else { Purpose::Carry };
             let (after_ops, crash) = (env.rng.below(4), env.any_crash());
@@ -271,9 +344,12 @@ impl TargetSite {
                     self.process = Some(Process {
                         journal_io: storage,
                         disk_io: self.disk.storage(),
+                        ageing: Ageing::new(receiver.writer().superblock().promotion_intent_seq),
                         receiver,
+                        promotion_io: self.disk.storage(),
                         journal_ops: 0,
                         disk_ops: 0,
+                        promotion_ops: 0,
                         failed: None,
                         trusting: self.trusted_through.is_some(),
                     });
@@ -300,7 +376,10 @@ impl TargetSite {
         let opened = match open(storage, self.journal, options) {
             Ok(opened) => opened,
             Err(_) if self.disk.is_dead(storage) => return Ok(None),
-            Err(OpenError::Storage(_)) => return Ok(None),
+            Err(OpenError::Storage(error)) => {
+                env.note(|| format!("an opening failed: {error}"));
+                return Ok(None);
+            }
             Err(error) => return Err(format!("the journal cannot be opened: {error:?}")),
         };
         if opened.tail.seq < ledger.acked() {
@@ -318,6 +397,9 @@ impl TargetSite {
         };
         if opened.segments.last().is_some_and(|last| last.header.carried_end_bytes > 4096) {
             env.happened(Happening::Carried);
+        }
+        if opened.superblock.promotion_intent_seq > opened.superblock.low_water.seq {
+            env.happened(Happening::PromotionResumed);
         }
         let writer = Writer::new(opened, self.policy.limits);
         let reserved = vec![self.reserved; self.recovery_disks.len()];

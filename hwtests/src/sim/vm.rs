@@ -317,6 +317,10 @@ impl Vm {
                 self.site.disk.arm_crash(after_ops, crash);
             }
         }
+        if env.rng.one_in(6) {
+            // Whoever reads next: a promotion, an opening, a view.
+            self.site.disk.arm_error(env.rng.below(8), "read");
+        }
         if env.rng.one_in(20) {
             self.site.fill_datastore();
         }
@@ -349,8 +353,16 @@ impl Vm {
     /// Opens a view that stays open, or closes the one that is.
     pub(super) fn turn_pin(&mut self, env: &mut Env) -> Result<(), String> {
         recovered::check_pinned(&self.site, &self.ledger, env)?;
-        let cut = if self.site.pinned_cut().is_some() { None } else { recovered::any_cut(&self.site, env) };
-        self.site.pin(cut);
+        if self.site.pinned().is_some() {
+            self.site.pin(None);
+            return Ok(());
+        }
+        let cut = recovered::any_cut(&self.site, env);
+        if self.site.pin(cut)
+            && let Some(cut) = cut
+        {
+            recovered::open_pinned(&mut self.site, cut)?;
+        }
         Ok(())
     }
 
@@ -376,7 +388,7 @@ impl Vm {
     /// Hears what the target says.
     fn listen(&mut self, env: &mut Env) -> Result<(), String> {
         loop {
-            let told = self.site.outputs(env);
+            let told = self.site.outputs(env)?;
             if told.is_empty() {
                 return Ok(());
             }
@@ -441,7 +453,10 @@ impl Vm {
                 env.happened(if *no_space { Happening::NoSpace } else { Happening::Full });
             }
             ReceiverEvent::Failed { .. } => env.met(Disturbance::StorageFailed, self.moment()),
-            ReceiverEvent::Granted { .. } | ReceiverEvent::Room => {}
+            ReceiverEvent::Promoted { .. } => env.happened(Happening::Promoted),
+            ReceiverEvent::HistoryShortened { .. } => env.happened(Happening::HistoryShortened),
+            ReceiverEvent::PromotionStuck { .. } => env.happened(Happening::PromotionStuck),
+            ReceiverEvent::Granted { .. } | ReceiverEvent::Room | ReceiverEvent::HistoryFits => {}
         }
     }
 }
@@ -457,6 +472,13 @@ fn any_purpose(env: &mut Env) -> Purpose {
         Purpose::Grow,
         Purpose::Carry,
         Purpose::RecoveryDisk,
+        Purpose::Shrink,
+        Purpose::Reserve,
+        Purpose::Intent,
+        Purpose::Intent,
+        Purpose::PromotionRead,
+        Purpose::Promotion,
+        Purpose::Promotion,
     ];
     purposes[env.any_index(purposes.len())]
 }

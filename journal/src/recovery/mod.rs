@@ -190,8 +190,7 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
         && matches!(last.content, Content::Scanned(_))
         && !planted(Bug::AppendToForeignSegment)
     {
-        let slot =
-            if free_slots.is_empty() { return Err(OpenError::NoRecoverySlot) } else { free_slots.remove(0) };
+        let slot = take_slot(io.purpose(Purpose::Reserve), &mut free_slots, superblock.slot_len_bytes)?;
         let old_slot = last.header.slot;
         carry(io.purpose(Purpose::Carry), last, slot, &superblock)?;
         free_slots.push(old_slot);
@@ -201,6 +200,24 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
         io.purpose(Purpose::Carry).sync()?;
     }
     Ok(Opened { superblock, segments, tail, manifest, hidden, free_slots })
+}
+
+/// The lowest free slot that has its space or gets it: that of some was given back to the datastore (C3).
+fn take_slot<S: Storage>(
+    io: &mut Blocking<'_, S>,
+    free_slots: &mut Vec<u32>,
+    slot_len_bytes: u64,
+) -> Result<u32, OpenError> {
+    let mut last_error = OpenError::NoRecoverySlot;
+    for index in 0..free_slots.len() {
+        let offset_bytes = slot_offset_bytes(free_slots[index], slot_len_bytes);
+        match io.run(Op::Allocate { offset_bytes, len_bytes: slot_len_bytes }) {
+            Ok(_) => return Ok(free_slots.remove(index)),
+            Err(error) if error.is_no_space() => last_error = error.into(),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(last_error)
 }
 
 /// Copies an unsealed segment into a free slot as this opening's own.

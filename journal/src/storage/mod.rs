@@ -42,6 +42,14 @@ pub enum Purpose {
     Grow,
     /// Giving slots back.
     Shrink,
+    /// Space for a slot that was given back before.
+    Reserve,
+    /// The record that announces a promotion (C2).
+    Intent,
+    /// What a promotion reads of the journal.
+    PromotionRead,
+    /// What a promotion does to a recovery disk.
+    Promotion,
     /// A view or a tool reads.
     View,
     /// The recovery disk of a volume.
@@ -82,17 +90,22 @@ pub enum Op {
         /// How much, in bytes.
         len_bytes: u64,
     },
+    /// Make the file this long: what lies behind is gone.
+    Truncate {
+        /// The new length, in bytes.
+        len_bytes: u64,
+    },
 }
 
 impl Op {
-    /// Where it begins, in bytes; 0 for a sync.
+    /// Where it begins, in bytes; 0 for a sync and for a truncation.
     pub fn offset_bytes(&self) -> u64 {
         match *self {
             Self::Read { offset_bytes, .. }
             | Self::Write { offset_bytes, .. }
             | Self::Allocate { offset_bytes, .. }
             | Self::Punch { offset_bytes, .. } => offset_bytes,
-            Self::Sync => 0,
+            Self::Sync | Self::Truncate { .. } => 0,
         }
     }
 
@@ -102,7 +115,7 @@ impl Op {
             Self::Read { buffer, .. } => buffer.len() as u64,
             Self::Write { pieces, .. } => pieces.iter().map(|piece| piece.len() as u64).sum(),
             Self::Allocate { len_bytes, .. } | Self::Punch { len_bytes, .. } => *len_bytes,
-            Self::Sync => 0,
+            Self::Sync | Self::Truncate { .. } => 0,
         }
     }
 
@@ -113,6 +126,7 @@ impl Op {
             Self::Sync => "fdatasync",
             Self::Allocate { .. } => "allocate",
             Self::Punch { .. } => "punch",
+            Self::Truncate { .. } => "truncate",
         }
     }
 }

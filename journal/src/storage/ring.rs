@@ -274,6 +274,7 @@ impl Storage for RingStorage {
                 let entry = opcode::Fallocate::new(fd, len_bytes).offset(offset_bytes).mode(mode);
                 (entry.build(), Memory::None)
             }
+            Op::Truncate { len_bytes } => (opcode::Ftruncate::new(fd, len_bytes).build(), Memory::None),
         };
         let id = self.next_id;
         self.next_id += 1;

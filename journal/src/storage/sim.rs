@@ -338,7 +338,7 @@ impl Inner {
                 let used: u64 = self.files.iter().map(|file| file.len_bytes).sum();
                 let sim_file = &mut self.files[file.0 as usize];
                 let grown = (offset_bytes + len_bytes).saturating_sub(sim_file.len_bytes);
-                if used + grown > self.capacity_bytes {
+                if grown > 0 && used + grown > self.capacity_bytes {
                     self.cover(Fault::NoSpace, purpose);
                     error(Errno::ENOSPC)
                 } else {
@@ -349,6 +349,10 @@ impl Inner {
             Op::Punch { offset_bytes, len_bytes } => {
                 let zeroes = AlignedBuf::zeroed(len_bytes as usize);
                 self.write(file, purpose, offset_bytes, &zeroes, |_| true);
+                Ok(None)
+            }
+            Op::Truncate { len_bytes } => {
+                self.files[file.0 as usize].truncate(len_bytes);
                 Ok(None)
             }
         };
@@ -503,6 +507,13 @@ impl SimFile {
                 }
             }
         }
+    }
+
+    /// What is cut off is gone at once, so that whoever still needs it is found out.
+    fn truncate(&mut self, len_bytes: u64) {
+        self.len_bytes = len_bytes;
+        self.durable.truncate(len_bytes as usize);
+        self.dirty.retain(|sector, _| *sector < len_bytes / SECTOR as u64);
     }
 
     fn sync(&mut self, before_write: u64) {

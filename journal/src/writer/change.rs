@@ -46,6 +46,24 @@ pub enum Change {
         /// The sync that is to follow.
         sync_id: u64,
     },
+    /// Promotion through the end of a closed segment begins (C2): from now on nothing below can be opened. Durable in the superblock and as a
+    /// record in the stream before it is answered.
+    AnnouncePromotion {
+        /// The end of the newest segment that is promoted.
+        through: ChainPoint,
+    },
+    /// The recovery disks hold everything up to an announced place, durably: its segments' slots are free.
+    EndPromotion {
+        /// The place that was announced.
+        through: ChainPoint,
+        /// The volumes' sizes at that place, by number, in bytes.
+        size_bytes: Vec<u64>,
+    },
+    /// Give back the space of free slots above those that are kept and these.
+    Shrink {
+        /// How many more are kept.
+        spare_slots: u32,
+    },
     /// The VM's volumes. Bases given are kept as they are given.
     SetVolumes(Vec<VolumeState>),
     /// The manifest's text.
@@ -148,7 +166,13 @@ impl Writer {
                     && through.seq >= self.durable.seq
                     && through.seq <= self.accepted.seq,
             ),
-            Change::GiveUpHistory { .. } => Ok(()),
+            Change::GiveUpHistory { .. } | Change::Shrink { .. } => Ok(()),
+            Change::AnnouncePromotion { through } => allowed(self.can_promote(*through)),
+            Change::EndPromotion { through, size_bytes } => allowed(
+                self.can_promote(*through)
+                    && self.superblock.promotion_intent_seq == through.seq
+                    && size_bytes.len() == self.superblock.volumes.len(),
+            ),
             Change::SetVolumes(volumes) => {
                 if volumes.len() > crate::batch::MAX_VOLUMES {
                     return Err(ChangeError::Volumes(volumes.len()));
@@ -233,6 +257,18 @@ impl Writer {
                 next.low_water = self.durable;
                 next.low_water_segment = self.next_number;
             }
+            Change::AnnouncePromotion { through } => return self.announce_promotion(ticket, *through),
+            Change::EndPromotion { through, size_bytes } => {
+                next.low_water = *through;
+                next.low_water_segment = self.segment_after(*through);
+                for (volume, size_bytes) in next.volumes.iter_mut().zip(size_bytes) {
+                    volume.size_bytes = *size_bytes;
+                }
+                if planted(Bug::SlotsFreedEarly) {
+                    self.free_promoted(next.low_water_segment);
+                }
+            }
+            &Change::Shrink { spare_slots } => return self.shrink(ticket, spare_slots),
             Change::SetVolumes(volumes) => next.volumes.clone_from(volumes),
             Change::SetManifest(text) => {
                 let (bytes, crc) = self.manifest(text).encode().expect("checked when it was asked for");
@@ -244,7 +280,8 @@ impl Writer {
                 before.push(vec![(Purpose::Manifest, Op::Sync)]);
             }
             Change::Seal => {
-                if let Some(open) = self.open.take() {
+                // One without batches of the stream, begun for an intent, would take up a slot for nothing.
+                if let Some(open) = self.open.take_if(|open| !open.is_empty()) {
                     self.seal(open);
                 }
                 before.push(std::mem::take(&mut self.riders));
@@ -269,7 +306,7 @@ impl Writer {
 
     /// One copy is written and synced before the change counts; the other follows with the next step. The next change
     /// begins with that other one, so a crash never finds both in doubt.
-    fn superblock_step(
+    pub(super) fn superblock_step(
         &mut self,
         before: Vec<Vec<(Purpose, Op)>>,
         mut next: Superblock,
@@ -314,10 +351,16 @@ impl Writer {
             Change::GiveUpHistory { .. } => {
                 let open = self.open.take().map(|open| open.header().slot);
                 let closed = self.closed.drain(..).map(|segment| segment.header.slot);
-                self.free_slots.extend(closed.chain(open));
+                self.free_slots.add_reserved(closed.chain(open));
                 self.riders.retain(|(purpose, _)| *purpose != Purpose::Seal);
             }
-            Change::BeginBaseSync { .. } | Change::SetVolumes(_) | Change::SetManifest(_) | Change::Seal => {}
+            Change::EndPromotion { .. } => self.free_promoted(self.superblock.low_water_segment),
+            Change::BeginBaseSync { .. }
+            | Change::AnnouncePromotion { .. }
+            | Change::Shrink { .. }
+            | Change::SetVolumes(_)
+            | Change::SetManifest(_)
+            | Change::Seal => {}
         }
         self.events.push_back(Event::Changed { ticket });
     }

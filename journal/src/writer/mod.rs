@@ -7,16 +7,19 @@
 
 mod change;
 mod drive;
+mod group;
+mod promotion;
 mod segment;
+mod slots;
 mod step;
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 
 use bytes::Bytes;
 use uuid::Uuid;
 
 use crate::batch::BatchView;
-use crate::format::{ChainPoint, PAGE_BYTES, SegmentHeader, Superblock, slot_offset_bytes};
+use crate::format::{ChainPoint, SegmentHeader, SegmentTrailer, Superblock};
 use crate::planted::{Bug, planted};
 use crate::recovery::{Content, Opened, Segment};
 use crate::storage::{Op, Purpose, StorageError};
@@ -24,6 +27,7 @@ use crate::storage::{Op, Purpose, StorageError};
 pub use change::{Change, ChangeError, ClaimError, Grant};
 pub use drive::drive;
 use segment::OpenSegment;
+use slots::FreeSlots;
 use step::{Effect, Step};
 
 /// How far a journal may go.
@@ -141,7 +145,7 @@ pub enum OfferError {
 pub struct Writer {
     superblock: Superblock,
     limits: Limits,
-    free_slots: BTreeSet<u32>,
+    free_slots: FreeSlots,
     closed: VecDeque<ClosedSegment>,
     open: Option<OpenSegment>,
     next_number: u64,
@@ -151,6 +155,8 @@ pub struct Writer {
     queued_bytes: usize,
     changes: VecDeque<(u64, Change)>,
     claims_pending: usize,
+    /// The newest intent that this opening has put into the stream.
+    told_intent_seq: u64,
     next_ticket: u64,
     /// Writes that need no sync of their own and go with the next step: footer and trailer, the other superblock copy.
     riders: Vec<(Purpose, Op)>,
@@ -174,6 +180,23 @@ pub struct ClosedSegment {
     pub header: SegmentHeader,
     /// The stream's place after it.
     pub last: ChainPoint,
+    /// Its last page; none if a crash kept its seal from being written.
+    pub trailer: Option<SegmentTrailer>,
+}
+
+impl ClosedSegment {
+    fn of(segment: &Segment) -> Self {
+        let trailer = match &segment.content {
+            Content::Sealed(trailer) => Some(trailer.clone()),
+            Content::Scanned(_) => None,
+        };
+        Self { header: segment.header.clone(), last: segment.last(), trailer }
+    }
+
+    /// When its last batch was received, µs since the Unix epoch; when its first was, if more isn't known (C6).
+    pub fn end_time_us(&self) -> u64 {
+        self.trailer.as_ref().map_or(self.header.begin_time_us, |trailer| trailer.end_time_us)
+    }
 }
 
 #[derive(Debug)]
@@ -188,10 +211,8 @@ impl Writer {
     pub fn new(opened: Opened, limits: Limits) -> Self {
         let Opened { superblock, segments, tail, free_slots, .. } = opened;
         let next_number = segments.last().map_or(superblock.low_water_segment, |last| last.header.number + 1);
-        let mut closed: VecDeque<ClosedSegment> = segments
-            .iter()
-            .map(|segment| ClosedSegment { header: segment.header.clone(), last: segment.last() })
-            .collect();
+        let mut closed: VecDeque<ClosedSegment> = segments.iter().map(ClosedSegment::of).collect();
+        let newest_us = closed.iter().map(ClosedSegment::end_time_us).max().unwrap_or_default();
         // The last segment is this opening's own copy if it isn't sealed: it takes more.
         let open = match segments.into_iter().next_back() {
             Some(Segment { header, content: Content::Scanned(scan) }) => {
@@ -200,11 +221,11 @@ impl Writer {
             }
             _ => None,
         };
-        let receive_time_us = superblock.receive_time_us;
+        let receive_time_us = superblock.receive_time_us.max(newest_us);
         Self {
             superblock,
             limits,
-            free_slots: free_slots.into_iter().collect(),
+            free_slots: FreeSlots::unknown(free_slots),
             closed,
             open,
             next_number,
@@ -214,6 +235,7 @@ impl Writer {
             queued_bytes: 0,
             changes: VecDeque::new(),
             claims_pending: 0,
+            told_intent_seq: 0,
             next_ticket: 1,
             riders: Vec::new(),
             step: None,
@@ -344,6 +366,11 @@ impl Writer {
         self.events.pop_front()
     }
 
+    /// The newest receive time that the journal knows, µs since the Unix epoch (C6): never decreases.
+    pub fn receive_time_us(&self) -> u64 {
+        self.receive_time_us
+    }
+
     /// Everything up to here may be acknowledged.
     pub fn durable(&self) -> ChainPoint {
         self.durable
@@ -395,7 +422,17 @@ impl Writer {
         self.closed.iter()
     }
 
-    /// How many slots are free. One of them is kept for recovery.
+    /// How far the open segment is filled, in bytes; 0 without one.
+    pub fn open_fill_bytes(&self) -> u64 {
+        self.open.as_ref().map_or(0, OpenSegment::end_bytes)
+    }
+
+    /// Whether the datastore had no room when the file last wanted to grow.
+    pub fn lacks_space(&self) -> bool {
+        self.no_space
+    }
+
+    /// How many slots are free, with or without their space; [`RESERVED_SLOTS`] of them are never filled.
     pub fn free_slot_count(&self) -> usize {
         self.free_slots.len()
     }
@@ -432,144 +469,10 @@ impl Writer {
         Ok(())
     }
 
-    /// A write of the next group, while the sync of the one before is all that is under way. Only within the open segment, and not
-    /// before a change or growth: these begin with everything durable.
-    fn next_op_ahead(&mut self) -> Option<(Purpose, Op)> {
-        if self.ahead.is_none() {
-            let front = self.queue.front()?;
-            let open = self.open.as_ref()?;
-            if !self.step.as_ref()?.is_last_sync_of_group()
-                || !self.changes.is_empty()
-                || self.wants_to_grow()
-                || !open.fits(&front.batch, self.superblock.slot_len_bytes)
-            {
-                return None;
-            }
-            let mut group = self.begin_group()?;
-            let next = group.next_op_of_writes();
-            self.ahead = Some((group, self.next_token));
-            return next;
-        }
-        self.ahead.as_mut().and_then(|(group, _)| group.next_op_of_writes())
-    }
-
-    fn begin_step(&mut self) -> Option<Step> {
-        if let Some(step) = self.begin_change() {
-            return Some(step);
-        }
-        if self.wants_to_grow() {
-            return Some(self.grow());
-        }
-        if let Some(step) = self.begin_group() {
-            return Some(step);
-        }
-        if self.wants_to_grow() {
-            return Some(self.grow());
-        }
-        if self.riders.is_empty() {
-            return None;
-        }
-        Some(Step::new(vec![std::mem::take(&mut self.riders)], Effect::None))
-    }
-
-    /// Gathers waiting batches into one write, or nothing if none waits or there is no room.
-    fn begin_group(&mut self) -> Option<Step> {
-        let front = self.queue.front()?;
-        let fits =
-            self.open.as_ref().is_some_and(|open| open.fits(&front.batch, self.superblock.slot_len_bytes));
-        if !fits && let Some(open) = self.open.take() {
-            self.seal(open);
-        }
-        let mut pieces = Vec::new();
-        if self.open.is_none() {
-            let Some(slot) = self.take_slot() else {
-                if !self.wants_to_grow() {
-                    self.report_full();
-                }
-                return None;
-            };
-            let header = SegmentHeader {
-                journal_id: self.superblock.journal_id,
-                number: self.next_number,
-                slot,
-                open_count: self.superblock.open_count,
-                after: self.durable,
-                carried_end_bytes: PAGE_BYTES as u64,
-                begin_time_us: self.queue.front()?.receive_time_us,
-            };
-            self.next_number += 1;
-            pieces.push(segment::page(&header.encode()));
-            self.open = Some(OpenSegment::begin(header));
-        }
-        if std::mem::take(&mut self.full) {
-            self.events.push_back(Event::Room);
-        }
-        let slot_len_bytes = self.superblock.slot_len_bytes;
-        let open = self.open.as_mut()?;
-        let begin_bytes =
-            open.end_bytes() - pieces.iter().map(|piece: &Bytes| piece.len() as u64).sum::<u64>();
-        let (mut group_bytes, mut last) = (0, self.durable);
-        while let Some(front) = self.queue.front() {
-            if group_bytes > 0 && group_bytes + front.batch.len() > self.limits.group_bytes
-                || !open.fits(&front.batch, slot_len_bytes)
-            {
-                break;
-            }
-            let queued = self.queue.pop_front()?;
-            open.add(&queued.batch, queued.last, queued.receive_time_us);
-            group_bytes += queued.batch.len();
-            last = queued.last;
-            pieces.push(queued.batch);
-        }
-        self.queued_bytes -= group_bytes;
-        let offset_bytes = slot_offset_bytes(open.header().slot, slot_len_bytes) + begin_bytes;
-        if planted(Bug::SealedBeforeSync)
-            && let Some(open) = self.open.take()
-        {
-            self.seal(open);
-        }
-        let mut writes = std::mem::take(&mut self.riders);
-        writes.push((Purpose::Append, Op::Write { offset_bytes, pieces }));
-        let mut phases = vec![writes];
-        if !planted(Bug::SkippedSyncBeforeAck) {
-            phases.push(vec![(Purpose::Append, Op::Sync)]);
-        }
-        Some(Step::new(phases, Effect::Durable(last)))
-    }
-
-    /// Writes footer and trailer with the next step. All batches of the segment are durable: steps end with a sync.
-    fn seal(&mut self, open: OpenSegment) {
-        let (closed, writes) = open.seal(self.superblock.slot_len_bytes);
-        self.riders.extend(writes);
-        self.closed.push_back(closed);
-    }
-
-    fn take_slot(&mut self) -> Option<u32> {
-        if self.free_slots.len() > RESERVED_SLOTS { self.free_slots.pop_first() } else { None }
-    }
-
-    /// Growth is wanted when the next segment would find no slot.
-    fn wants_to_grow(&self) -> bool {
-        let open_fill = self.open.as_ref().map_or(u64::MAX, OpenSegment::end_bytes);
-        self.free_slots.len() <= RESERVED_SLOTS
-            && !self.superblock.state.is_base_sync()
-            && !self.no_space
-            && self.superblock.slot_count < self.limits.max_slots
-            && (open_fill != u64::MAX || !self.queue.is_empty())
-            && open_fill > self.superblock.slot_len_bytes / 2
-    }
-
-    fn report_full(&mut self) {
-        let blocked = !self.queue.is_empty() && self.open.is_none();
-        if blocked && !self.full {
-            self.full = true;
-            self.events.push_back(Event::Full { no_space: self.no_space });
-        }
-    }
-
     fn apply(&mut self, effect: Effect) {
         match effect {
             Effect::None => {}
+            Effect::Reserved(slot) => self.free_slots.add_reserved([slot]),
             Effect::Durable(point) => {
                 self.durable = point;
                 self.events.push_back(Event::Durable(point));
@@ -577,7 +480,7 @@ impl Writer {
             Effect::Superblock { superblock, mirror, then } => {
                 self.riders.extend(mirror);
                 let grown = self.superblock.slot_count..superblock.slot_count;
-                self.free_slots.extend(grown);
+                self.free_slots.add_reserved(grown);
                 self.superblock = *superblock;
                 self.after_change(then);
             }
@@ -585,5 +488,6 @@ impl Writer {
     }
 }
 
-/// How many free slots are never filled: an opening copies the last segment into one (C1).
-pub const RESERVED_SLOTS: usize = 1;
+/// How many free slots are never filled with batches: an opening copies the last segment into one (C1), and the other takes the record
+/// that announces a promotion (C2) when the journal is full and its last segment is sealed.
+pub const RESERVED_SLOTS: usize = 2;

@@ -11,6 +11,9 @@ use crate::storage::{AlignedBuf, Op, Purpose};
 
 use super::ClosedSegment;
 
+/// Room that batches leave for those of the journal's own: two that announce promotions, and what they add to the footer.
+const LOCAL_ROOM_BYTES: u64 = 3 * PAGE_BYTES as u64;
+
 #[derive(Debug)]
 pub(super) struct OpenSegment {
     header: SegmentHeader,
@@ -37,12 +40,22 @@ impl OpenSegment {
         &self.header
     }
 
+    /// Whether it has no record of the stream.
+    pub(super) fn is_empty(&self) -> bool {
+        self.last == self.header.after
+    }
+
     pub(super) fn end_bytes(&self) -> u64 {
         self.end_bytes
     }
 
-    /// Whether a batch, its part of the footer and the trailer have room.
+    /// Whether a batch, its part of the footer and the trailer have room, and the journal's own records after it.
     pub(super) fn fits(&self, batch: &Bytes, slot_len_bytes: u64) -> bool {
+        self.fits_local(batch, slot_len_bytes.saturating_sub(LOCAL_ROOM_BYTES))
+    }
+
+    /// The same for a batch of the journal's own.
+    pub(super) fn fits_local(&self, batch: &Bytes, slot_len_bytes: u64) -> bool {
         let footer_len_bytes = self.footer.len_bytes_with(&reparse(batch));
         footer_len_bytes.is_some_and(|footer_len_bytes| {
             self.end_bytes + batch.len() as u64 + footer_len_bytes + PAGE_BYTES as u64 <= slot_len_bytes
@@ -52,7 +65,7 @@ impl OpenSegment {
     /// The longest batch that an empty slot could take, with this batch's footer.
     pub(super) fn longest_batch_bytes(view: &BatchView<'_>, slot_len_bytes: u64) -> Option<u64> {
         let footer_len_bytes = FooterBuilder::new(view.first_seq() - 1).len_bytes_with(view)?;
-        slot_len_bytes.checked_sub(2 * PAGE_BYTES as u64 + footer_len_bytes)
+        slot_len_bytes.checked_sub(2 * PAGE_BYTES as u64 + LOCAL_ROOM_BYTES + footer_len_bytes)
     }
 
     pub(super) fn add(&mut self, batch: &Bytes, last: ChainPoint, receive_time_us: u64) {
@@ -79,7 +92,7 @@ impl OpenSegment {
             write(slot_offset + self.end_bytes, Bytes::from(footer)),
             write(slot_offset + slot_len_bytes - PAGE_BYTES as u64, page(&trailer.encode())),
         ];
-        (ClosedSegment { header: self.header, last: self.last }, writes)
+        (ClosedSegment { header: self.header, last: self.last, trailer: Some(trailer) }, writes)
     }
 }
 

@@ -11,8 +11,14 @@ use super::change::AfterChange;
 #[derive(Debug)]
 pub(super) enum Effect {
     None,
+    /// A slot has its space.
+    Reserved(u32),
     Durable(ChainPoint),
-    Superblock { superblock: Box<Superblock>, mirror: Option<(Purpose, Op)>, then: AfterChange },
+    Superblock {
+        superblock: Box<Superblock>,
+        mirror: Option<(Purpose, Op)>,
+        then: AfterChange,
+    },
 }
 
 #[derive(Debug)]
@@ -30,6 +36,18 @@ impl Step {
         let phases: VecDeque<VecDeque<_>> =
             phases.into_iter().filter(|phase| !phase.is_empty()).map(VecDeque::from).collect();
         Self { phases, under_way: 0, effect, growing: false, syncing: false }
+    }
+
+    /// Adds operations after all others, or before them.
+    pub(super) fn push_phase(&mut self, ops: Vec<(Purpose, Op)>, first: bool) {
+        if ops.is_empty() {
+            return;
+        }
+        if first {
+            self.phases.push_front(ops.into());
+        } else {
+            self.phases.push_back(ops.into());
+        }
     }
 
     /// Begins with an allocation, whose failing for lack of space is no failure of the file.

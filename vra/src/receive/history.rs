@@ -16,15 +16,31 @@ pub struct History {
     pending: VecDeque<FooterEvent>,
     /// Volumes in a sync, by what is durable.
     open_syncs: BTreeSet<u16>,
-    /// Of the checkpoints outside of syncs.
-    span: Option<HistorySpan>,
+    /// Syncs that went through the journal, oldest first.
+    syncs: VecDeque<SyncSpan>,
+    /// Cut and time of the checkpoints outside of syncs, oldest first.
+    counted: VecDeque<(u64, u64)>,
+}
+
+/// The numbers from a volume's sync begin to before its end.
+#[derive(Clone, Copy, Debug)]
+struct SyncSpan {
+    volume: u16,
+    begin_seq: u64,
+    /// None while it is open.
+    end_seq: Option<u64>,
 }
 
 impl History {
     /// Of a journal that was opened: all its events are durable.
     pub(super) fn new(events: Vec<FooterEvent>) -> Self {
-        let mut history =
-            Self { events: Vec::new(), pending: events.into(), open_syncs: BTreeSet::new(), span: None };
+        let mut history = Self {
+            events: Vec::new(),
+            pending: events.into(),
+            open_syncs: BTreeSet::new(),
+            syncs: VecDeque::new(),
+            counted: VecDeque::new(),
+        };
         history.durable(u64::MAX);
         history
     }
@@ -41,7 +57,28 @@ impl History {
 
     /// From when to when there are checkpoints, as of what is durable.
     pub fn span(&self) -> Option<HistorySpan> {
-        self.span
+        let ((_, from_us), (_, to_us)) = (self.counted.front()?, self.counted.back()?);
+        Some(HistorySpan { count: self.counted.len() as u64, from_us: *from_us, to_us: *to_us })
+    }
+
+    /// The last number of the newest checkpoint that counts, as of what is durable.
+    pub(super) fn newest_cut(&self) -> Option<u64> {
+        self.counted.back().map(|(cut, _)| *cut)
+    }
+
+    /// Whether a sync was under way at this number (B5).
+    pub(super) fn is_inside_sync(&self, seq: u64) -> bool {
+        self.syncs
+            .iter()
+            .any(|sync| seq >= sync.begin_seq && sync.end_seq.is_none_or(|end_seq| seq < end_seq))
+    }
+
+    /// Nothing below this number can be opened any more.
+    pub(super) fn forget_below(&mut self, oldest_seq: u64) {
+        let first = self.events.partition_point(|event| event.position_seq <= oldest_seq);
+        self.events.drain(..first);
+        while self.counted.pop_front_if(|(cut, _)| *cut < oldest_seq).is_some() {}
+        self.syncs.retain(|sync| sync.end_seq.is_none_or(|end_seq| end_seq > oldest_seq));
     }
 
     /// Takes the events of a batch that was given to the journal.
@@ -71,10 +108,18 @@ impl History {
         while let Some(event) = self.pending.pop_front_if(|event| event.position_seq <= seq) {
             match event.record.kind {
                 RecordKind::SyncBegin => {
-                    self.open_syncs.insert(event.record.volume);
+                    let (volume, begin_seq) = (event.record.volume, event.record.seq);
+                    if self.open_syncs.insert(volume) {
+                        self.syncs.push_back(SyncSpan { volume, begin_seq, end_seq: None });
+                    }
                 }
                 RecordKind::SyncEnd => {
-                    self.open_syncs.remove(&event.record.volume);
+                    let (volume, end_seq) = (event.record.volume, event.record.seq);
+                    self.open_syncs.remove(&volume);
+                    let open = |sync: &&mut SyncSpan| sync.volume == volume && sync.end_seq.is_none();
+                    if let Some(sync) = self.syncs.iter_mut().rev().find(open) {
+                        sync.end_seq = Some(end_seq);
+                    }
                 }
                 RecordKind::Checkpoint if self.open_syncs.is_empty() => self.count(&event.record),
                 _ => {}
@@ -93,13 +138,14 @@ impl History {
         self.events.clear();
         self.pending.clear();
         self.open_syncs.clear();
-        self.span = None;
+        self.syncs.clear();
+        self.counted.clear();
     }
 
     fn count(&mut self, record: &Record) {
-        let Ok(Checkpoint { time_us, .. }) = Checkpoint::decode(&record.payload) else { return };
-        let span = self.span.get_or_insert(HistorySpan { count: 0, from_us: time_us, to_us: time_us });
-        span.count += 1;
-        span.to_us = span.to_us.max(time_us);
+        let Ok(Checkpoint { time_us, cut, .. }) = Checkpoint::decode(&record.payload) else { return };
+        if cut <= record.seq && !self.is_inside_sync(cut) {
+            self.counted.push_back((cut, time_us));
+        }
     }
 }

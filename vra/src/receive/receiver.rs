@@ -5,11 +5,13 @@
 
 mod base_sync;
 mod claim;
+mod promoting;
 
 use std::collections::VecDeque;
 
 use bytes::Bytes;
 use journal::batch::BatchView;
+use journal::catalogue::Catalogue;
 use journal::format::{ChainPoint, FooterEvent, JournalState};
 use journal::storage::{AlignedBuf, Op, Purpose, StorageError};
 use journal::writer::{Action, Change, ChangeError, Event, OfferError, Writer};
@@ -22,6 +24,7 @@ use super::receiver_types::{
 };
 use crate::clock::Now;
 use base_sync::BaseSync;
+use promoting::Promoting;
 
 use crate::planted::{Planted, is_planted};
 use crate::wire::{Ack, Frame, Open, Refuse, RefuseCode};
@@ -38,8 +41,11 @@ pub struct Receiver {
     /// A stream that asked and waits until all that was taken before is durable.
     candidate: Option<Candidate>,
     base_sync: BaseSync,
-    /// Views read the history: it can't be given up.
-    pinned: bool,
+    promoting: Promoting,
+    /// The lowest number that an open view needs: the history can't be given up, nor promoted past it.
+    lowest_pin: Option<u64>,
+    /// A receive time and the monotonic time that it belongs to, both in microseconds (C6).
+    stamp_base: Option<(u64, u64)>,
     arrivals: VecDeque<Arrival>,
     /// When the group under way left memory, by the monotonic clock.
     group_began_us: u64,
@@ -47,6 +53,8 @@ pub struct Receiver {
     groups_began_us: VecDeque<u64>,
     outputs: VecDeque<ReceiverOutput>,
     full: bool,
+    /// The journal is full, and whether for lack of space on the datastore: to be told unless promotion makes room.
+    full_told: Option<bool>,
     failed: bool,
     received_bytes: u64,
     last_receive_wall_us: Option<u64>,
@@ -95,13 +103,16 @@ impl Receiver {
             writer,
             stream: None,
             candidate: None,
-            pinned: false,
+            promoting: Promoting::new(reserved),
+            lowest_pin: None,
+            stamp_base: None,
             base_sync: BaseSync { sync_id, ..BaseSync::default() },
             arrivals: VecDeque::new(),
             group_began_us: 0,
             groups_began_us: VecDeque::new(),
             outputs: VecDeque::new(),
             full: false,
+            full_told: None,
             failed: false,
             received_bytes: 0,
             last_receive_wall_us: None,
@@ -158,12 +169,14 @@ impl Receiver {
             self.outputs.push_back(ReceiverOutput::Send { stream: id, frame: Frame::Ack(ack) });
         }
         let taken = if self.base_sync.ends || !self.base_sync.after_end.is_empty() {
-            self.base_sync.after_end.push_back((bytes, now.wall_us));
+            let stamp_us = self.stamp_us(now);
+            self.base_sync.after_end.push_back((bytes, stamp_us));
             Ok(())
         } else if self.writer.superblock().state.is_base_sync() {
             self.take_for_base(&bytes, &view, now)
         } else {
-            self.take_for_journal(&bytes, &view, now.wall_us)
+            let stamp_us = self.stamp_us(now);
+            self.take_for_journal(&bytes, &view, stamp_us)
         };
         if let Err(error) = taken {
             return self.end_stream(RefuseCode::BadBatch, super::error_chain(&error));
@@ -191,6 +204,10 @@ impl Receiver {
         }
         if let Some(action) = self.base.poll_action() {
             return Some(ReceiverOutput::Disk(action));
+        }
+        self.promote(now);
+        if let Some(action) = self.promotion_action() {
+            return Some(ReceiverOutput::Promotion(action));
         }
         let action = loop {
             let action = self.writer.next_action();
@@ -238,9 +255,9 @@ impl Receiver {
         self.policy = policy;
     }
 
-    /// Whether views read the history.
-    pub fn set_pinned(&mut self, pinned: bool) {
-        self.pinned = pinned;
+    /// The lowest number that an open view needs, if any. One that is below [`Self::oldest_seq`] comes too late.
+    pub fn set_lowest_pin(&mut self, seq: Option<u64>) {
+        self.lowest_pin = seq;
     }
 
     /// Seals the open segment, so that the next opening has nothing to copy. To be called before a planned end, then polled until
@@ -253,7 +270,8 @@ impl Receiver {
     /// Whether nothing is under way and nothing waits.
     pub fn is_idle(&self) -> bool {
         let base_idle = !self.base.is_busy() && self.base_sync.gathered.is_none();
-        self.failed || base_idle && self.writer.is_idle() && self.outputs.is_empty()
+        self.failed
+            || base_idle && self.promoting.is_idle() && self.writer.is_idle() && self.outputs.is_empty()
     }
 
     /// Whether the journal writes a group while the one before is being synced.
@@ -264,6 +282,13 @@ impl Receiver {
     /// What the journal holds that isn't data.
     pub fn history(&self) -> &History {
         &self.history
+    }
+
+    /// The checkpoints that can be opened, without those that a promotion is only about to take away.
+    pub fn catalogue(&self) -> Catalogue {
+        let mut superblock = self.writer.superblock().clone();
+        superblock.promotion_intent_seq = self.oldest_seq();
+        self.history.catalogue(&superblock)
     }
 
     /// The journal's writer, to look at.
@@ -301,7 +326,12 @@ impl Receiver {
         let base_idle = !self.base.is_busy()
             && self.base_sync.gathered.is_none()
             && self.base_sync.advance_ticket.is_none();
-        if base_idle && self.candidate.as_ref().is_some_and(|candidate| candidate.claim.is_none()) {
+        let waits = self.candidate.as_ref().is_some_and(|candidate| {
+            // It may give up the history, and write to the recovery disks itself.
+            self.promoting.is_carrying()
+                && candidate.open.generation.0 != self.writer.superblock().tail_generation
+        });
+        if base_idle && !waits && self.candidate.as_ref().is_some_and(|candidate| candidate.claim.is_none()) {
             self.claim();
         }
     }
@@ -310,9 +340,9 @@ impl Receiver {
         &mut self,
         bytes: &Bytes,
         view: &BatchView<'_>,
-        wall_us: u64,
+        stamp_us: u64,
     ) -> Result<(), OfferError> {
-        self.writer.offer(bytes.clone(), view, wall_us)?;
+        self.writer.offer(bytes.clone(), view, stamp_us)?;
         self.history.take(view);
         Ok(())
     }
@@ -326,14 +356,7 @@ impl Receiver {
                 Event::Changed { ticket } => self.changed(ticket, now),
                 Event::Full { no_space } => {
                     self.full = true;
-                    self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::Full { no_space }));
-                    let text = if no_space {
-                        "the target's datastore is full: free space there"
-                    } else {
-                        "the journal is full: raise the VM's journal limit"
-                    };
-                    self.end_stream(RefuseCode::JournalFull, text.to_owned());
-                    self.drop_waiting();
+                    self.full_told = Some(no_space);
                 }
                 Event::Room => {}
                 Event::Poisoned(error) => self.fail(Failure::Journal(error)),
@@ -341,7 +364,23 @@ impl Receiver {
         }
     }
 
+    /// Nothing makes room: whoever sends is told, and nothing more is taken.
+    fn tell_full(&mut self) {
+        let Some(no_space) = self.full_told.take() else { return };
+        self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::Full { no_space }));
+        let text = if no_space {
+            "the target's datastore is full: free space there"
+        } else {
+            "the journal is full: raise the VM's journal limit"
+        };
+        self.end_stream(RefuseCode::JournalFull, text.to_owned());
+        self.drop_waiting();
+    }
+
     fn changed(&mut self, ticket: u64, now: Now) {
+        if self.promotion_changed(ticket, now) {
+            return;
+        }
         if self.base_sync.unfresh_ticket == Some(ticket) {
             self.base_sync.unfresh_ticket = None;
         }
@@ -353,10 +392,10 @@ impl Receiver {
                 BaseSync { after_end: std::mem::take(&mut self.base_sync.after_end), ..BaseSync::default() };
             self.history.clear();
             self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::SyncEnded));
-            while let Some((bytes, wall_us)) = self.base_sync.after_end.pop_front() {
+            while let Some((bytes, stamp_us)) = self.base_sync.after_end.pop_front() {
                 let taken = match BatchView::parse(&bytes) {
                     Ok(view) => self
-                        .take_for_journal(&bytes, &view, wall_us)
+                        .take_for_journal(&bytes, &view, stamp_us)
                         .map_err(|error| super::error_chain(&error)),
                     Err(error) => Err(super::error_chain(&error)),
                 };
@@ -376,7 +415,8 @@ impl Receiver {
             newest = Some(arrival.mono_us);
         }
         self.history.durable(point.seq);
-        if std::mem::take(&mut self.full) {
+        let told = self.full_told.take().is_none();
+        if std::mem::take(&mut self.full) && told {
             self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::Room));
         }
         let Some(stream) = &self.stream else { return };

@@ -1,4 +1,5 @@
 use journal::format::JournalState;
+use journal::promotion::{PromotionAction, PromotionError};
 use journal::storage::StorageError;
 use journal::writer::{Action, Limits, Writer};
 
@@ -26,6 +27,8 @@ pub struct VmIdentity {
 pub struct ReceiverPolicy {
     /// How far the journal may grow.
     pub limits: Limits,
+    /// How long history is kept, by receive time, in microseconds (C6).
+    pub history_us: u64,
     /// When a full sync doesn't fit into the journal, the history is given up for it (C5).
     pub give_up_history: bool,
     /// Told to the source: how much is kept in memory before the stream is no longer read, in bytes.
@@ -39,6 +42,8 @@ pub enum ReceiverOutput {
     Journal(Action),
     /// Run this on a recovery disk; answer with [`super::Receiver::disk_done`].
     Disk(DiskAction),
+    /// Run this on the journal's file or a recovery disk; answer with [`super::Receiver::promotion_done`].
+    Promotion(PromotionAction),
     /// Send this.
     Send {
         /// On which stream.
@@ -77,6 +82,25 @@ pub enum ReceiverEvent {
     },
     /// It takes batches again.
     Room,
+    /// The recovery disks hold everything up to here, durably. Whoever reads the history is to know before anything else is done for this VM.
+    Promoted {
+        /// The number.
+        through_seq: u64,
+        /// How much was written to the recovery disks, in bytes.
+        written_bytes: u64,
+    },
+    /// Checkpoints are given up before they are as old as the history should be: the journal has no more room (C5).
+    HistoryShortened {
+        /// The newest receive time that is given up, in microseconds since the Unix epoch.
+        through_us: u64,
+    },
+    /// After [`Self::HistoryShortened`] history grows as old as it should be again.
+    HistoryFits,
+    /// Nothing can be promoted now; it is tried again. The journal fills up meanwhile.
+    PromotionStuck {
+        /// Why.
+        error: PromotionError,
+    },
     /// The storage failed. The receiver does nothing any more: its files are to be opened again, trusting the journal only as far as it was
     /// known to be durable (C1), and it is to be replaced.
     Failed {

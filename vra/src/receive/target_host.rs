@@ -5,9 +5,11 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock};
 use quinn::{RecvStream, SendStream};
+use tokio::runtime::Handle;
 
 use super::files;
 use super::folder::VmFolder;
@@ -51,13 +53,28 @@ pub struct TargetHost {
     threads: Vec<WorkerThread>,
 }
 
+/// How often VMs are looked at that nothing happens to: their history gets older all the same.
+const TICK: Duration = Duration::from_secs(1);
+
 impl TargetHost {
-    /// Starts the threads.
+    /// Starts the threads. To be called within a tokio runtime.
     ///
     /// # Errors
     /// The kernel has no io_uring for us.
     pub fn start(settings: TargetSettings) -> Result<Self, TargetError> {
-        let threads = (0..settings.worker_count.max(1)).map(WorkerThread::start).collect::<Result<_, _>>();
+        let threads =
+            (0..settings.worker_count.max(1)).map(WorkerThread::start).collect::<Result<Vec<_>, _>>();
+        let threads = threads.map_err(|source| files::host("starting the journal threads", source))?;
+        let workers: Vec<_> = threads.iter().map(|thread| thread.worker().clone()).collect();
+        // Ends with the workers.
+        Handle::current().spawn(async move {
+            loop {
+                tokio::time::sleep(TICK).await;
+                if !workers.iter().all(|worker| worker.tell(Input::Tick)) {
+                    return;
+                }
+            }
+        });
         Ok(Self {
             settings,
             memory: ReceiveMemory::new(settings.memory_bytes),
@@ -66,7 +83,7 @@ impl TargetHost {
             next_stream: AtomicU64::new(1),
             next_key: Arc::new(AtomicU64::new(1)),
             next_worker: AtomicU64::new(0),
-            threads: threads.map_err(|source| files::host("starting the journal threads", source))?,
+            threads,
         })
     }
 

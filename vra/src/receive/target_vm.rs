@@ -8,7 +8,7 @@ use journal::batch::Epoch;
 use journal::catalogue::Catalogue;
 use journal::recovery::SurveyOptions;
 use journal::storage::ring::{Access, DirectFile};
-use journal::view::{Reader, View};
+use journal::view::{Promoted, Reader, View, ViewError};
 use journal::writer::Writer;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
@@ -35,6 +35,8 @@ pub struct TargetVm {
     worker: Worker,
     runtime: Handle,
     window_bytes: u32,
+    /// What open views follow.
+    promoted: Promoted,
     inner: Mutex<Inner>,
 }
 
@@ -45,7 +47,9 @@ struct Inner {
     next_key: Box<dyn FnMut() -> VmKey + Send>,
     status: Arc<Mutex<ReceiverStatus>>,
     alerts: BTreeMap<&'static str, Alert>,
-    pins: usize,
+    /// What open views need at least, by the pins' own count.
+    pins: BTreeMap<u64, u64>,
+    next_pin: u64,
     closed: bool,
     not_open: Option<String>,
 }
@@ -62,9 +66,10 @@ pub struct OpenedView {
     pub pin: Pin,
 }
 
-/// Keeps a VM's history from being given up.
+/// Keeps a VM's history, from a number on, from being given up or promoted.
 pub struct Pin {
     vm: Arc<TargetVm>,
+    id: u64,
 }
 
 /// Wait between attempts to open a VM's files again after a failure.
@@ -90,11 +95,13 @@ impl TargetVm {
                 next_key,
                 status,
                 alerts: BTreeMap::new(),
-                pins: 0,
+                pins: BTreeMap::new(),
+                next_pin: 0,
                 closed: false,
                 not_open: None,
             };
-            Self { vm, folder, worker, runtime, window_bytes, inner: Mutex::new(inner) }
+            let promoted = Promoted::default();
+            Self { vm, folder, worker, runtime, window_bytes, promoted, inner: Mutex::new(inner) }
         })
     }
 
@@ -217,9 +224,16 @@ impl TargetVm {
     /// # Errors
     /// There is no such moment in the history, or a file can't be read.
     pub async fn open_view(self: &Arc<Self>, at: PointInTime) -> Result<OpenedView, TargetError> {
-        // The pin comes first: what is looked up now must not be given up before it is opened.
+        // The pin comes first (C2): what is looked up now must not be given up, nor promoted past, before it is opened.
         let pin = self.pin();
+        let oldest_seq = self.oldest_seq().await?;
         let seq = self.resolve(at).await?;
+        if seq < oldest_seq {
+            let newest_seq = self.status().durable_through;
+            return Err(TargetError::View(ViewError::Gone { seq, oldest_seq, newest_seq }));
+        }
+        pin.needs(seq);
+        let promoted = self.promoted.clone();
         let (journal, disks) = (self.folder.journal(), self.definition().volumes.len() as u16);
         let disks: Vec<_> = (0..disks).map(|volume| self.folder.disk(volume)).collect();
         let open = move || {
@@ -227,7 +241,8 @@ impl TargetVm {
             let file = storage.add_file(DirectFile::open(&journal, Access::ReadOnly)?);
             let reader =
                 Reader::open(&mut storage, file, SurveyOptions::default()).map_err(TargetError::View)?;
-            let view = reader.view(seq).map_err(TargetError::View)?;
+            let mut view = reader.view(seq).map_err(TargetError::View)?;
+            view.follow(&promoted);
             let journal = storage.remove_file(file).expect("added above");
             let disks = disks.iter().map(|path| DirectFile::open(path, Access::ReadOnly));
             Ok(OpenedView { view, journal, disks: disks.collect::<Result<_, _>>()?, pin })
@@ -236,15 +251,23 @@ impl TargetVm {
         opened.unwrap_or_else(|error| Err(files::host("opening a view", std::io::Error::other(error))))
     }
 
-    /// Keeps the history until the pin is dropped.
+    /// Keeps all of the history until the pin is dropped, or told what it needs.
     pub fn pin(self: &Arc<Self>) -> Pin {
         let mut inner = self.lock();
-        inner.pins += 1;
-        if inner.pins == 1 {
-            self.tell_pinned(&inner);
-        }
+        let id = inner.next_pin;
+        inner.next_pin += 1;
+        inner.pins.insert(id, 0);
+        self.tell_lowest_pin(&inner, None);
         drop(inner);
-        Pin { vm: self.clone() }
+        Pin { vm: self.clone(), id }
+    }
+
+    /// The lowest number that can be opened, asked after all pins are known to the worker.
+    async fn oldest_seq(&self) -> Result<u64, TargetError> {
+        let (answer, oldest_seq) = oneshot::channel();
+        self.tell_lowest_pin(&self.lock(), Some(answer));
+        let not_open = |_| TargetError::NotOpen { vm: self.vm, reason: self.lock().not_open.clone() };
+        oldest_seq.await.map_err(not_open)
     }
 
     /// The number that a moment stands for.
@@ -294,7 +317,7 @@ impl TargetVm {
 
     /// How many views are open.
     pub(super) fn pin_count(&self) -> usize {
-        self.lock().pins
+        self.lock().pins.len()
     }
 
     pub(super) fn key(&self) -> Option<VmKey> {
@@ -309,9 +332,10 @@ impl TargetVm {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn tell_pinned(&self, inner: &Inner) {
+    fn tell_lowest_pin(&self, inner: &Inner, answer: Option<oneshot::Sender<u64>>) {
         if let Some(vm) = inner.key {
-            self.worker.tell(Input::SetPinned { vm, pinned: inner.pins > 0 });
+            let seq = inner.pins.values().min().copied();
+            self.worker.tell(Input::SetLowestPin { vm, seq, answer });
         }
     }
 
@@ -343,6 +367,33 @@ impl TargetVm {
                 let mut inner = self.lock();
                 inner.alerts.remove("journal-full");
                 inner.alerts.remove("datastore-full");
+            }
+            ReceiverEvent::Promoted { through_seq, written_bytes } => {
+                self.promoted.advance(through_seq);
+                self.lock().alerts.remove("promotion-stuck");
+                tracing::debug!(vm = %self.vm, through_seq, written_bytes, "promoted");
+            }
+            ReceiverEvent::HistoryShortened { through_us } => {
+                let through = crate::api::TimeUs(through_us);
+                let message = format!(
+                    "the journal {} has no room for the whole history: checkpoints through {through} are given up",
+                    self.folder.journal().display()
+                );
+                let remedy = "raise the VM's journal limit, or shorten its history";
+                self.alert("history-shortened", Severity::Warning, message, remedy);
+            }
+            ReceiverEvent::HistoryFits => {
+                tracing::info!(vm = %self.vm, "the journal has room for the whole history again");
+                self.lock().alerts.remove("history-shortened");
+            }
+            ReceiverEvent::PromotionStuck { error } => {
+                let message = format!(
+                    "nothing can be promoted to the recovery disks in {}: {}",
+                    self.folder.path().display(),
+                    super::error_chain(&error)
+                );
+                let remedy = "the journal fills up meanwhile: free space on the datastore, or replicate the VM anew if its journal is damaged";
+                self.alert("promotion-stuck", Severity::Critical, message, remedy);
             }
             ReceiverEvent::Failed { failure, durable_through } => {
                 let reason = super::error_chain(&failure);
@@ -389,7 +440,7 @@ impl TargetVm {
         inner.status = attach_files(&self.worker, key, files, self.window_bytes, Arc::downgrade(self));
         (inner.key, inner.not_open) = (Some(key), None);
         inner.alerts.remove("storage-failed");
-        self.tell_pinned(&inner);
+        self.tell_lowest_pin(&inner, None);
         tracing::info!(vm = %self.vm, "the journal is open again");
         true
     }
@@ -408,19 +459,27 @@ impl TargetVm {
     }
 }
 
+impl Pin {
+    /// Only what is needed to read at this number is kept.
+    fn needs(&self, seq: u64) {
+        let mut inner = self.vm.lock();
+        inner.pins.insert(self.id, seq);
+        self.vm.tell_lowest_pin(&inner, None);
+    }
+}
+
 impl Drop for Pin {
     fn drop(&mut self) {
         let mut inner = self.vm.lock();
-        inner.pins -= 1;
-        if inner.pins == 0 {
-            self.vm.tell_pinned(&inner);
-        }
+        inner.pins.remove(&self.id);
+        self.vm.tell_lowest_pin(&inner, None);
     }
 }
 
 fn policy(definition: &VmDefinition, slot_bytes: u64, window_bytes: u32) -> ReceiverPolicy {
     ReceiverPolicy {
         limits: files::limits(definition, slot_bytes),
+        history_us: definition.history_s.saturating_mul(1_000_000),
         give_up_history: definition.give_up_history,
         window_bytes,
     }

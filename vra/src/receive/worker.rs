@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 
 use bytes::Bytes;
 use journal::catalogue::Catalogue;
+use journal::promotion::{PromotionAction, PromotionFile};
 use journal::storage::ring::{DirectFile, RingStorage, RingWaker};
 use journal::storage::{Completion, FileId, Purpose, Storage};
 use tokio::sync::oneshot;
@@ -60,10 +61,14 @@ pub(super) enum Input {
         vm: VmKey,
         policy: ReceiverPolicy,
     },
-    SetPinned {
+    /// The lowest number that open views need; answered with the lowest one that can be opened.
+    SetLowestPin {
         vm: VmKey,
-        pinned: bool,
+        seq: Option<u64>,
+        answer: Option<oneshot::Sender<u64>>,
     },
+    /// Time has passed.
+    Tick,
     Catalogue {
         vm: VmKey,
         answer: oneshot::Sender<Catalogue>,
@@ -173,7 +178,15 @@ struct Vm {
 struct Route {
     vm: VmKey,
     token: u64,
-    on_journal: bool,
+    part: Part,
+}
+
+/// Which of a receiver's machines an operation is of.
+#[derive(Clone, Copy)]
+enum Part {
+    Journal,
+    Disk,
+    Promotion,
 }
 
 impl WorkerState {
@@ -197,13 +210,14 @@ impl WorkerState {
     fn take(&mut self, input: Input) {
         let now = self.clock.now();
         let key = match &input {
+            Input::Tick => return self.dirty = self.vms.keys().copied().collect(),
             Input::Attach(attached) => attached.key,
             Input::Open { vm, .. }
             | Input::Batch { vm, .. }
             | Input::Closed { vm, .. }
             | Input::SetManifest { vm, .. }
             | Input::SetPolicy { vm, .. }
-            | Input::SetPinned { vm, .. }
+            | Input::SetLowestPin { vm, .. }
             | Input::Catalogue { vm, .. }
             | Input::Detach { vm, .. } => *vm,
         };
@@ -226,17 +240,22 @@ impl WorkerState {
                     }
                 }
                 Input::SetPolicy { policy, .. } => vm.receiver.set_policy(policy),
-                Input::SetPinned { pinned, .. } => vm.receiver.set_pinned(pinned),
+                Input::SetLowestPin { seq, answer, .. } => {
+                    vm.receiver.set_lowest_pin(seq);
+                    if let Some(answer) = answer {
+                        // Nobody may wait for it any more.
+                        let _ = answer.send(vm.receiver.oldest_seq());
+                    }
+                }
                 Input::Catalogue { answer, .. } => {
-                    let superblock = vm.receiver.writer().superblock();
                     // Nobody may wait for it any more.
-                    let _ = answer.send(vm.receiver.history().catalogue(superblock));
+                    let _ = answer.send(vm.receiver.catalogue());
                 }
                 Input::Detach { answer, .. } => {
                     vm.receiver.seal();
                     vm.detaching = Some(answer);
                 }
-                Input::Attach(_) => {}
+                Input::Attach(_) | Input::Tick => {}
             }
         } else if let Input::Open { outbox, .. } = input {
             let text = "the VM's journal is being opened".to_owned();
@@ -275,10 +294,10 @@ impl WorkerState {
         let now = self.clock.now();
         let Some(vm) = self.vms.get_mut(&route.vm) else { return };
         vm.in_flight -= 1;
-        if route.on_journal {
-            vm.receiver.journal_done(route.token, completion.result.map(drop), now);
-        } else {
-            vm.receiver.disk_done(route.token, completion.result, now);
+        match route.part {
+            Part::Journal => vm.receiver.journal_done(route.token, completion.result.map(drop), now),
+            Part::Disk => vm.receiver.disk_done(route.token, completion.result, now),
+            Part::Promotion => vm.receiver.promotion_done(route.token, completion.result, now),
         }
         self.mark(route.vm);
     }
@@ -288,13 +307,20 @@ impl WorkerState {
         for key in std::mem::take(&mut self.dirty) {
             let Some(vm) = self.vms.get_mut(&key) else { continue };
             while let Some(output) = vm.receiver.poll(self.clock.now()) {
-                let (file, on_journal, token, purpose, op) = match output {
+                let (file, part, token, purpose, op) = match output {
                     ReceiverOutput::Journal(action) => {
-                        (vm.journal, true, action.token, action.purpose, action.op)
+                        (vm.journal, Part::Journal, action.token, action.purpose, action.op)
                     }
                     ReceiverOutput::Disk(action) => {
                         let file = vm.disks[usize::from(action.volume)];
-                        (file, false, action.token, Purpose::RecoveryDisk, action.op)
+                        (file, Part::Disk, action.token, Purpose::RecoveryDisk, action.op)
+                    }
+                    ReceiverOutput::Promotion(PromotionAction { token, file, purpose, op }) => {
+                        let file = match file {
+                            PromotionFile::Journal => vm.journal,
+                            PromotionFile::Disk(volume) => vm.disks[usize::from(volume)],
+                        };
+                        (file, Part::Promotion, token, purpose, op)
                     }
                     ReceiverOutput::Send { stream, frame } => {
                         if let Some(outbox) = vm.outboxes.get(&stream) {
@@ -320,7 +346,7 @@ impl WorkerState {
                 let id = self.next_route;
                 self.next_route += 1;
                 vm.in_flight += 1;
-                self.routes.insert(id, Route { vm: key, token, on_journal });
+                self.routes.insert(id, Route { vm: key, token, part });
                 self.storage.submit(file, id, purpose, op);
             }
             *vm.status.lock().unwrap_or_else(PoisonError::into_inner) = vm.receiver.status();

@@ -49,6 +49,8 @@ struct ReadJob {
     /// Absent while the recovery disk is read into it.
     slot: Option<Slot>,
     plan: Plan,
+    /// How far promotion had come when it was planned.
+    promoted_seq: u64,
     /// Fetched before the recovery disk's data was there.
     early: Vec<(u32, Slot)>,
     /// Transfers and waiting fetches.
@@ -105,6 +107,7 @@ impl ViewLane {
             Some(scratch) => scratch.lock().map.find(offset_bytes, len_bytes),
             None => vec![Run { offset_bytes, len_bytes, place: Place::Below }],
         };
+        let promoted_seq = self.disk.volume.promoted().through_seq();
         let plan = match plan(&self.disk.volume, &runs, &self.disk.limits) {
             Ok(plan) if plan.fetches.is_empty() || self.arena.is_some() => plan,
             Ok(_) => {
@@ -126,6 +129,7 @@ impl ViewLane {
             len_bytes,
             slot,
             plan,
+            promoted_seq,
             early: Vec::new(),
             out,
             error: None,
@@ -206,6 +210,12 @@ impl ViewLane {
     fn answer_read(&mut self, index: u32, port: &mut dyn Port) {
         let Some(Job::Read(job)) = self.jobs.remove(index) else { return };
         let gone = self.disk.is_gone();
+        let has_moved = self.disk.volume.promoted().through_seq() > job.promoted_seq;
+        if !gone && has_moved && (job.error.is_some() || job.damage.is_some()) {
+            // The slots of what was promoted meanwhile may have been used again: it is on the recovery disk now.
+            let ReadJob { tag, offset_bytes, len_bytes, slot, .. } = *job;
+            return self.read(Request { tag, op: Op::Read, offset_bytes, len_bytes, fua: false, slot }, port);
+        }
         if gone {
             self.disk.set_gone();
         } else if let Some(damage) = &job.damage {
@@ -238,9 +248,9 @@ impl ViewLane {
         let Some(check) = self.check.take() else { return };
         let newest = check.copies.into_iter().flatten().max_by_key(|copy| copy.sequence);
         // Two copies that cannot be read mean that nothing can be said: better no data than wrong data.
-        let there = newest.is_some_and(|superblock| still_there(&superblock, self.disk.seq).is_ok());
-        if !there {
-            self.disk.set_gone();
+        match newest.filter(|superblock| still_there(superblock, self.disk.seq).is_ok()) {
+            Some(superblock) => self.disk.volume.promoted().advance(superblock.low_water.seq),
+            None => self.disk.set_gone(),
         }
         for index in check.jobs {
             self.answer_read(index, port);

@@ -51,7 +51,15 @@ impl Load {
 pub(super) struct RunningLoad(Background);
 
 impl RunningLoad {
-    /// Fails if the load has ended: then what is to happen under it would show nothing.
+    /// Begins the load once more if it has ended: without it, what is to happen under it would show nothing.
+    pub(super) fn keep_running(&mut self, begin: impl FnOnce() -> Result<Self>) -> Result<()> {
+        let Some(ended) = self.0.ended()? else { return Ok(()) };
+        ensure!(ended.success(), "the load failed ({ended:?}):\n{}", self.0.output());
+        *self = begin()?;
+        Ok(())
+    }
+
+    /// Fails if the load has ended.
     pub(super) fn ensure_running(&mut self) -> Result<()> {
         let ended: Option<ExitStatus> = self.0.ended()?;
         ensure!(ended.is_none(), "the load ended too early ({ended:?}):\n{}", self.0.output());

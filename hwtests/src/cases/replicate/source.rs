@@ -24,10 +24,11 @@ pub(super) fn restarted(context: &mut Context, end: End, times: u32) -> Result<(
         stand.fill()?;
         stand.recovers("before")?;
         let copy = stand.copy_of_disk()?;
-        let mut load = stand.start_load(Load { rounds: 1 + times, pause_ms: 200 })?;
+        let load_of_guest = Load { rounds: 1 + times, pause_ms: 200 };
+        let mut load = stand.start_load(load_of_guest)?;
         for _ in 0..times {
+            load.keep_running(|| stand.start_load(load_of_guest))?;
             stand.wait_for_writes(60)?;
-            load.ensure_running()?;
             restart(context, stand, end)?;
         }
         load.finish(PATIENCE_S)?;

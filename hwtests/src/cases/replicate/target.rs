@@ -51,14 +51,16 @@ fn same_stream_after(
     mut event: impl FnMut(&mut Stand) -> Result<()>,
 ) -> Result<()> {
     let before = stand.wait_until_streaming()?;
-    let mut load = stand.start_load(load)?;
+    let mut running = stand.start_load(load)?;
     for _ in 0..times {
+        running.keep_running(|| stand.start_load(load))?;
         stand.wait_for_writes(60)?;
-        load.ensure_running()?;
         event(stand)?;
-        load.ensure_running()?;
+        if times == 1 {
+            running.ensure_running()?;
+        }
     }
-    load.finish(PATIENCE_S)?;
+    running.finish(PATIENCE_S)?;
     let after = stand.wait_until_streaming()?;
     ensure!(
         after.generation == before.generation && after.last_sequence > before.last_sequence,

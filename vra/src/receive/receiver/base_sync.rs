@@ -46,7 +46,8 @@ impl Receiver {
         view: &BatchView<'_>,
         now: Now,
     ) -> Result<(), OfferError> {
-        let point = self.writer.accept_for_base(view, now.wall_us)?;
+        let stamp_us = self.stamp_us(now);
+        let point = self.writer.accept_for_base(view, stamp_us)?;
         self.base.gather(bytes, view);
         self.base_sync.gathered = Some(point);
         for record in view.records() {

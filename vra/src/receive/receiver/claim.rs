@@ -107,7 +107,7 @@ impl Receiver {
             &self.policy,
             &self.identity.volumes,
             checkpoints,
-            self.pinned,
+            self.lowest_pin.is_some(),
         ) {
             Admission::AsIs => Ok(()),
             Admission::GiveUpHistory => {

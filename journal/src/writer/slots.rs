@@ -1,0 +1,125 @@
+//! Which slots of the file are free, and which of them have their space.
+
+use std::collections::BTreeSet;
+
+use super::RESERVED_SLOTS;
+
+/// The free slots. Those whose space is reserved are used first, the lowest of them first, so that the file's end runs empty.
+#[derive(Debug, Default)]
+pub(super) struct FreeSlots {
+    reserved: BTreeSet<u32>,
+    /// Their space was given back, or may have been: it is reserved and synced before they are used (C3).
+    unreserved: BTreeSet<u32>,
+    /// Those of the unreserved that may still have space.
+    doubtful: BTreeSet<u32>,
+}
+
+/// What is given back to the datastore.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Surplus {
+    /// How many slots the file keeps; those after them are cut off.
+    pub(super) slot_count: u32,
+    /// Slots before that end, to be punched.
+    pub(super) punched: Vec<u32>,
+}
+
+impl FreeSlots {
+    /// After an opening, when nobody knows which have their space.
+    pub(super) fn unknown(slots: impl IntoIterator<Item = u32>) -> Self {
+        let doubtful: BTreeSet<u32> = slots.into_iter().collect();
+        Self { reserved: BTreeSet::new(), unreserved: doubtful.clone(), doubtful }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.reserved.len() + self.unreserved.len()
+    }
+
+    /// Whether a slot must get its space before another one is used: those that are kept have theirs too, or an opening on a full datastore
+    /// could not copy the last segment (C1).
+    pub(super) fn lacks_space(&self) -> bool {
+        self.reserved.len() <= RESERVED_SLOTS
+    }
+
+    /// These have their space.
+    pub(super) fn add_reserved(&mut self, slots: impl IntoIterator<Item = u32>) {
+        for slot in slots {
+            self.unreserved.remove(&slot);
+            self.doubtful.remove(&slot);
+            self.reserved.insert(slot);
+        }
+    }
+
+    /// How many that have their space can be used and leave one for an opening.
+    pub(super) fn spare_reserved(&self) -> usize {
+        self.reserved.len().min(self.len().saturating_sub(1))
+    }
+
+    /// Takes the lowest one that has its space.
+    pub(super) fn take(&mut self) -> Option<u32> {
+        self.reserved.pop_first()
+    }
+
+    /// The one to reserve next.
+    pub(super) fn lowest_unreserved(&self) -> Option<u32> {
+        self.unreserved.first().copied()
+    }
+
+    /// What to give back so that no more than `keep` free slots have their space; nothing if there is no surplus. Slots at the file's end
+    /// are cut off even if they are needed to make up `keep`, when lower ones can take their place.
+    pub(super) fn surplus(&self, slot_count: u32, keep: usize) -> Option<Surplus> {
+        let mut over = self.reserved.len().saturating_sub(keep);
+        let mut end = slot_count;
+        while let Some(last) = end.checked_sub(1) {
+            if self.reserved.contains(&last) && over > 0 {
+                over -= 1;
+            } else if !self.unreserved.contains(&last) {
+                break;
+            }
+            end = last;
+        }
+        let inside = self.reserved.range(..end).rev().take(over).chain(self.doubtful.range(..end));
+        let surplus = Surplus { slot_count: end, punched: inside.copied().collect() };
+        (surplus.slot_count < slot_count || !surplus.punched.is_empty()).then_some(surplus)
+    }
+
+    /// A surplus is being given back: its slots can't be taken any more.
+    pub(super) fn give_back(&mut self, surplus: &Surplus) {
+        self.reserved.retain(|slot| *slot < surplus.slot_count && !surplus.punched.contains(slot));
+        self.unreserved.retain(|slot| *slot < surplus.slot_count);
+        self.unreserved.extend(&surplus.punched);
+        self.doubtful.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_end_of_the_file_is_cut_first_and_no_more_than_the_surplus_is_given_back() {
+        let mut free = FreeSlots::default();
+        free.add_reserved([1, 2, 5, 6, 7]);
+        assert_eq!(free.surplus(8, 5), None);
+        let surplus = free.surplus(8, 3).expect("two too many");
+        assert_eq!(surplus, Surplus { slot_count: 6, punched: vec![] });
+        let surplus = free.surplus(8, 1).expect("four too many");
+        assert_eq!(surplus, Surplus { slot_count: 5, punched: vec![2] });
+        free.give_back(&surplus);
+        assert!(free.lacks_space());
+        assert_eq!(free.len(), 2);
+        assert_eq!(free.take(), Some(1));
+        assert_eq!(free.take(), None, "slot 2 must be reserved first");
+        assert_eq!(free.lowest_unreserved(), Some(2));
+        free.add_reserved([2]);
+        assert_eq!(free.take(), Some(2));
+    }
+
+    #[test]
+    fn slots_in_doubt_are_given_back() {
+        let mut free = FreeSlots::unknown([1, 3, 4]);
+        let surplus = free.surplus(5, 9).expect("nobody knows what they hold");
+        assert_eq!(surplus, Surplus { slot_count: 3, punched: vec![1] });
+        free.give_back(&surplus);
+        assert_eq!(free.surplus(3, 9), None);
+    }
+}

@@ -1,0 +1,277 @@
+//! The receiver's part that promotes: what has grown older than the history goes to the recovery disks (C2).
+
+use journal::format::ChainPoint;
+use journal::promotion::{Promotion, PromotionAction, PromotionError};
+use journal::storage::{AlignedBuf, StorageError};
+use journal::writer::{Change, RESERVED_SLOTS};
+
+use super::Receiver;
+use crate::clock::Now;
+use crate::planted::{Planted, is_planted};
+use crate::receive::base_apply::DiskError;
+use crate::receive::receiver_types::{Failure, ReceiverEvent, ReceiverOutput};
+
+/// Where promotion stands.
+#[derive(Debug, Default)]
+pub(super) struct Promoting {
+    stage: Stage,
+    /// After a failure: not before then, by the monotonic clock.
+    not_before_us: u64,
+    /// The history is shorter than it should be, and that was told.
+    told_shortened: bool,
+    /// That it is stuck was told.
+    told_blocked: bool,
+    recovery_disks_reserved: Vec<bool>,
+}
+
+#[derive(Debug, Default)]
+enum Stage {
+    #[default]
+    Idle,
+    /// The intent is not durable yet.
+    Announcing {
+        ticket: u64,
+        through: ChainPoint,
+        due: Due,
+    },
+    Carrying(Box<Promotion>),
+    /// It can't go on; what is under way ends first.
+    Draining(Box<Promotion>),
+    /// The low-water mark is not durable yet.
+    Ending {
+        ticket: u64,
+    },
+    Shrinking {
+        ticket: u64,
+    },
+}
+
+/// What is to be promoted.
+#[derive(Clone, Copy, Debug, Default)]
+struct Due {
+    /// How many of the oldest segments.
+    count: usize,
+    /// They are not all as old as the history should be.
+    shortens: bool,
+}
+
+/// Segments that are promoted together: blocks that are written again and again are carried once.
+const MAX_SEGMENTS: usize = 8;
+/// Disk content under way while the journal takes writes, in bytes: they go first.
+const BUSY_WINDOW_BYTES: u64 = 1 << 20;
+/// The same while it doesn't, and when it waits for room.
+const IDLE_WINDOW_BYTES: u64 = 8 << 20;
+/// Wait after a promotion that couldn't go on, in microseconds.
+const HOLD_OFF_US: u64 = 5_000_000;
+
+impl Promoting {
+    pub(super) fn new(recovery_disks_reserved: &[bool]) -> Self {
+        Self { recovery_disks_reserved: recovery_disks_reserved.to_vec(), ..Self::default() }
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        matches!(self.stage, Stage::Idle)
+    }
+
+    /// Whether recovery disks may be changing.
+    pub(super) fn is_carrying(&self) -> bool {
+        matches!(self.stage, Stage::Announcing { .. } | Stage::Carrying(_) | Stage::Draining(_))
+    }
+}
+
+impl Receiver {
+    /// Begins a promotion if one is due.
+    pub(super) fn promote(&mut self, now: Now) {
+        let other_generation =
+            |open: &crate::wire::Open| open.generation.0 != self.writer.superblock().tail_generation;
+        if !self.promoting.is_idle()
+            || self.failed
+            || now.mono_us < self.promoting.not_before_us
+            || self.candidate.as_ref().is_some_and(|candidate| other_generation(&candidate.open))
+        {
+            return;
+        }
+        let stamp_us = self.stamp_us(now);
+        let due = self.due(stamp_us);
+        let Some(through) = due.count.checked_sub(1).and_then(|last| self.writer.closed_segments().nth(last))
+        else {
+            return self.tell_full();
+        };
+        let through = through.last;
+        if let Ok(ticket) = self.writer.change(Change::AnnouncePromotion { through }) {
+            self.promoting.stage = Stage::Announcing { ticket, through, due };
+            if is_planted(Planted::PromotionNotAnnounced) {
+                self.carry(through, due);
+            }
+        }
+    }
+
+    /// The lowest number that a view may be opened at, counting what is only about to be announced.
+    pub fn oldest_seq(&self) -> u64 {
+        let announced = match &self.promoting.stage {
+            Stage::Announcing { through, .. } => through.seq,
+            _ => 0,
+        };
+        self.writer.superblock().oldest_seq().max(announced)
+    }
+
+    /// What is to be promoted now.
+    fn due(&self, stamp_us: u64) -> Due {
+        let superblock = self.writer.superblock();
+        if superblock.state.is_base_sync() {
+            return Due::default();
+        }
+        let through =
+            |seq: u64| self.writer.closed_segments().take_while(|segment| segment.last.seq <= seq).count();
+        let announced = superblock.promotion_intent_seq;
+        if announced > superblock.low_water.seq {
+            // An earlier opening has announced it: nothing below can be opened, and the recovery disks hold a part of it.
+            return Due { count: through(announced), shortens: false };
+        }
+        let is_old = |end_us: u64| end_us.saturating_add(self.policy.history_us) <= stamp_us;
+        let old = self.writer.closed_segments().take_while(|segment| is_old(segment.end_time_us())).count();
+        let wanted = old.min(MAX_SEGMENTS).max(usize::from(self.is_pressed()));
+        // One checkpoint stays, whatever happens; before a sync that goes through the journal it is the last one before that (B5).
+        let Some(newest_cut) = self.history.newest_cut() else { return Due::default() };
+        let pin = if is_planted(Planted::PromotionPastPin) { None } else { self.lowest_pin };
+        let allowed = through(newest_cut.min(pin.unwrap_or(u64::MAX)));
+        let count = self.outside_syncs(wanted.min(allowed), allowed);
+        Due { count, shortens: count > old }
+    }
+
+    /// The number of segments next to `wanted`, up to `allowed`, whose end lies in no sync: the border that begins it would be lost with its
+    /// segment, and with it the word that nothing inside counts (B5).
+    fn outside_syncs(&self, wanted: usize, allowed: usize) -> usize {
+        let is_inside = |count: &usize| {
+            let last = count.checked_sub(1).and_then(|last| self.writer.closed_segments().nth(last));
+            last.is_some_and(|segment| self.history.is_inside_sync(segment.last.seq))
+        };
+        if wanted == 0 || is_planted(Planted::PromotionEndsInSync) {
+            return wanted;
+        }
+        let later = (wanted..=allowed).find(|count| !is_inside(count));
+        later.or_else(|| (1..wanted).rev().find(|count| !is_inside(count))).unwrap_or(0)
+    }
+
+    /// Whether the journal has hardly any room left and can't grow: then history is shortened.
+    fn is_pressed(&self) -> bool {
+        let limits = self.policy.limits;
+        let spare_slots = limits.max_slots as usize / 16;
+        let can_grow = self.writer.superblock().slot_count < limits.max_slots && !self.writer.lacks_space();
+        let is_filling = self.full
+            || spare_slots > 0
+            || self.writer.open_fill_bytes() > self.writer.superblock().slot_len_bytes / 2;
+        self.full || !can_grow && is_filling && self.writer.free_slot_count() <= RESERVED_SLOTS + spare_slots
+    }
+
+    fn carry(&mut self, through: ChainPoint, due: Due) {
+        let segments = self.writer.closed_segments().take_while(|segment| segment.last.seq <= through.seq);
+        let segments: Vec<_> = segments.cloned().collect();
+        self.tell_shortened(due.shortens, segments.last().map_or(0, |segment| segment.end_time_us()));
+        let reserved = self.promoting.recovery_disks_reserved.clone();
+        let promotion = Promotion::new(self.writer.superblock().clone(), segments, reserved);
+        self.promoting.stage = Stage::Carrying(Box::new(promotion));
+    }
+
+    /// The next operation of a promotion.
+    pub(super) fn promotion_action(&mut self) -> Option<PromotionAction> {
+        let Stage::Carrying(promotion) = &mut self.promoting.stage else { return None };
+        let is_quiet = self.writer.is_idle();
+        promotion.poll_action(if is_quiet { IDLE_WINDOW_BYTES } else { BUSY_WINDOW_BYTES })
+    }
+
+    /// An operation of a promotion has ended.
+    pub fn promotion_done(&mut self, token: u64, result: Result<Option<AlignedBuf>, StorageError>, now: Now) {
+        let (Stage::Carrying(promotion) | Stage::Draining(promotion)) = &mut self.promoting.stage else {
+            return;
+        };
+        let ended = promotion.done(token, result);
+        match (&mut self.promoting.stage, ended) {
+            (Stage::Carrying(_), Ok(true)) => self.carried(),
+            (Stage::Carrying(_), Err(error)) => self.stuck(error, now),
+            (Stage::Draining(promotion), _) if !promotion.is_busy() => self.promoting.stage = Stage::Idle,
+            _ => {}
+        }
+        self.take_events(now);
+        self.advance(now);
+    }
+
+    fn carried(&mut self) {
+        let Stage::Carrying(promotion) = std::mem::take(&mut self.promoting.stage) else { return };
+        let Some(done) = promotion.promoted() else { return };
+        self.promoting.told_blocked = false;
+        // Open views read from the recovery disk before the slots are free (C3).
+        let event =
+            ReceiverEvent::Promoted { through_seq: done.through.seq, written_bytes: done.written_bytes };
+        self.outputs.push_back(ReceiverOutput::Event(event));
+        let change = Change::EndPromotion { through: done.through, size_bytes: done.size_bytes };
+        if let Ok(ticket) = self.writer.change(change) {
+            self.promoting.stage = Stage::Ending { ticket };
+        }
+    }
+
+    fn stuck(&mut self, error: PromotionError, now: Now) {
+        let Stage::Carrying(promotion) = std::mem::take(&mut self.promoting.stage) else { return };
+        if promotion.is_busy() {
+            self.promoting.stage = Stage::Draining(promotion);
+        }
+        self.promoting.not_before_us = now.mono_us + HOLD_OFF_US;
+        match error {
+            PromotionError::Disk { volume, source } if !source.is_no_space() => {
+                self.fail(Failure::Disk(DiskError { volume, source }));
+            }
+            error if !std::mem::replace(&mut self.promoting.told_blocked, true) => {
+                self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::PromotionStuck { error }));
+            }
+            _ => {}
+        }
+    }
+
+    /// A change of the journal is durable: whether it was one of promotion's.
+    pub(super) fn promotion_changed(&mut self, changed: u64, now: Now) -> bool {
+        match self.promoting.stage {
+            Stage::Announcing { ticket, through, due } if ticket == changed => {
+                if self.writer.superblock().promotion_intent_seq == through.seq {
+                    self.carry(through, due);
+                } else {
+                    self.promoting.stage = Stage::Idle;
+                    self.promoting.not_before_us = now.mono_us + HOLD_OFF_US;
+                }
+            }
+            Stage::Ending { ticket } if ticket == changed => {
+                self.history.forget_below(self.writer.superblock().oldest_seq());
+                self.writer.retry(self.policy.limits);
+                let spare_slots = self.policy.limits.grow_slots;
+                let shrink = self.writer.change(Change::Shrink { spare_slots });
+                self.promoting.stage = shrink.map_or(Stage::Idle, |ticket| Stage::Shrinking { ticket });
+            }
+            Stage::Shrinking { ticket } if ticket == changed => self.promoting.stage = Stage::Idle,
+            _ => return false,
+        }
+        true
+    }
+
+    /// When something that comes now was received, in microseconds (C6): goes on from the newest time in the journal by the monotonic clock,
+    /// so that no jump of the system's clock, and no time in which the target didn't run, makes history older.
+    pub(super) fn stamp_us(&mut self, now: Now) -> u64 {
+        if is_planted(Planted::WallClockAges) {
+            return now.wall_us;
+        }
+        let newest_us = self.writer.receive_time_us();
+        let first_us = if newest_us == 0 { now.wall_us } else { newest_us };
+        let (stamp_us, mono_us) = *self.stamp_base.get_or_insert((first_us, now.mono_us));
+        stamp_us.saturating_add(now.mono_us.saturating_sub(mono_us))
+    }
+
+    /// Tells when history begins to be given up for room before it is as old as it should be, and when that ends.
+    fn tell_shortened(&mut self, is_shortened: bool, through_us: u64) {
+        if std::mem::replace(&mut self.promoting.told_shortened, is_shortened) != is_shortened {
+            let event = if is_shortened {
+                ReceiverEvent::HistoryShortened { through_us }
+            } else {
+                ReceiverEvent::HistoryFits
+            };
+            self.outputs.push_back(ReceiverOutput::Event(event));
+        }
+    }
+}
