@@ -37,20 +37,20 @@ pub enum Bug {
     OpenedWithoutFence,
     /// A view doesn't check what it read (C4).
     ViewWithoutChecksums,
-    /// Slots are free before the low-water mark is durable (C2).
-    SlotsFreedEarly,
+    /// Slots are used again before the low-water mark is durable (C2).
+    LowWaterNotSynced,
     /// A promotion is announced in the superblock alone (C2).
     IntentNotInStream,
-    /// The file is cut before the superblock says that it is shorter.
-    CutBeforeSuperblock,
+    /// Zeroes are punched in whole pages around them, not within them.
+    PunchRoundedOut,
+    /// Two stretches that are promoted at once share a page.
+    PromotionSplitsPages,
+    /// A number below an announced promotion can be opened (C2).
+    IntentIgnoredByViews,
     /// Of several segments that are promoted together one is left out.
     PromotionSkipsSegment,
     /// The low-water mark moves before the recovery disk was synced (C2).
     PromotionWithoutSync,
-    /// Records that a recovery disk has from its sync are applied again (B6).
-    PromotionBelowBase,
-    /// A promotion doesn't compare checksums (C4).
-    PromotionUnchecked,
     /// An open view reads promoted records from slots that were freed (C3).
     ViewNotRepointed,
     /// A promotion writes whole pages where a record covers a part of one.
@@ -75,13 +75,13 @@ pub const ALL: [Bug; 25] = [
     Bug::SyncEndInsideBatch,
     Bug::OpenedWithoutFence,
     Bug::ViewWithoutChecksums,
-    Bug::SlotsFreedEarly,
+    Bug::LowWaterNotSynced,
     Bug::IntentNotInStream,
-    Bug::CutBeforeSuperblock,
+    Bug::PunchRoundedOut,
+    Bug::PromotionSplitsPages,
+    Bug::IntentIgnoredByViews,
     Bug::PromotionSkipsSegment,
     Bug::PromotionWithoutSync,
-    Bug::PromotionBelowBase,
-    Bug::PromotionUnchecked,
     Bug::ViewNotRepointed,
     Bug::PromotionPastEdges,
 ];

@@ -3,7 +3,7 @@
 use journal::batch::BatchView;
 use journal::format::{FIRST_SLOT_OFFSET_BYTES, VolumeState};
 use journal::planted::{Bug, planted};
-use journal::promotion::{PromotionAction, PromotionFile};
+use journal::promotion::{PromotionAction, PromotionFile, TransferSizes};
 use journal::recovery::{NewJournal, OpenError, OpenOptions, Opened, SegmentError, create, open};
 use journal::storage::sim::{Crash, SimDisk, SimStorage};
 use journal::storage::{Blocking, FileId, Op, Purpose, Storage};
@@ -97,6 +97,10 @@ impl TargetSite {
             limits,
             // Steps of the world are short: a history of none, of some hundred steps, or of all.
             history_us: [0, 5_000, 20_000, u64::MAX / 2][env.any_index(4)],
+            promotion: TransferSizes {
+                run_max_bytes: 4096 << env.rng.below(5),
+                punch_min_bytes: 1024 << env.rng.below(5),
+            },
             give_up_history: env.rng.one_in(2),
             window_bytes: 1 << 20,
         };
@@ -324,7 +328,7 @@ impl TargetSite {
             env.happened(Happening::DiedWithGroupAhead);
         }
         (self.process, self.trusted_through, self.pinned) = (None, None, None);
-        if env.rng.one_in(8) {
+        if env.rng.one_in(4) {
             let purpose = if env.rng.one_in(2) { Purpose::Superblock } else { Purpose::Carry };
             let (after_ops, crash) = (env.rng.below(4), env.any_crash());
             self.disk.arm_crash_at(purpose, after_ops, crash);

@@ -279,7 +279,9 @@ impl Vm {
         }
         let Some(receiver) = self.site.receiver() else { return Ok(()) };
         let tail_seq = receiver.writer().durable().seq;
-        if !self.streams.keys().is_empty()
+        // Batches that wait for room become durable later.
+        if receiver.writer().queued_bytes() > 0
+            || !self.streams.keys().is_empty()
             || self.site.is_busy()
             || self.site.has_failed()
             || self.site.is_trusting()
@@ -303,7 +305,13 @@ impl Vm {
                 let (purpose, crash) = (any_purpose(env), env.any_crash());
                 self.site.disk.arm_crash_at(purpose, after_ops / 4, crash);
             }
-            4 => self.site.disk.arm_error(after_ops / 2, "fdatasync"),
+            4 => {
+                // A change of the superblock, or a group of batches.
+                if env.rng.one_in(2) {
+                    self.site.change_something(env);
+                }
+                self.site.disk.arm_error(after_ops / 2, "fdatasync");
+            }
             5 => self.site.disk.arm_error(after_ops / 2, "write"),
             6 => {
                 // The fault meets the next opening.

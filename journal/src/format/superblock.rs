@@ -11,6 +11,7 @@ use super::{
     MAX_SLOT_BYTES, MAX_SLOTS, MIN_SLOT_BYTES, PAGE_BYTES, page_crc,
 };
 use crate::batch::{MAX_VOLUME_BYTES, MAX_VOLUMES};
+use crate::planted::{Bug, planted};
 
 /// First eight bytes of a superblock.
 pub const SUPERBLOCK_MAGIC: [u8; 8] = *b"HFJOURNL";
@@ -253,6 +254,9 @@ impl Superblock {
 
     /// The oldest number at which the journal can be opened: nothing below it is whole (B6, C2).
     pub fn oldest_seq(&self) -> u64 {
+        if planted(Bug::IntentIgnoredByViews) {
+            return self.low_water.seq;
+        }
         self.low_water.seq.max(self.promotion_intent_seq)
     }
 }

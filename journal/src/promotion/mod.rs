@@ -19,6 +19,7 @@ use crate::storage::{AlignedBuf, Op, Purpose, StorageError};
 use crate::writer::ClosedSegment;
 
 use run::Run;
+pub use runs::TransferSizes;
 use runs::{Runs, Work};
 
 /// A file that a promotion works on.
@@ -97,6 +98,7 @@ pub struct Promotion {
     segments: Vec<ClosedSegment>,
     /// The images' space stays reserved where they read zeroes.
     reserved: Vec<bool>,
+    sizes: TransferSizes,
     stage: Stage,
     ready: VecDeque<(Doing, PromotionFile, Op)>,
     running: BTreeMap<u64, Doing>,
@@ -140,7 +142,12 @@ const MAX_RUNNING: usize = 128;
 impl Promotion {
     /// Promotes these segments, the oldest of the journal. `reserved` says of each volume's recovery disk whether its space stays reserved
     /// where it reads zeroes.
-    pub fn new(superblock: Superblock, segments: Vec<ClosedSegment>, reserved: Vec<bool>) -> Self {
+    pub fn new(
+        superblock: Superblock,
+        segments: Vec<ClosedSegment>,
+        reserved: Vec<bool>,
+        sizes: TransferSizes,
+    ) -> Self {
         let through = segments.last().map_or(superblock.low_water, |segment| segment.last);
         let count = superblock.volumes.len();
         let size_bytes = superblock.volumes.iter().map(|volume| volume.size_bytes).collect();
@@ -149,6 +156,7 @@ impl Promotion {
             superblock,
             segments,
             reserved,
+            sizes,
             stage: Stage::Done,
             ready: VecDeque::new(),
             running: BTreeMap::new(),
@@ -266,7 +274,7 @@ impl Promotion {
         match &mut self.stage {
             Stage::Footers { missing: 0, builders } => {
                 let indexes = std::mem::take(builders).into_iter().map(IndexBuilder::build).collect();
-                self.stage = Stage::Carrying(Runs::new(indexes));
+                self.stage = Stage::Carrying(Runs::new(indexes, self.sizes));
             }
             Stage::Carrying(runs) if runs.is_done() => {
                 self.stage = Stage::Syncing;
@@ -330,7 +338,6 @@ impl Promotion {
         let slot = self.segments[segment].header.slot;
         for (number, builder) in (0_u16..).zip(builders) {
             let base_seq = self.superblock.volumes[usize::from(number)].base_seq;
-            let base_seq = if planted(Bug::PromotionBelowBase) { 0 } else { base_seq };
             builder.add(footer, slot, self.superblock.slot_len_bytes, number, base_seq, self.through.seq);
         }
         for FooterEvent { record, .. } in &footer.events {

@@ -2,6 +2,7 @@
 
 use crate::format::PAGE_BYTES;
 use crate::index::Index;
+use crate::planted::{Bug, planted};
 use crate::view::JournalPart;
 
 use super::run::Run;
@@ -19,22 +20,34 @@ pub(super) enum Work {
 #[derive(Debug)]
 pub(super) struct Runs {
     indexes: Vec<Index>,
+    sizes: TransferSizes,
     volume: usize,
     piece: usize,
     /// Everything before this place of the volume is done.
     done_bytes: u64,
 }
 
-/// Longest stretch, in bytes.
-const RUN_MAX_BYTES: u64 = 512 << 10;
-/// Zeroes of at least this many bytes are punched, shorter ones written.
-const PUNCH_MIN_BYTES: u64 = 64 << 10;
+/// How a promotion divides what it does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TransferSizes {
+    /// Longest stretch that is written at once, in bytes, a multiple of [`PAGE_BYTES`].
+    pub run_max_bytes: u64,
+    /// Zeroes of at least this many bytes are punched, shorter ones written.
+    pub punch_min_bytes: u64,
+}
+
+impl Default for TransferSizes {
+    fn default() -> Self {
+        Self { run_max_bytes: 512 << 10, punch_min_bytes: 64 << 10 }
+    }
+}
+
 const PAGE: u64 = PAGE_BYTES as u64;
 
 impl Runs {
     /// Of the newest records of each volume.
-    pub(super) fn new(indexes: Vec<Index>) -> Self {
-        Self { indexes, volume: 0, piece: 0, done_bytes: 0 }
+    pub(super) fn new(indexes: Vec<Index>, sizes: TransferSizes) -> Self {
+        Self { indexes, sizes, volume: 0, piece: 0, done_bytes: 0 }
     }
 
     pub(super) fn is_done(&self) -> bool {
@@ -54,14 +67,17 @@ impl Runs {
         let begin = first.offset_bytes.max(self.done_bytes);
         if extent.payload_offset_bytes.is_none() && begin.is_multiple_of(PAGE) {
             let end = first.end_bytes / PAGE * PAGE;
-            if end.saturating_sub(begin) >= PUNCH_MIN_BYTES {
+            if end.saturating_sub(begin) >= self.sizes.punch_min_bytes {
                 self.done_bytes = end;
                 self.piece += usize::from(end == first.end_bytes);
+                let end =
+                    if planted(Bug::PunchRoundedOut) { first.end_bytes.next_multiple_of(PAGE) } else { end };
                 return Some(Work::Zeroes { volume, offset_bytes: begin, len_bytes: end - begin });
             }
         }
         let start = begin / PAGE * PAGE;
-        let limit = start + RUN_MAX_BYTES;
+        let limit = start + self.sizes.run_max_bytes;
+        let limit = if planted(Bug::PromotionSplitsPages) { begin + 512 } else { limit };
         let (mut end, mut parts, mut zeroes) = (begin, Vec::new(), Vec::new());
         while let Some((piece, extent)) = index.piece(self.piece) {
             let from = piece.offset_bytes.max(self.done_bytes);
@@ -76,7 +92,8 @@ impl Runs {
                 }
                 None => {
                     let page_end = from.next_multiple_of(PAGE);
-                    if (piece.end_bytes / PAGE * PAGE).saturating_sub(page_end) >= PUNCH_MIN_BYTES {
+                    if (piece.end_bytes / PAGE * PAGE).saturating_sub(page_end) >= self.sizes.punch_min_bytes
+                    {
                         // The long rest is punched.
                         until = page_end;
                     }

@@ -264,9 +264,6 @@ impl Writer {
                 for (volume, size_bytes) in next.volumes.iter_mut().zip(size_bytes) {
                     volume.size_bytes = *size_bytes;
                 }
-                if planted(Bug::SlotsFreedEarly) {
-                    self.free_promoted(next.low_water_segment);
-                }
             }
             &Change::Shrink { spare_slots } => return self.shrink(ticket, spare_slots),
             Change::SetVolumes(volumes) => next.volumes.clone_from(volumes),
@@ -325,7 +322,10 @@ impl Writer {
         phases.push(vec![(Purpose::Superblock, write(first))]);
         let is_claim =
             matches!(&then, AfterChange::Change { change, .. } if matches!(**change, Change::Claim { .. }));
-        if !(planted(Bug::GrantBeforeGenerationDurable) && is_claim) {
+        let ends_promotion = matches!(&then, AfterChange::Change { change, .. } if matches!(**change, Change::EndPromotion { .. }));
+        if !(planted(Bug::GrantBeforeGenerationDurable) && is_claim
+            || planted(Bug::LowWaterNotSynced) && ends_promotion)
+        {
             phases.push(vec![(Purpose::Superblock, Op::Sync)]);
         }
         Step::new(phases, Effect::Superblock { superblock: Box::new(next), mirror, then })

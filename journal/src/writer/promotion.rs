@@ -134,7 +134,7 @@ impl Writer {
         let mut next = self.superblock.clone();
         next.slot_count = surplus.slot_count;
         let mut step = self.superblock_step(Vec::new(), next, then);
-        step.push_phase(gone, planted(Bug::CutBeforeSuperblock));
+        step.push_phase(gone);
         Some(step)
     }
 }

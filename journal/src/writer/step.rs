@@ -38,14 +38,9 @@ impl Step {
         Self { phases, under_way: 0, effect, growing: false, syncing: false }
     }
 
-    /// Adds operations after all others, or before them.
-    pub(super) fn push_phase(&mut self, ops: Vec<(Purpose, Op)>, first: bool) {
-        if ops.is_empty() {
-            return;
-        }
-        if first {
-            self.phases.push_front(ops.into());
-        } else {
+    /// Adds operations after all others.
+    pub(super) fn push_phase(&mut self, ops: Vec<(Purpose, Op)>) {
+        if !ops.is_empty() {
             self.phases.push_back(ops.into());
         }
     }

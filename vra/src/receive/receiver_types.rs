@@ -1,5 +1,5 @@
 use journal::format::JournalState;
-use journal::promotion::{PromotionAction, PromotionError};
+use journal::promotion::{PromotionAction, PromotionError, TransferSizes};
 use journal::storage::StorageError;
 use journal::writer::{Action, Limits, Writer};
 
@@ -29,6 +29,8 @@ pub struct ReceiverPolicy {
     pub limits: Limits,
     /// How long history is kept, by receive time, in microseconds (C6).
     pub history_us: u64,
+    /// How promotions divide what they do.
+    pub promotion: TransferSizes,
     /// When a full sync doesn't fit into the journal, the history is given up for it (C5).
     pub give_up_history: bool,
     /// Told to the source: how much is kept in memory before the stream is no longer read, in bytes.

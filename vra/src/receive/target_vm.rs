@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use journal::batch::Epoch;
 use journal::catalogue::Catalogue;
+use journal::promotion::TransferSizes;
 use journal::recovery::SurveyOptions;
 use journal::storage::ring::{Access, DirectFile};
 use journal::view::{Promoted, Reader, View, ViewError};
@@ -480,6 +481,7 @@ fn policy(definition: &VmDefinition, slot_bytes: u64, window_bytes: u32) -> Rece
     ReceiverPolicy {
         limits: files::limits(definition, slot_bytes),
         history_us: definition.history_s.saturating_mul(1_000_000),
+        promotion: TransferSizes::default(),
         give_up_history: definition.give_up_history,
         window_bytes,
     }

@@ -26,7 +26,7 @@ fn index(records: Vec<Record>) -> Index {
 }
 
 fn works(records: Vec<Record>) -> Vec<(u64, u64, bool)> {
-    let mut runs = Runs::new(vec![Index::default(), index(records)]);
+    let mut runs = Runs::new(vec![Index::default(), index(records)], TransferSizes::default());
     let mut works = Vec::new();
     while let Some(work) = runs.next() {
         works.push(match work {
@@ -55,7 +55,12 @@ fn neighbours_are_written_together_and_a_page_only_once() {
 fn long_stretches_are_cut_at_pages() {
     let records = (0..3).map(|number| write(number + 1, 512 + (number << 20), 1 << 20)).collect();
     let works = works(records);
-    assert!(works.iter().all(|(offset, len, _)| offset % 4096 == 0 && *len <= RUN_MAX_BYTES), "{works:?}");
+    assert!(
+        works
+            .iter()
+            .all(|(offset, len, _)| offset % 4096 == 0 && *len <= TransferSizes::default().run_max_bytes),
+        "{works:?}"
+    );
     assert!(works.windows(2).all(|pair| pair[0].0 + pair[0].1 == pair[1].0), "{works:?}");
     assert_eq!(works.iter().map(|(_, len, _)| len).sum::<u64>(), (3 << 20) + 4096);
 }

@@ -169,7 +169,8 @@ impl Receiver {
         let segments: Vec<_> = segments.cloned().collect();
         self.tell_shortened(due.shortens, segments.last().map_or(0, |segment| segment.end_time_us()));
         let reserved = self.promoting.recovery_disks_reserved.clone();
-        let promotion = Promotion::new(self.writer.superblock().clone(), segments, reserved);
+        let superblock = self.writer.superblock().clone();
+        let promotion = Promotion::new(superblock, segments, reserved, self.policy.promotion);
         self.promoting.stage = Stage::Carrying(Box::new(promotion));
     }
 
