@@ -1,0 +1,279 @@
+//! Journals in real files with their recovery disks, made through the journal's own writer: for readers that are to be tested.
+
+mod model;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use journal::batch::{BatchLink, BatchSealer, BatchView, Checkpoint, CheckpointKind, Epoch, Record};
+use journal::format::VolumeState;
+use journal::recovery::{NewJournal, OpenOptions, create, open};
+use journal::storage::FileId;
+use journal::storage::ring::{Access, DirectFile, RingStorage};
+use journal::writer::{Change, Limits, Writer, drive};
+use uuid::Uuid;
+
+pub use model::{SampleCheckpoint, SampleModel};
+
+/// The file's name in its folder.
+pub const JOURNAL_NAME: &str = "journal.hfj";
+
+const PAGE_BYTES: usize = 4096;
+const JOURNAL_ID: Uuid = Uuid::from_u128(1);
+const SYNC_ID: u64 = 9;
+/// Payload in a batch; several batches fit into the smallest slot.
+const BATCH_PAYLOAD_BYTES: usize = 12 << 10;
+const LIMITS: Limits = Limits { max_slots: 64, grow_slots: 2, group_bytes: 1 << 20 };
+
+/// A journal that is being written, with a model of its disks.
+pub struct SampleJournal {
+    folder: PathBuf,
+    storage: RingStorage,
+    file: FileId,
+    writer: Writer,
+    sealer: BatchSealer,
+    generation: Uuid,
+    seq: u64,
+    batch_crc: u32,
+    pending_bytes: usize,
+    newest_batch: Bytes,
+    newest_batch_after_seq: u64,
+    model: SampleModel,
+}
+
+impl SampleJournal {
+    /// A journal with slots of `slot_len_bytes` in an empty folder, whose first sync has ended. `disks` become the recovery disks.
+    pub fn create(folder: &Path, slot_len_bytes: u64, disks: Vec<Vec<u8>>) -> Result<Self> {
+        let mut volumes = Vec::new();
+        for (number, bytes) in disks.iter().enumerate() {
+            let disk = File::create(folder.join(format!("disk-{number}.raw"))).context("recovery disk")?;
+            disk.write_all_at(bytes, 0).context("recovery disk")?;
+            let (id, size_bytes) = (Uuid::from_u128(5 + number as u128), bytes.len() as u64);
+            volumes.push(VolumeState { id, base_seq: 0, size_bytes, fresh_image: true });
+        }
+        let mut storage = RingStorage::new(64).context("io_uring")?;
+        let file = storage.add_file(DirectFile::open(&folder.join(JOURNAL_NAME), Access::Create)?);
+        let new = NewJournal {
+            journal_id: JOURNAL_ID,
+            vm_id: Uuid::from_u128(2),
+            vpg_id: Uuid::from_u128(3),
+            slot_len_bytes,
+            slot_count: 3,
+            volumes,
+            manifest: r#"{"vm":"sample"}"#.into(),
+        };
+        create(&mut storage, file, &new)?;
+        let writer = Writer::new(open(&mut storage, file, &OpenOptions::default())?, LIMITS);
+        let generation = Uuid::from_u128(0x6e);
+        let mut journal = Self {
+            folder: folder.to_owned(),
+            storage,
+            file,
+            writer,
+            sealer: BatchSealer::new(),
+            generation,
+            seq: 0,
+            batch_crc: 0,
+            pending_bytes: 0,
+            newest_batch: Bytes::new(),
+            newest_batch_after_seq: 0,
+            model: SampleModel::new(disks),
+        };
+        journal.claim(Uuid::nil())?;
+        journal.end_base_sync()?;
+        Ok(journal)
+    }
+
+    /// The last number that was given.
+    pub fn seq(&self) -> u64 {
+        self.seq
+    }
+
+    /// A write.
+    pub fn write(&mut self, volume: u16, offset_bytes: u64, data: &[u8]) -> Result<()> {
+        self.push(|seq| Record::write(seq, seq, volume, offset_bytes, Bytes::copy_from_slice(data)))?;
+        self.model.put(self.seq, volume, offset_bytes, data.to_vec());
+        self.flush_if_large(data.len())
+    }
+
+    /// Zeroes.
+    pub fn zero(&mut self, volume: u16, offset_bytes: u64, len_bytes: u64) -> Result<()> {
+        self.push(|seq| Record::zeroes(seq, seq, volume, offset_bytes, len_bytes))?;
+        self.model.put(self.seq, volume, offset_bytes, vec![0; len_bytes as usize]);
+        Ok(())
+    }
+
+    /// A number without a write.
+    pub fn void(&mut self) -> Result<()> {
+        self.push(|seq| Record::void(seq, seq))
+    }
+
+    /// A volume's new size.
+    pub fn resize(&mut self, volume: u16, size_bytes: u64) -> Result<()> {
+        self.push(|seq| Record::resize(seq, seq, volume, size_bytes))?;
+        self.model.resize(self.seq, volume, size_bytes);
+        Ok(())
+    }
+
+    /// A sync begins.
+    pub fn sync_begin(&mut self, volume: u16, sync_id: u64) -> Result<()> {
+        let size_bytes = self.size_bytes(volume);
+        self.push(|seq| Record::sync_begin(seq, seq, volume, size_bytes, sync_id))
+    }
+
+    /// What a sync read.
+    pub fn sync_data(&mut self, volume: u16, sync_id: u64, offset_bytes: u64, data: &[u8]) -> Result<()> {
+        let payload = Bytes::copy_from_slice(data);
+        self.push(|seq| Record::sync_data(seq, seq, volume, offset_bytes, sync_id, payload))?;
+        self.model.put(self.seq, volume, offset_bytes, data.to_vec());
+        self.flush_if_large(data.len())
+    }
+
+    /// A sync ends.
+    pub fn sync_end(&mut self, volume: u16, sync_id: u64) -> Result<()> {
+        let size_bytes = self.size_bytes(volume);
+        self.push(|seq| Record::sync_end(seq, seq, volume, size_bytes, sync_id))?;
+        self.flush()
+    }
+
+    /// A checkpoint of all so far.
+    pub fn checkpoint(&mut self, tag: &str, time_us: u64) -> Result<()> {
+        let cut = self.seq;
+        let kind = if tag.is_empty() { CheckpointKind::Automatic } else { CheckpointKind::Tagged };
+        let epoch = Epoch { nonce: Uuid::from_u128(77), counter: cut };
+        let checkpoint =
+            Checkpoint { epoch, cut, member_set_version: 1, time_us, kind, tag: tag.to_owned() };
+        self.push(|seq| Record::checkpoint(seq, time_us, &checkpoint))?;
+        self.model.checkpoints.push(SampleCheckpoint { seq: self.seq, cut, time_us, tag: tag.to_owned() });
+        Ok(())
+    }
+
+    /// Makes all so far durable.
+    pub fn flush(&mut self) -> Result<()> {
+        if self.sealer.is_empty() {
+            return Ok(());
+        }
+        self.newest_batch_after_seq = self.writer.durable().seq;
+        let batch = self.seal_batch()?;
+        let view = BatchView::parse(&batch)?;
+        self.writer.offer(batch.clone(), &view, 1000 + self.seq)?;
+        drive(&mut self.writer, &mut self.storage, self.file)?;
+        ensure!(self.writer.durable().seq == self.seq, "the writer didn't take a batch");
+        self.newest_batch = batch;
+        Ok(())
+    }
+
+    /// Makes all so far durable and seals the segment.
+    pub fn seal_segment(&mut self) -> Result<()> {
+        self.flush()?;
+        self.change(Change::Seal)
+    }
+
+    /// Opens the journal once more, as after the death of its writer.
+    pub fn reopen(&mut self) -> Result<()> {
+        self.flush()?;
+        let opened = open(&mut self.storage, self.file, &OpenOptions::default())?;
+        self.writer = Writer::new(opened, LIMITS);
+        self.claim(self.generation)
+    }
+
+    /// Goes on with a generation of its own, which begins `skipped` numbers later.
+    pub fn fork(&mut self, skipped: u64) -> Result<()> {
+        self.flush()?;
+        let parent = self.generation;
+        self.generation = Uuid::from_u128(self.generation.as_u128() + 1);
+        self.seq += skipped;
+        self.claim(parent)
+    }
+
+    /// Changes what the superblock says of the volumes.
+    pub fn set_volumes(&mut self, edit: impl FnOnce(&mut Vec<VolumeState>)) -> Result<()> {
+        self.flush()?;
+        let mut volumes = self.writer.superblock().volumes.clone();
+        edit(&mut volumes);
+        self.change(Change::SetVolumes(volumes))
+    }
+
+    /// Ends with all of it durable.
+    pub fn close(mut self) -> Result<SampleModel> {
+        self.flush()?;
+        Ok(self.model)
+    }
+
+    /// Ends as with a loss of power: the last page of the newest batch never reached the disk.
+    pub fn tear(mut self) -> Result<SampleModel> {
+        self.flush()?;
+        let path = self.folder.join(JOURNAL_NAME);
+        let place = place_of(&std::fs::read(&path)?, &self.newest_batch)?;
+        let last_page = place + self.newest_batch.len() - PAGE_BYTES;
+        let file = File::options().write(true).open(&path)?;
+        file.write_all_at(&[0; PAGE_BYTES], last_page as u64)?;
+        self.model.cut_off(self.newest_batch_after_seq);
+        Ok(self.model)
+    }
+
+    fn size_bytes(&self, volume: u16) -> u64 {
+        self.model.image(volume, self.seq).len() as u64
+    }
+
+    fn claim(&mut self, parent: Uuid) -> Result<()> {
+        let (generation, first_seq) = (self.generation, self.seq + 1);
+        self.change(Change::Claim { generation, parent, first_seq })?;
+        self.batch_crc = self.writer.durable().batch_crc;
+        Ok(())
+    }
+
+    fn end_base_sync(&mut self) -> Result<()> {
+        self.change(Change::BeginBaseSync { sync_id: SYNC_ID })?;
+        let volume_count = self.model.volume_count();
+        for volume in 0..volume_count {
+            let size_bytes = self.size_bytes(volume);
+            self.push(|seq| Record::sync_begin(seq, 1, volume, size_bytes, SYNC_ID))?;
+            self.push(|seq| Record::sync_end(seq, 1, volume, size_bytes, SYNC_ID))?;
+            let batch = self.seal_batch()?;
+            let through = self.writer.accept_for_base(&BatchView::parse(&batch)?, 1)?;
+            self.change(Change::AdvanceBase { through, end: volume + 1 == volume_count })?;
+        }
+        Ok(())
+    }
+
+    fn change(&mut self, change: Change) -> Result<()> {
+        self.writer.change(change)?;
+        drive(&mut self.writer, &mut self.storage, self.file)?;
+        Ok(())
+    }
+
+    fn push(&mut self, make: impl FnOnce(u64) -> Record) -> Result<()> {
+        self.sealer.push(make(self.seq + 1))?;
+        self.seq += 1;
+        Ok(())
+    }
+
+    fn flush_if_large(&mut self, len_bytes: usize) -> Result<()> {
+        self.pending_bytes += len_bytes;
+        if self.pending_bytes >= BATCH_PAYLOAD_BYTES { self.flush() } else { Ok(()) }
+    }
+
+    fn seal_batch(&mut self) -> Result<Bytes> {
+        let link = BatchLink {
+            journal_id: JOURNAL_ID,
+            generation: self.generation,
+            open_count: self.writer.superblock().open_count,
+            prev_batch_crc: self.batch_crc,
+        };
+        let batch = self.sealer.seal(&link, 0).context("an empty batch")?;
+        (self.batch_crc, self.pending_bytes) = (batch.crc, 0);
+        Ok(batch.to_bytes())
+    }
+}
+
+/// Where in a file's bytes something first is.
+///
+/// # Errors
+/// It is nowhere.
+pub fn place_of(file: &[u8], needle: &[u8]) -> Result<usize> {
+    file.windows(needle.len()).position(|window| window == needle).context("the file doesn't have these bytes")
+}
