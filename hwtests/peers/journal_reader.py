@@ -32,20 +32,20 @@ SUPERBLOCK = Layout("8sI4xQ16s32xQQII8x4QI12xQ16s16xQQ8xII800x3072s",
     " low_water_seq low_water_batch_crc promotion_intent_seq tail_generation generation_first_seq generation_fork_seq"
     " encryption volume_count volumes")
 VOLUME = Layout("16xQQ16x", "base_seq size")
-SEGMENT = Layout("8sI4x16s3QII5QII8xI",
-    "magic version journal_id number open_count after_seq after_batch_crc slot carried_end begin_time_us data_end footer_len"
+SEGMENT = Layout("12s4x16s3QII5QII8xI",
+    "begin journal_id number open_count after_seq after_batch_crc slot carried_end begin_time_us data_end footer_len"
     " last_seq last_batch_crc footer_crc encryption")
 BATCH = Layout("12s5I16s16s3QII32x",
     "begin flags total_len record_count crc_count payload_offset journal_id generation open_count first_seq last_seq prev_batch_crc crc")
 RECORD = Layout("Q8x3Q8x3IHBx", "seq offset len sync_id payload_offset payload_len first_crc volume kind")
-FOOTER = Layout("12s3IQ32x", "begin extent_count crc_count event_count base_seq")
+FOOTER = Layout("12x3IQ32x", "extent_count crc_count event_count base_seq")
 FOOTER_EXTENT = Layout("Q4IHB5x", "offset seq_delta len_sectors payload_sector crc volume kind")
 CHECKPOINT_PAYLOAD = Layout("24xQ8xQH14x", "cut time_us tag_len")
 
 Extent = namedtuple("Extent", "seq volume offset len place crcs")  # place: of the payload in the file; None for zeroes
 Event = namedtuple("Event", "position record payload")
-Content = namedtuple("Content", "extents events last_seq last_batch_crc end")
-Checkpoint = namedtuple("Checkpoint", "seq cut time_us tag")
+Content = namedtuple("Content", "extents events last_seq last_batch_crc end is_hiding")
+Checkpoint = namedtuple("Checkpoint", "cut seq time_us tag")
 
 CRC_TABLE = range(256)
 for _ in range(8):
@@ -93,24 +93,25 @@ class Journal:
         self.follow_segments()
 
     def read(self, place, length):
-        """The file's bytes; zeroes behind its end."""
-        return os.pread(self.file, length, place).ljust(length, b"\0")
-
-    def read_page(self, layout, magic, place):
-        page = self.read(place, PAGE)
-        found = layout.parse(page)
-        return found if found.magic == magic and has_own_crc(page, 12) else None
+        return os.pread(self.file, length, place).ljust(length, b"\0")  # behind the file's end all is zero
 
     def read_superblock(self):
-        copies = [copy for place in (0, 64 << 10) if (copy := self.read_page(SUPERBLOCK, b"HFJOURNL", place))]
-        if not copies:
-            raise Refused("no copy of the superblock is valid")
-        if any(copy.version != 1 or copy.required_features or copy.encryption for copy in copies):
-            raise Refused("the journal has a version, required features or an encryption that this reader doesn't know")
+        pages = [page for place in (0, 64 << 10) if (page := self.read(place, PAGE)).startswith(b"HFJOURNL")]
+        if any(SUPERBLOCK.parse(page).version != 1 for page in pages):
+            raise Refused("the journal has a format version that this reader doesn't know")
+        copies = [SUPERBLOCK.parse(page) for page in pages if has_own_crc(page, 12)]
+        if not copies or any(copy.required_features for copy in copies):
+            raise Refused("the journal needs features that this reader doesn't know" if copies else "no superblock is valid")
         block = max(copies, key=lambda copy: copy.sequence)
         if block.state != CONSISTENT:
             raise Refused("the journal has no history: a sync is writing its recovery disks")
         return block
+
+    def read_segment_page(self, slot, begin, place):
+        page = self.read(place, PAGE)
+        found = SEGMENT.parse(page)
+        is_ours = (found.begin, found.journal_id, found.slot) == (begin, self.superblock.journal_id, slot)
+        return found if is_ours and not found.encryption and has_own_crc(page, 12) else None
 
     def slot_place(self, slot):
         return self.superblock.first_slot_offset + slot * self.superblock.slot_len
@@ -118,48 +119,44 @@ class Journal:
     def survey(self):
         """The header, or of a sealed segment the trailer, in each slot that says that it belongs to this journal."""
         for slot in range(self.superblock.slot_count):
-            header = self.read_page(SEGMENT, b"HFSEGHDR", self.slot_place(slot))
-            trailer = self.read_page(SEGMENT, b"HFSEGEND", self.slot_place(slot + 1) - PAGE)
-            is_sealed = trailer and (not header or header[2:10] == trailer[2:10])  # the bytes from 16 to 79
+            header = self.read_segment_page(slot, b"HFSEGHDR\1\0\0\0", self.slot_place(slot))
+            trailer = self.read_segment_page(slot, b"HFSEGEND\1\0\0\0", self.slot_place(slot + 1) - PAGE)
+            is_sealed = trailer and (not header or header[1:9] == trailer[1:9])  # the bytes from 16 to 79
             segment = trailer if is_sealed else header
-            if (segment and segment.version == 1 and segment.journal_id == self.superblock.journal_id
-                    and segment.slot == slot and segment.open_count <= self.superblock.open_count):
+            if segment and segment.open_count <= self.superblock.open_count:
                 yield segment
 
     def follow_segments(self):
         """Takes the segments that count, one after the other from the low-water mark on."""
         block, slots = self.superblock, sorted(self.survey(), key=lambda slot: -slot.open_count)
-        number, position = block.low_water_segment, (block.low_water_seq, block.low_water_batch_crc)
+        number, position, is_hiding = block.low_water_segment, (block.low_water_seq, block.low_water_batch_crc), False
         while True:
             copies = [slot for slot in slots if (slot.number, slot.after_seq, slot.after_batch_crc) == (number, *position)]
             contents = ((self.read_segment(copy), copy.carried_end) for copy in copies)
             content = next((content for content, carried_end in contents if content.end >= carried_end), None)
+            is_hiding = content.is_hiding if content else is_hiding
             if content is None or content.end == PAGE:
                 break
             self.extents += content.extents
             self.events += content.events
             number, position = number + 1, (content.last_seq, content.last_batch_crc)
         self.last_seq = position[0]
-        if any(segment.number >= number and segment.after_seq > self.last_seq for segment in slots):
-            self.damage = f"the history is damaged behind record {self.last_seq}"
+        if is_hiding or any(segment.number >= number and segment.after_seq > self.last_seq for segment in slots):
+            self.damage = f"there are records behind record {self.last_seq} that can't be reached"
 
     def read_segment(self, segment):
-        if segment.encryption:
-            raise Refused(f"segment {segment.number} is encrypted")
-        if segment.magic == b"HFSEGHDR":
+        if segment.begin.startswith(b"HFSEGHDR"):
             return self.walk(segment, self.superblock.slot_len - PAGE)
         footer = self.read(self.slot_place(segment.slot) + segment.data_end, min(segment.footer_len, self.superblock.slot_len))
         if crc32c(footer) == segment.footer_crc:
             return self.parse_footer(segment, footer)
         content = self.walk(segment, segment.data_end)
-        if content[2:] != (segment.last_seq, segment.last_batch_crc, segment.data_end):
+        if content[2:5] != (segment.last_seq, segment.last_batch_crc, segment.data_end):
             raise Refused(f"segment {segment.number} is damaged: its footer, and the batch at {content.end} of its slot")
         return content
 
     def parse_footer(self, segment, data):
         footer, slot_place = FOOTER.parse(data), self.slot_place(segment.slot)
-        if footer.begin != b"HFSEGIDX\1\0\0\0" or footer.base_seq != segment.after_seq:
-            raise Refused(f"segment {segment.number} makes no sense: what its trailer names is not its footer")
         extents, events, crcs_at = [], [], FOOTER.size + FOOTER_EXTENT.size * footer.extent_count
         crcs, at = struct.unpack_from(f"<{footer.crc_count}I", data, crcs_at), crcs_at + 4 * footer.crc_count
         for index in range(footer.extent_count):
@@ -172,18 +169,18 @@ class Journal:
             (position,), record, at = struct.unpack_from("<Q", data, at), RECORD.parse(data, at + 8), at + 8 + RECORD.size
             events.append(Event(position, record, data[at : at + record.payload_len]))
             at += units(record.payload_len, 8) * 8
-        return Content(extents, events, segment.last_seq, segment.last_batch_crc, segment.data_end)
+        return Content(extents, events, segment.last_seq, segment.last_batch_crc, segment.data_end, False)
 
     def walk(self, segment, end):
         """What the batches of a segment hold, up to the first place where none continues it."""
-        block, extents, events, at = self.superblock, [], [], PAGE
+        block, slot_place, extents, events, at, is_hiding = self.superblock, self.slot_place(segment.slot), [], [], PAGE, False
         last_seq, last_crc, last_open_count = segment.after_seq, segment.after_batch_crc, 0
-        while found := self.read_batch(self.slot_place(segment.slot) + at, end - at):
+        while found := self.read_batch(slot_place + at, end - at):
             batch, batch_extents, batch_events = found
             is_local, is_tail = batch.flags & 1, batch.generation == block.tail_generation
             if any((
                 batch.journal_id != block.journal_id or batch.prev_batch_crc != last_crc,
-                batch.open_count > segment.open_count or batch.open_count < last_open_count,
+                not last_open_count <= batch.open_count <= segment.open_count,
                 at >= segment.carried_end and batch.open_count != segment.open_count,
                 batch.first_seq != last_seq if is_local else batch.first_seq <= last_seq,
                 not is_local and (batch.first_seq < block.generation_first_seq if is_tail else batch.last_seq > block.generation_fork_seq),
@@ -192,7 +189,12 @@ class Journal:
             extents, events, last_open_count = extents + batch_extents, events + batch_events, batch.open_count
             last_seq, last_crc = (last_seq, last_crc) if is_local else (batch.last_seq, batch.crc)
             at += batch.total_len
-        return Content(extents, events, last_seq, last_crc, at)
+        else:  # no valid batch: torn by a power cut, or damaged since, which shows if a later batch is there
+            later = ((place, self.read_batch(slot_place + place, end - place)) for place in range(at + PAGE, end, PAGE))
+            is_hiding = segment.open_count == block.open_count and any(
+                found and found[0].journal_id == block.journal_id and found[0].first_seq > last_seq
+                and (found[0].open_count == segment.open_count or place < segment.carried_end) for place, found in later)
+        return Content(extents, events, last_seq, last_crc, at, is_hiding)
 
     def read_batch(self, place, room):
         """(header, extents, events) of the batch at a place of the file, or None if no valid one is there."""
@@ -235,12 +237,11 @@ class Journal:
             if record.kind == CHECKPOINT:
                 cut, time_us, tag_len = CHECKPOINT_PAYLOAD.parse(payload)
                 tag = payload[CHECKPOINT_PAYLOAD.size : CHECKPOINT_PAYLOAD.size + tag_len].decode(errors="replace")
-                if lowest <= cut <= self.last_seq and not any(begin <= cut < end for begin, end in syncs):
-                    yield Checkpoint(seq, cut, time_us, tag)
+                if lowest <= cut <= seq and not any(begin <= cut < end for begin, end in syncs):
+                    yield Checkpoint(cut, seq, time_us, tag)
 
     def find(self, at):
-        """The newest checkpoint that has that tag or number."""
-        found = [found for found in self.checkpoints() if at in ("latest", found.tag, str(found.seq))]
+        found = [found for found in sorted(self.checkpoints()) if at in ("latest", found.tag, str(found.seq))]
         if not found or at == "latest" and self.damage:
             raise Refused(f"checkpoint {at} isn't there{self.damage and '; ' + self.damage}")
         return found[-1]
@@ -264,9 +265,6 @@ class Journal:
                 if data.strip(b"\0"):
                     os.pwrite(out, data, place)
         os.truncate(out, size)
-        now = self.read_superblock()
-        if max(now.low_water_seq, now.promotion_intent_seq) > cut:
-            raise Refused(f"record {cut} went into the recovery disks while they were read")
 
     def read_payload(self, extent, start, end):
         first, behind = start // PAGE, units(end)
@@ -280,15 +278,14 @@ def main(arguments):
     match arguments:
         case ["list", folder]:
             journal = Journal(folder)
-            for checkpoint in journal.checkpoints():
-                print(*checkpoint, sep="\t")
+            for cut, seq, time_us, tag in sorted(journal.checkpoints()):
+                print(seq, cut, time_us, tag, sep="\t")
             if journal.damage:
                 raise Refused(journal.damage)
         case ["extract", folder, "--at", at, "--disk", disk, "--out", path] if disk.isdecimal():
             journal = Journal(folder)
             recovery_disk = os.open(os.path.join(folder, f"disk-{disk}.raw"), os.O_RDONLY)
-            near = os.path.dirname(os.path.abspath(path))
-            with tempfile.TemporaryDirectory(dir=near) as scratch, open(os.path.join(scratch, "disk.raw"), "wb") as out:
+            with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as scratch, open(os.path.join(scratch, "out"), "wb") as out:
                 journal.extract(journal.find(at).cut, int(disk), recovery_disk, out.fileno())
                 os.replace(out.name, path)
         case _:

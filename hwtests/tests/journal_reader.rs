@@ -1,128 +1,18 @@
 //! `hwtests/peers/journal_reader.py`, written from `docs/journal-format.md` alone, reads what the product wrote: so the document is enough.
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
-use anyhow::{Context, Result, ensure};
-use hwtests::sample_journal::{JOURNAL_NAME, SampleCheckpoint, SampleJournal, SampleModel, place_of};
-use journal::recovery::SurveyOptions;
-use journal::storage::ring::{Access, DirectFile, RingStorage};
+use anyhow::{Context, Result};
+use hwtests::sample_journal::{
+    SLOT_LEN_BYTES, SampleCheckpoint, SampleFolder, SampleJournal, SampleModel, peer, three_segments,
+};
+use journal::catalogue::CheckpointEntry;
+use journal::recovery::Content;
 use journal::view::Reader;
 use rand::rngs::StdRng;
 use rand::{Rng, RngExt, SeedableRng};
 
-const SLOT_LEN_BYTES: u64 = 64 << 10;
 const DISK_BYTES: [u64; 2] = [256 << 10, 96 << 10];
-
-/// A folder that goes when the test ends.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("holdfast-reader-{name}-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir_all(&path).expect("a temporary folder");
-        Self(path)
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-/// Whether the reader can run at all; says so if not.
-fn has_python() -> bool {
-    let has = Command::new("python3").arg("--version").output().is_ok_and(|output| output.status.success());
-    if !has {
-        eprintln!("skipped: python3 is missing; ./test installs it");
-    }
-    has
-}
-
-fn run_reader(arguments: &[&str]) -> Result<Output> {
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("peers/journal_reader.py");
-    Command::new("python3").arg("-B").arg(script).args(arguments).output().context("run python3")
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("temporary folders have names in UTF-8")
-}
-
-/// What `list` prints.
-fn listed(folder: &Folder) -> Result<Vec<SampleCheckpoint>> {
-    let output = run_reader(&["list", text(&folder.0)])?;
-    ensure!(output.status.success(), "list: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout)?.lines().map(parse_line).collect()
-}
-
-fn parse_line(line: &str) -> Result<SampleCheckpoint> {
-    let fields: Vec<&str> = line.split('\t').collect();
-    let [seq, cut, time_us, tag] = fields[..] else { anyhow::bail!("not a checkpoint: {line:?}") };
-    Ok(SampleCheckpoint { seq: seq.parse()?, cut: cut.parse()?, time_us: time_us.parse()?, tag: tag.to_owned() })
-}
-
-/// A disk's bytes as the reader gives them.
-fn extracted(folder: &Folder, at: &str, disk: u16) -> Result<Vec<u8>> {
-    let out = folder.0.join("extracted.raw");
-    let output = run_reader(&[
-        "extract",
-        text(&folder.0),
-        "--at",
-        at,
-        "--disk",
-        &disk.to_string(),
-        "--out",
-        text(&out),
-    ])?;
-    ensure!(output.status.success(), "extract: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(fs::read(out)?)
-}
-
-/// What the product's own reader lists.
-fn catalogue(folder: &Folder) -> Result<Vec<SampleCheckpoint>> {
-    let mut storage = RingStorage::new(64)?;
-    let file = storage.add_file(DirectFile::open(&folder.0.join(JOURNAL_NAME), Access::ReadOnly)?);
-    let reader = Reader::open(&mut storage, file, SurveyOptions::default())?;
-    let entries = reader.catalogue().checkpoints().iter();
-    Ok(entries
-        .map(|entry| SampleCheckpoint {
-            seq: entry.seq,
-            cut: entry.checkpoint.cut,
-            time_us: entry.checkpoint.time_us,
-            tag: entry.checkpoint.tag.clone(),
-        })
-        .collect())
-}
-
-/// The reader's list and images are those of the product and of the model.
-fn assert_read_right(folder: &Folder, model: &SampleModel, void: &[&str]) -> Result<()> {
-    let counting = model.checkpoints.iter().filter(|one| !void.contains(&one.tag.as_str()));
-    let expected: Vec<SampleCheckpoint> = counting.cloned().collect();
-    assert_eq!(listed(folder)?, expected);
-    assert_eq!(catalogue(folder)?, expected);
-    for checkpoint in &expected {
-        for disk in 0..model.volume_count() {
-            let found = extracted(folder, &checkpoint.tag, disk)?;
-            let is_same = found == model.image(disk, checkpoint.cut);
-            assert!(is_same, "disk {disk} at {checkpoint:?}");
-        }
-    }
-    Ok(())
-}
-
-/// Fails with one line that has `what` in it, and leaves no file.
-fn assert_refused(folder: &Folder, arguments: &[&str], what: &str) -> Result<()> {
-    let output = run_reader(arguments)?;
-    let said = String::from_utf8(output.stderr)?;
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.starts_with("journal_reader.py: ") && said.trim_end().lines().count() == 1, "{said}");
-    assert!(said.contains(what), "{what:?} is not in {said:?}");
-    assert!(!folder.0.join("extracted.raw").exists());
-    Ok(())
-}
 
 fn random_bytes(rng: &mut StdRng, len_bytes: u64) -> Vec<u8> {
     let mut bytes = vec![0; len_bytes as usize];
@@ -130,12 +20,14 @@ fn random_bytes(rng: &mut StdRng, len_bytes: u64) -> Vec<u8> {
     bytes
 }
 
-fn random_disks(rng: &mut StdRng) -> Vec<Vec<u8>> {
-    DISK_BYTES.iter().map(|len_bytes| random_bytes(rng, *len_bytes)).collect()
+/// A journal with two disks of random bytes.
+fn sample<'a>(folder: &'a SampleFolder, rng: &mut StdRng) -> Result<SampleJournal<'a>> {
+    let disks = DISK_BYTES.iter().map(|len_bytes| random_bytes(rng, *len_bytes)).collect();
+    SampleJournal::create(folder, SLOT_LEN_BYTES, disks)
 }
 
 /// Writes and zeroes that overlap, on both disks.
-fn random_changes(journal: &mut SampleJournal, rng: &mut StdRng, count: usize) -> Result<()> {
+fn random_changes(journal: &mut SampleJournal<'_>, rng: &mut StdRng, count: usize) -> Result<()> {
     for _ in 0..count {
         let volume = rng.random_range(0..2_u16);
         let sectors = rng.random_range(1..=24_u64);
@@ -143,25 +35,54 @@ fn random_changes(journal: &mut SampleJournal, rng: &mut StdRng, count: usize) -
         match rng.random_range(0..10) {
             0 => journal.void()?,
             1 | 2 => journal.zero(volume, offset_bytes, sectors * 512)?,
-            3 => {
-                journal.write(volume, offset_bytes, &random_bytes(rng, sectors * 512))?;
-                journal.flush()?;
-            }
+            3 => journal.flush()?,
             _ => journal.write(volume, offset_bytes, &random_bytes(rng, sectors * 512))?,
         }
     }
     Ok(())
 }
 
+/// What the product lists.
+fn catalogue(reader: &Reader) -> Vec<SampleCheckpoint> {
+    let entries = reader.catalogue().checkpoints().iter();
+    let checkpoint = |entry: &CheckpointEntry| SampleCheckpoint {
+        seq: entry.seq,
+        cut: entry.checkpoint.cut,
+        time_us: entry.checkpoint.time_us,
+        tag: entry.checkpoint.tag.clone(),
+    };
+    entries.map(checkpoint).collect()
+}
+
+/// The checkpoints of the model but for those with these tags are what product and reader list, and the reader's images are right.
+fn assert_read_right(folder: &SampleFolder, model: &SampleModel, void: &[&str]) -> Result<()> {
+    let counting = model.checkpoints.iter().filter(|one| !void.contains(&one.tag.as_str()));
+    let expected: Vec<SampleCheckpoint> = counting.cloned().collect();
+    assert_eq!(catalogue(&folder.reader()?), expected);
+    assert_eq!(peer::list(folder)?, expected);
+    for checkpoint in &expected {
+        for disk in 0..model.volume_count() {
+            let found = peer::extract(folder, &checkpoint.seq.to_string(), disk)?;
+            assert!(found == model.image(disk, checkpoint.cut), "disk {disk} at {checkpoint:?}");
+        }
+    }
+    Ok(())
+}
+
+/// What the reader says when it refuses.
+fn refusal<T: std::fmt::Debug>(result: Result<T>) -> String {
+    result.expect_err("it is to refuse this").to_string()
+}
+
 #[test]
 fn every_checkpoint_of_random_journals_is_read() -> Result<()> {
-    if !has_python() {
+    if !peer::has_python() {
         return Ok(());
     }
+    let (mut sealed, mut carried) = (0, 0);
     for seed in 0..4 {
-        let folder = Folder::new(&format!("random-{seed}"));
-        let mut rng = StdRng::seed_from_u64(seed);
-        let mut journal = SampleJournal::create(&folder.0, SLOT_LEN_BYTES, random_disks(&mut rng))?;
+        let (folder, mut rng) = (SampleFolder::new()?, StdRng::seed_from_u64(seed));
+        let mut journal = sample(&folder, &mut rng)?;
         for round in 0..6_u64 {
             random_changes(&mut journal, &mut rng, 12)?;
             journal.checkpoint(&format!("round {round}, ünï"), 1_700_000_000_000_000 + round)?;
@@ -173,6 +94,113 @@ fn every_checkpoint_of_random_journals_is_read() -> Result<()> {
             }
         }
         assert_read_right(&folder, &journal.close()?, &[])?;
+        for segment in folder.reader()?.survey.segments {
+            sealed += usize::from(matches!(segment.content, Content::Sealed(_)));
+            carried += usize::from(segment.header.carried_end_bytes > 4096);
+        }
+    }
+    assert!(sealed > 4 && carried > 0, "{sealed} sealed, {carried} carried");
+    Ok(())
+}
+
+#[test]
+fn a_torn_tail_ends_the_history_before_it() -> Result<()> {
+    if !peer::has_python() {
+        return Ok(());
+    }
+    for seed in 10..13 {
+        let (folder, mut rng) = (SampleFolder::new()?, StdRng::seed_from_u64(seed));
+        let mut journal = sample(&folder, &mut rng)?;
+        random_changes(&mut journal, &mut rng, 30)?;
+        journal.checkpoint("before", 1)?;
+        if seed == 11 {
+            journal.reopen()?;
+        }
+        journal.flush()?;
+        journal.checkpoint("lost", 2)?;
+        journal.write(1, 0, &random_bytes(&mut rng, 8192))?;
+        let model = journal.tear()?;
+        assert_eq!(model.checkpoints.len(), 1);
+        assert_read_right(&folder, &model, &[])?;
+        assert!(refusal(peer::extract(&folder, "lost", 0)).ends_with("checkpoint lost isn't there"));
     }
     Ok(())
+}
+
+/// B5, also of a sync that another one takes over.
+#[test]
+fn a_cut_inside_a_sync_is_no_checkpoint() -> Result<()> {
+    if !peer::has_python() {
+        return Ok(());
+    }
+    let (folder, mut rng) = (SampleFolder::new()?, StdRng::seed_from_u64(20));
+    let mut journal = sample(&folder, &mut rng)?;
+    journal.write(0, 0, &[1; 4096])?;
+    journal.checkpoint("before", 1)?;
+    journal.sync_begin(1, 31)?;
+    journal.checkpoint("inside", 2)?;
+    journal.sync_data(1, 31, 4096, &random_bytes(&mut rng, 9 * 512))?;
+    journal.sync_begin(1, 32)?;
+    journal.sync_end(1, 31)?;
+    journal.seal_segment()?;
+    journal.checkpoint("still inside", 3)?;
+    journal.sync_data(1, 32, 6144, &random_bytes(&mut rng, 4096))?;
+    journal.sync_end(1, 32)?;
+    journal.checkpoint("after", 4)?;
+    journal.sync_begin(0, 33)?;
+    journal.checkpoint("never ended", 5)?;
+    assert_read_right(&folder, &journal.close()?, &["inside", "still inside", "never ended"])
+}
+
+#[test]
+fn a_disk_is_absent_before_its_base_and_grows_with_a_resize() -> Result<()> {
+    if !peer::has_python() {
+        return Ok(());
+    }
+    let (folder, mut rng) = (SampleFolder::new()?, StdRng::seed_from_u64(30));
+    let mut journal = sample(&folder, &mut rng)?;
+    random_changes(&mut journal, &mut rng, 10)?;
+    journal.checkpoint("early", 1)?;
+    random_changes(&mut journal, &mut rng, 10)?;
+    let base_seq = journal.seq();
+    journal.set_volumes(|volumes| volumes[1].base_seq = base_seq)?;
+    journal.checkpoint("base", 2)?;
+    journal.resize(0, DISK_BYTES[0] + 20 * 512)?;
+    journal.write(0, DISK_BYTES[0] + 8 * 512, &[7; 512])?;
+    random_changes(&mut journal, &mut rng, 10)?;
+    journal.checkpoint("late", 3)?;
+    let model = journal.close()?;
+    fs::write(folder.disk(1), model.image(1, base_seq))?;
+    assert!(refusal(peer::extract(&folder, "early", 1)).contains("there is no disk 1 at record"));
+    assert!(refusal(peer::extract(&folder, "late", 2)).contains("disk-2.raw"));
+    let cut = |tag: &str| {
+        let found = model.checkpoints.iter().find(|checkpoint| checkpoint.tag == tag);
+        found.map(|checkpoint| checkpoint.cut).context("unknown tag")
+    };
+    for (tag, disk) in [("early", 0), ("base", 0), ("base", 1), ("late", 0), ("late", 1)] {
+        assert!(peer::extract(&folder, tag, disk)? == model.image(disk, cut(tag)?), "disk {disk}, {tag}");
+    }
+    Ok(())
+}
+
+/// C2: what is announced to be promoted can't be opened any more; what was promoted is in the recovery disks.
+#[test]
+fn promotion_moves_the_beginning_of_the_history() -> Result<()> {
+    if !peer::has_python() {
+        return Ok(());
+    }
+    let folder = SampleFolder::new()?;
+    let model = three_segments(&folder)?;
+    let first = folder.reader()?.survey.segments[0].last();
+    folder.edit_superblock(|superblock| superblock.promotion_intent_seq = first.seq)?;
+    assert_read_right(&folder, &model, &["first"])?;
+    for disk in 0..model.volume_count() {
+        fs::write(folder.disk(disk), model.image(disk, first.seq))?;
+    }
+    folder.edit_superblock(|superblock| {
+        (superblock.low_water, superblock.low_water_segment) = (first, 2);
+        superblock.promotion_intent_seq = 0;
+        superblock.volumes.iter_mut().for_each(|volume| volume.base_seq = first.seq);
+    })?;
+    assert_read_right(&folder, &model, &["first"])
 }

@@ -1,10 +1,9 @@
 //! Journals in real files with their recovery disks, made through the journal's own writer: for readers that are to be tested.
 
+mod folder;
 mod model;
-
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+pub mod peer;
+mod samples;
 
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
@@ -16,10 +15,9 @@ use journal::storage::ring::{Access, DirectFile, RingStorage};
 use journal::writer::{Change, Limits, Writer, drive};
 use uuid::Uuid;
 
+pub use folder::SampleFolder;
 pub use model::{SampleCheckpoint, SampleModel};
-
-/// The file's name in its folder.
-pub const JOURNAL_NAME: &str = "journal.hfj";
+pub use samples::{SLOT_LEN_BYTES, three_segments};
 
 const PAGE_BYTES: usize = 4096;
 const JOURNAL_ID: Uuid = Uuid::from_u128(1);
@@ -29,8 +27,8 @@ const BATCH_PAYLOAD_BYTES: usize = 12 << 10;
 const LIMITS: Limits = Limits { max_slots: 64, grow_slots: 2, group_bytes: 1 << 20 };
 
 /// A journal that is being written, with a model of its disks.
-pub struct SampleJournal {
-    folder: PathBuf,
+pub struct SampleJournal<'a> {
+    folder: &'a SampleFolder,
     storage: RingStorage,
     file: FileId,
     writer: Writer,
@@ -44,18 +42,17 @@ pub struct SampleJournal {
     model: SampleModel,
 }
 
-impl SampleJournal {
+impl<'a> SampleJournal<'a> {
     /// A journal with slots of `slot_len_bytes` in an empty folder, whose first sync has ended. `disks` become the recovery disks.
-    pub fn create(folder: &Path, slot_len_bytes: u64, disks: Vec<Vec<u8>>) -> Result<Self> {
+    pub fn create(folder: &'a SampleFolder, slot_len_bytes: u64, disks: Vec<Vec<u8>>) -> Result<Self> {
         let mut volumes = Vec::new();
-        for (number, bytes) in disks.iter().enumerate() {
-            let disk = File::create(folder.join(format!("disk-{number}.raw"))).context("recovery disk")?;
-            disk.write_all_at(bytes, 0).context("recovery disk")?;
-            let (id, size_bytes) = (Uuid::from_u128(5 + number as u128), bytes.len() as u64);
+        for (number, bytes) in (0..).zip(&disks) {
+            std::fs::write(folder.disk(number), bytes).context("recovery disk")?;
+            let (id, size_bytes) = (Uuid::from_u128(5 + u128::from(number)), bytes.len() as u64);
             volumes.push(VolumeState { id, base_seq: 0, size_bytes, fresh_image: true });
         }
         let mut storage = RingStorage::new(64).context("io_uring")?;
-        let file = storage.add_file(DirectFile::open(&folder.join(JOURNAL_NAME), Access::Create)?);
+        let file = storage.add_file(DirectFile::open(&folder.journal(), Access::Create)?);
         let new = NewJournal {
             journal_id: JOURNAL_ID,
             vm_id: Uuid::from_u128(2),
@@ -69,7 +66,7 @@ impl SampleJournal {
         let writer = Writer::new(open(&mut storage, file, &OpenOptions::default())?, LIMITS);
         let generation = Uuid::from_u128(0x6e);
         let mut journal = Self {
-            folder: folder.to_owned(),
+            folder,
             storage,
             file,
             writer,
@@ -144,8 +141,7 @@ impl SampleJournal {
         let cut = self.seq;
         let kind = if tag.is_empty() { CheckpointKind::Automatic } else { CheckpointKind::Tagged };
         let epoch = Epoch { nonce: Uuid::from_u128(77), counter: cut };
-        let checkpoint =
-            Checkpoint { epoch, cut, member_set_version: 1, time_us, kind, tag: tag.to_owned() };
+        let checkpoint = Checkpoint { epoch, cut, member_set_version: 1, time_us, kind, tag: tag.to_owned() };
         self.push(|seq| Record::checkpoint(seq, time_us, &checkpoint))?;
         self.model.checkpoints.push(SampleCheckpoint { seq: self.seq, cut, time_us, tag: tag.to_owned() });
         Ok(())
@@ -206,11 +202,8 @@ impl SampleJournal {
     /// Ends as with a loss of power: the last page of the newest batch never reached the disk.
     pub fn tear(mut self) -> Result<SampleModel> {
         self.flush()?;
-        let path = self.folder.join(JOURNAL_NAME);
-        let place = place_of(&std::fs::read(&path)?, &self.newest_batch)?;
-        let last_page = place + self.newest_batch.len() - PAGE_BYTES;
-        let file = File::options().write(true).open(&path)?;
-        file.write_all_at(&[0; PAGE_BYTES], last_page as u64)?;
+        let end = self.folder.place_of(&self.newest_batch)? + self.newest_batch.len() as u64;
+        self.folder.overwrite(end - PAGE_BYTES as u64, &[0; PAGE_BYTES])?;
         self.model.cut_off(self.newest_batch_after_seq);
         Ok(self.model)
     }
@@ -268,12 +261,4 @@ impl SampleJournal {
         (self.batch_crc, self.pending_bytes) = (batch.crc, 0);
         Ok(batch.to_bytes())
     }
-}
-
-/// Where in a file's bytes something first is.
-///
-/// # Errors
-/// It is nowhere.
-pub fn place_of(file: &[u8], needle: &[u8]) -> Result<usize> {
-    file.windows(needle.len()).position(|window| window == needle).context("the file doesn't have these bytes")
 }
