@@ -4,7 +4,7 @@
     journal_reader.py list FOLDER
     journal_reader.py extract FOLDER --at TAG|SEQ|latest --disk N --out FILE
 
-FOLDER holds journal.hfj and disk-N.raw. `list` prints a line for each checkpoint: seq, cut, time in µs and tag, with tabs between.
+FOLDER holds journal.hfj and disk-N.raw, which nobody writes meanwhile. `list` prints seq, cut, time in µs and tag of each checkpoint.
 """
 import bisect
 import os
@@ -295,5 +295,5 @@ def main(arguments):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (Refused, OSError, struct.error) as error:
+    except (Refused, OSError, OverflowError, MemoryError, struct.error) as error:
         sys.exit(f"journal_reader.py: {error}")

@@ -4,7 +4,7 @@ use std::fs;
 
 use anyhow::{Context, Result};
 use hwtests::sample_journal::{
-    SLOT_LEN_BYTES, SampleCheckpoint, SampleFolder, SampleJournal, SampleModel, peer, three_segments,
+    SLOT_LEN_BYTES, SampleCheckpoint, SampleFolder, SampleJournal, SampleModel, peer,
 };
 use journal::catalogue::CheckpointEntry;
 use journal::recovery::Content;
@@ -137,6 +137,8 @@ fn a_cut_inside_a_sync_is_no_checkpoint() -> Result<()> {
     let mut journal = sample(&folder, &mut rng)?;
     journal.write(0, 0, &[1; 4096])?;
     journal.checkpoint("before", 1)?;
+    journal.checkpoint_of(journal.seq() + 2, "of the future", 1)?;
+    journal.void()?;
     journal.sync_begin(1, 31)?;
     journal.checkpoint("inside", 2)?;
     journal.sync_data(1, 31, 4096, &random_bytes(&mut rng, 9 * 512))?;
@@ -149,7 +151,7 @@ fn a_cut_inside_a_sync_is_no_checkpoint() -> Result<()> {
     journal.checkpoint("after", 4)?;
     journal.sync_begin(0, 33)?;
     journal.checkpoint("never ended", 5)?;
-    assert_read_right(&folder, &journal.close()?, &["inside", "still inside", "never ended"])
+    assert_read_right(&folder, &journal.close()?, &["of the future", "inside", "still inside", "never ended"])
 }
 
 #[test]
@@ -162,15 +164,13 @@ fn a_disk_is_absent_before_its_base_and_grows_with_a_resize() -> Result<()> {
     random_changes(&mut journal, &mut rng, 10)?;
     journal.checkpoint("early", 1)?;
     random_changes(&mut journal, &mut rng, 10)?;
-    let base_seq = journal.seq();
-    journal.set_volumes(|volumes| volumes[1].base_seq = base_seq)?;
+    journal.rebase(1, random_bytes(&mut rng, DISK_BYTES[1]))?;
     journal.checkpoint("base", 2)?;
     journal.resize(0, DISK_BYTES[0] + 20 * 512)?;
     journal.write(0, DISK_BYTES[0] + 8 * 512, &[7; 512])?;
     random_changes(&mut journal, &mut rng, 10)?;
     journal.checkpoint("late", 3)?;
     let model = journal.close()?;
-    fs::write(folder.disk(1), model.image(1, base_seq))?;
     assert!(refusal(peer::extract(&folder, "early", 1)).contains("there is no disk 1 at record"));
     assert!(refusal(peer::extract(&folder, "late", 2)).contains("disk-2.raw"));
     let cut = |tag: &str| {
@@ -189,11 +189,23 @@ fn promotion_moves_the_beginning_of_the_history() -> Result<()> {
     if !peer::has_python() {
         return Ok(());
     }
-    let folder = SampleFolder::new()?;
-    let model = three_segments(&folder)?;
+    let (folder, mut rng) = (SampleFolder::new()?, StdRng::seed_from_u64(40));
+    let mut journal = sample(&folder, &mut rng)?;
+    random_changes(&mut journal, &mut rng, 8)?;
+    journal.checkpoint("first", 1)?;
+    let early_cut = journal.seq() - 3;
+    journal.seal_segment()?;
+    journal.checkpoint_of(early_cut, "told late", 2)?;
+    random_changes(&mut journal, &mut rng, 8)?;
+    journal.checkpoint("second", 3)?;
+    let model = journal.close()?;
+    let mut by_cut = model.clone();
+    by_cut.checkpoints.sort_by_key(|checkpoint| checkpoint.cut);
+    assert_read_right(&folder, &by_cut, &[])?;
+
     let first = folder.reader()?.survey.segments[0].last();
     folder.edit_superblock(|superblock| superblock.promotion_intent_seq = first.seq)?;
-    assert_read_right(&folder, &model, &["first"])?;
+    assert_read_right(&folder, &model, &["first", "told late"])?;
     for disk in 0..model.volume_count() {
         fs::write(folder.disk(disk), model.image(disk, first.seq))?;
     }
@@ -202,5 +214,5 @@ fn promotion_moves_the_beginning_of_the_history() -> Result<()> {
         superblock.promotion_intent_seq = 0;
         superblock.volumes.iter_mut().for_each(|volume| volume.base_seq = first.seq);
     })?;
-    assert_read_right(&folder, &model, &["first"])
+    assert_read_right(&folder, &model, &["first", "told late"])
 }

@@ -2,8 +2,11 @@
 //! `docs/journal-format.md` says.
 
 use anyhow::Result;
-use hwtests::sample_journal::{SLOT_LEN_BYTES, SampleFolder, SampleModel, peer, three_segments};
-use journal::format::{JournalState, SUPERBLOCK_OFFSETS, slot_offset_bytes};
+use hwtests::sample_journal::{
+    SLOT_LEN_BYTES, SampleFolder, SampleJournal, SampleModel, peer, three_segments,
+};
+use journal::batch::BatchHeader;
+use journal::format::{JournalState, SUPERBLOCK_OFFSETS, SegmentHeader, SegmentTrailer, slot_offset_bytes};
 use journal::recovery::{Content, Segment};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
@@ -43,6 +46,8 @@ fn batch_places(folder: &SampleFolder, segment: &Segment) -> Result<Vec<u64>> {
     let places = folder.places_of(b"HFBATCH\0")?;
     Ok(places.into_iter().filter(|place| (begin..end).contains(place)).collect())
 }
+
+type Forgery = fn(&mut BatchHeader);
 
 const ALL: [&str; 4] = ["first", "second", "third", "fourth"];
 
@@ -124,6 +129,111 @@ fn a_damaged_batch_of_the_newest_segment_ends_the_history_with_a_word_if_later_o
     assert_right_at(&folder, &model, &ALL[..3])
 }
 
+/// What is whole but belongs elsewhere ends the history, too.
+#[test]
+fn a_batch_that_does_not_follow_is_not_taken() -> Result<()> {
+    if !peer::has_python() {
+        return Ok(());
+    }
+    let folder = SampleFolder::new()?;
+    let model = three_segments(&folder)?;
+    let last = batch_places(&folder, &segment(&folder, 2)?)?[4];
+    let forgeries: [(&str, Forgery); 7] = [
+        ("another journal", |header| header.journal_id[3] ^= 1),
+        ("another generation", |header| header.generation[15] ^= 1),
+        ("an earlier opening", |header| header.open_count = (header.open_count.get() - 1).into()),
+        ("another predecessor", |header| header.prev_batch_crc = (header.prev_batch_crc.get() ^ 1).into()),
+        ("a later version", |header| header.version = 2.into()),
+        ("an unknown flag", |header| header.flags = 2.into()),
+        ("local, and yet with numbers", |header| header.flags = 1.into()),
+    ];
+    let good = folder.bytes()?[last as usize..][..BatchHeader::LEN].to_vec();
+    for (what, forgery) in forgeries {
+        folder.overwrite(last, &good)?;
+        folder.forge_batch(last, forgery)?;
+        assert_eq!(folder.reader()?.catalogue().checkpoints().len(), 3, "{what}");
+        assert_eq!(peer::list(&folder)?, model.checkpoints[..3], "{what}");
+    }
+    folder.overwrite(last, &good)?;
+    assert_eq!(peer::list(&folder)?, model.checkpoints);
+
+    // A copied batch of a later opening than the copy's, and in what was copied it is missing.
+    let copied = batch_places(&folder, &segment(&folder, 2)?)?[1];
+    let same = folder.places_of(&folder.bytes()?[copied as usize..][..BatchHeader::LEN])?;
+    same.iter().filter(|place| **place != copied).try_for_each(|place| folder.flip_bit(*place))?;
+    assert_eq!((same.len(), peer::list(&folder)?), (2, model.checkpoints.clone()));
+    folder.forge_batch(copied, |header| header.open_count = (header.open_count.get() + 7).into())?;
+    assert_eq!(folder.reader()?.catalogue().checkpoints().len(), 2);
+    assert_eq!(peer::list(&folder)?, model.checkpoints[..2]);
+    Ok(())
+}
+
+/// C1: what an opening left out stays out, though it is whole again and follows in the slot.
+#[test]
+fn a_batch_that_an_opening_passed_over_is_not_taken() -> Result<()> {
+    if !peer::has_python() {
+        return Ok(());
+    }
+    let folder = SampleFolder::new()?;
+    let mut journal = SampleJournal::create(&folder, SLOT_LEN_BYTES, vec![vec![7; 8192]])?;
+    journal.checkpoint("kept", 1)?;
+    journal.reopen()?;
+    journal.write(0, 0, &[8; 512])?;
+    journal.checkpoint("left out", 2)?;
+    journal.flush()?;
+    let place = folder.place_of(b"left out")?;
+    folder.flip_bit(place)?;
+    // Into another slot, and back over the first batch alone.
+    journal.reopen()?;
+    journal.reopen()?;
+    folder.flip_bit(place)?;
+    let newest = segment(&folder, 0)?;
+    assert!((slot_place(&newest)..slot_place(&newest) + SLOT_LEN_BYTES).contains(&place));
+    assert_eq!(peer::list(&folder)?, journal.close()?.checkpoints[..1]);
+    Ok(())
+}
+
+#[test]
+fn a_page_of_another_time_does_not_count() -> Result<()> {
+    if !peer::has_python() {
+        return Ok(());
+    }
+    let folder = SampleFolder::new()?;
+    let model = three_segments(&folder)?;
+    let newest = segment(&folder, 2)?;
+    let place = slot_place(&newest);
+    let of_earlier_life = SegmentTrailer {
+        header: SegmentHeader { number: 1, ..newest.header.clone() },
+        data_end_bytes: newest.header.carried_end_bytes,
+        footer_len_bytes: 4096,
+        footer_crc: 0,
+        last: newest.header.after,
+        end_time_us: 0,
+    };
+    folder.overwrite(place + SLOT_LEN_BYTES - 4096, &of_earlier_life.encode())?;
+    assert_eq!(peer::list(&folder)?, model.checkpoints);
+
+    // The opening that made the newest copy never got into the superblock: the copy before it counts.
+    folder.edit_superblock(|superblock| superblock.open_count -= 1)?;
+    assert_eq!(folder.reader()?.catalogue().checkpoints().len(), 3);
+    assert_eq!(peer::list(&folder)?, model.checkpoints[..3]);
+    folder.edit_superblock(|superblock| superblock.open_count += 1)?;
+
+    let newest = folder.bytes()?[..4096].to_vec();
+    folder.edit_superblock(|superblock| {
+        superblock.sequence -= 1;
+        superblock.state = JournalState::HistoryGivenUp { sync_id: 4 };
+    })?;
+    assert_refused(peer::list(&folder), "the journal has no history");
+    for place in SUPERBLOCK_OFFSETS {
+        let older = folder.bytes()?[place as usize..][..4096].to_vec();
+        folder.overwrite(place, &newest)?;
+        assert_eq!(peer::list(&folder)?, model.checkpoints);
+        folder.overwrite(place, &older)?;
+    }
+    Ok(())
+}
+
 #[test]
 fn a_superblock_is_chosen_or_refused() -> Result<()> {
     if !peer::has_python() {
@@ -151,9 +261,6 @@ fn a_superblock_is_chosen_or_refused() -> Result<()> {
     folder.overwrite(0, &page)?;
     assert_refused(peer::list(&folder), "needs features that this reader doesn't know");
     folder.overwrite(0, &good)?;
-
-    folder.edit_superblock(|superblock| superblock.state = JournalState::HistoryGivenUp { sync_id: 4 })?;
-    assert_refused(peer::list(&folder), "the journal has no history");
     Ok(())
 }
 

@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result};
+use journal::batch::{BatchHeader, RecordHeader};
 use journal::format::{SUPERBLOCK_OFFSETS, Superblock};
 use journal::recovery::SurveyOptions;
 use journal::storage::ring::{Access, DirectFile, RingStorage};
 use journal::view::Reader;
+use zerocopy::{FromBytes, IntoBytes};
 
 /// A temporary folder with a journal and its recovery disks. It goes when this is dropped.
 #[derive(Debug)]
@@ -72,6 +74,20 @@ impl SampleFolder {
         let bytes = self.bytes()?;
         let found = bytes.windows(needle.len()).enumerate().filter(|(_, window)| *window == needle);
         Ok(found.map(|(place, _)| place as u64).collect())
+    }
+
+    /// Changes the header of the batch at a place of the file and makes its CRC right again.
+    pub fn forge_batch(&self, place: u64, edit: impl FnOnce(&mut BatchHeader)) -> Result<()> {
+        let bytes = self.bytes()?;
+        let (header, rest) = BatchHeader::read_from_prefix(&bytes[place as usize..])
+            .ok()
+            .context("the file ends in the batch")?;
+        let (records, crcs) = (header.record_count.get() as usize, header.crc_count.get() as usize);
+        let mut forged = BatchHeader { crc: 0.into(), ..header };
+        edit(&mut forged);
+        let head = crc32c::crc32c(forged.as_bytes());
+        forged.crc = crc32c::crc32c_append(head, &rest[..records * RecordHeader::LEN + crcs * 4]).into();
+        self.overwrite(place, forged.as_bytes())
     }
 
     /// The journal as the product's own reader sees it.

@@ -138,7 +138,11 @@ impl<'a> SampleJournal<'a> {
 
     /// A checkpoint of all so far.
     pub fn checkpoint(&mut self, tag: &str, time_us: u64) -> Result<()> {
-        let cut = self.seq;
+        self.checkpoint_of(self.seq, tag, time_us)
+    }
+
+    /// A checkpoint after record `cut`.
+    pub fn checkpoint_of(&mut self, cut: u64, tag: &str, time_us: u64) -> Result<()> {
         let kind = if tag.is_empty() { CheckpointKind::Automatic } else { CheckpointKind::Tagged };
         let epoch = Epoch { nonce: Uuid::from_u128(77), counter: cut };
         let checkpoint = Checkpoint { epoch, cut, member_set_version: 1, time_us, kind, tag: tag.to_owned() };
@@ -185,12 +189,15 @@ impl<'a> SampleJournal<'a> {
         self.claim(parent)
     }
 
-    /// Changes what the superblock says of the volumes.
-    pub fn set_volumes(&mut self, edit: impl FnOnce(&mut Vec<VolumeState>)) -> Result<()> {
+    /// Replaces a volume's recovery disk, as by a sync that wrote straight to it: no earlier record of the volume counts any more.
+    pub fn rebase(&mut self, volume: u16, disk: Vec<u8>) -> Result<()> {
         self.flush()?;
         let mut volumes = self.writer.superblock().volumes.clone();
-        edit(&mut volumes);
-        self.change(Change::SetVolumes(volumes))
+        volumes[usize::from(volume)].base_seq = self.seq;
+        self.change(Change::SetVolumes(volumes))?;
+        std::fs::write(self.folder.disk(volume), &disk).context("recovery disk")?;
+        self.model.rebase(volume, self.seq, disk);
+        Ok(())
     }
 
     /// Ends with all of it durable.

@@ -42,6 +42,12 @@ impl SampleModel {
         self.effects.push((seq, volume, Effect::Size { size_bytes }));
     }
 
+    /// A volume's recovery disk is as of record `seq` now: what was written before doesn't count.
+    pub(super) fn rebase(&mut self, volume: u16, seq: u64, base: Vec<u8>) {
+        self.effects.retain(|(at, of, _)| *of != volume || *at > seq);
+        self.bases[usize::from(volume)] = base;
+    }
+
     /// Forgets the records after `seq`, which never became durable.
     pub(super) fn cut_off(&mut self, seq: u64) {
         self.effects.retain(|(at, _, _)| *at <= seq);

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use rand::rngs::StdRng;
-use rand::{Rng, SeedableRng};
+use rand::{RngExt, SeedableRng};
 
 use super::{SampleFolder, SampleJournal, SampleModel};
 
@@ -15,10 +15,9 @@ pub const SLOT_LEN_BYTES: u64 = 64 << 10;
 /// Of the 8 KiB that the second segment writes to 8192 of disk 0, the half is there at `third`, and nothing at `fourth`.
 pub fn three_segments(folder: &SampleFolder) -> Result<SampleModel> {
     let mut rng = StdRng::seed_from_u64(77);
-    let mut random = move |len_bytes: usize| {
-        let mut bytes = vec![0; len_bytes];
-        rng.fill_bytes(&mut bytes);
-        bytes
+    // Each sector is one random number again and again, so that the files pack well.
+    let mut random = move |len_bytes: usize| -> Vec<u8> {
+        (0..len_bytes / 512).flat_map(|_| rng.random::<u64>().to_le_bytes().repeat(64)).collect()
     };
     let disks = vec![random(64 << 10), random(24 << 10)];
     let mut journal = SampleJournal::create(folder, SLOT_LEN_BYTES, disks)?;
