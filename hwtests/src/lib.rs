@@ -19,6 +19,7 @@ pub mod powercut;
 pub mod qemu;
 pub mod relay;
 pub mod runs;
+pub mod sample_journal;
 pub mod sim;
 pub mod site;
 pub mod suite;

@@ -1,0 +1,299 @@
+#!/usr/bin/env python3
+"""Reads a journal, written from docs/journal-format.md alone: lists its checkpoints, extracts a disk as it was at one.
+
+    journal_reader.py list FOLDER
+    journal_reader.py extract FOLDER --at TAG|SEQ|latest --disk N --out FILE
+
+FOLDER holds journal.hfj and disk-N.raw, which nobody writes meanwhile. `list` prints seq, cut, time in µs and tag of each checkpoint.
+"""
+import bisect
+import os
+import struct
+import sys
+import tempfile
+from collections import namedtuple
+
+PAGE, SECTOR, CHUNK, FOREVER, CONSISTENT, MAX_BATCH_BYTES, MAX_RECORDS = 4096, 512, 1 << 20, 1 << 64, 2, 4 << 20, 16384
+WRITE, ZEROES, VOID, CHECKPOINT, SYNC_BEGIN, SYNC_DATA, SYNC_END, RESIZE = 1, 2, 3, 4, 5, 6, 7, 9
+
+
+class Layout:
+    """A structure of the file: how its bytes become a tuple with names. Fields that nobody reads are left out of it."""
+
+    def __init__(self, code, fields):
+        self.struct, self.tuple, self.size = struct.Struct("<" + code), namedtuple("Fields", fields), struct.calcsize("<" + code)
+
+    def parse(self, data, at=0):
+        return self.tuple(*self.struct.unpack_from(data, at))
+
+
+SUPERBLOCK = Layout("8sI4xQ16s32xQQII8x4QI12xQ16s16xQQ8xII800x3072s",
+    "magic version sequence journal_id slot_len first_slot_offset slot_count state required_features open_count low_water_segment"
+    " low_water_seq low_water_batch_crc promotion_intent_seq tail_generation generation_first_seq generation_fork_seq"
+    " encryption volume_count volumes")
+VOLUME = Layout("16xQQ16x", "base_seq size")
+SEGMENT = Layout("12s4x16s3QII5QII8xI",
+    "begin journal_id number open_count after_seq after_batch_crc slot carried_end begin_time_us data_end footer_len"
+    " last_seq last_batch_crc footer_crc encryption")
+BATCH = Layout("12s5I16s16s3QII32x",
+    "begin flags total_len record_count crc_count payload_offset journal_id generation open_count first_seq last_seq prev_batch_crc crc")
+RECORD = Layout("Q8x3Q8x3IHBx", "seq offset len sync_id payload_offset payload_len first_crc volume kind")
+FOOTER = Layout("12x3IQ32x", "extent_count crc_count event_count base_seq")
+FOOTER_EXTENT = Layout("Q4IHB5x", "offset seq_delta len_sectors payload_sector crc volume kind")
+CHECKPOINT_PAYLOAD = Layout("24xQ8xQH14x", "cut time_us tag_len")
+
+Extent = namedtuple("Extent", "seq volume offset len place crcs")  # place: of the payload in the file; None for zeroes
+Event = namedtuple("Event", "position record payload")
+Content = namedtuple("Content", "extents events last_seq last_batch_crc end is_hiding")
+Checkpoint = namedtuple("Checkpoint", "cut seq time_us tag")
+
+CRC_TABLE = range(256)
+for _ in range(8):
+    CRC_TABLE = [crc >> 1 ^ (0x82F63B78 if crc & 1 else 0) for crc in CRC_TABLE]
+
+
+class Refused(Exception):
+    """The journal can't be read, or doesn't have what was asked for; the text says why."""
+
+
+def crc32c(data):
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ CRC_TABLE[(crc ^ byte) & 0xFF]
+    return crc ^ 0xFFFFFFFF
+
+
+def has_own_crc(data, at):
+    return crc32c(data[:at] + bytes(4) + data[at + 4 :]) == int.from_bytes(data[at : at + 4], "little")
+
+
+def is_intact(payload, crcs):
+    return [crc32c(payload[at : at + PAGE]) for at in range(0, len(payload), PAGE)] == list(crcs)
+
+
+def units(length, unit=PAGE):
+    return -(-length // unit)
+
+
+def take(gaps, start, end):
+    """Cuts a range out of the sorted gaps, and returns the parts of it that were in them."""
+    first = bisect.bisect_right(gaps, start, key=lambda gap: gap[1])
+    behind = max(first, bisect.bisect_left(gaps, end, key=lambda gap: gap[0]))
+    touched = gaps[first:behind]
+    gaps[first:behind] = [rest for gap in touched for rest in ((gap[0], start), (end, gap[1])) if rest[0] < rest[1]]
+    return [(max(gap[0], start), min(gap[1], end)) for gap in touched]
+
+
+class Journal:
+    """A journal file: its superblock, and what the segments that count hold."""
+
+    def __init__(self, folder):
+        self.file = os.open(os.path.join(folder, "journal.hfj"), os.O_RDONLY)
+        self.superblock, self.extents, self.events, self.damage = self.read_superblock(), [], [], ""
+        self.follow_segments()
+
+    def read(self, place, length):
+        return os.pread(self.file, length, place).ljust(length, b"\0")  # behind the file's end all is zero
+
+    def read_superblock(self):
+        pages = [page for place in (0, 64 << 10) if (page := self.read(place, PAGE)).startswith(b"HFJOURNL")]
+        if any(SUPERBLOCK.parse(page).version != 1 for page in pages):
+            raise Refused("the journal has a format version that this reader doesn't know")
+        copies = [SUPERBLOCK.parse(page) for page in pages if has_own_crc(page, 12)]
+        if not copies or any(copy.required_features for copy in copies):
+            raise Refused("the journal needs features that this reader doesn't know" if copies else "no superblock is valid")
+        block = max(copies, key=lambda copy: copy.sequence)
+        if block.state != CONSISTENT:
+            raise Refused("the journal has no history: a sync is writing its recovery disks")
+        return block
+
+    def read_segment_page(self, slot, begin, place):
+        page = self.read(place, PAGE)
+        found = SEGMENT.parse(page)
+        is_ours = (found.begin, found.journal_id, found.slot) == (begin, self.superblock.journal_id, slot)
+        return found if is_ours and not found.encryption and has_own_crc(page, 12) else None
+
+    def slot_place(self, slot):
+        return self.superblock.first_slot_offset + slot * self.superblock.slot_len
+
+    def survey(self):
+        """The header, or of a sealed segment the trailer, in each slot that says that it belongs to this journal."""
+        for slot in range(self.superblock.slot_count):
+            header = self.read_segment_page(slot, b"HFSEGHDR\1\0\0\0", self.slot_place(slot))
+            trailer = self.read_segment_page(slot, b"HFSEGEND\1\0\0\0", self.slot_place(slot + 1) - PAGE)
+            is_sealed = trailer and (not header or header[1:9] == trailer[1:9])  # the bytes from 16 to 79
+            segment = trailer if is_sealed else header
+            if segment and segment.open_count <= self.superblock.open_count:
+                yield segment
+
+    def follow_segments(self):
+        """Takes the segments that count, one after the other from the low-water mark on."""
+        block, slots = self.superblock, sorted(self.survey(), key=lambda slot: -slot.open_count)
+        number, position, is_hiding = block.low_water_segment, (block.low_water_seq, block.low_water_batch_crc), False
+        while True:
+            copies = [slot for slot in slots if (slot.number, slot.after_seq, slot.after_batch_crc) == (number, *position)]
+            contents = ((self.read_segment(copy), copy.carried_end) for copy in copies)
+            content = next((content for content, carried_end in contents if content.end >= carried_end), None)
+            is_hiding = content.is_hiding if content else is_hiding
+            if content is None or content.end == PAGE:
+                break
+            self.extents += content.extents
+            self.events += content.events
+            number, position = number + 1, (content.last_seq, content.last_batch_crc)
+        self.last_seq = position[0]
+        if is_hiding or any(segment.number >= number and segment.after_seq > self.last_seq for segment in slots):
+            self.damage = f"there are records behind record {self.last_seq} that can't be reached"
+
+    def read_segment(self, segment):
+        if segment.begin.startswith(b"HFSEGHDR"):
+            return self.walk(segment, self.superblock.slot_len - PAGE)
+        footer = self.read(self.slot_place(segment.slot) + segment.data_end, min(segment.footer_len, self.superblock.slot_len))
+        if crc32c(footer) == segment.footer_crc:
+            return self.parse_footer(segment, footer)
+        content = self.walk(segment, segment.data_end)
+        if content[2:5] != (segment.last_seq, segment.last_batch_crc, segment.data_end):
+            raise Refused(f"segment {segment.number} is damaged: its footer, and the batch at {content.end} of its slot")
+        return content
+
+    def parse_footer(self, segment, data):
+        footer, slot_place = FOOTER.parse(data), self.slot_place(segment.slot)
+        extents, events, crcs_at = [], [], FOOTER.size + FOOTER_EXTENT.size * footer.extent_count
+        crcs, at = struct.unpack_from(f"<{footer.crc_count}I", data, crcs_at), crcs_at + 4 * footer.crc_count
+        for index in range(footer.extent_count):
+            found = FOOTER_EXTENT.parse(data, FOOTER.size + FOOTER_EXTENT.size * index)
+            seq, length = footer.base_seq + found.seq_delta, found.len_sectors * SECTOR
+            place = None if found.kind == ZEROES else slot_place + found.payload_sector * SECTOR
+            own_crcs = (found.crc,) if length <= PAGE else crcs[found.crc : found.crc + units(length)]
+            extents.append(Extent(seq, found.volume, found.offset, length, place, own_crcs))
+        for _ in range(footer.event_count):
+            (position,), record, at = struct.unpack_from("<Q", data, at), RECORD.parse(data, at + 8), at + 8 + RECORD.size
+            events.append(Event(position, record, data[at : at + record.payload_len]))
+            at += units(record.payload_len, 8) * 8
+        return Content(extents, events, segment.last_seq, segment.last_batch_crc, segment.data_end, False)
+
+    def walk(self, segment, end):
+        """What the batches of a segment hold, up to the first place where none continues it."""
+        block, slot_place, extents, events, at, is_hiding = self.superblock, self.slot_place(segment.slot), [], [], PAGE, False
+        last_seq, last_crc, last_open_count = segment.after_seq, segment.after_batch_crc, 0
+        while found := self.read_batch(slot_place + at, end - at):
+            batch, batch_extents, batch_events = found
+            is_local, is_tail = batch.flags & 1, batch.generation == block.tail_generation
+            if any((
+                batch.journal_id != block.journal_id or batch.prev_batch_crc != last_crc,
+                not last_open_count <= batch.open_count <= segment.open_count,
+                at >= segment.carried_end and batch.open_count != segment.open_count,
+                batch.first_seq != last_seq if is_local else batch.first_seq <= last_seq,
+                not is_local and (batch.first_seq < block.generation_first_seq if is_tail else batch.last_seq > block.generation_fork_seq),
+            )):
+                break
+            extents, events, last_open_count = extents + batch_extents, events + batch_events, batch.open_count
+            last_seq, last_crc = (last_seq, last_crc) if is_local else (batch.last_seq, batch.crc)
+            at += batch.total_len
+        else:  # no valid batch: torn by a power cut, or damaged since, which shows if a later batch is there
+            later = ((place, self.read_batch(slot_place + place, end - place)) for place in range(at + PAGE, end, PAGE))
+            is_hiding = segment.open_count == block.open_count and any(
+                found and found[0].journal_id == block.journal_id and found[0].first_seq > last_seq
+                and (found[0].open_count == segment.open_count or place < segment.carried_end) for place, found in later)
+        return Content(extents, events, last_seq, last_crc, at, is_hiding)
+
+    def read_batch(self, place, room):
+        """(header, extents, events) of the batch at a place of the file, or None if no valid one is there."""
+        batch = BATCH.parse(self.read(place, BATCH.size))
+        records_end = BATCH.size + RECORD.size * batch.record_count
+        crcs_end = records_end + 4 * batch.crc_count
+        if (batch.begin != b"HFBATCH\0\1\0\x80\0" or batch.flags > 1 or not 1 <= batch.record_count <= MAX_RECORDS
+                or batch.payload_offset != units(crcs_end, SECTOR) * SECTOR
+                or not batch.payload_offset <= batch.total_len <= min(room, MAX_BATCH_BYTES)
+                or not has_own_crc((data := self.read(place, batch.total_len))[:crcs_end], 92)):
+            return None
+        extents, events, crcs = [], [], struct.unpack_from(f"<{batch.crc_count}I", data, records_end)
+        for index in range(batch.record_count):
+            record = RECORD.parse(data, BATCH.size + RECORD.size * index)
+            payload = data[record.payload_offset : record.payload_offset + record.payload_len]
+            own_crcs = crcs[record.first_crc : record.first_crc + units(record.payload_len)]
+            if len(payload) != record.payload_len or not is_intact(payload, own_crcs):
+                return None
+            if record.kind in (WRITE, ZEROES, SYNC_DATA):
+                payload_place = None if record.kind == ZEROES else place + record.payload_offset
+                extents.append(Extent(record.seq, record.volume, record.offset, record.len, payload_place, own_crcs))
+            elif record.kind != VOID:
+                events.append(Event(record.seq or batch.first_seq, record, payload))
+        return batch, extents, events
+
+    def syncs(self):
+        """(begin, end) of each time during which a sync of any volume was under way."""
+        under_way, syncs = {}, []
+        for position, record, _ in self.events:
+            begin, sync_id = under_way.get(record.volume, (position, None))
+            if record.kind == SYNC_BEGIN:
+                under_way[record.volume] = (begin, record.sync_id)
+            elif record.kind == SYNC_END and record.sync_id == sync_id:
+                syncs.append((under_way.pop(record.volume)[0], position))
+        return syncs + [(begin, FOREVER) for begin, _ in under_way.values()]
+
+    def checkpoints(self):
+        lowest, syncs = max(self.superblock.low_water_seq, self.superblock.promotion_intent_seq), self.syncs()
+        for seq, record, payload in self.events:
+            if record.kind == CHECKPOINT:
+                cut, time_us, tag_len = CHECKPOINT_PAYLOAD.parse(payload)
+                tag = payload[CHECKPOINT_PAYLOAD.size : CHECKPOINT_PAYLOAD.size + tag_len].decode(errors="replace")
+                if lowest <= cut <= seq and not any(begin <= cut < end for begin, end in syncs):
+                    yield Checkpoint(cut, seq, time_us, tag)
+
+    def find(self, at):
+        found = [found for found in sorted(self.checkpoints()) if at in ("latest", found.tag, str(found.seq))]
+        if not found or at == "latest" and self.damage:
+            raise Refused(f"checkpoint {at} isn't there{self.damage and '; ' + self.damage}")
+        return found[-1]
+
+    def extract(self, cut, disk, recovery_disk, out):
+        volumes = [VOLUME.parse(self.superblock.volumes, VOLUME.size * index) for index in range(self.superblock.volume_count)]
+        if disk >= len(volumes) or volumes[disk].base_seq > cut:
+            raise Refused(f"there is no disk {disk} at record {cut}")
+        base_seq, size = volumes[disk]
+        for position, record, _ in self.events:
+            size = record.len if record.kind == RESIZE and record.volume == disk and position <= cut else size
+        gaps = [(0, size)]
+        for extent in sorted(self.extents, key=lambda extent: extent.seq, reverse=True):
+            if extent.volume == disk and base_seq < extent.seq <= cut:
+                for start, end in take(gaps, extent.offset, extent.offset + extent.len):
+                    if extent.place is not None:
+                        os.pwrite(out, self.read_payload(extent, start - extent.offset, end - extent.offset), start)
+        for start, end in gaps:
+            for place in range(start, end, CHUNK):
+                data = os.pread(recovery_disk, min(CHUNK, end - place), place)
+                if data.strip(b"\0"):
+                    os.pwrite(out, data, place)
+        os.truncate(out, size)
+
+    def read_payload(self, extent, start, end):
+        first, behind = start // PAGE, units(end)
+        data = self.read(extent.place + first * PAGE, min(extent.len, behind * PAGE) - first * PAGE)
+        if not is_intact(data, extent.crcs[first:behind]):
+            raise Refused(f"the payload of record {extent.seq} is damaged, at {extent.place + first * PAGE} of the journal")
+        return data[start - first * PAGE : end - first * PAGE]
+
+
+def main(arguments):
+    match arguments:
+        case ["list", folder]:
+            journal = Journal(folder)
+            for cut, seq, time_us, tag in sorted(journal.checkpoints()):
+                print(seq, cut, time_us, tag, sep="\t")
+            if journal.damage:
+                raise Refused(journal.damage)
+        case ["extract", folder, "--at", at, "--disk", disk, "--out", path] if disk.isdecimal():
+            journal = Journal(folder)
+            recovery_disk = os.open(os.path.join(folder, f"disk-{disk}.raw"), os.O_RDONLY)
+            with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as scratch, open(os.path.join(scratch, "out"), "wb") as out:
+                journal.extract(journal.find(at).cut, int(disk), recovery_disk, out.fileno())
+                os.replace(out.name, path)
+        case _:
+            raise Refused("wrong arguments; " + __doc__)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (Refused, OSError, OverflowError, MemoryError, struct.error) as error:
+        sys.exit(f"journal_reader.py: {error}")

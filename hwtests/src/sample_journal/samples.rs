@@ -1,0 +1,41 @@
+//! Sample journals that several tests use. Their bytes are always the same.
+
+use anyhow::Result;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+use super::{SampleFolder, SampleJournal, SampleModel};
+
+/// Length of a slot: the shortest there is, so that the files are small.
+pub const SLOT_LEN_BYTES: u64 = 64 << 10;
+
+/// Two disks of 64 KiB and 24 KiB; two sealed segments with the checkpoints `first` and `second`; an unsealed one with `third` and
+/// `fourth` and five batches, the first two of which an opening copied.
+///
+/// Of the 8 KiB that the second segment writes to 8192 of disk 0, the half is there at `third`, and nothing at `fourth`.
+pub fn three_segments(folder: &SampleFolder) -> Result<SampleModel> {
+    let mut rng = StdRng::seed_from_u64(77);
+    // Each sector is one random number again and again, so that the files pack well.
+    let mut random = move |len_bytes: usize| -> Vec<u8> {
+        (0..len_bytes / 512).flat_map(|_| rng.random::<u64>().to_le_bytes().repeat(64)).collect()
+    };
+    let disks = vec![random(64 << 10), random(24 << 10)];
+    let mut journal = SampleJournal::create(folder, SLOT_LEN_BYTES, disks)?;
+    for (tag, time_us) in [("first", 1_000_000), ("second", 2_000_000)] {
+        journal.write(0, 8192, &random(8192))?;
+        journal.zero(0, 32 << 10, 3 * 512)?;
+        journal.flush()?;
+        journal.write(1, 512, &random(512))?;
+        journal.checkpoint(tag, time_us)?;
+        journal.seal_segment()?;
+    }
+    journal.write(0, 0, &random(12 << 10))?;
+    journal.checkpoint("third", 3_000_000)?;
+    journal.reopen()?;
+    journal.write(0, 4096, &random(12 << 10))?;
+    journal.zero(1, 0, 1024)?;
+    journal.flush()?;
+    journal.write(0, 60 << 10, &random(4096))?;
+    journal.checkpoint("fourth", 4_000_000)?;
+    journal.close()
+}

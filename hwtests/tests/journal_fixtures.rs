@@ -1,0 +1,152 @@
+//! The journals in `journal/tests/fixtures/v1`: how they are made, and what `hwtests/peers/journal_reader.py` makes of them.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use hwtests::sample_journal::{SLOT_LEN_BYTES, SampleFolder, SampleModel, peer, three_segments};
+use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS};
+
+const FILES: [&str; 3] = ["journal.hfj", "disk-0.raw", "disk-1.raw"];
+const PAGE: u64 = PAGE_BYTES as u64;
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../journal/tests/fixtures/v1")
+}
+
+fn gzip(arguments: &[&str], from: &Path, to: &Path) -> Result<()> {
+    let mut gzip = Command::new("gzip");
+    gzip.args(arguments).stdin(File::open(from)?).stdout(Stdio::from(File::create(to)?));
+    ensure!(gzip.status().context("gzip")?.success(), "gzip of {}", from.display());
+    Ok(())
+}
+
+/// Damages a journal.
+type Damage = fn(&SampleFolder, &SampleModel) -> Result<Left>;
+
+/// What is left of a journal.
+struct Left {
+    /// How many checkpoints.
+    checkpoints: usize,
+    /// A record of disk 0 that is damaged, and the tags of the checkpoints that need it.
+    damaged: Option<(u64, [&'static str; 2])>,
+}
+
+impl Left {
+    fn whole(checkpoints: usize) -> Self {
+        Self { checkpoints, damaged: None }
+    }
+}
+
+const MADE: [(&str, Damage); 6] = [
+    ("good", |_, _| Ok(Left::whole(4))),
+    ("torn-tail", |folder, _| {
+        let newest = places(folder)?;
+        folder.overwrite(newest.end - PAGE, &[0; PAGE_BYTES])?;
+        Ok(Left::whole(3))
+    }),
+    ("corrupt-payload", |folder, model| {
+        let second = &model.checkpoints[1];
+        folder.flip_bit(folder.place_of(&model.image(0, second.cut)[12 << 10..16 << 10])?)?;
+        Ok(Left { checkpoints: 4, damaged: Some((second.cut - 2, ["second", "third"])) })
+    }),
+    ("corrupt-header", |folder, _| {
+        folder.flip_bit(places(folder)?.third_batch + 88)?;
+        Ok(Left::whole(3))
+    }),
+    ("lost-segment", |folder, _| {
+        let begin = places(folder)?.second_segment;
+        folder.flip_bit(begin + 32)?;
+        folder.flip_bit(begin + SLOT_LEN_BYTES - PAGE + 32)?;
+        Ok(Left::whole(1))
+    }),
+    ("damaged-superblock", |folder, _| {
+        folder.flip_bit(SUPERBLOCK_OFFSETS[0] + 300)?;
+        Ok(Left::whole(4))
+    }),
+];
+
+/// Places in the file of [`three_segments`].
+struct Places {
+    second_segment: u64,
+    /// Of the newest segment.
+    third_batch: u64,
+    /// Of the newest batch.
+    end: u64,
+}
+
+fn places(folder: &SampleFolder) -> Result<Places> {
+    let segments = folder.reader()?.survey.segments;
+    let place =
+        |index: usize| journal::format::slot_offset_bytes(segments[index].header.slot, SLOT_LEN_BYTES);
+    let (begin, end) = (place(2), place(2) + segments[2].data_end_bytes());
+    let mut batches = folder.places_of(b"HFBATCH\0")?.into_iter().filter(|at| (begin..end).contains(at));
+    Ok(Places { second_segment: place(1), third_batch: batches.nth(2).context("too few batches")?, end })
+}
+
+#[test]
+#[ignore = "writes journal/tests/fixtures/v1 anew"]
+fn make_the_fixtures() -> Result<()> {
+    for (name, damage) in MADE {
+        let (source, packed) = (SampleFolder::new()?, fixtures().join(name));
+        let model = three_segments(&source)?;
+        let left = damage(&source, &model)?;
+        fs::create_dir_all(&packed)?;
+        for file in FILES {
+            gzip(&["-9nc"], &source.path().join(file), &packed.join(format!("{file}.gz")))?;
+        }
+        let mut lines = String::from("seq\tcut\ttime_us\ttag\tCRC32C of disk 0\tCRC32C of disk 1\n");
+        for checkpoint in &model.checkpoints[..left.checkpoints] {
+            let disks = (0..model.volume_count()).map(|disk| match left.damaged {
+                Some((seq, tags)) if disk == 0 && tags.contains(&checkpoint.tag.as_str()) => {
+                    format!("\tdamaged record {seq}")
+                }
+                _ => format!("\t{:08x}", crc32c::crc32c(&model.image(disk, checkpoint.cut))),
+            });
+            let (seq, cut, time_us, tag) =
+                (checkpoint.seq, checkpoint.cut, checkpoint.time_us, &checkpoint.tag);
+            lines += &format!("{seq}\t{cut}\t{time_us}\t{tag}{}\n", disks.collect::<String>());
+        }
+        fs::write(packed.join("checkpoints.tsv"), lines)?;
+    }
+    Ok(())
+}
+
+fn unpack(name: &str) -> Result<SampleFolder> {
+    let folder = SampleFolder::new()?;
+    for file in FILES {
+        gzip(&["-dc"], &fixtures().join(name).join(format!("{file}.gz")), &folder.path().join(file))?;
+    }
+    Ok(folder)
+}
+
+#[test]
+fn the_reader_reads_what_can_be_read() -> Result<()> {
+    if !peer::has_python() {
+        return Ok(());
+    }
+    for (name, _) in MADE {
+        let folder = unpack(name)?;
+        let expected = fs::read_to_string(fixtures().join(name).join("checkpoints.tsv"))?;
+        let listed = peer::list(&folder);
+        if ["corrupt-header", "lost-segment"].contains(&name) {
+            let said = listed.as_ref().expect_err("records are missing").to_string();
+            assert!(said.contains("that can't be reached"), "{name}: {said}");
+        } else {
+            assert_eq!(listed?.len(), expected.lines().count() - 1, "{name}");
+        }
+        for line in expected.lines().skip(1) {
+            let fields: Vec<&str> = line.split('\t').collect();
+            for (disk, expected) in (0..).zip(&fields[4..]) {
+                let found = match peer::extract(&folder, fields[3], disk) {
+                    Ok(image) => format!("{:08x}", crc32c::crc32c(&image)),
+                    Err(error) => error.to_string(),
+                };
+                let expected = expected.replace("damaged record", "the payload of record");
+                assert!(found.contains(&expected), "{name}, {line}: {found}");
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,211 @@
+//! Journals of format version 1 as they were written when it was new: this release reads them, names their damage, and goes on writing.
+//! `fixtures/v1/README.md` says what they are.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use bytes::Bytes;
+use journal::batch::{BatchLink, BatchSealer, BatchView, Record};
+use journal::format::{SUPERBLOCK_OFFSETS, Superblock, SuperblockError};
+use journal::recovery::{Damage, Hidden, OpenError, OpenOptions, SurveyOptions, open};
+use journal::storage::ring::{Access, DirectFile, RingStorage};
+use journal::storage::{Blocking, FileId, Purpose, StorageError};
+use journal::view::{Reader, ViewError};
+use journal::writer::{Change, Limits, Writer, drive};
+
+/// A fixture, unpacked into a folder of its own that goes with it.
+struct Fixture {
+    folder: PathBuf,
+    checkpoints: Vec<Expected>,
+}
+
+/// A line of `checkpoints.tsv`.
+#[derive(Debug, PartialEq, Eq)]
+struct Expected {
+    seq: u64,
+    cut: u64,
+    time_us: u64,
+    tag: String,
+    /// CRC32C of each disk, or the number of the record whose payload is damaged.
+    disks: Vec<Result<u32, u64>>,
+}
+
+impl Fixture {
+    fn unpack(name: &str) -> Self {
+        let packed = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/v1").join(name);
+        let folder = std::env::temp_dir().join(format!("holdfast-fixture-{name}-{}", std::process::id()));
+        let _ = fs::remove_dir_all(&folder);
+        fs::create_dir_all(&folder).expect("a temporary folder");
+        for file in ["journal.hfj", "disk-0.raw", "disk-1.raw"] {
+            let mut gzip = Command::new("gzip");
+            gzip.arg("-dc").stdin(File::open(packed.join(format!("{file}.gz"))).expect("the fixture"));
+            gzip.stdout(Stdio::from(File::create(folder.join(file)).expect("a file")));
+            assert!(gzip.status().expect("gzip").success(), "{file}");
+        }
+        let lines = fs::read_to_string(packed.join("checkpoints.tsv")).expect("what is expected");
+        Self { folder, checkpoints: lines.lines().skip(1).map(Expected::parse).collect() }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.folder.join("journal.hfj")
+    }
+
+    fn read(&self) -> Result<Reader, ViewError> {
+        let (mut storage, file) = ring(&self.path(), Access::ReadOnly);
+        Reader::open(&mut storage, file, SurveyOptions::default())
+    }
+
+    /// Read-only everything is as expected.
+    fn assert_readable(&self) -> Reader {
+        let reader = self.read().expect("readable");
+        let entries = reader.catalogue().checkpoints().iter();
+        let found = entries.map(|entry| {
+            let checkpoint = &entry.checkpoint;
+            let disks = (0..2).map(|disk| self.image_crc(&reader, checkpoint.cut, disk)).collect();
+            let (cut, time_us, tag) = (checkpoint.cut, checkpoint.time_us, checkpoint.tag.clone());
+            Expected { seq: entry.seq, cut, time_us, tag, disks }
+        });
+        assert_eq!(found.collect::<Vec<_>>(), self.checkpoints);
+        reader
+    }
+
+    /// CRC32C of a disk at a number, or the record that is damaged.
+    fn image_crc(&self, reader: &Reader, seq: u64, disk: u16) -> Result<u32, u64> {
+        let (mut storage, file) = ring(&self.path(), Access::ReadOnly);
+        let base = DirectFile::open(&self.folder.join(format!("disk-{disk}.raw")), Access::ReadOnly);
+        let base = storage.add_file(base.expect("the recovery disk"));
+        let view = reader.view(seq).expect("in the history").take_volume(disk).expect("has this disk");
+        let mut bytes = vec![0xee; view.size_bytes() as usize];
+        match view.read(&mut storage, file, 0, &mut bytes, |storage, at, into| read(storage, base, at, into))
+        {
+            Ok(()) => Ok(crc32c::crc32c(&bytes)),
+            Err(ViewError::Corrupt { seq, .. }) => Err(seq),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// A writer finds all up to `tail_seq`, goes on, and leaves what was there readable. Gives what it was told of records behind that.
+    fn assert_writable(&self, tail_seq: u64) -> Option<Hidden> {
+        let (mut storage, file) = ring(&self.path(), Access::Exclusive);
+        let opened = open(&mut storage, file, &OpenOptions::default()).expect("as writer");
+        assert_eq!(opened.tail.seq, tail_seq);
+        let (generation, hidden) = (opened.superblock.tail_generation, opened.hidden);
+        let limits = Limits { max_slots: 16, grow_slots: 2, group_bytes: 1 << 20 };
+        let link = BatchLink {
+            journal_id: opened.superblock.journal_id,
+            generation,
+            open_count: opened.superblock.open_count,
+            prev_batch_crc: opened.tail.batch_crc,
+        };
+        let mut writer = Writer::new(opened, limits);
+        let claim = Change::Claim { generation, parent: generation, first_seq: tail_seq + 1 };
+        writer.change(claim).expect("its own generation");
+        drive(&mut writer, &mut storage, file).expect("claimed");
+        let mut sealer = BatchSealer::new();
+        let record = Record::write(tail_seq + 1, 1, 0, 0, Bytes::from_static(&[0x11; 512]));
+        sealer.push(record).expect("the first record");
+        let batch = sealer.seal(&link, 0).expect("not empty").to_bytes();
+        writer.offer(batch.clone(), &BatchView::parse(&batch).expect("valid"), 1).expect("follows");
+        drive(&mut writer, &mut storage, file).expect("written");
+        drop(storage);
+        assert_eq!(self.assert_readable().newest_seq(), tail_seq + 1);
+        hidden
+    }
+}
+
+impl Drop for Fixture {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+impl Expected {
+    fn parse(line: &str) -> Self {
+        let fields: Vec<&str> = line.split('\t').collect();
+        let number = |index: usize| fields[index].parse::<u64>().expect("a number");
+        let disk = |field: &&str| match field.strip_prefix("damaged record ") {
+            Some(seq) => Err(seq.parse().expect("a number")),
+            None => Ok(u32::from_str_radix(field, 16).expect("a CRC")),
+        };
+        let disks = fields[4..].iter().map(disk).collect();
+        Self { seq: number(0), cut: number(1), time_us: number(2), tag: fields[3].to_owned(), disks }
+    }
+}
+
+fn ring(path: &Path, access: Access) -> (RingStorage, FileId) {
+    let mut storage = RingStorage::new(64).expect("io_uring");
+    let file = storage.add_file(DirectFile::open(path, access).expect("open"));
+    (storage, file)
+}
+
+/// Reads a part of a recovery disk, in whole pages.
+fn read(storage: &mut RingStorage, disk: FileId, at: u64, into: &mut [u8]) -> Result<(), StorageError> {
+    let (begin, end) = (at / 4096 * 4096, (at + into.len() as u64).next_multiple_of(4096));
+    let pages = Blocking::new(storage, disk, Purpose::RecoveryDisk).read(begin, (end - begin) as usize)?;
+    into.copy_from_slice(&pages[(at - begin) as usize..][..into.len()]);
+    Ok(())
+}
+
+#[test]
+fn a_good_journal_is_read_and_written() {
+    let fixture = Fixture::unpack("good");
+    let survey = fixture.assert_readable().survey;
+    assert_eq!((survey.damage, survey.hidden), (None, None));
+    assert_eq!(survey.segments.len(), 3);
+    assert_eq!(survey.manifest.map(|manifest| manifest.text).as_deref(), Some(r#"{"vm":"sample"}"#));
+    assert_eq!(fixture.assert_writable(survey.tail.seq), None);
+}
+
+#[test]
+fn a_torn_tail_is_no_damage() {
+    let fixture = Fixture::unpack("torn-tail");
+    let survey = fixture.assert_readable().survey;
+    assert_eq!((survey.damage, survey.hidden), (None, None));
+    assert_eq!(fixture.assert_writable(survey.tail.seq), None);
+}
+
+#[test]
+fn a_damaged_payload_is_named_by_its_record_and_stops_no_writer() {
+    let fixture = Fixture::unpack("corrupt-payload");
+    let survey = fixture.assert_readable().survey;
+    assert_eq!((survey.damage, survey.hidden), (None, None));
+    fixture.assert_writable(survey.tail.seq);
+}
+
+#[test]
+fn records_behind_a_batch_with_a_damaged_header_are_named() {
+    let fixture = Fixture::unpack("corrupt-header");
+    let survey = fixture.assert_readable().survey;
+    let newest = survey.segments.last().expect("three segments").header.clone();
+    let (after_seq, slot) = (survey.tail.seq, newest.slot);
+    let hidden = Hidden { segment: 3, slot, after_seq, resumes_seq: after_seq + 2 };
+    assert_eq!((survey.damage, survey.hidden), (None, Some(hidden)));
+    assert_eq!(fixture.assert_writable(after_seq), Some(hidden), "the next writer is told, too");
+}
+
+#[test]
+fn a_lost_segment_is_damage_that_a_writer_refuses() {
+    let fixture = Fixture::unpack("lost-segment");
+    let survey = fixture.assert_readable().survey;
+    let first = survey.segments.last().expect("one segment").last();
+    let damage = survey.damage.expect("two segments can't be reached");
+    assert_eq!((survey.segments.len(), damage.after_seq), (1, first.seq));
+    assert_eq!(damage, Damage { after_seq: first.seq, resumes_after_seq: first.seq + 4, stop: None });
+    let (mut storage, file) = ring(&fixture.path(), Access::Exclusive);
+    let refused = open(&mut storage, file, &OpenOptions::default()).expect_err("damaged");
+    assert!(matches!(refused, OpenError::Damaged(found) if found == damage), "{refused}");
+}
+
+#[test]
+fn one_copy_of_the_superblock_is_enough_and_a_writer_mends_the_other() {
+    let fixture = Fixture::unpack("damaged-superblock");
+    let copies = || {
+        let bytes = fs::read(fixture.path()).expect("the journal");
+        SUPERBLOCK_OFFSETS.map(|place| Superblock::decode(&bytes[place as usize..]).map(|_| ()))
+    };
+    assert_eq!(copies(), [Err(SuperblockError::Crc), Ok(())]);
+    let survey = fixture.assert_readable().survey;
+    fixture.assert_writable(survey.tail.seq);
+    assert_eq!(copies(), [Ok(()), Ok(())]);
+}
