@@ -6,8 +6,8 @@ use rand::{RngExt, SeedableRng};
 
 use super::{SampleFolder, SampleJournal, SampleModel};
 
-/// Length of a slot: the shortest there is, so that the files are small.
-pub const SLOT_LEN_BYTES: u64 = 64 << 10;
+/// Length of a slot: short, so that the files are small. The journal keeps 12 KiB of each for its own records.
+pub const SLOT_LEN_BYTES: u64 = 76 << 10;
 
 /// Two disks of 64 KiB and 24 KiB; two sealed segments with the checkpoints `first` and `second`; an unsealed one with `third` and
 /// `fourth` and five batches, the first two of which an opening copied.

@@ -222,7 +222,7 @@ impl TargetSite {
                     process.ageing.told(&event, self.policy.history_us, env.now().mono_us)?;
                     match &event {
                         ReceiverEvent::Failed { durable_through, .. } => {
-                            process.failed = Some(*durable_through)
+                            process.failed = Some(*durable_through);
                         }
                         ReceiverEvent::Promoted { through_seq, .. } => self.promoted.advance(*through_seq),
                         _ => {}

@@ -1,7 +1,10 @@
 //! What a journal's file holds, found out without writing.
 
+use zerocopy::FromBytes;
+
 use super::OpenError;
 use super::decide::{self, Choice, SegmentFacts, Verdict};
+use crate::batch::{BATCH_MAGIC, BatchHeader};
 use crate::format::manifest::Manifest;
 use crate::format::{
     ChainPoint, Footer, FooterError, MANIFEST_OFFSETS, MANIFEST_SLOT_BYTES, PAGE_BYTES, SUPERBLOCK_OFFSETS,
@@ -155,13 +158,13 @@ pub struct Damage {
 /// group before theirs, or the batch was damaged since: the file can't tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hidden {
-    /// The segment.
+    /// The segment; 0 if its own pages can't say.
     pub segment: u64,
     /// Its slot.
     pub slot: u32,
     /// The last record that can be read.
     pub after_seq: u64,
-    /// The first one behind the unreadable batch.
+    /// The first one that is known to lie behind what can't be read.
     pub resumes_seq: u64,
 }
 
@@ -194,13 +197,15 @@ pub fn survey<S: Storage>(
     let mut hidden = None;
     loop {
         let wanted = segments.last().map_or(superblock.low_water_segment, |last| last.header.number + 1);
-        let mut next: Option<Segment> = None;
+        let (mut next, mut broken): (Option<Segment>, Option<Hidden>) = (None, None);
         for slot in &mut slots {
             if slot.header.number != wanted {
                 continue;
             }
             slot.scan(&mut io, &superblock, ownership, trusted_through)?;
             if slot.judge(&superblock, wanted, tail) != Verdict::Use {
+                // Its copied part is damaged, if batches of its own opening follow: a copy is finished before it takes any.
+                broken = broken.or_else(|| slot.hidden(&superblock));
                 continue;
             }
             if next.as_ref().is_none_or(|next| next.header.open_count < slot.header.open_count) {
@@ -208,6 +213,12 @@ pub fn survey<S: Storage>(
                 hidden = slot.hidden(&superblock);
             }
         }
+        let is_older = |broken: &Hidden, next: &Option<Segment>| {
+            next.as_ref().is_none_or(|next| {
+                next.header.slot != broken.slot && next.header.open_count < superblock.open_count
+            })
+        };
+        hidden = broken.filter(|broken| is_older(broken, &next)).or(hidden);
         let Some(next) = next else { break };
         if matches!(&next.content, Content::Scanned(scan) if scan.is_empty()) {
             break;
@@ -226,9 +237,68 @@ pub fn survey<S: Storage>(
             Content::Sealed(_) => None,
         }),
     });
+    if hidden.is_none() && damage.is_none() {
+        hidden = find_headless(&mut io, &superblock, &slots, tail, skip_unreadable)?;
+    }
     let in_use = |slot: &u32| segments.iter().any(|segment| segment.header.slot == *slot);
     let free_slots = (0..superblock.slot_count).filter(|slot| !in_use(slot)).collect();
     Ok(Survey { superblock, segments, tail, damage, hidden, free_slots, manifest })
+}
+
+/// A segment whose first page is gone, and that had no last page yet: its first batch tells that it was there.
+fn find_headless<S: Storage>(
+    io: &mut Blocking<'_, S>,
+    superblock: &Superblock,
+    known: &[Slot],
+    tail: ChainPoint,
+    skip_unreadable: bool,
+) -> Result<Option<Hidden>, StorageError> {
+    let read = |offset_bytes, len_bytes: u64| Op::Read {
+        offset_bytes,
+        buffer: AlignedBuf::zeroed(len_bytes as usize),
+    };
+    let slot_len_bytes = superblock.slot_len_bytes;
+    let file_len_bytes = io.file_len_bytes()?;
+    let is_there = |slot: &u32| slot_offset_bytes(slot + 1, slot_len_bytes) <= file_len_bytes;
+    let is_known = |slot: u32| known.iter().any(|known| known.header.slot == slot);
+    let unknown: Vec<u32> =
+        (0..superblock.slot_count).filter(is_there).filter(|slot| !is_known(*slot)).collect();
+    for chunk in unknown.chunks(SLOTS_AT_ONCE) {
+        let second_page = |slot: &u32| {
+            read(slot_offset_bytes(*slot, slot_len_bytes) + PAGE_BYTES as u64, PAGE_BYTES as u64)
+        };
+        let pages = io.run_all(chunk.iter().map(second_page).collect());
+        for (slot, page) in chunk.iter().zip(pages) {
+            let Some(page) = readable(Some(page), skip_unreadable)? else { continue };
+            let Ok((batch, _)) = BatchHeader::ref_from_prefix(&page) else { continue };
+            if batch.magic != BATCH_MAGIC || batch.journal_id != *superblock.journal_id.as_bytes() {
+                continue;
+            }
+            let offset_bytes = slot_offset_bytes(*slot, slot_len_bytes);
+            let slot_bytes = readable(Some(io.run(read(offset_bytes, slot_len_bytes))), skip_unreadable)?;
+            let Some(slot_bytes) = slot_bytes else { continue };
+            // Only what this opening wrote can be newer than what was found.
+            let header = SegmentHeader {
+                journal_id: superblock.journal_id,
+                number: 0,
+                slot: *slot,
+                open_count: superblock.open_count,
+                after: tail,
+                carried_end_bytes: PAGE_BYTES as u64,
+                begin_time_us: 0,
+            };
+            let end_bytes = slot_len_bytes - PAGE_BYTES as u64;
+            if let Some((_, seq)) = resume(&slot_bytes, 0, end_bytes, &header, tail.seq) {
+                return Ok(Some(Hidden {
+                    segment: 0,
+                    slot: *slot,
+                    after_seq: tail.seq,
+                    resumes_seq: seq + 1,
+                }));
+            }
+        }
+    }
+    Ok(None)
 }
 
 /// Reads both superblocks and takes the one that counts.

@@ -221,6 +221,31 @@ fn damage_before_the_newest_records_is_told_to_whoever_asks_for_the_latest() {
 }
 
 #[test]
+fn records_of_a_segment_whose_beginning_is_gone_are_told_of() {
+    let (mut journal, _) = protected("no-beginning");
+    let store = datastore(&journal).to_path_buf();
+    let _clean_up = CleanUp(&store);
+    let path = journal.path();
+    journal.write(0, vec![0x66; 4096]);
+    journal.flush();
+    // The segment is copied, and goes on.
+    journal.reopen();
+    journal.write(4096, vec![0x77; 4096]);
+    journal.flush();
+    let intact = std::fs::read(&path).expect("journal");
+    let newest = place::Journal::open(&path).expect("whole").reader.survey.segments.pop().expect("a segment");
+    assert!(newest.header.carried_end_bytes > PAGE_BYTES as u64, "a part of it was copied");
+    let begin = slot_offset_bytes(newest.header.slot, 1 << 20) as usize;
+    for damaged in [begin + 20, begin + PAGE_BYTES + 100] {
+        let mut bytes = intact.clone();
+        bytes[damaged] ^= 1;
+        std::fs::write(&path, &bytes).expect("journal");
+        let why = place::Journal::open(&path).expect("damaged").cut_short;
+        assert!(why.is_some(), "byte {damaged} of the file, segment at {begin}");
+    }
+}
+
+#[test]
 fn a_slot_that_an_opening_passed_over_is_no_damage() {
     let (mut journal, _) = protected("passed-over");
     let store = datastore(&journal).to_path_buf();

@@ -3,7 +3,7 @@
 use journal::format::ChainPoint;
 use journal::promotion::{Promotion, PromotionAction, PromotionError};
 use journal::storage::{AlignedBuf, StorageError};
-use journal::writer::{Change, RESERVED_SLOTS};
+use journal::writer::{Change, ClosedSegment, RESERVED_SLOTS};
 
 use super::Receiver;
 use crate::clock::Now;
@@ -167,7 +167,7 @@ impl Receiver {
     fn carry(&mut self, through: ChainPoint, due: Due) {
         let segments = self.writer.closed_segments().take_while(|segment| segment.last.seq <= through.seq);
         let segments: Vec<_> = segments.cloned().collect();
-        self.tell_shortened(due.shortens, segments.last().map_or(0, |segment| segment.end_time_us()));
+        self.tell_shortened(due.shortens, segments.last().map_or(0, ClosedSegment::end_time_us));
         let reserved = self.promoting.recovery_disks_reserved.clone();
         let superblock = self.writer.superblock().clone();
         let promotion = Promotion::new(superblock, segments, reserved, self.policy.promotion);
