@@ -137,7 +137,8 @@ pub fn check(
         model.advance(through);
         check_base(&mut storage, &disks, &model, through)?;
     } else {
-        for seq in [acknowledged.max(superblock.oldest_seq()), through] {
+        let oldest = superblock.oldest_seq();
+        for seq in [oldest, acknowledged.max(oldest), through] {
             model.advance(seq);
             check_view(&mut storage, journal, &disks, &reader, &model, seq)?;
         }

@@ -180,7 +180,8 @@ impl Load {
             target,
             datastore: datastore.to_owned(),
             journal_limit_bytes: self.journal_limit_bytes,
-            history_s: 3600,
+            // What is sealed is promoted at once, beneath the load.
+            history_s: 0,
             give_up_history: true,
         };
         VpgDefinition {

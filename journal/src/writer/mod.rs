@@ -427,6 +427,11 @@ impl Writer {
         self.open.as_ref().map_or(0, OpenSegment::end_bytes)
     }
 
+    /// How many free slots [`Change::Shrink`] with so many spare ones would give back, or nearly so.
+    pub fn surplus_slot_count(&self, spare_slots: u32) -> usize {
+        self.free_slots.surplus_len(RESERVED_SLOTS + spare_slots as usize)
+    }
+
     /// Whether the datastore had no room when the file last wanted to grow.
     pub fn lacks_space(&self) -> bool {
         self.no_space

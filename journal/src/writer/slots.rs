@@ -64,21 +64,28 @@ impl FreeSlots {
         self.unreserved.first().copied()
     }
 
-    /// What to give back so that no more than `keep` free slots have their space; nothing if there is no surplus. Slots at the file's end
-    /// are cut off even if they are needed to make up `keep`, when lower ones can take their place.
+    /// How many may hold space that isn't needed if so many are kept.
+    pub(super) fn surplus_len(&self, keep: usize) -> usize {
+        (self.reserved.len() + self.doubtful.len()).saturating_sub(keep)
+    }
+
+    /// What to give back so that `keep` free slots are left with their space, or nothing if there is no surplus: the file's end is cut off,
+    /// others are punched.
     pub(super) fn surplus(&self, slot_count: u32, keep: usize) -> Option<Surplus> {
-        let mut over = self.reserved.len().saturating_sub(keep);
+        let (mut over, mut over_with_space) = (self.len().saturating_sub(keep), self.surplus_len(keep));
+        let has_space = |slot: &u32| self.reserved.contains(slot) || self.doubtful.contains(slot);
         let mut end = slot_count;
         while let Some(last) = end.checked_sub(1) {
-            if self.reserved.contains(&last) && over > 0 {
-                over -= 1;
-            } else if !self.unreserved.contains(&last) {
+            let is_free = self.reserved.contains(&last) || self.unreserved.contains(&last);
+            if !is_free || over == 0 || has_space(&last) && over_with_space == 0 {
                 break;
             }
+            over -= 1;
+            over_with_space -= usize::from(has_space(&last));
             end = last;
         }
-        let inside = self.reserved.range(..end).rev().take(over).chain(self.doubtful.range(..end));
-        let surplus = Surplus { slot_count: end, punched: inside.copied().collect() };
+        let inside = (0..end).rev().filter(has_space).take(over_with_space);
+        let surplus = Surplus { slot_count: end, punched: inside.collect() };
         (surplus.slot_count < slot_count || !surplus.punched.is_empty()).then_some(surplus)
     }
 
@@ -87,7 +94,7 @@ impl FreeSlots {
         self.reserved.retain(|slot| *slot < surplus.slot_count && !surplus.punched.contains(slot));
         self.unreserved.retain(|slot| *slot < surplus.slot_count);
         self.unreserved.extend(&surplus.punched);
-        self.doubtful.clear();
+        self.doubtful.retain(|slot| *slot < surplus.slot_count && !surplus.punched.contains(slot));
     }
 }
 
@@ -102,9 +109,11 @@ mod tests {
         assert_eq!(free.surplus(8, 5), None);
         let surplus = free.surplus(8, 3).expect("two too many");
         assert_eq!(surplus, Surplus { slot_count: 6, punched: vec![] });
-        let surplus = free.surplus(8, 1).expect("four too many");
-        assert_eq!(surplus, Surplus { slot_count: 5, punched: vec![2] });
-        free.give_back(&surplus);
+        let surplus = free.surplus(9, 1).expect("four too many");
+        assert_eq!(surplus, Surplus { slot_count: 9, punched: vec![7, 6, 5, 2] }, "slot 8 is in use");
+        let surplus = free.surplus(8, 2).expect("three too many");
+        assert_eq!(surplus, Surplus { slot_count: 5, punched: vec![] });
+        free.give_back(&Surplus { slot_count: 5, punched: vec![2] });
         assert!(free.lacks_space());
         assert_eq!(free.len(), 2);
         assert_eq!(free.take(), Some(1));
@@ -116,10 +125,11 @@ mod tests {
 
     #[test]
     fn slots_in_doubt_are_given_back() {
-        let mut free = FreeSlots::unknown([1, 3, 4]);
-        let surplus = free.surplus(5, 9).expect("nobody knows what they hold");
-        assert_eq!(surplus, Surplus { slot_count: 3, punched: vec![1] });
+        let mut free = FreeSlots::unknown([1, 2, 5, 7]);
+        assert_eq!(free.surplus(8, 4), None);
+        let surplus = free.surplus(8, 2).expect("nobody knows what they hold");
+        assert_eq!(surplus, Surplus { slot_count: 7, punched: vec![5] });
         free.give_back(&surplus);
-        assert_eq!(free.surplus(3, 9), None);
+        assert_eq!(free.surplus(7, 2), None, "two stay, whatever they hold");
     }
 }

@@ -46,6 +46,8 @@ pub struct Receiver {
     lowest_pin: Option<u64>,
     /// A receive time and the monotonic time that it belongs to, both in microseconds (C6).
     stamp_base: Option<(u64, u64)>,
+    /// When the journal last took a batch, by the monotonic clock.
+    last_append_us: u64,
     arrivals: VecDeque<Arrival>,
     /// When the group under way left memory, by the monotonic clock.
     group_began_us: u64,
@@ -106,6 +108,7 @@ impl Receiver {
             promoting: Promoting::new(reserved),
             lowest_pin: None,
             stamp_base: None,
+            last_append_us: 0,
             base_sync: BaseSync { sync_id, ..BaseSync::default() },
             arrivals: VecDeque::new(),
             group_began_us: 0,
@@ -176,6 +179,7 @@ impl Receiver {
             self.take_for_base(&bytes, &view, now)
         } else {
             let stamp_us = self.stamp_us(now);
+            self.last_append_us = now.mono_us;
             self.take_for_journal(&bytes, &view, stamp_us)
         };
         if let Err(error) = taken {

@@ -61,6 +61,10 @@ const MAX_SEGMENTS: usize = 8;
 const BUSY_WINDOW_BYTES: u64 = 1 << 20;
 /// The same while it doesn't, and when it waits for room.
 const IDLE_WINDOW_BYTES: u64 = 8 << 20;
+/// Free slots that are kept besides those that the journal never fills.
+const SPARE_SLOTS: u32 = 1;
+/// Without a batch for so long, in microseconds, nothing is kept for a load that isn't there.
+const QUIET_US: u64 = 60_000_000;
 /// Wait after a promotion that couldn't go on, in microseconds.
 const HOLD_OFF_US: u64 = 5_000_000;
 
@@ -93,10 +97,11 @@ impl Receiver {
         }
         let stamp_us = self.stamp_us(now);
         let due = self.due(stamp_us);
-        let Some(through) = due.count.checked_sub(1).and_then(|last| self.writer.closed_segments().nth(last))
-        else {
-            return self.tell_full();
-        };
+        if due.count == 0 {
+            self.tell_full();
+            return self.shrink(now);
+        }
+        let Some(through) = self.writer.closed_segments().nth(due.count - 1) else { return };
         let through = through.last;
         if let Ok(ticket) = self.writer.change(Change::AnnouncePromotion { through }) {
             self.promoting.stage = Stage::Announcing { ticket, through, due };
@@ -242,14 +247,25 @@ impl Receiver {
             Stage::Ending { ticket } if ticket == changed => {
                 self.history.forget_below(self.writer.superblock().oldest_seq());
                 self.writer.retry(self.policy.limits);
-                let spare_slots = self.policy.limits.grow_slots;
-                let shrink = self.writer.change(Change::Shrink { spare_slots });
-                self.promoting.stage = shrink.map_or(Stage::Idle, |ticket| Stage::Shrinking { ticket });
+                self.promoting.stage = Stage::Idle;
+                self.shrink(now);
             }
             Stage::Shrinking { ticket } if ticket == changed => self.promoting.stage = Stage::Idle,
             _ => return false,
         }
         true
+    }
+
+    /// Gives back what the history doesn't need: much at once, as after a burst, or anything when nothing has come for a while. A little more
+    /// or less is kept, since a slot that is used again soon costs less than one that is given back and reserved again.
+    fn shrink(&mut self, now: Now) {
+        let is_quiet = now.mono_us.saturating_sub(self.last_append_us) > QUIET_US && self.writer.is_idle();
+        let least = if is_quiet { 0 } else { self.policy.limits.grow_slots as usize };
+        if self.writer.surplus_slot_count(SPARE_SLOTS) > least
+            && let Ok(ticket) = self.writer.change(Change::Shrink { spare_slots: SPARE_SLOTS })
+        {
+            self.promoting.stage = Stage::Shrinking { ticket };
+        }
     }
 
     /// When something that comes now was received, in microseconds (C6): goes on from the newest time in the journal by the monotonic clock,
