@@ -106,6 +106,14 @@ impl Reader {
         options: SurveyOptions,
     ) -> Result<Self, ViewError> {
         let survey = survey(storage, file, options)?;
+        Self::of(storage, file, survey)
+    }
+
+    /// Reads what a survey found. Nobody writes to the file meanwhile.
+    ///
+    /// # Errors
+    /// A segment cannot be read.
+    pub fn of<S: Storage>(storage: &mut S, file: FileId, survey: Survey) -> Result<Self, ViewError> {
         let mut io = Blocking::new(storage, file, Purpose::View);
         let mut footers = Vec::with_capacity(survey.segments.len());
         for segment in &survey.segments {

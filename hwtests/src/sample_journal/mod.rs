@@ -3,6 +3,7 @@
 mod folder;
 mod model;
 pub mod peer;
+mod promote;
 mod samples;
 
 use anyhow::{Context, Result, ensure};
@@ -17,6 +18,7 @@ use uuid::Uuid;
 
 pub use folder::SampleFolder;
 pub use model::{SampleCheckpoint, SampleModel};
+pub use promote::Ended;
 pub use samples::{SLOT_LEN_BYTES, three_segments};
 
 const PAGE_BYTES: usize = 4096;
@@ -82,6 +84,11 @@ impl<'a> SampleJournal<'a> {
         journal.claim(Uuid::nil())?;
         journal.end_base_sync()?;
         Ok(journal)
+    }
+
+    /// What its disks were.
+    pub fn model(&self) -> &SampleModel {
+        &self.model
     }
 
     /// The last number that was given.

@@ -6,7 +6,7 @@ use uuid::Uuid;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{ChainPoint, FORMAT_VERSION, PAGE_BYTES, page_crc};
+use super::{ChainPoint, FORMAT_VERSION, MAX_SLOT_BYTES, MIN_SLOT_BYTES, PAGE_BYTES, page_crc};
 
 /// First eight bytes of a segment's first page.
 pub const HEADER_MAGIC: [u8; 8] = *b"HFSEGHDR";
@@ -31,6 +31,8 @@ pub struct SegmentHeader {
     pub carried_end_bytes: u64,
     /// When the target received its first batch, µs since the Unix epoch (C6).
     pub begin_time_us: u64,
+    /// Length of a slot, in bytes: finds the other slots when no superblock is left.
+    pub slot_len_bytes: u64,
 }
 
 /// A sealed segment's last page, decoded: written only after all its batches were durable, so that its presence
@@ -82,6 +84,21 @@ impl SegmentHeader {
     /// The page is not a valid segment header for slots of this length.
     pub fn decode(bytes: &[u8], slot_len_bytes: u64) -> Result<Self, PageError> {
         SegmentPage::check(bytes, HEADER_MAGIC)?.header(slot_len_bytes)
+    }
+
+    /// Reads a page of a journal whose slots' length isn't known.
+    ///
+    /// # Errors
+    /// The page is not a valid segment header that names that length.
+    pub fn decode_of_any(bytes: &[u8]) -> Result<Self, PageError> {
+        let page = SegmentPage::check(bytes, HEADER_MAGIC)?;
+        let slot_len_bytes = page.slot_len_bytes.get();
+        if !(MIN_SLOT_BYTES..=MAX_SLOT_BYTES).contains(&slot_len_bytes)
+            || !slot_len_bytes.is_multiple_of(PAGE_BYTES as u64)
+        {
+            return Err(PageError::Field("slot_len_bytes"));
+        }
+        page.header(slot_len_bytes)
     }
 }
 
@@ -176,8 +193,10 @@ struct SegmentPage {
     encryption_key_id: [u8; 16],
     /// Random, so that no two segments are encrypted alike; zero without encryption.
     encryption_salt: [u8; 16],
+    /// [`SegmentHeader::slot_len_bytes`].
+    slot_len_bytes: U64,
     /// Zero.
-    reserved: [u8; 3936],
+    reserved: [u8; 3928],
 }
 
 impl SegmentPage {
@@ -192,6 +211,7 @@ impl SegmentPage {
         self.slot = header.slot.into();
         self.carried_end_bytes = header.carried_end_bytes.into();
         self.begin_time_us = header.begin_time_us.into();
+        self.slot_len_bytes = header.slot_len_bytes.into();
     }
 
     fn seal(mut self) -> [u8; PAGE_BYTES] {
@@ -227,7 +247,12 @@ impl SegmentPage {
         if self.number.get() == 0 || self.number.get() == u64::MAX {
             return Err(PageError::Field("number"));
         }
+        // The first writers of this version left it zero.
+        if ![0, slot_len_bytes].contains(&self.slot_len_bytes.get()) {
+            return Err(PageError::Field("slot_len_bytes"));
+        }
         Ok(SegmentHeader {
+            slot_len_bytes,
             journal_id: Uuid::from_bytes(self.journal_id),
             number: self.number.get(),
             slot: self.slot.get(),
@@ -246,5 +271,5 @@ const _: () = {
     assert!(offset_of!(SegmentPage, carried_end_bytes) == 64);
     assert!(offset_of!(SegmentPage, data_end_bytes) == 80);
     assert!(offset_of!(SegmentPage, encryption) == 120);
-    assert!(offset_of!(SegmentPage, reserved) == 160);
+    assert!(offset_of!(SegmentPage, slot_len_bytes) == 160);
 };

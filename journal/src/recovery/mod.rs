@@ -1,13 +1,15 @@
 //! Opening a journal: finding out what is there, read-only or as its next writer (C1).
 
 mod decide;
+mod rebuild;
 mod survey;
 
 use bytes::Bytes;
 use uuid::Uuid;
 
+pub use rebuild::{Rebuilt, newest_manifest, rebuild};
 pub(crate) use survey::read_superblock;
-pub use survey::{Content, Damage, Hidden, Segment, SegmentError, Survey, SurveyOptions, survey};
+pub use survey::{Content, Damage, Hidden, Segment, SegmentError, Survey, SurveyOptions, survey, survey_as};
 
 use crate::format::manifest::{Manifest, ManifestError};
 use crate::format::{
@@ -50,7 +52,7 @@ pub enum OpenError {
     Newer(#[source] SuperblockError),
     /// Both superblocks are damaged.
     #[error(
-        "both superblocks are damaged, without which no record can be placed: restore the file from a copy, or move its folder away and replicate anew"
+        "both superblocks are damaged: recover a checkpoint with vra-journal, which does without them, then move the folder away and replicate anew"
     )]
     SuperblocksDamaged(#[source] SuperblockError),
     /// It is another VM's.

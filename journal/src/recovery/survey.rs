@@ -187,9 +187,23 @@ pub fn survey<S: Storage>(
     file: FileId,
     options: SurveyOptions,
 ) -> Result<Survey, OpenError> {
+    let mut io = Blocking::new(storage, file, Purpose::Survey);
+    let superblock = read_superblock(&mut io, options.skip_unreadable)?;
+    survey_as(storage, file, superblock, options)
+}
+
+/// The same with a superblock that isn't read from the file.
+///
+/// # Errors
+/// The file failed.
+pub fn survey_as<S: Storage>(
+    storage: &mut S,
+    file: FileId,
+    superblock: Superblock,
+    options: SurveyOptions,
+) -> Result<Survey, OpenError> {
     let SurveyOptions { trusted_through, skip_unreadable } = options;
     let mut io = Blocking::new(storage, file, Purpose::Survey);
-    let superblock = read_superblock(&mut io, skip_unreadable)?;
     let manifest = read_manifest(&mut io, &superblock)?;
     let mut slots = read_slots(&mut io, &superblock, skip_unreadable)?;
     let (mut segments, mut tail) = (Vec::<Segment>::new(), superblock.low_water);
@@ -286,6 +300,7 @@ fn find_headless<S: Storage>(
                 after: tail,
                 carried_end_bytes: PAGE_BYTES as u64,
                 begin_time_us: 0,
+                slot_len_bytes,
             };
             let end_bytes = slot_len_bytes - PAGE_BYTES as u64;
             if let Some((_, seq)) = resume(&slot_bytes, 0, end_bytes, &header, tail.seq) {

@@ -5,7 +5,7 @@ use uuid::Uuid;
 use crate::format::manifest::{Manifest, ManifestError};
 use crate::format::superblock::ManifestPlace;
 use crate::format::{
-    ChainPoint, JournalState, MANIFEST_OFFSETS, SUPERBLOCK_OFFSETS, Superblock, VolumeState,
+    ChainPoint, JournalState, MANIFEST_OFFSETS, PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, VolumeState,
     slot_offset_bytes,
 };
 use crate::planted::{Bug, planted};
@@ -217,7 +217,7 @@ impl Writer {
     /// The step of a change, or nothing if it needed none and is done.
     fn begin_one_change(&mut self, ticket: u64, change: Change) -> Option<Step> {
         let mut next = self.superblock.clone();
-        let mut before = Vec::new();
+        let (mut before, mut after) = (Vec::new(), Vec::new());
         match &change {
             &Change::Claim { generation, parent, first_seq } => {
                 self.drop_waiting();
@@ -256,6 +256,7 @@ impl Writer {
                 next.state = JournalState::HistoryGivenUp { sync_id };
                 next.low_water = self.durable;
                 next.low_water_segment = self.next_number;
+                after = self.segments_erased();
             }
             Change::AnnouncePromotion { through } => return self.announce_promotion(ticket, *through),
             Change::EndPromotion { through, size_bytes } => {
@@ -285,7 +286,26 @@ impl Writer {
             }
         }
         let then = AfterChange::Change { ticket, change: Box::new(change) };
-        Some(self.superblock_step(before, next, then))
+        let mut step = self.superblock_step(before, next, then);
+        after.into_iter().for_each(|phase| step.push_phase(phase));
+        Some(step)
+    }
+
+    /// First and last pages of all segments, zeroed: while a sync writes to the recovery disks, a rebuild without superblocks must not take
+    /// what was given up for a history.
+    fn segments_erased(&self) -> Vec<Vec<(Purpose, Op)>> {
+        let slot_len_bytes = self.superblock.slot_len_bytes;
+        let open = self.open.as_ref().map(|open| open.header().slot);
+        let slots = self.closed.iter().map(|segment| segment.header.slot).chain(open);
+        let pages = slots.flat_map(|slot| {
+            let begin = slot_offset_bytes(slot, slot_len_bytes);
+            [begin, begin + slot_len_bytes - PAGE_BYTES as u64]
+        });
+        let erase = |offset_bytes| {
+            let pieces = vec![segment::page(&[0; PAGE_BYTES])];
+            (Purpose::Seal, Op::Write { offset_bytes, pieces })
+        };
+        vec![pages.map(erase).collect(), vec![(Purpose::Seal, Op::Sync)]]
     }
 
     /// Grows the file: the new slots count when the superblock says so.

@@ -138,6 +138,7 @@ impl Writer {
             after: self.durable,
             carried_end_bytes: PAGE_BYTES as u64,
             begin_time_us,
+            slot_len_bytes: self.superblock.slot_len_bytes,
         };
         self.next_number += 1;
         let page = segment::page(&header.encode());
@@ -155,15 +156,15 @@ impl Writer {
         Some(Step::new(phases, Effect::Reserved(slot)).growing())
     }
 
-    /// Growth is wanted when the next segment would find no slot.
+    /// Growth is wanted when the next segment would find no slot, and may be needed soon.
     fn wants_to_grow(&self) -> bool {
-        let open_fill = self.open.as_ref().map_or(u64::MAX, OpenSegment::end_bytes);
+        let is_half_full = self.open_fill_bytes() > self.superblock.slot_len_bytes / 2;
+        let needs_another = !self.queue.is_empty() && !self.front_fits();
         self.free_slots.len() <= RESERVED_SLOTS
             && !self.superblock.state.is_base_sync()
             && !self.no_space
             && self.superblock.slot_count < self.limits.max_slots
-            && (open_fill != u64::MAX || !self.queue.is_empty())
-            && open_fill > self.superblock.slot_len_bytes / 2
+            && (is_half_full || needs_another)
     }
 
     pub(super) fn report_full(&mut self) {

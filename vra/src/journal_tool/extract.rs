@@ -34,7 +34,9 @@ pub(super) fn run(arguments: &Extract, out: &mut dyn Write) -> anyhow::Result<()
     let disk = journal.storage.add_file(disk);
     let mut image = Image::create(&arguments.out, volume.size_bytes(), arguments.force)?;
     let bar = progress(volume.size_bytes(), arguments.quiet);
-    let mut copy = Copy { storage: &mut journal.storage, journal: journal.file, disk, holes, seq: found.seq };
+    let is_alone = journal.is_rebuilt;
+    let mut copy =
+        Copy { storage: &mut journal.storage, journal: journal.file, disk, holes, seq: found.seq, is_alone };
     let data_bytes = copy.all(&volume, &mut image, &bar)?;
     image.finish()?;
     bar.finish_and_clear();
@@ -61,6 +63,8 @@ struct Copy<'a> {
     /// The recovery disk again, to ask for its holes.
     holes: File,
     seq: u64,
+    /// No VRA can have opened a journal without superblocks.
+    is_alone: bool,
 }
 
 impl Copy<'_> {
@@ -70,6 +74,7 @@ impl Copy<'_> {
         let (mut at, mut data_bytes) = (0, 0);
         while at < volume.size_bytes() {
             let len_bytes = STEP_BYTES.min(volume.size_bytes() - at);
+            let promoted_seq = volume.promoted().through_seq();
             let parts = volume.plan_read(at, len_bytes)?;
             let empty = parts.iter().all(|part| match part {
                 ReadPart::Zeroes { .. } => true,
@@ -85,7 +90,11 @@ impl Copy<'_> {
                         read_disk(storage, disk, offset_bytes, into)
                     });
                 if let Err(error) = read {
-                    self.check_still_there()?;
+                    self.check_still_there(volume)?;
+                    if volume.promoted().through_seq() > promoted_seq {
+                        // The slots of what was promoted meanwhile may have been used again: it is on the recovery disk now.
+                        continue;
+                    }
                     return Err(anyhow::Error::new(error).context(format!(
                         "disk {} cannot be read at {at}; `vra-journal verify` names all damage, an older checkpoint may be whole",
                         volume.number()
@@ -94,7 +103,7 @@ impl Copy<'_> {
                 data_bytes += image.write(at, bytes)?;
             }
             if uses_disk {
-                self.check_still_there()?;
+                self.check_still_there(volume)?;
             }
             at += len_bytes;
             bar.set_position(at);
@@ -103,7 +112,10 @@ impl Copy<'_> {
     }
 
     /// Recovery disks change only after the superblock has said so (C2).
-    fn check_still_there(&mut self) -> anyhow::Result<()> {
+    fn check_still_there(&mut self, volume: &VolumeView) -> anyhow::Result<()> {
+        if self.is_alone {
+            return Ok(());
+        }
         let mut io = Blocking::new(self.storage, self.journal, Purpose::View);
         let copies = SUPERBLOCK_OFFSETS.map(|offset_bytes| {
             let page = io.read(offset_bytes, PAGE_BYTES).ok()?;
@@ -112,7 +124,9 @@ impl Copy<'_> {
         let newest = copies.into_iter().flatten().max_by_key(|copy| copy.sequence);
         let superblock = newest.context("the journal's superblocks cannot be read any more")?;
         still_there(&superblock, self.seq)
-            .context("the checkpoint went away while it was copied; choose a newer one")
+            .context("the checkpoint went away while it was copied; choose a newer one")?;
+        volume.promoted().advance(superblock.low_water.seq);
+        Ok(())
     }
 
     fn is_hole(&self, offset_bytes: u64, len_bytes: u64) -> bool {

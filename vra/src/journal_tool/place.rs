@@ -4,10 +4,11 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use journal::recovery::{Survey, SurveyOptions};
+use journal::format::{Superblock, VolumeState};
+use journal::recovery::{OpenError, Survey, SurveyOptions, newest_manifest, rebuild, survey_as};
 use journal::storage::FileId;
 use journal::storage::ring::{Access, DirectFile, RingStorage};
-use journal::view::Reader;
+use journal::view::{Reader, ViewError};
 use serde::Deserialize;
 
 use crate::api::VmId;
@@ -43,24 +44,48 @@ pub(super) struct Journal {
     pub(super) manifest: Option<Manifest>,
     /// Set if damage hides records after it, though some of them are there: the history ends before them.
     pub(super) cut_short: Option<String>,
+    /// Both superblocks are lost: segments and manifest told what the file holds.
+    pub(super) is_rebuilt: bool,
 }
+
+/// What can't be read is passed by.
+const LENIENT: SurveyOptions = SurveyOptions { trusted_through: None, skip_unreadable: true };
 
 impl Journal {
     /// Opens a journal.
     pub(super) fn open(path: &Path) -> anyhow::Result<Self> {
         let path = find_one(path)?;
         let (mut storage, file) = open_file(&path)?;
-        let reader = Reader::open(&mut storage, file, SurveyOptions::default())
-            .with_context(|| format!("cannot open {}", path.display()))?;
+        let opened = Reader::open(&mut storage, file, SurveyOptions::default());
+        let (reader, is_rebuilt) = match opened {
+            Err(ViewError::Open(OpenError::SuperblocksDamaged(_) | OpenError::NotAJournal)) => {
+                match rebuilt(&mut storage, file, &path) {
+                    Ok(superblock) => {
+                        let mut survey = survey_as(&mut storage, file, superblock, LENIENT)?;
+                        survey.manifest = newest_manifest(&mut storage, file)?;
+                        (Reader::of(&mut storage, file, survey), true)
+                    }
+                    // Nothing of a journal is here: what the superblocks say of it says more.
+                    Err(_) => (opened, false),
+                }
+            }
+            opened => (opened, false),
+        };
+        let reader = reader.with_context(|| format!("cannot open {}", path.display()))?;
         let manifest = reader.survey.manifest.as_ref();
         let manifest = manifest.and_then(|manifest| serde_json::from_str(&manifest.text).ok());
         let cut_short = cut_short(&reader.survey);
-        Ok(Self { path, storage, file, reader, manifest, cut_short })
+        Ok(Self { path, storage, file, reader, manifest, cut_short, is_rebuilt })
     }
 
     /// Says on standard error that the history is shorter than what was written, if it is: the newest checkpoint is
     /// then not the newest that there was.
     pub(super) fn warn_if_cut_short(&self) {
+        if self.is_rebuilt {
+            eprintln!(
+                "warning: both superblocks are lost; what the segments tell can be read, checkpoints that promotion had begun to take away cannot"
+            );
+        }
         if let Some(why) = &self.cut_short {
             eprintln!(
                 "warning: {why}; nothing after that can be opened: `vra-journal verify` names all damage"
@@ -116,6 +141,27 @@ impl Journal {
         let volume = vm.and_then(|vm| vm.volumes.iter().find(|volume| volume.number == number));
         volume.map_or(512, |volume| volume.logical_block_bytes)
     }
+}
+
+/// A superblock of what segments, manifest and recovery disks say of a journal that has lost both.
+pub(super) fn rebuilt(storage: &mut RingStorage, file: FileId, path: &Path) -> anyhow::Result<Superblock> {
+    let manifest = newest_manifest(storage, file)?;
+    let definition: Option<Manifest> =
+        manifest.as_ref().and_then(|manifest| serde_json::from_str(&manifest.text).ok());
+    let volume = |id, size_bytes| VolumeState { id, base_seq: 0, size_bytes, fresh_image: false };
+    let volumes: Vec<VolumeState> = match definition.as_ref().and_then(Manifest::vm) {
+        Some(vm) => vm.volumes.iter().map(|disk| volume(disk.id.0, disk.size_bytes)).collect(),
+        None => (0..)
+            .map_while(|number| std::fs::metadata(path.with_file_name(format!("disk-{number}.raw"))).ok())
+            .map(|metadata| volume(uuid::Uuid::nil(), metadata.len()))
+            .collect(),
+    };
+    let rebuilt = rebuild(storage, file, manifest, volumes);
+    let mut superblock = rebuilt.with_context(|| format!("cannot open {}", path.display()))?.superblock;
+    if let Some(definition) = definition {
+        (superblock.vm_id, superblock.vpg_id) = (definition.vm.0, definition.vpg.id.0);
+    }
+    Ok(superblock)
 }
 
 /// Why the history ends before the last record that is there.

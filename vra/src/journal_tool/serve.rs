@@ -61,7 +61,11 @@ pub(super) fn run(arguments: &Serve, out: &mut dyn Write) -> anyhow::Result<()> 
             journal: journal.open_again()?,
             recovery_disk: journal.open_disk(number)?.file().try_clone()?,
             seq: found.seq,
-            freshness: Freshness::Superblock,
+            freshness: match journal.is_rebuilt {
+                // No VRA can have opened a journal without superblocks.
+                true => Freshness::Flag(Arc::default()),
+                false => Freshness::Superblock,
+            },
             keep: Box::new(()),
         };
         let view_settings =

@@ -246,6 +246,36 @@ fn records_of_a_segment_whose_beginning_is_gone_are_told_of() {
 }
 
 #[test]
+fn a_journal_without_superblocks_is_read_by_its_segments() {
+    let (mut journal, cuts) = protected("rebuilt");
+    let store = datastore(&journal).to_path_buf();
+    let _clean_up = CleanUp(&store);
+    journal.random_changes(9, 60, 16);
+    let last = journal.checkpoint("last", START_US + 900_000_000);
+    journal.flush();
+    let path = journal.path();
+    let mut bytes = std::fs::read(&path).expect("journal");
+    for offset_bytes in journal::format::SUPERBLOCK_OFFSETS {
+        bytes[offset_bytes as usize..offset_bytes as usize + PAGE_BYTES].fill(0x5a);
+    }
+    std::fs::write(&path, &bytes).expect("journal");
+    let opened = place::Journal::open(&path).expect("rebuilt");
+    assert!(opened.is_rebuilt);
+    let cuts: Vec<u64> = cuts.into_iter().chain([last]).collect();
+    let listed = opened.reader.catalogue().checkpoints().iter().map(|entry| entry.checkpoint.cut);
+    assert_eq!(listed.collect::<Vec<_>>(), cuts);
+    let out = journal.folder.join("out.img").to_string_lossy().into_owned();
+    for cut in cuts {
+        let at = cut.to_string();
+        call(&["extract", &store.to_string_lossy(), "--at", &at, "--out", &out, "--force", "--quiet"])
+            .expect("extracted");
+        assert!(std::fs::read(&out).expect("image") == journal.model(cut), "wrong bytes at {cut}");
+    }
+    let (text, _) = call(&["verify", &store.to_string_lossy()]).expect("checked");
+    assert!(text.contains("superblock: no superblock is here") && text.contains("2 damaged"), "{text}");
+}
+
+#[test]
 fn a_slot_that_an_opening_passed_over_is_no_damage() {
     let (mut journal, _) = protected("passed-over");
     let store = datastore(&journal).to_path_buf();
@@ -289,11 +319,15 @@ fn what_is_no_journal_of_this_release_is_refused() {
         damaged[copy + 100] ^= 1;
     }
     std::fs::write(&path, &damaged).expect("journal");
+    call(&extract).expect("the segments tell what is there");
+    damaged.truncate(1 << 20);
+    std::fs::write(&path, &damaged).expect("journal");
     let text = failure(&extract);
-    assert!(text.contains("both superblocks are damaged") && text.contains("restore the file"), "{text}");
+    assert!(text.contains("both superblocks are damaged"), "{text}");
 
     // A recovery disk that was cut would read as zeroes where it ends.
     std::fs::write(&path, &intact).expect("journal");
+    let extract = [&extract[..], &["--force"]].concat();
     std::fs::File::options().write(true).open(&disk).and_then(|disk| disk.set_len(1 << 20)).expect("cut");
     let text = failure(&extract);
     assert!(text.contains("disk-0.raw has 1048576 bytes, its volume has 4194304"), "{text}");

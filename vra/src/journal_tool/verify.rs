@@ -15,7 +15,7 @@ use journal::storage::ring::RingStorage;
 use journal::storage::{Blocking, Purpose};
 use serde::Serialize;
 
-use super::place::{find_one, open_file};
+use super::place::{find_one, open_file, rebuilt};
 use super::text;
 use super::walk::walk;
 
@@ -90,8 +90,14 @@ pub(super) fn check(path: &Path) -> anyhow::Result<Report> {
     let (mut storage, file) = open_file(path)?;
     let mut io = Blocking::new(&mut storage, file, Purpose::View);
     let mut report = Report { path: path.display().to_string(), ..Report::default() };
-    let superblock =
-        report.superblock(&mut io).with_context(|| format!("cannot check {}", path.display()))?;
+    let superblock = match report.superblock(&mut io) {
+        Ok(superblock) => superblock,
+        // The segments can be checked without them.
+        Err(error) => rebuilt(&mut storage, file, path)
+            .map_err(|_| error)
+            .with_context(|| format!("cannot check {}", path.display()))?,
+    };
+    let mut io = Blocking::new(&mut storage, file, Purpose::View);
     report.manifest(&mut io, &superblock);
     let mut segments = report.segments(&mut io, &superblock)?;
     let options = SurveyOptions { skip_unreadable: true, ..SurveyOptions::default() };
@@ -144,6 +150,9 @@ impl Report {
 
     fn manifest(&mut self, io: &mut Blocking<'_, RingStorage>, superblock: &Superblock) {
         let Some(place) = superblock.manifest else {
+            if superblock.sequence == 0 {
+                return;
+            }
             self.notes.push("the journal has no manifest".to_owned());
             return;
         };

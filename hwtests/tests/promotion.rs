@@ -1,0 +1,179 @@
+//! Promotion on real files: the disks afterwards, after it was cut short at any step, over damage, and beneath an open view.
+
+use anyhow::{Result, ensure};
+use hwtests::sample_journal::{Ended, SLOT_LEN_BYTES, SampleFolder, SampleJournal, peer};
+use journal::promotion::PromotionError;
+use journal::storage::ring::{Access, DirectFile, RingStorage};
+use journal::storage::{Blocking, Purpose};
+use journal::view::{Promoted, View, ViewError};
+use rand::rngs::StdRng;
+use rand::{Rng, RngExt, SeedableRng};
+
+const DISK_BYTES: [u64; 2] = [256 << 10, 96 << 10];
+
+/// A journal of random writes and zeroes of any sector, with a checkpoint after every tenth, several segments of which are sealed.
+fn sample(folder: &SampleFolder, seed: u64) -> Result<SampleJournal<'_>> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut random = |len_bytes: u64| {
+        let mut bytes = vec![0; len_bytes as usize];
+        rng.fill_bytes(&mut bytes);
+        bytes
+    };
+    let disks = DISK_BYTES.map(&mut random).to_vec();
+    let mut journal = SampleJournal::create(folder, SLOT_LEN_BYTES, disks)?;
+    for number in 0..90_u64 {
+        let volume = (number % 3 / 2) as u16;
+        let sectors = 1 + u64::from(random(1)[0]) % 24;
+        let place = u64::from_le_bytes(random(8).try_into().expect("eight bytes"));
+        let offset_bytes = place % (DISK_BYTES[usize::from(volume)] / 512 - sectors) * 512;
+        if number % 7 == 3 {
+            journal.zero(volume, offset_bytes, sectors * 512)?;
+        } else {
+            journal.write(volume, offset_bytes, &random(sectors * 512))?;
+        }
+        if number % 10 == 9 {
+            journal.checkpoint(&format!("after {number}"), 1_000_000 * number)?;
+        }
+    }
+    journal.flush()?;
+    ensure!(journal.sealed_count() >= 4, "only {} segments are sealed", journal.sealed_count());
+    Ok(journal)
+}
+
+/// A disk of a view.
+fn image(folder: &SampleFolder, view: &View, volume: u16) -> Result<Vec<u8>, ViewError> {
+    let mut storage = RingStorage::new(64).expect("io_uring");
+    let open = |path: std::path::PathBuf| DirectFile::open(&path, Access::ReadOnly).expect("a file");
+    let journal = storage.add_file(open(folder.journal()));
+    let disk = storage.add_file(open(folder.disk(volume)));
+    let mut bytes = vec![0xee; DISK_BYTES[usize::from(volume)] as usize];
+    view.volume(volume)?.read(&mut storage, journal, 0, &mut bytes, |storage, at, into| {
+        let begin = at / 4096 * 4096;
+        let len_bytes = (at + into.len() as u64).next_multiple_of(4096) - begin;
+        let read = Blocking::new(storage, disk, Purpose::View).read(begin, len_bytes as usize)?;
+        into.copy_from_slice(&read[(at - begin) as usize..][..into.len()]);
+        Ok(())
+    })?;
+    Ok(bytes)
+}
+
+/// Exactly the checkpoints from a number on are listed, and right.
+fn assert_right_from(folder: &SampleFolder, journal: &SampleJournal<'_>, oldest_seq: u64) -> Result<()> {
+    let reader = folder.reader()?;
+    let listed: Vec<u64> =
+        reader.catalogue().checkpoints().iter().map(|entry| entry.checkpoint.cut).collect();
+    let cuts = journal.model().checkpoints.iter().map(|checkpoint| checkpoint.cut);
+    assert_eq!(listed, cuts.filter(|cut| *cut >= oldest_seq).collect::<Vec<_>>());
+    for cut in listed {
+        let view = reader.view(cut)?;
+        for volume in 0..2 {
+            assert!(
+                image(folder, &view, volume)? == journal.model().image(volume, cut),
+                "disk {volume} at {cut}"
+            );
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn what_is_promoted_is_on_the_disks_and_its_space_is_given_back() -> Result<()> {
+    for seed in 0..4 {
+        let folder = SampleFolder::new()?;
+        let mut journal = sample(&folder, seed)?;
+        let len_bytes = || std::fs::metadata(folder.journal()).map(|metadata| metadata.len());
+        let before = len_bytes()?;
+        while journal.sealed_count() > 1 {
+            let count = 1 + seed as usize % 2;
+            let through = journal.sealed_end(count.min(journal.sealed_count()) - 1).expect("sealed");
+            let ended = journal.promote(count, usize::MAX)?;
+            assert!(matches!(&ended, Ended::Whole(promoted) if promoted.through.seq == through), "{ended:?}");
+            assert_right_from(&folder, &journal, through)?;
+        }
+        journal.shrink()?;
+        assert!(len_bytes()? < before, "{} bytes, before {before}", len_bytes()?);
+        journal.write(0, 0, &[7; 4096])?;
+        journal.reopen()?;
+        let oldest_seq = folder.reader()?.survey.superblock.oldest_seq();
+        assert_right_from(&folder, &journal, oldest_seq)?;
+        if peer::has_python() {
+            for checkpoint in folder.reader()?.catalogue().checkpoints() {
+                let found = peer::extract(&folder, &checkpoint.seq.to_string(), 0)?;
+                assert!(found == journal.model().image(0, checkpoint.checkpoint.cut), "{checkpoint:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_promotion_that_was_cut_short_is_done_again() -> Result<()> {
+    for most_writes in 0..12 {
+        let folder = SampleFolder::new()?;
+        let mut journal = sample(&folder, 40 + most_writes as u64)?;
+        let through = journal.sealed_end(2).expect("sealed");
+        let ended = journal.promote(3, most_writes)?;
+        assert!(matches!(ended, Ended::Cut), "{ended:?}");
+        assert_right_from(&folder, &journal, through)?;
+        journal.reopen()?;
+        assert_right_from(&folder, &journal, through)?;
+        let ended = journal.promote(3, usize::MAX)?;
+        assert!(matches!(ended, Ended::Whole(_)), "{ended:?}");
+        assert_right_from(&folder, &journal, through)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn a_damaged_record_is_named_and_not_promoted() -> Result<()> {
+    let folder = SampleFolder::new()?;
+    let mut journal = sample(&folder, 77)?;
+    let marked = [0xb7; 4096];
+    journal.write(0, 64 << 10, &marked)?;
+    let damaged_seq = journal.seq();
+    journal.checkpoint("damaged", 900)?;
+    journal.seal_segment()?;
+    journal.write(0, 64 << 10, &[1; 4096])?;
+    journal.checkpoint("whole again", 1000)?;
+    journal.flush()?;
+    folder.flip_bit(folder.place_of(&marked)? + 100)?;
+    let ended = journal.promote(journal.sealed_count(), usize::MAX)?;
+    let Ended::Stuck(PromotionError::Record { seq, volume: 0, offset_bytes }) = ended else {
+        panic!("{ended:?}");
+    };
+    assert_eq!((seq, offset_bytes), (damaged_seq, 64 << 10));
+    let reader = folder.reader()?;
+    let newest = reader.catalogue().checkpoints().last().expect("one is left").checkpoint.cut;
+    assert!(image(&folder, &reader.view(newest)?, 0)? == journal.model().image(0, newest));
+    Ok(())
+}
+
+#[test]
+fn an_open_view_is_right_while_what_it_shows_is_promoted_and_its_slots_are_used_again() -> Result<()> {
+    let folder = SampleFolder::new()?;
+    let mut journal = sample(&folder, 99)?;
+    let checkpoint = journal.model().checkpoints[6].clone();
+    let mut view = folder.reader()?.view(checkpoint.cut)?;
+    let followed = Promoted::default();
+    view.follow(&followed);
+    let mut beneath = 0;
+    while journal.sealed_end(0).is_some_and(|end| end <= checkpoint.cut) {
+        let Ended::Whole(promoted) = journal.promote(1, usize::MAX)? else { panic!("it goes through") };
+        followed.advance(promoted.through.seq);
+        beneath += 1;
+        // The freed slot is written over.
+        for number in 0..8 {
+            journal.write(1, number * 4096, &[number as u8; 8192])?;
+        }
+        journal.flush()?;
+        for volume in 0..2 {
+            let found = image(&folder, &view, volume)?;
+            assert!(
+                found == journal.model().image(volume, checkpoint.cut),
+                "disk {volume}, {beneath} promoted"
+            );
+        }
+    }
+    assert!(beneath >= 2, "{beneath}");
+    Ok(())
+}

@@ -1,0 +1,173 @@
+//! A superblock made up from the segments, when both copies are lost: to read what is there, never to write.
+
+use uuid::Uuid;
+
+use super::OpenError;
+use super::survey::{SurveyOptions, survey_as};
+use crate::batch::RecordKind;
+use crate::format::manifest::Manifest;
+use crate::format::{
+    ChainPoint, FIRST_SLOT_OFFSET_BYTES, JournalState, MANIFEST_OFFSETS, MANIFEST_SLOT_BYTES, MIN_SLOT_BYTES,
+    PAGE_BYTES, SegmentHeader, Superblock, VolumeState, slot_offset_bytes,
+};
+use crate::storage::{AlignedBuf, Blocking, FileId, Op, Purpose, Storage, StorageError};
+
+/// What a journal's file says without its superblocks.
+#[derive(Clone, Debug)]
+pub struct Rebuilt {
+    /// Everything that segments and manifest tell, as if a superblock told it.
+    pub superblock: Superblock,
+    /// The newest manifest.
+    pub manifest: Option<Manifest>,
+}
+
+/// The manifest of a file, whatever its superblocks say: of the valid ones the newest.
+///
+/// # Errors
+/// The file failed.
+pub fn newest_manifest<S: Storage>(storage: &mut S, file: FileId) -> Result<Option<Manifest>, StorageError> {
+    let mut io = Blocking::new(storage, file, Purpose::Survey);
+    let len_bytes = io.file_len_bytes()?;
+    let mut newest: Option<Manifest> = None;
+    for offset_bytes in MANIFEST_OFFSETS {
+        if offset_bytes + MANIFEST_SLOT_BYTES as u64 > len_bytes {
+            continue;
+        }
+        let Ok(bytes) = io.read(offset_bytes, MANIFEST_SLOT_BYTES) else { continue };
+        if let Ok((manifest, _)) = Manifest::decode(&bytes)
+            && newest.as_ref().is_none_or(|newest| newest.sequence < manifest.sequence)
+        {
+            newest = Some(manifest);
+        }
+    }
+    Ok(newest)
+}
+
+/// Makes up a superblock from what the segments say. `volumes` are what the manifest says of the VM's volumes. Nothing below the newest
+/// promotion intent of the stream can be opened by it, since the recovery disks may be newer (C2).
+///
+/// # Errors
+/// The file failed, or no segment is left.
+pub fn rebuild<S: Storage>(
+    storage: &mut S,
+    file: FileId,
+    manifest: Option<Manifest>,
+    volumes: Vec<VolumeState>,
+) -> Result<Rebuilt, OpenError> {
+    let mut io = Blocking::new(storage, file, Purpose::Survey);
+    let first = find_header(&mut io)?.ok_or(OpenError::NotAJournal)?;
+    let headers = read_headers(&mut io, &first)?;
+    let newest = headers
+        .iter()
+        .max_by_key(|header| (header.number, header.open_count))
+        .expect("the first one is among them");
+    let chain = oldest_of_chain(&headers, newest);
+    let file_len_bytes = io.file_len_bytes()?;
+    let mut superblock = Superblock {
+        sequence: 0,
+        journal_id: first.journal_id,
+        vm_id: Uuid::nil(),
+        vpg_id: Uuid::nil(),
+        slot_len_bytes: first.slot_len_bytes,
+        slot_count: slot_count(file_len_bytes, first.slot_len_bytes),
+        open_count: headers.iter().map(|header| header.open_count).max().unwrap_or_default(),
+        manifest: None,
+        low_water_segment: chain.number,
+        low_water: chain.after,
+        state: JournalState::Consistent,
+        promotion_intent_seq: 0,
+        tail_generation: Uuid::nil(),
+        parent_generation: Uuid::nil(),
+        generation_first_seq: 0,
+        // Every generation counts: the chain of batches tells what follows what.
+        generation_fork_seq: u64::MAX,
+        receive_time_us: 0,
+        volumes,
+    };
+    let survey = survey_as(
+        storage,
+        file,
+        superblock.clone(),
+        SurveyOptions { skip_unreadable: true, ..SurveyOptions::default() },
+    )?;
+    let mut io = Blocking::new(storage, file, Purpose::Survey);
+    let (mut intent_seq, mut base) = (0, (chain.number, ChainPoint::default()));
+    for segment in &survey.segments {
+        let Ok(footer) = segment.footer(&mut io, &superblock) else { continue };
+        let intents = footer.events.iter().filter(|event| event.record.kind == RecordKind::PromotionIntent);
+        intent_seq = intents.map(|event| event.record.argument).fold(intent_seq, u64::max);
+    }
+    // What was promoted may still lie in slots that nobody has used since.
+    for segment in survey.segments.iter().take_while(|segment| segment.last().seq <= intent_seq) {
+        base = (segment.header.number + 1, segment.last());
+    }
+    if base.1 != ChainPoint::default() {
+        (superblock.low_water_segment, superblock.low_water) = base;
+    }
+    superblock.promotion_intent_seq = intent_seq;
+    Ok(Rebuilt { superblock, manifest })
+}
+
+/// Any segment's header that tells how long a slot is.
+fn find_header<S: Storage>(io: &mut Blocking<'_, S>) -> Result<Option<SegmentHeader>, StorageError> {
+    let len_bytes = io.file_len_bytes()?;
+    let mut offset_bytes = FIRST_SLOT_OFFSET_BYTES;
+    while offset_bytes + PAGE_BYTES as u64 <= len_bytes {
+        // A slot begins at a multiple of its length, which is a multiple of a page: most are much longer.
+        let pages = io.run_all(
+            (0..PAGES_AT_ONCE)
+                .map(|number| offset_bytes + number * PAGE_BYTES as u64)
+                .filter(|offset_bytes| offset_bytes + PAGE_BYTES as u64 <= len_bytes)
+                .map(|offset_bytes| Op::Read { offset_bytes, buffer: AlignedBuf::zeroed(PAGE_BYTES) })
+                .collect(),
+        );
+        for (number, page) in (0_u64..).zip(pages) {
+            let Ok(Some(page)) = page else { continue };
+            let Ok(header) = SegmentHeader::decode_of_any(&page) else { continue };
+            if slot_offset_bytes(header.slot, header.slot_len_bytes)
+                == offset_bytes + number * PAGE_BYTES as u64
+            {
+                return Ok(Some(header));
+            }
+        }
+        offset_bytes += PAGES_AT_ONCE * PAGE_BYTES as u64;
+    }
+    Ok(None)
+}
+
+/// How many pages are looked at together.
+const PAGES_AT_ONCE: u64 = MIN_SLOT_BYTES / PAGE_BYTES as u64;
+
+fn slot_count(file_len_bytes: u64, slot_len_bytes: u64) -> u32 {
+    let slots = file_len_bytes.saturating_sub(FIRST_SLOT_OFFSET_BYTES) / slot_len_bytes;
+    u32::try_from(slots).unwrap_or(u32::MAX).min(crate::format::MAX_SLOTS)
+}
+
+fn read_headers<S: Storage>(
+    io: &mut Blocking<'_, S>,
+    first: &SegmentHeader,
+) -> Result<Vec<SegmentHeader>, StorageError> {
+    let slot_len_bytes = first.slot_len_bytes;
+    let slots = slot_count(io.file_len_bytes()?, slot_len_bytes);
+    let mut headers = Vec::new();
+    for slot in 0..slots {
+        let Ok(page) = io.read(slot_offset_bytes(slot, slot_len_bytes), PAGE_BYTES) else { continue };
+        let header = SegmentHeader::decode(&page, slot_len_bytes).ok();
+        headers.extend(header.filter(|header| header.journal_id == first.journal_id && header.slot == slot));
+    }
+    Ok(headers)
+}
+
+/// The oldest segment from which numbers without a gap lead to the newest one.
+fn oldest_of_chain<'a>(headers: &'a [SegmentHeader], newest: &'a SegmentHeader) -> &'a SegmentHeader {
+    let mut oldest = newest;
+    loop {
+        let before = headers
+            .iter()
+            .filter(|header| header.number + 1 == oldest.number && header.after.seq <= oldest.after.seq);
+        match before.max_by_key(|header| header.open_count) {
+            Some(before) => oldest = before,
+            None => return oldest,
+        }
+    }
+}
