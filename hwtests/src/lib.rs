@@ -12,6 +12,7 @@ pub mod durability;
 pub mod error;
 pub mod initramfs;
 pub mod interrupt;
+pub mod journal_curve;
 pub mod kernel;
 pub mod machine;
 pub mod mode;

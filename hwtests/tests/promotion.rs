@@ -7,7 +7,7 @@ use journal::storage::ring::{Access, DirectFile, RingStorage};
 use journal::storage::{Blocking, Purpose};
 use journal::view::{Promoted, View, ViewError};
 use rand::rngs::StdRng;
-use rand::{Rng, RngExt, SeedableRng};
+use rand::{Rng, SeedableRng};
 
 const DISK_BYTES: [u64; 2] = [256 << 10, 96 << 10];
 

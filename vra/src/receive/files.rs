@@ -28,7 +28,7 @@ pub(super) struct VmFiles {
 const FIRST_SLOTS: u32 = 4;
 
 /// Slots that it grows by.
-const GROW_SLOTS: u32 = 4;
+const GROW_SLOTS: u32 = 1;
 
 /// Shortest slot of a VM's journal, in bytes: the longest batch fits, with its footer.
 const LEAST_SLOT_BYTES: u64 = 8 << 20;

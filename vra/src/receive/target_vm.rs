@@ -213,8 +213,10 @@ impl TargetVm {
         if let Some(vm) = inner.key {
             let text = inner.manifest.to_text();
             let slot_bytes = inner.status.lock().unwrap_or_else(PoisonError::into_inner).slot_bytes;
-            self.worker
-                .tell(Input::SetPolicy { vm, policy: policy(definition, slot_bytes, self.window_bytes) });
+            self.worker.tell(Input::SetPolicy {
+                vm,
+                policy: policy(vpg, definition, slot_bytes, self.window_bytes),
+            });
             self.worker.tell(Input::SetManifest { vm, text });
         }
         Ok(())
@@ -477,10 +479,17 @@ impl Drop for Pin {
     }
 }
 
-fn policy(definition: &VmDefinition, slot_bytes: u64, window_bytes: u32) -> ReceiverPolicy {
+fn policy(
+    vpg: &VpgDefinition,
+    definition: &VmDefinition,
+    slot_bytes: u64,
+    window_bytes: u32,
+) -> ReceiverPolicy {
+    // Segments end anywhere between checkpoints: the oldest one that is left shall be as old as the history.
+    let spare_us = 2 * u64::from(vpg.checkpoint_interval_ms) * 1000;
     ReceiverPolicy {
         limits: files::limits(definition, slot_bytes),
-        history_us: definition.history_s.saturating_mul(1_000_000),
+        history_us: definition.history_s.saturating_mul(1_000_000).saturating_add(spare_us),
         promotion: TransferSizes::default(),
         give_up_history: definition.give_up_history,
         window_bytes,
@@ -496,7 +505,7 @@ fn attach_files(
 ) -> Arc<Mutex<ReceiverStatus>> {
     let VmFiles { manifest, identity, opened, events, journal, disks } = files;
     let definition = manifest.vm().expect("checked when the manifest was read");
-    let policy = policy(definition, opened.superblock.slot_len_bytes, window_bytes);
+    let policy = policy(&manifest.vpg, definition, opened.superblock.slot_len_bytes, window_bytes);
     let reserved = vec![manifest.disks_reserved; disks.len()];
     let writer = Writer::new(opened, policy.limits);
     let receiver = Receiver::new(identity, policy, writer, events, &reserved);

@@ -40,6 +40,7 @@ enum Stage {
     /// The low-water mark is not durable yet.
     Ending {
         ticket: u64,
+        segments: usize,
     },
     Shrinking {
         ticket: u64,
@@ -99,7 +100,7 @@ impl Receiver {
         let due = self.due(stamp_us);
         if due.count == 0 {
             self.tell_full();
-            return self.shrink(now);
+            return self.shrink(usize::MAX, now);
         }
         let Some(through) = self.writer.closed_segments().nth(due.count - 1) else { return };
         let through = through.last;
@@ -211,8 +212,11 @@ impl Receiver {
             ReceiverEvent::Promoted { through_seq: done.through.seq, written_bytes: done.written_bytes };
         self.outputs.push_back(ReceiverOutput::Event(event));
         let change = Change::EndPromotion { through: done.through, size_bytes: done.size_bytes };
+        let segments =
+            self.writer.closed_segments().take_while(|segment| segment.last.seq <= done.through.seq);
+        let segments = segments.count();
         if let Ok(ticket) = self.writer.change(change) {
-            self.promoting.stage = Stage::Ending { ticket };
+            self.promoting.stage = Stage::Ending { ticket, segments };
         }
     }
 
@@ -244,11 +248,11 @@ impl Receiver {
                     self.promoting.not_before_us = now.mono_us + HOLD_OFF_US;
                 }
             }
-            Stage::Ending { ticket } if ticket == changed => {
+            Stage::Ending { ticket, segments } if ticket == changed => {
                 self.history.forget_below(self.writer.superblock().oldest_seq());
                 self.writer.retry(self.policy.limits);
                 self.promoting.stage = Stage::Idle;
-                self.shrink(now);
+                self.shrink(segments + 1, now);
             }
             Stage::Shrinking { ticket } if ticket == changed => self.promoting.stage = Stage::Idle,
             _ => return false,
@@ -256,11 +260,11 @@ impl Receiver {
         true
     }
 
-    /// Gives back what the history doesn't need: much at once, as after a burst, or anything when nothing has come for a while. A little more
-    /// or less is kept, since a slot that is used again soon costs less than one that is given back and reserved again.
-    fn shrink(&mut self, now: Now) {
+    /// Gives back what the history doesn't need if that is more than `least` slots, or anything when nothing has come for a while. As much as
+    /// has just been promoted may be needed again soon: to keep it costs less than to give it back and reserve it again.
+    fn shrink(&mut self, least: usize, now: Now) {
         let is_quiet = now.mono_us.saturating_sub(self.last_append_us) > QUIET_US && self.writer.is_idle();
-        let least = if is_quiet { 0 } else { self.policy.limits.grow_slots as usize };
+        let least = if is_quiet { 0 } else { least };
         if self.writer.surplus_slot_count(SPARE_SLOTS) > least
             && let Ok(ticket) = self.writer.change(Change::Shrink { spare_slots: SPARE_SLOTS })
         {
