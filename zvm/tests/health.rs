@@ -280,6 +280,9 @@ impl Group {
             checkpoint_count: 100,
             journal_used_bytes: 1 << 20,
             journal_limit_bytes: 1 << 30,
+            write_rate_bytes_per_s: 0,
+            reachable_history_s: None,
+            limit_reached_in_s: None,
             received_bytes: 0,
             folder: "/srv/db".into(),
         };

@@ -1,6 +1,7 @@
 //! Benchmarks beside a peer: both measured in turn, at least five times, and compared pair by pair, so that what
 //! else the machine does meanwhile falls on both.
 
+mod journal;
 mod protected;
 mod ship;
 mod site_ca;
@@ -94,7 +95,7 @@ pub struct Outcome {
 
 /// All benchmarks.
 pub fn all() -> Vec<Benchmark> {
-    [ship::BENCHMARKS, ublk::BENCHMARKS, protected::BENCHMARKS].concat()
+    [ship::BENCHMARKS, journal::BENCHMARKS, ublk::BENCHMARKS, protected::BENCHMARKS].concat()
 }
 
 impl Outcome {

@@ -215,6 +215,15 @@ pub struct TargetVmStatus {
     pub journal_used_bytes: u64,
     /// Most that it may use.
     pub journal_limit_bytes: u64,
+    /// What is journaled, as of about the last hour, in bytes per second.
+    #[serde(default)]
+    pub write_rate_bytes_per_s: u64,
+    /// How much history the journal's limit has room for at that rate, in seconds; none without writes.
+    #[serde(default)]
+    pub reachable_history_s: Option<u64>,
+    /// When history will have to be shortened for room at that rate, in seconds from now; none if it won't.
+    #[serde(default)]
+    pub limit_reached_in_s: Option<u64>,
     /// Bytes received since the start.
     pub received_bytes: u64,
     /// The VM's folder in the datastore.

@@ -7,6 +7,7 @@ mod admission;
 mod base_apply;
 mod files;
 mod folder;
+mod forecast;
 mod history;
 mod intake;
 mod manifest;
@@ -26,6 +27,7 @@ mod end_to_end_tests;
 
 pub use base_apply::{BaseApply, DiskAction, DiskError};
 pub use folder::{FolderError, JOURNAL_FILE, Unfinished, VmFolder};
+pub use forecast::Forecast;
 pub use history::History;
 pub use intake::{Intake, IntakeError};
 pub use manifest::{Manifest, ManifestError};

@@ -14,9 +14,10 @@ use journal::batch::BatchView;
 use journal::catalogue::Catalogue;
 use journal::format::{ChainPoint, FooterEvent, JournalState};
 use journal::storage::{AlignedBuf, Op, Purpose, StorageError};
-use journal::writer::{Action, Change, ChangeError, Event, OfferError, Writer};
+use journal::writer::{Action, Change, ChangeError, Event, OfferError, RESERVED_SLOTS, Writer};
 
 use super::base_apply::BaseApply;
+use super::forecast::{Forecast, WriteRate};
 use super::history::History;
 use super::intake::Intake;
 use super::receiver_types::{
@@ -48,6 +49,7 @@ pub struct Receiver {
     stamp_base: Option<(u64, u64)>,
     /// When the journal last took a batch, by the monotonic clock.
     last_append_us: u64,
+    rate: WriteRate,
     arrivals: VecDeque<Arrival>,
     /// When the group under way left memory, by the monotonic clock.
     group_began_us: u64,
@@ -109,6 +111,7 @@ impl Receiver {
             lowest_pin: None,
             stamp_base: None,
             last_append_us: 0,
+            rate: WriteRate::default(),
             base_sync: BaseSync { sync_id, ..BaseSync::default() },
             arrivals: VecDeque::new(),
             group_began_us: 0,
@@ -180,6 +183,7 @@ impl Receiver {
         } else {
             let stamp_us = self.stamp_us(now);
             self.last_append_us = now.mono_us;
+            self.rate.taken(bytes.len() as u64);
             self.take_for_journal(&bytes, &view, stamp_us)
         };
         if let Err(error) = taken {
@@ -209,6 +213,7 @@ impl Receiver {
         if let Some(action) = self.base.poll_action() {
             return Some(ReceiverOutput::Disk(action));
         }
+        self.rate.step(now.mono_us);
         self.promote(now);
         if let Some(action) = self.promotion_action() {
             return Some(ReceiverOutput::Promotion(action));
@@ -312,7 +317,18 @@ impl Receiver {
             received_bytes: self.received_bytes,
             last_receive_wall_us: self.last_receive_wall_us,
         };
-        ReceiverStatus::of(&self.writer, &observed)
+        ReceiverStatus { forecast: self.forecast(), ..ReceiverStatus::of(&self.writer, &observed) }
+    }
+
+    /// How far the journal reaches at today's rate.
+    fn forecast(&self) -> Forecast {
+        let slot_len_bytes = self.writer.superblock().slot_len_bytes;
+        // Besides the slots that are never filled, one is on its way to be promoted or filled.
+        let kept_slots = RESERVED_SLOTS as u64 + 1;
+        let room_slots = u64::from(self.policy.limits.max_slots).saturating_sub(kept_slots);
+        let used_bytes =
+            self.writer.closed_segments().len() as u64 * slot_len_bytes + self.writer.open_fill_bytes();
+        self.rate.forecast(used_bytes, room_slots * slot_len_bytes, self.policy.history_us / 1_000_000)
     }
 
     /// Takes every step that nothing stands in the way of.

@@ -4,6 +4,7 @@ use journal::storage::StorageError;
 use journal::writer::{Action, Limits, Writer};
 
 use super::base_apply::{DiskAction, DiskError};
+use super::forecast::Forecast;
 use crate::api::{GenerationId, JournalId, VmId, status::TargetState};
 use crate::wire::{Frame, VolumeShape};
 
@@ -147,6 +148,8 @@ pub struct ReceiverStatus {
     pub received_bytes: u64,
     /// When the last batch came, by the system's clock, in microseconds since the Unix epoch.
     pub last_receive_wall_us: Option<u64>,
+    /// How far the journal reaches at today's rate.
+    pub forecast: Forecast,
 }
 
 /// From when to when there are checkpoints.
@@ -198,6 +201,7 @@ impl ReceiverStatus {
             journal_limit_bytes: u64::from(max_slots) * superblock.slot_len_bytes,
             received_bytes: observed.received_bytes,
             last_receive_wall_us: observed.last_receive_wall_us,
+            forecast: Forecast::default(),
         }
     }
 }

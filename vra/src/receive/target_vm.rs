@@ -157,6 +157,9 @@ impl TargetVm {
             checkpoint_count: status.history.map_or(0, |history| history.count),
             journal_used_bytes: status.journal_used_bytes,
             journal_limit_bytes: status.journal_limit_bytes,
+            write_rate_bytes_per_s: status.forecast.write_rate_bytes_per_s,
+            reachable_history_s: status.forecast.reachable_history_s,
+            limit_reached_in_s: status.forecast.limit_reached_in_s,
             received_bytes: status.received_bytes,
             folder: self.folder.path().to_owned(),
         }

@@ -72,7 +72,18 @@ pub(crate) fn status(status: &VraStatus) {
     }
     if !status.target_vms.is_empty() {
         println!();
-        let header = ["TARGET VM", "STATE", "LINK", "DURABLE", "HISTORY FROM", "CHECKPOINTS", "JOURNAL"];
+        let header = [
+            "TARGET VM",
+            "STATE",
+            "LINK",
+            "DURABLE",
+            "HISTORY FROM",
+            "CHECKPOINTS",
+            "JOURNAL",
+            "WRITES",
+            "REACHES",
+            "LIMIT IN",
+        ];
         print(&header, &status.target_vms.iter().map(target_row).collect::<Vec<_>>());
     }
     if !status.views.is_empty() {
@@ -111,6 +122,9 @@ fn target_row(vm: &TargetVmStatus) -> Vec<String> {
         time(vm.history_from_us),
         vm.checkpoint_count.to_string(),
         format!("{}/{}", bytes(vm.journal_used_bytes), bytes(vm.journal_limit_bytes)),
+        format!("{}/s", bytes(vm.write_rate_bytes_per_s)),
+        vm.reachable_history_s.map_or("-".to_owned(), |seconds| duration(seconds.saturating_mul(1_000_000))),
+        vm.limit_reached_in_s.map_or("-".to_owned(), |seconds| duration(seconds.saturating_mul(1_000_000))),
     ]
 }
 
