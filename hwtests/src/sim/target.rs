@@ -18,8 +18,8 @@ use super::env::Env;
 use super::ledger::Ledger;
 use super::streams::{Arrival, StreamKey};
 
-/// Length of a slot, in bytes.
-pub(super) const SLOT_BYTES: u64 = 64 << 10;
+/// Length of a slot, in bytes: a source's longest batch fits beside what the journal keeps for its own.
+pub(super) const SLOT_BYTES: u64 = 76 << 10;
 
 pub(super) struct TargetSite {
     pub(super) disk: SimDisk,

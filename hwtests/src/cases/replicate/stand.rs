@@ -136,6 +136,15 @@ impl<'a> Stand<'a> {
         })
     }
 
+    /// Waits until the stream runs again and what waited behind the gap has arrived.
+    pub(super) fn wait_until_caught_up(&self) -> Result<()> {
+        let newest = self.source()?.last_sequence;
+        self.context.wait_for("the target to catch up", PATIENCE_S, || {
+            let vm = self.source()?;
+            Ok((vm.mode == SourceMode::Streaming && vm.durable_through >= newest).then_some(()))
+        })
+    }
+
     /// Waits until the guest has written `count` more times.
     pub(super) fn wait_for_writes(&self, count: u64) -> Result<()> {
         let from = self.source()?.last_sequence;

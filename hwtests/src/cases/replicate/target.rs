@@ -19,7 +19,9 @@ pub(super) fn fio_verify(context: &mut Context) -> Result<()> {
 
 pub(super) fn killed(context: &mut Context, kills: u32) -> Result<()> {
     with_stand(context, &SITE, RawDisk::File, &[], |stand| {
-        same_stream_after(stand, Load { rounds: 1 + kills, pause_ms: 300 }, kills, |stand| {
+        // Memory must hold what is written until the source notices by silence that its peer is gone.
+        let pause_ms = if kills > 1 { 1500 } else { 300 };
+        same_stream_after(stand, Load { rounds: 2, pause_ms }, kills, |stand| {
             stand.site.kill(Side::Target)?;
             std::thread::sleep(Duration::from_millis(500));
             stand.site.start_vra(Side::Target)
@@ -58,6 +60,8 @@ fn same_stream_after(
         event(stand)?;
         if times == 1 {
             running.ensure_running()?;
+        } else {
+            stand.wait_until_caught_up()?;
         }
     }
     running.finish(PATIENCE_S)?;
