@@ -125,6 +125,26 @@ fn a_promotion_that_was_cut_short_is_done_again() -> Result<()> {
 }
 
 #[test]
+fn segments_without_data_are_promoted_too() -> Result<()> {
+    let folder = SampleFolder::new()?;
+    let mut journal =
+        SampleJournal::create(&folder, SLOT_LEN_BYTES, vec![vec![3; 64 << 10], vec![4; 64 << 10]])?;
+    for number in 0..20 {
+        journal.void()?;
+        journal.checkpoint(&format!("idle {number}"), number)?;
+        journal.flush()?;
+    }
+    journal.seal_segment()?;
+    journal.checkpoint("after it", 100)?;
+    journal.flush()?;
+    let ended = journal.promote(journal.sealed_count(), usize::MAX)?;
+    assert!(matches!(&ended, Ended::Whole(promoted) if promoted.written_bytes == 0), "{ended:?}");
+    let listed = folder.reader()?.catalogue().checkpoints().len();
+    assert!((1..=2).contains(&listed), "{listed} checkpoints are left");
+    Ok(())
+}
+
+#[test]
 fn a_damaged_record_is_named_and_not_promoted() -> Result<()> {
     let folder = SampleFolder::new()?;
     let mut journal = sample(&folder, 77)?;

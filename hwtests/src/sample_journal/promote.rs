@@ -1,6 +1,6 @@
 //! Promotion of a sample journal, whole or cut short.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use journal::promotion::{Promoted, Promotion, PromotionError, PromotionFile, TransferSizes};
 use journal::storage::ring::{Access, DirectFile};
 use journal::storage::{Completion, FileId, Op, Storage};
@@ -64,7 +64,7 @@ impl SampleJournal<'_> {
     }
 
     fn run(&mut self, mut promotion: Promotion, disks: &[FileId], most_writes: usize) -> Result<Ended> {
-        let (mut under_way, mut writes, mut done) = (0, 0, Vec::<Completion>::new());
+        let (mut under_way, mut writes, mut told, mut done) = (0, 0, false, Vec::<Completion>::new());
         loop {
             while let Some(action) = promotion.poll_action(WINDOW_BYTES) {
                 if matches!(action.file, PromotionFile::Disk(_)) && !matches!(action.op, Op::Read { .. }) {
@@ -85,14 +85,18 @@ impl SampleJournal<'_> {
                 under_way += 1;
             }
             if let Some(promoted) = promotion.promoted() {
+                ensure!(told, "the promotion ended without a word");
                 return Ok(Ended::Whole(promoted));
             }
             self.storage.collect(true, &mut done)?;
             let mut stuck = None;
             for Completion { token, result } in done.drain(..) {
                 under_way -= 1;
-                if let Err(error) = promotion.done(token, result) {
-                    stuck.get_or_insert(error);
+                match promotion.done(token, result) {
+                    Ok(ended) => told |= ended,
+                    Err(error) => {
+                        stuck.get_or_insert(error);
+                    }
                 }
             }
             if let Some(error) = stuck {

@@ -37,6 +37,15 @@ pub const fn slot_offset_bytes(slot: u32, slot_len_bytes: u64) -> u64 {
     FIRST_SLOT_OFFSET_BYTES + slot as u64 * slot_len_bytes
 }
 
+/// Where the first and the last page of each slot are, in bytes from the file's start.
+pub(crate) fn edge_pages(superblock: &Superblock) -> impl Iterator<Item = u64> + use<> {
+    let slot_len_bytes = superblock.slot_len_bytes;
+    (0..superblock.slot_count).flat_map(move |slot| {
+        let begin = slot_offset_bytes(slot, slot_len_bytes);
+        [begin, begin + slot_len_bytes - PAGE_BYTES as u64]
+    })
+}
+
 /// A place in the stream: its last record so far, and the CRC of the batch that holds it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct ChainPoint {

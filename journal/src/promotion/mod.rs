@@ -267,28 +267,25 @@ impl Promotion {
         }
     }
 
+    /// Goes from stage to stage as long as nothing is left of one: a promotion without anything to write ends at once.
     fn end_stage(&mut self) {
-        if !self.ready.is_empty() || !self.running.is_empty() {
-            return;
-        }
-        match &mut self.stage {
-            Stage::Footers { missing: 0, builders } => {
-                let indexes = std::mem::take(builders).into_iter().map(IndexBuilder::build).collect();
-                self.stage = Stage::Carrying(Runs::new(indexes, self.sizes));
-            }
-            Stage::Carrying(runs) if runs.is_done() => {
-                self.stage = Stage::Syncing;
-                for volume in
-                    (0_u16..).zip(&self.touched).filter(|(_, touched)| **touched).map(|(volume, _)| volume)
-                {
+        while self.ready.is_empty() && self.running.is_empty() {
+            match &mut self.stage {
+                Stage::Footers { missing: 0, builders } => {
+                    let indexes = std::mem::take(builders).into_iter().map(IndexBuilder::build).collect();
+                    self.stage = Stage::Carrying(Runs::new(indexes, self.sizes));
+                }
+                Stage::Carrying(runs) if runs.is_done() => {
+                    self.stage = Stage::Syncing;
+                    let touched = (0_u16..).zip(&self.touched).filter(|(_, touched)| **touched);
                     if !planted(Bug::PromotionWithoutSync) {
-                        self.ready.push_back((Doing::Sync, PromotionFile::Disk(volume), Op::Sync));
+                        let sync = |(volume, _)| (Doing::Sync, PromotionFile::Disk(volume), Op::Sync);
+                        self.ready.extend(touched.map(sync));
                     }
                 }
-                self.end_stage();
+                Stage::Syncing => self.stage = Stage::Done,
+                Stage::Footers { .. } | Stage::Carrying(_) | Stage::Done => return,
             }
-            Stage::Syncing => self.stage = Stage::Done,
-            Stage::Footers { .. } | Stage::Carrying(_) | Stage::Done => {}
         }
     }
 

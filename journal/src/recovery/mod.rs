@@ -14,10 +14,10 @@ pub use survey::{Content, Damage, Hidden, Segment, SegmentError, Survey, SurveyO
 use crate::format::manifest::{Manifest, ManifestError};
 use crate::format::{
     ChainPoint, JournalState, MAX_SLOT_BYTES, MAX_SLOTS, MIN_SLOT_BYTES, PAGE_BYTES, SUPERBLOCK_OFFSETS,
-    SegmentHeader, Superblock, SuperblockError, VolumeState, slot_offset_bytes,
+    SegmentHeader, Superblock, SuperblockError, VolumeState, edge_pages, slot_offset_bytes,
 };
 use crate::planted::{Bug, planted};
-use crate::storage::{Blocking, FileId, Op, Purpose, Storage, StorageError};
+use crate::storage::{AlignedBuf, Blocking, FileId, Op, Purpose, Storage, StorageError};
 
 /// What a new journal is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -187,6 +187,23 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
     io.sync()?;
     io.purpose(Purpose::SuperblockMirror).write(SUPERBLOCK_OFFSETS[1 - first], page)?;
 
+    if matches!(superblock.state, JournalState::HistoryGivenUp { .. }) {
+        // The writer that gave it up may have died before it had erased all of it.
+        let erase = |offset_bytes| Op::Write {
+            offset_bytes,
+            pieces: vec![AlignedBuf::zeroed(PAGE_BYTES).into_bytes()],
+        };
+        let len_bytes = io.file_len_bytes()?;
+        let pages = edge_pages(&superblock).filter(|offset| offset + PAGE_BYTES as u64 <= len_bytes);
+        for result in io.purpose(Purpose::Seal).run_all(pages.map(erase).collect()) {
+            result?;
+        }
+    }
+    // A growth or a shrinking that was cut short may have left space behind the last slot.
+    let len_bytes = slot_offset_bytes(superblock.slot_count, superblock.slot_len_bytes);
+    if io.file_len_bytes()? > len_bytes {
+        io.purpose(Purpose::Shrink).run(Op::Truncate { len_bytes })?;
+    }
     let mut free_slots = free_slots;
     if let Some(last) = segments.last_mut()
         && matches!(last.content, Content::Scanned(_))

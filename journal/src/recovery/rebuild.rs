@@ -3,12 +3,12 @@
 use uuid::Uuid;
 
 use super::OpenError;
-use super::survey::{SurveyOptions, survey_as};
+use super::survey::{Damage, SurveyOptions, survey_as};
 use crate::batch::RecordKind;
 use crate::format::manifest::Manifest;
 use crate::format::{
     ChainPoint, FIRST_SLOT_OFFSET_BYTES, JournalState, MANIFEST_OFFSETS, MANIFEST_SLOT_BYTES, MIN_SLOT_BYTES,
-    PAGE_BYTES, SegmentHeader, Superblock, VolumeState, slot_offset_bytes,
+    PAGE_BYTES, SegmentHeader, SegmentTrailer, Superblock, VolumeState, slot_offset_bytes,
 };
 use crate::storage::{AlignedBuf, Blocking, FileId, Op, Purpose, Storage, StorageError};
 
@@ -19,6 +19,8 @@ pub struct Rebuilt {
     pub superblock: Superblock,
     /// The newest manifest.
     pub manifest: Option<Manifest>,
+    /// Nothing tells that no segment before the oldest one is lost: if one is, all that is read is wrong.
+    pub is_unproven: bool,
 }
 
 /// The manifest of a file, whatever its superblocks say: of the valid ones the newest.
@@ -90,12 +92,22 @@ pub fn rebuild<S: Storage>(
         superblock.clone(),
         SurveyOptions { skip_unreadable: true, ..SurveyOptions::default() },
     )?;
+    if let Some(damage) = survey.damage {
+        // Behind it there may be a newer intent.
+        return Err(OpenError::Damaged(damage));
+    }
     let mut io = Blocking::new(storage, file, Purpose::Survey);
     let (mut intent_seq, mut base) = (0, (chain.number, ChainPoint::default()));
     for segment in &survey.segments {
         let Ok(footer) = segment.footer(&mut io, &superblock) else { continue };
         let intents = footer.events.iter().filter(|event| event.record.kind == RecordKind::PromotionIntent);
         intent_seq = intents.map(|event| event.record.argument).fold(intent_seq, u64::max);
+    }
+    // Segments between the recovery disks and the oldest one found are lost, if a promotion ended before that one.
+    let lost = intent_seq > 0 && chain.after.seq > intent_seq;
+    if lost {
+        let (after_seq, resumes_after_seq) = (intent_seq, chain.after.seq);
+        return Err(OpenError::Damaged(Damage { after_seq, resumes_after_seq, stop: None }));
     }
     // What was promoted may still lie in slots that nobody has used since.
     for segment in survey.segments.iter().take_while(|segment| segment.last().seq <= intent_seq) {
@@ -105,7 +117,7 @@ pub fn rebuild<S: Storage>(
         (superblock.low_water_segment, superblock.low_water) = base;
     }
     superblock.promotion_intent_seq = intent_seq;
-    Ok(Rebuilt { superblock, manifest })
+    Ok(Rebuilt { superblock, manifest, is_unproven: intent_seq == 0 && chain.number > 1 })
 }
 
 /// Any segment's header that tells how long a slot is.
@@ -151,8 +163,13 @@ fn read_headers<S: Storage>(
     let slots = slot_count(io.file_len_bytes()?, slot_len_bytes);
     let mut headers = Vec::new();
     for slot in 0..slots {
-        let Ok(page) = io.read(slot_offset_bytes(slot, slot_len_bytes), PAGE_BYTES) else { continue };
-        let header = SegmentHeader::decode(&page, slot_len_bytes).ok();
+        let begin = slot_offset_bytes(slot, slot_len_bytes);
+        let header = io.read(begin, PAGE_BYTES).ok();
+        let header = header.and_then(|page| SegmentHeader::decode(&page, slot_len_bytes).ok());
+        // Either page can stand for the other.
+        let trailer = io.read(begin + slot_len_bytes - PAGE_BYTES as u64, PAGE_BYTES).ok();
+        let trailer = trailer.and_then(|page| SegmentTrailer::decode(&page, slot_len_bytes).ok());
+        let header = header.or_else(|| trailer.map(|trailer| trailer.header));
         headers.extend(header.filter(|header| header.journal_id == first.journal_id && header.slot == slot));
     }
     Ok(headers)

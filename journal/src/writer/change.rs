@@ -6,7 +6,7 @@ use crate::format::manifest::{Manifest, ManifestError};
 use crate::format::superblock::ManifestPlace;
 use crate::format::{
     ChainPoint, JournalState, MANIFEST_OFFSETS, PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, VolumeState,
-    slot_offset_bytes,
+    edge_pages, slot_offset_bytes,
 };
 use crate::planted::{Bug, planted};
 use crate::storage::{Op, Purpose};
@@ -291,20 +291,14 @@ impl Writer {
         Some(step)
     }
 
-    /// First and last pages of all segments, zeroed: while a sync writes to the recovery disks, a rebuild without superblocks must not take
-    /// what was given up for a history.
+    /// First and last pages of all slots, zeroed: while a sync writes to the recovery disks, a rebuild without superblocks must not take
+    /// what was given up, or promoted before, for a history.
     fn segments_erased(&self) -> Vec<Vec<(Purpose, Op)>> {
-        let slot_len_bytes = self.superblock.slot_len_bytes;
-        let open = self.open.as_ref().map(|open| open.header().slot);
-        let slots = self.closed.iter().map(|segment| segment.header.slot).chain(open);
-        let pages = slots.flat_map(|slot| {
-            let begin = slot_offset_bytes(slot, slot_len_bytes);
-            [begin, begin + slot_len_bytes - PAGE_BYTES as u64]
-        });
         let erase = |offset_bytes| {
             let pieces = vec![segment::page(&[0; PAGE_BYTES])];
             (Purpose::Seal, Op::Write { offset_bytes, pieces })
         };
+        let pages = edge_pages(&self.superblock);
         vec![pages.map(erase).collect(), vec![(Purpose::Seal, Op::Sync)]]
     }
 

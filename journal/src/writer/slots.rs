@@ -59,9 +59,9 @@ impl FreeSlots {
         self.reserved.pop_first()
     }
 
-    /// The one to reserve next.
+    /// The one to reserve next: rather one that may have its space still.
     pub(super) fn lowest_unreserved(&self) -> Option<u32> {
-        self.unreserved.first().copied()
+        self.doubtful.first().or_else(|| self.unreserved.first()).copied()
     }
 
     /// How many may hold space that isn't needed if so many are kept.

@@ -25,6 +25,7 @@ pub(super) fn of_full_sync(
     policy: &ReceiverPolicy,
     volumes: &[VolumeShape],
     checkpoints: usize,
+    promotable_slots: usize,
     pinned: bool,
 ) -> Admission {
     let superblock = writer.superblock();
@@ -38,8 +39,13 @@ pub(super) fn of_full_sync(
     // Besides headers and checksums, what the guest writes meanwhile needs room too: an eighth is set aside for all of it.
     let headers_bytes = data_bytes / SYNC_RECORD_BYTES * (RecordHeader::LEN as u64 + 64);
     let needed_bytes = data_bytes + data_bytes / 8 + headers_bytes;
-    let growth_slots = u64::from(policy.limits.max_slots.saturating_sub(superblock.slot_count));
-    let free_slots = (writer.free_slot_count() as u64).saturating_sub(RESERVED_SLOTS as u64) + growth_slots;
+    let growth_slots = match writer.lacks_space() {
+        true => 0,
+        false => u64::from(policy.limits.max_slots.saturating_sub(superblock.slot_count)),
+    };
+    let kept_slots = (writer.free_slot_count() as u64).saturating_sub(RESERVED_SLOTS as u64);
+    // What can be promoted makes room as the sync needs it: history is shortened before it is given up.
+    let free_slots = kept_slots + growth_slots + promotable_slots as u64;
     if free_slots.saturating_mul(superblock.slot_len_bytes) >= needed_bytes {
         return Admission::AsIs;
     }

@@ -269,8 +269,14 @@ impl Receiver {
         self.lowest_pin = seq;
     }
 
-    /// Seals the open segment, so that the next opening has nothing to copy. To be called before a planned end, then polled until
-    /// [`Self::is_idle`].
+    /// Prepares a planned end: no promotion begins any more, and the open segment is sealed, so that the next opening has nothing to copy. To be
+    /// polled until [`Self::is_idle`].
+    pub fn close(&mut self) {
+        self.stop_promoting();
+        self.seal();
+    }
+
+    /// Seals the open segment.
     pub fn seal(&mut self) {
         // Refused only by a journal that has failed, which has nothing to seal.
         let _ = self.writer.change(Change::Seal);

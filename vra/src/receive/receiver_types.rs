@@ -188,7 +188,7 @@ impl ReceiverStatus {
         };
         let used_slots =
             superblock.slot_count as usize - writer.free_slot_count().min(superblock.slot_count as usize);
-        let max_slots = observed.limits.max_slots.max(superblock.slot_count);
+        let max_slots = observed.limits.max_slots;
         Self {
             state,
             connected: observed.connected,

@@ -89,7 +89,7 @@ impl TargetVm {
         let (manifest, vm) = (files.manifest.clone(), files.identity.vm);
         let runtime = Handle::current();
         Arc::new_cyclic(|weak| {
-            let status = attach_files(&worker, key, files, window_bytes, weak.clone());
+            let status = attach_files(&worker, key, files, window_bytes, None, weak.clone());
             let inner = Inner {
                 manifest,
                 key: Some(key),
@@ -443,7 +443,10 @@ impl TargetVm {
             }
         };
         let key = (inner.next_key)();
-        inner.status = attach_files(&self.worker, key, files, self.window_bytes, Arc::downgrade(self));
+        // Before the worker does anything with the files (C2).
+        let lowest_pin = inner.pins.values().min().copied();
+        inner.status =
+            attach_files(&self.worker, key, files, self.window_bytes, lowest_pin, Arc::downgrade(self));
         (inner.key, inner.not_open) = (Some(key), None);
         inner.alerts.remove("storage-failed");
         self.tell_lowest_pin(&inner, None);
@@ -504,6 +507,7 @@ fn attach_files(
     key: VmKey,
     files: VmFiles,
     window_bytes: u32,
+    lowest_pin: Option<u64>,
     vm: Weak<TargetVm>,
 ) -> Arc<Mutex<ReceiverStatus>> {
     let VmFiles { manifest, identity, opened, events, journal, disks } = files;
@@ -523,6 +527,7 @@ fn attach_files(
         receiver,
         journal,
         disks,
+        lowest_pin,
         on_event,
         status: status.clone(),
     })));

@@ -29,6 +29,8 @@ pub(super) struct Attached {
     pub(super) receiver: Receiver,
     pub(super) journal: DirectFile,
     pub(super) disks: Vec<DirectFile>,
+    /// What open views need at least.
+    pub(super) lowest_pin: Option<u64>,
     /// Told each event, on the worker's thread: it must not block. After a failure the files are closed before it is told.
     pub(super) on_event: Box<dyn FnMut(ReceiverEvent) + Send>,
     /// Where the state is shown.
@@ -252,7 +254,7 @@ impl WorkerState {
                     let _ = answer.send(vm.receiver.catalogue());
                 }
                 Input::Detach { answer, .. } => {
-                    vm.receiver.seal();
+                    vm.receiver.close();
                     vm.detaching = Some(answer);
                 }
                 Input::Attach(_) | Input::Tick => {}
@@ -266,7 +268,8 @@ impl WorkerState {
     }
 
     fn attach(&mut self, attached: Attached) {
-        let Attached { key, receiver, journal, disks, on_event, status } = attached;
+        let Attached { key, mut receiver, journal, disks, lowest_pin, on_event, status } = attached;
+        receiver.set_lowest_pin(lowest_pin);
         let journal = self.storage.add_file(journal);
         let disks = disks.into_iter().map(|disk| self.storage.add_file(disk)).collect();
         let vm = Vm {

@@ -11,13 +11,14 @@ use std::any::Any;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use journal::format::PAGE_BYTES;
-use journal::view::VolumeView;
+use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock};
+use journal::storage::AlignedBuf;
+use journal::view::{VolumeView, still_there};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use ublk::arena::{Arena, SLOT_ALIGN_BYTES};
@@ -288,6 +289,11 @@ impl ViewDisk {
             None => return data,
         };
         if next_data > offset_bytes {
+            // Promotion may have punched what was data at the view's moment: who skips it reads nothing that would tell.
+            if !self.is_still_there() {
+                self.set_gone();
+                return data;
+            }
             return Extent {
                 len_bytes: len_bytes.min(next_data - offset_bytes),
                 allocation: Allocation::Hole,
@@ -295,6 +301,21 @@ impl ViewDisk {
         }
         let until = seek(libc::SEEK_HOLE).filter(|place| *place > offset_bytes);
         Extent { len_bytes: until.map_or(len_bytes, |until| len_bytes.min(until - offset_bytes)), ..data }
+    }
+
+    /// Whether the journal's owner still keeps the history, as far as another process can know. Waits for the disk.
+    fn is_still_there(&self) -> bool {
+        if !matches!(self.freshness, Freshness::Superblock) {
+            return !self.is_gone();
+        }
+        let journal = &self.files[plan::JOURNAL_FILE.0 as usize];
+        let copies = SUPERBLOCK_OFFSETS.map(|offset_bytes| {
+            let mut page = AlignedBuf::zeroed(PAGE_BYTES);
+            journal.read_exact_at(&mut page, offset_bytes).ok()?;
+            Superblock::decode(&page).ok()
+        });
+        let newest = copies.into_iter().flatten().max_by_key(|copy| copy.sequence);
+        newest.is_some_and(|superblock| still_there(&superblock, self.seq).is_ok())
     }
 
     /// What was never written in the view, from the start of the range on.

@@ -107,6 +107,7 @@ impl Receiver {
             &self.policy,
             &self.identity.volumes,
             checkpoints,
+            self.promotable_count(),
             self.lowest_pin.is_some(),
         ) {
             Admission::AsIs => Ok(()),

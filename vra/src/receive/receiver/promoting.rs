@@ -8,8 +8,7 @@ use journal::writer::{Change, ClosedSegment, RESERVED_SLOTS};
 use super::Receiver;
 use crate::clock::Now;
 use crate::planted::{Planted, is_planted};
-use crate::receive::base_apply::DiskError;
-use crate::receive::receiver_types::{Failure, ReceiverEvent, ReceiverOutput};
+use crate::receive::receiver_types::{ReceiverEvent, ReceiverOutput};
 
 /// Where promotion stands.
 #[derive(Debug, Default)]
@@ -17,11 +16,15 @@ pub(super) struct Promoting {
     stage: Stage,
     /// After a failure: not before then, by the monotonic clock.
     not_before_us: u64,
+    /// How often in a row it couldn't go on.
+    failures: u32,
     /// The history is shorter than it should be, and that was told.
     told_shortened: bool,
     /// That it is stuck was told.
     told_blocked: bool,
     recovery_disks_reserved: Vec<bool>,
+    /// The files are being closed: nothing begins any more.
+    closing: bool,
 }
 
 #[derive(Debug, Default)]
@@ -89,9 +92,12 @@ impl Receiver {
     pub(super) fn promote(&mut self, now: Now) {
         let other_generation =
             |open: &crate::wire::Open| open.generation.0 != self.writer.superblock().tail_generation;
+        if now.mono_us < self.promoting.not_before_us && self.promoting.is_idle() {
+            return self.tell_full();
+        }
         if !self.promoting.is_idle()
             || self.failed
-            || now.mono_us < self.promoting.not_before_us
+            || self.promoting.closing
             || self.candidate.as_ref().is_some_and(|candidate| other_generation(&candidate.open))
         {
             return;
@@ -109,6 +115,18 @@ impl Receiver {
             if is_planted(Planted::PromotionNotAnnounced) {
                 self.carry(through, due);
             }
+        }
+    }
+
+    /// Ends what is under way, as soon as that can be: it was announced, and the next opening does it again.
+    pub(super) fn stop_promoting(&mut self) {
+        self.promoting.closing = true;
+        match std::mem::take(&mut self.promoting.stage) {
+            Stage::Carrying(promotion) if promotion.is_busy() => {
+                self.promoting.stage = Stage::Draining(promotion);
+            }
+            Stage::Carrying(_) => {}
+            other => self.promoting.stage = other,
         }
     }
 
@@ -136,18 +154,27 @@ impl Receiver {
         }
         let is_old = |end_us: u64| end_us.saturating_add(self.policy.history_us) <= stamp_us;
         let old = self.writer.closed_segments().take_while(|segment| is_old(segment.end_time_us())).count();
-        let wanted = old.min(MAX_SEGMENTS).max(usize::from(self.is_pressed()));
+        let is_pressed = self.is_pressed();
+        let wanted = old.min(MAX_SEGMENTS).max(usize::from(is_pressed));
         // One checkpoint stays, whatever happens; before a sync that goes through the journal it is the last one before that (B5).
         let Some(newest_cut) = self.history.newest_cut() else { return Due::default() };
         let pin = if is_planted(Planted::PromotionPastPin) { None } else { self.lowest_pin };
         let allowed = through(newest_cut.min(pin.unwrap_or(u64::MAX)));
-        let count = self.outside_syncs(wanted.min(allowed), allowed);
+        let reach = if is_pressed { allowed } else { old.min(allowed) };
+        let count = self.outside_syncs(wanted.min(reach), reach);
         Due { count, shortens: count > old }
     }
 
-    /// The number of segments next to `wanted`, up to `allowed`, whose end lies in no sync: the border that begins it would be lost with its
+    /// How many of the oldest segments can be promoted if need be.
+    pub(super) fn promotable_count(&self) -> usize {
+        let Some(newest_cut) = self.history.newest_cut() else { return 0 };
+        let most = newest_cut.min(self.lowest_pin.unwrap_or(u64::MAX));
+        self.writer.closed_segments().take_while(|segment| segment.last.seq <= most).count()
+    }
+
+    /// The number of segments next to `wanted`, up to `reach`, whose end lies in no sync: the border that begins it would be lost with its
     /// segment, and with it the word that nothing inside counts (B5).
-    fn outside_syncs(&self, wanted: usize, allowed: usize) -> usize {
+    fn outside_syncs(&self, wanted: usize, reach: usize) -> usize {
         let is_inside = |count: &usize| {
             let last = count.checked_sub(1).and_then(|last| self.writer.closed_segments().nth(last));
             last.is_some_and(|segment| self.history.is_inside_sync(segment.last.seq))
@@ -155,7 +182,7 @@ impl Receiver {
         if wanted == 0 || is_planted(Planted::PromotionEndsInSync) {
             return wanted;
         }
-        let later = (wanted..=allowed).find(|count| !is_inside(count));
+        let later = (wanted..=reach).find(|count| !is_inside(count));
         later.or_else(|| (1..wanted).rev().find(|count| !is_inside(count))).unwrap_or(0)
     }
 
@@ -167,13 +194,25 @@ impl Receiver {
         let is_filling = self.full
             || spare_slots > 0
             || self.writer.open_fill_bytes() > self.writer.superblock().slot_len_bytes / 2;
-        self.full || !can_grow && is_filling && self.writer.free_slot_count() <= RESERVED_SLOTS + spare_slots
+        self.full
+            || self.is_over_limit()
+            || !can_grow && is_filling && self.writer.free_slot_count() <= RESERVED_SLOTS + spare_slots
+    }
+
+    /// Whether more slots hold history than a limit that was lowered allows.
+    fn is_over_limit(&self) -> bool {
+        let in_use = self.writer.superblock().slot_count as usize - self.writer.free_slot_count();
+        in_use + RESERVED_SLOTS > self.policy.limits.max_slots as usize
     }
 
     fn carry(&mut self, through: ChainPoint, due: Due) {
         let segments = self.writer.closed_segments().take_while(|segment| segment.last.seq <= through.seq);
         let segments: Vec<_> = segments.cloned().collect();
         self.tell_shortened(due.shortens, segments.last().map_or(0, ClosedSegment::end_time_us));
+        if segments.is_empty() {
+            self.promoting.stage = Stage::Idle;
+            return;
+        }
         let reserved = self.promoting.recovery_disks_reserved.clone();
         let superblock = self.writer.superblock().clone();
         let promotion = Promotion::new(superblock, segments, reserved, self.policy.promotion);
@@ -184,7 +223,11 @@ impl Receiver {
     pub(super) fn promotion_action(&mut self) -> Option<PromotionAction> {
         let Stage::Carrying(promotion) = &mut self.promoting.stage else { return None };
         let is_quiet = self.writer.is_idle();
-        promotion.poll_action(if is_quiet { IDLE_WINDOW_BYTES } else { BUSY_WINDOW_BYTES })
+        let action = promotion.poll_action(if is_quiet { IDLE_WINDOW_BYTES } else { BUSY_WINDOW_BYTES });
+        if action.is_none() && promotion.promoted().is_some() {
+            self.carried();
+        }
+        action
     }
 
     /// An operation of a promotion has ended.
@@ -206,7 +249,7 @@ impl Receiver {
     fn carried(&mut self) {
         let Stage::Carrying(promotion) = std::mem::take(&mut self.promoting.stage) else { return };
         let Some(done) = promotion.promoted() else { return };
-        self.promoting.told_blocked = false;
+        (self.promoting.told_blocked, self.promoting.failures) = (false, 0);
         // Open views read from the recovery disk before the slots are free (C3).
         let event =
             ReceiverEvent::Promoted { through_seq: done.through.seq, written_bytes: done.written_bytes };
@@ -225,27 +268,32 @@ impl Receiver {
         if promotion.is_busy() {
             self.promoting.stage = Stage::Draining(promotion);
         }
-        self.promoting.not_before_us = now.mono_us + HOLD_OFF_US;
-        match error {
-            PromotionError::Disk { volume, source } if !source.is_no_space() => {
-                self.fail(Failure::Disk(DiskError { volume, source }));
-            }
-            error if !std::mem::replace(&mut self.promoting.told_blocked, true) => {
-                self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::PromotionStuck { error }));
-            }
-            _ => {}
+        self.hold_off(now);
+        // It is done again from the start, with every write of it: nothing that failed is trusted. The journal itself is whole.
+        if !std::mem::replace(&mut self.promoting.told_blocked, true) {
+            self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::PromotionStuck { error }));
         }
+        self.tell_full();
+    }
+
+    /// Not again before a while, which grows with each failure.
+    fn hold_off(&mut self, now: Now) {
+        let wait_us = HOLD_OFF_US << self.promoting.failures.min(6);
+        self.promoting.failures += 1;
+        self.promoting.not_before_us = now.mono_us + wait_us;
     }
 
     /// A change of the journal is durable: whether it was one of promotion's.
     pub(super) fn promotion_changed(&mut self, changed: u64, now: Now) -> bool {
         match self.promoting.stage {
             Stage::Announcing { ticket, through, due } if ticket == changed => {
-                if self.writer.superblock().promotion_intent_seq == through.seq {
+                let superblock = self.writer.superblock();
+                if superblock.promotion_intent_seq == through.seq && !superblock.state.is_base_sync() {
                     self.carry(through, due);
                 } else {
                     self.promoting.stage = Stage::Idle;
-                    self.promoting.not_before_us = now.mono_us + HOLD_OFF_US;
+                    self.hold_off(now);
+                    self.tell_full();
                 }
             }
             Stage::Ending { ticket, segments } if ticket == changed => {
@@ -264,7 +312,8 @@ impl Receiver {
     /// has just been promoted may be needed again soon: to keep it costs less than to give it back and reserve it again.
     fn shrink(&mut self, least: usize, now: Now) {
         let is_quiet = now.mono_us.saturating_sub(self.last_append_us) > QUIET_US && self.writer.is_idle();
-        let least = if is_quiet { 0 } else { least };
+        let is_too_long = self.writer.superblock().slot_count > self.policy.limits.max_slots;
+        let least = if is_quiet || is_too_long { 0 } else { least };
         if self.writer.surplus_slot_count(SPARE_SLOTS) > least
             && let Ok(ticket) = self.writer.change(Change::Shrink { spare_slots: SPARE_SLOTS })
         {
