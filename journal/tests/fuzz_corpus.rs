@@ -3,6 +3,12 @@
 #[path = "../../fuzz/harness/journal_batch.rs"]
 #[allow(unreachable_pub, reason = "shared with the fuzz target")]
 mod journal_batch;
+#[path = "../../fuzz/harness/journal_footer.rs"]
+#[allow(unreachable_pub, reason = "shared with the fuzz target")]
+mod journal_footer;
+#[path = "../../fuzz/harness/journal_manifest.rs"]
+#[allow(unreachable_pub, reason = "shared with the fuzz target")]
+mod journal_manifest;
 #[path = "../../fuzz/harness/journal_segment.rs"]
 #[allow(unreachable_pub, reason = "shared with the fuzz target")]
 mod journal_segment;
@@ -18,6 +24,16 @@ use replay::replay;
 #[test]
 fn journal_batch_corpus() {
     replay("journal_batch", journal_batch::run);
+}
+
+#[test]
+fn journal_footer_corpus() {
+    replay("journal_footer", journal_footer::run);
+}
+
+#[test]
+fn journal_manifest_corpus() {
+    replay("journal_manifest", journal_manifest::run);
 }
 
 #[test]
