@@ -167,6 +167,13 @@ impl Driver {
         loop {
             match self.control.start_recovery(info.dev_id) {
                 Ok(()) => return Ok(()),
+                // 6.12 refuses to start what a process has started that died before it had fetched from a queue. The device still waits, and
+                // its character device can be opened by one process only: going on is safe.
+                Err(error)
+                    if error.errno() == Some(libc::EINVAL) && self.waits_for_recovery(info.dev_id)? =>
+                {
+                    return Ok(());
+                }
                 Err(error) if error.errno() != Some(libc::EBUSY) => return Err(error.into()),
                 Err(error) if Instant::now() >= deadline => {
                     return Err(if process_lives(info.ublksrv_pid) {
@@ -178,6 +185,14 @@ impl Driver {
                 Err(_) => std::thread::sleep(POLL),
             }
         }
+    }
+
+    /// Whether a device was made with recovery, was started, and nobody serves it.
+    fn waits_for_recovery(&self, id: u32) -> Result<bool, DeviceError> {
+        let info = self.control.info(id)?;
+        Ok(info.is_some_and(|info| {
+            info.state == uapi::DEV_STATE_QUIESCED && info.flags & uapi::F_USER_RECOVERY != 0
+        }))
     }
 
     /// Attaches all queues to reactor threads.
