@@ -62,7 +62,10 @@ impl Replication {
         let vpg = definition(folder, source_id, endpoint.clone());
         let definition = &vpg.vms[0];
 
-        let host = Arc::new(TargetHost::start(TargetSettings::STANDARD)?);
+        let host = {
+            let _in_runtime = target_link.0.enter();
+            Arc::new(TargetHost::start(TargetSettings::STANDARD)?)
+        };
         target_link.0.block_on(host.ensure(&vpg, definition.id))?;
         target_link.0.spawn(serve(accepted, source_id, host.clone()));
 
