@@ -44,7 +44,7 @@ impl fmt::Display for PlantedBug {
 }
 
 /// Those of the VRA that one thread can show; the others need threads that race (`vra::capture`'s interleavings).
-const OF_VRA: [Planted; 8] = [
+const OF_VRA: [Planted; 12] = [
     Planted::OverlapIgnored,
     Planted::SyncOverWrites,
     Planted::ReadsNotHeld,
@@ -53,4 +53,8 @@ const OF_VRA: [Planted; 8] = [
     Planted::OldStreamNotFenced,
     Planted::BaseMovedEarly,
     Planted::ApplySwapped,
+    Planted::PromotionNotAnnounced,
+    Planted::PromotionPastPin,
+    Planted::PromotionEndsInSync,
+    Planted::WallClockAges,
 ];
