@@ -90,6 +90,15 @@ pub enum PromotionError {
     },
 }
 
+impl PromotionError {
+    fn of(file: PromotionFile, source: StorageError) -> Self {
+        match file {
+            PromotionFile::Journal => Self::Journal(source),
+            PromotionFile::Disk(volume) => Self::Disk { volume, source },
+        }
+    }
+}
+
 /// One promotion under way.
 #[derive(Debug)]
 pub struct Promotion {
@@ -101,7 +110,7 @@ pub struct Promotion {
     sizes: TransferSizes,
     stage: Stage,
     ready: VecDeque<(Doing, PromotionFile, Op)>,
-    running: BTreeMap<u64, Doing>,
+    running: BTreeMap<u64, (Doing, PromotionFile)>,
     next_token: u64,
     /// Runs whose reads have not all ended.
     reading: BTreeMap<u64, Run>,
@@ -205,7 +214,7 @@ impl Promotion {
         let (doing, file, op) = self.ready.pop_front()?;
         let token = self.next_token;
         self.next_token += 1;
-        self.running.insert(token, doing);
+        self.running.insert(token, (doing, file));
         let purpose = match file {
             PromotionFile::Journal => Purpose::PromotionRead,
             PromotionFile::Disk(_) => Purpose::Promotion,
@@ -222,9 +231,9 @@ impl Promotion {
         token: u64,
         result: Result<Option<AlignedBuf>, StorageError>,
     ) -> Result<bool, PromotionError> {
-        let Some(doing) = self.running.remove(&token) else { return Ok(false) };
+        let Some((doing, file)) = self.running.remove(&token) else { return Ok(false) };
         match (doing, result) {
-            (Doing::ReadFooter { segment }, result) => self.footer_read(segment, result.ok().flatten())?,
+            (Doing::ReadFooter { segment }, result) => self.footer_read(segment, result.ok().flatten()),
             (Doing::ReadSlot { segment }, result) => {
                 let slot = result.map_err(PromotionError::Journal)?.expect("a read gives its buffer back");
                 self.slot_read(segment, &slot)?;
@@ -241,10 +250,7 @@ impl Promotion {
                 }
             }
             (Doing::Reserve | Doing::Sync, Ok(_)) => {}
-            (_, Err(source)) => {
-                let volume = self.touched.iter().position(|touched| *touched).unwrap_or_default() as u16;
-                return Err(PromotionError::Disk { volume, source });
-            }
+            (_, Err(source)) => return Err(PromotionError::of(file, source)),
         }
         self.end_stage();
         Ok(matches!(self.stage, Stage::Done))
@@ -306,7 +312,7 @@ impl Promotion {
         self.ready.push_back((Doing::ReadSlot { segment }, PromotionFile::Journal, op));
     }
 
-    fn footer_read(&mut self, segment: usize, bytes: Option<AlignedBuf>) -> Result<(), PromotionError> {
+    fn footer_read(&mut self, segment: usize, bytes: Option<AlignedBuf>) {
         let trailer = self.segments[segment].trailer.as_ref();
         let footer = bytes.zip(trailer).and_then(|(bytes, trailer)| {
             Footer::decode(&bytes, trailer.footer_crc, trailer.data_end_bytes).ok()
@@ -315,7 +321,6 @@ impl Promotion {
             Some(footer) => self.take_footer(segment, &footer),
             None => self.ask_for_slot(segment),
         }
-        Ok(())
     }
 
     fn slot_read(&mut self, segment: usize, slot: &[u8]) -> Result<(), PromotionError> {
@@ -371,10 +376,8 @@ impl Promotion {
         result: Result<Option<AlignedBuf>, StorageError>,
     ) -> Result<(), PromotionError> {
         let Some(run) = self.reading.get_mut(&number) else { return Ok(()) };
-        let buffer = result.map_err(|source| match run.reads()[read].file {
-            PromotionFile::Journal => PromotionError::Journal(source),
-            PromotionFile::Disk(volume) => PromotionError::Disk { volume, source },
-        })?;
+        let file = run.reads()[read].file;
+        let buffer = result.map_err(|source| PromotionError::of(file, source))?;
         run.take(read, buffer.expect("a read gives its buffer back"));
         if run.is_read()
             && let Some(run) = self.reading.remove(&number)
