@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 use hwtests::sample_journal::{Ended, SLOT_LEN_BYTES, SampleFolder, SampleJournal, peer};
-use journal::promotion::PromotionError;
+use journal::bad_ranges::BadRange;
 use journal::storage::ring::{Access, DirectFile, RingStorage};
 use journal::storage::{Blocking, Purpose};
 use journal::view::{Promoted, View, ViewError};
@@ -42,12 +42,23 @@ fn sample(folder: &SampleFolder, seed: u64) -> Result<SampleJournal<'_>> {
 
 /// A disk of a view.
 fn image(folder: &SampleFolder, view: &View, volume: u16) -> Result<Vec<u8>, ViewError> {
+    piece(folder, view, volume, 0, DISK_BYTES[usize::from(volume)] as usize)
+}
+
+/// A part of a disk of a view.
+fn piece(
+    folder: &SampleFolder,
+    view: &View,
+    volume: u16,
+    offset_bytes: u64,
+    len_bytes: usize,
+) -> Result<Vec<u8>, ViewError> {
     let mut storage = RingStorage::new(64).expect("io_uring");
     let open = |path: std::path::PathBuf| DirectFile::open(&path, Access::ReadOnly).expect("a file");
     let journal = storage.add_file(open(folder.journal()));
     let disk = storage.add_file(open(folder.disk(volume)));
-    let mut bytes = vec![0xee; DISK_BYTES[usize::from(volume)] as usize];
-    view.volume(volume)?.read(&mut storage, journal, 0, &mut bytes, |storage, at, into| {
+    let mut bytes = vec![0xee; len_bytes];
+    view.volume(volume)?.read(&mut storage, journal, offset_bytes, &mut bytes, |storage, at, into| {
         let begin = at / 4096 * 4096;
         let len_bytes = (at + into.len() as u64).next_multiple_of(4096) - begin;
         let read = Blocking::new(storage, disk, Purpose::View).read(begin, len_bytes as usize)?;
@@ -145,26 +156,98 @@ fn segments_without_data_are_promoted_too() -> Result<()> {
 }
 
 #[test]
-fn a_damaged_record_is_named_and_not_promoted() -> Result<()> {
+fn a_damaged_record_stops_nothing_and_its_place_reads_as_an_error_until_it_is_written_again() -> Result<()> {
     let folder = SampleFolder::new()?;
     let mut journal = sample(&folder, 77)?;
-    let marked = [0xb7; 4096];
-    journal.write(0, 64 << 10, &marked)?;
+    let (place, marked) = (64_u64 << 10, [0xb7; 16 << 10]);
+    journal.write(0, place, &marked)?;
     let damaged_seq = journal.seq();
     journal.checkpoint("damaged", 900)?;
     journal.seal_segment()?;
-    journal.write(0, 64 << 10, &[1; 4096])?;
-    journal.checkpoint("whole again", 1000)?;
-    journal.flush()?;
-    folder.flip_bit(folder.place_of(&marked)? + 100)?;
-    let ended = journal.promote(journal.sealed_count(), usize::MAX)?;
-    let Ended::Stuck(PromotionError::Record { seq, volume: 0, offset_bytes }) = ended else {
-        panic!("{ended:?}");
+    journal.write(1, 0, &[1; 512])?;
+    journal.checkpoint("still damaged", 1000)?;
+    journal.seal_segment()?;
+    // In the second unit of four.
+    folder.flip_bit(folder.place_of(&marked[..4096])? + 5000)?;
+    let before = folder.reader()?.view(journal.seq())?;
+    let followed = Promoted::default();
+    let mut before = before;
+    before.follow(&followed);
+    let Ended::Whole(promoted) = journal.promote(journal.sealed_count() - 1, usize::MAX)? else {
+        panic!("a damaged record stops nothing");
     };
-    assert_eq!((seq, offset_bytes), (damaged_seq, 64 << 10));
-    let reader = folder.reader()?;
-    let newest = reader.catalogue().checkpoints().last().expect("one is left").checkpoint.cut;
-    assert!(image(&folder, &reader.view(newest)?, 0)? == journal.model().image(0, newest));
+    let bad = BadRange { volume: 0, offset_bytes: place + 4096, len_bytes: 4096, seq: damaged_seq };
+    assert_eq!(promoted.bad_ranges.iter().collect::<Vec<_>>(), [bad]);
+    followed.advance(promoted.through.seq, &promoted.bad_ranges);
+    let assert_lost = |view: &View, journal: &SampleJournal<'_>| {
+        let all = image(&folder, view, 0);
+        assert!(matches!(all, Err(ViewError::Corrupt { seq, .. }) if seq == damaged_seq), "{:?}", all.err());
+        let model = journal.model().image(0, view.seq());
+        for (at, good) in [(0, true), (place, true), (place + 4096, false), (place + 8192, true)] {
+            let found = piece(&folder, view, 0, at, 4096);
+            match good {
+                true => assert!(found.expect("it is whole") == model[at as usize..][..4096], "at {at}"),
+                false => assert!(found.is_err(), "at {at}"),
+            }
+        }
+    };
+    assert_lost(&before, &journal);
+    let newest = |folder: &SampleFolder| -> Result<View> {
+        let reader = folder.reader()?;
+        let seq = reader.newest_seq();
+        Ok(reader.view(seq)?)
+    };
+    assert_lost(&newest(&folder)?, &journal);
+    journal.reopen()?;
+    assert_lost(&newest(&folder)?, &journal);
+    let superblocks = folder.take_superblocks()?;
+    assert_lost(&folder.rebuilt_reader()?.view(journal.seq())?, &journal);
+    folder.put_superblocks(&superblocks)?;
+
+    // Half of it is mended by the journal at once, and by promotion for good.
+    journal.write(0, place + 4096, &[5; 2048])?;
+    journal.checkpoint("half mended", 1100)?;
+    journal.flush()?;
+    let view = newest(&folder)?;
+    assert_eq!(piece(&folder, &view, 0, place + 4096, 2048)?, [5; 2048]);
+    assert!(piece(&folder, &view, 0, place + 6144, 512).is_err());
+    journal.seal_segment()?;
+    let Ended::Whole(promoted) = journal.promote(journal.sealed_count(), usize::MAX)? else {
+        panic!("it goes through");
+    };
+    let rest = BadRange { offset_bytes: place + 6144, len_bytes: 2048, ..bad };
+    assert_eq!(promoted.bad_ranges.iter().collect::<Vec<_>>(), [rest]);
+    journal.write(0, place, &[6; 16 << 10])?;
+    journal.checkpoint("mended", 1200)?;
+    journal.seal_segment()?;
+    let Ended::Whole(promoted) = journal.promote(journal.sealed_count(), usize::MAX)? else {
+        panic!("it goes through");
+    };
+    assert!(promoted.bad_ranges.is_empty());
+    let view = newest(&folder)?;
+    assert!(image(&folder, &view, 0)? == journal.model().image(0, view.seq()));
+    Ok(())
+}
+
+#[test]
+fn without_superblocks_a_promotion_that_was_cut_short_is_read_from_the_journal() -> Result<()> {
+    for most_writes in [0, 3, 7] {
+        let folder = SampleFolder::new()?;
+        let mut journal = sample(&folder, 140 + most_writes as u64)?;
+        let Ended::Whole(_) = journal.promote(1, usize::MAX)? else { panic!("it goes through") };
+        let through = journal.sealed_end(1).expect("sealed");
+        assert!(matches!(journal.promote(2, most_writes)?, Ended::Cut));
+        folder.take_superblocks()?;
+        let reader = folder.rebuilt_reader()?;
+        assert_eq!(reader.survey.superblock.oldest_seq(), through);
+        for entry in reader.catalogue().checkpoints() {
+            let cut = entry.checkpoint.cut;
+            for volume in 0..2 {
+                let found = image(&folder, &reader.view(cut)?, volume)?;
+                assert!(found == journal.model().image(volume, cut), "disk {volume} at {cut}");
+            }
+        }
+    }
     Ok(())
 }
 
@@ -179,7 +262,7 @@ fn an_open_view_is_right_while_what_it_shows_is_promoted_and_its_slots_are_used_
     let mut beneath = 0;
     while journal.sealed_end(0).is_some_and(|end| end <= checkpoint.cut) {
         let Ended::Whole(promoted) = journal.promote(1, usize::MAX)? else { panic!("it goes through") };
-        followed.advance(promoted.through.seq);
+        followed.advance(promoted.through.seq, &promoted.bad_ranges);
         beneath += 1;
         // The freed slot is written over.
         for number in 0..8 {

@@ -1,5 +1,6 @@
 //! The per-VM journal: batches, segments, recovery and views. Knows no network and no guest, and never reads the clock.
 
+pub mod bad_ranges;
 pub mod batch;
 pub mod catalogue;
 pub mod format;

@@ -55,10 +55,14 @@ pub enum Bug {
     ViewNotRepointed,
     /// A promotion writes whole pages where a record covers a part of one.
     PromotionPastEdges,
+    /// What was damaged before it was promoted is read from the recovery disk (C5).
+    BadRangesIgnored,
+    /// The list of bad ranges is not written.
+    BadRangesForgotten,
 }
 
 /// All of them.
-pub const ALL: [Bug; 25] = [
+pub const ALL: [Bug; 27] = [
     Bug::SkippedSyncBeforeAck,
     Bug::AheadCountsAsSynced,
     Bug::FailedSyncForgotten,
@@ -84,6 +88,8 @@ pub const ALL: [Bug; 25] = [
     Bug::PromotionWithoutSync,
     Bug::ViewNotRepointed,
     Bug::PromotionPastEdges,
+    Bug::BadRangesIgnored,
+    Bug::BadRangesForgotten,
 ];
 
 /// Whether the bug is switched on in this thread or everywhere.

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::bad_ranges::{BadRange, BadRanges};
 use crate::batch::{CRC_UNIT_BYTES, RecordKind, unit_count, unit_matches};
 use crate::catalogue::Catalogue;
 use crate::format::{Footer, FooterEvent, PAGE_BYTES, Superblock, SuperblockError, VolumeState};
@@ -72,6 +73,12 @@ pub enum ViewError {
     /// The superblock can't be read any more.
     #[error("the journal's superblock cannot be read")]
     Superblock(#[source] SuperblockError),
+}
+
+impl From<BadRange> for ViewError {
+    fn from(bad: BadRange) -> Self {
+        Self::Corrupt { seq: bad.seq, volume: bad.volume, offset_bytes: bad.offset_bytes }
+    }
 }
 
 impl Reader {
@@ -179,12 +186,13 @@ impl Reader {
                 builder.add(footer, segment.header.slot, slot_len_bytes, number, state.base_seq, seq);
             }
         }
+        let promoted = Promoted::new(&self.survey.bad_ranges);
         let resizes = self.events().filter(|event| {
             let record = &event.record;
             record.kind == RecordKind::Resize && record.volume == number && record.seq <= seq
         });
         let size_bytes = resizes.last().map_or(state.size_bytes, |event| event.record.len_bytes);
-        VolumeView { number, size_bytes, index: builder.build(), promoted: Promoted::default() }
+        VolumeView { number, size_bytes, index: builder.build(), promoted }
     }
 }
 
@@ -254,17 +262,50 @@ pub struct VolumeView {
 /// How far promotion has come since a view was opened, shared by all who must know. What it has promoted is read from the recovery
 /// disk: the slots are used again (C3).
 #[derive(Clone, Debug, Default)]
-pub struct Promoted(Arc<AtomicU64>);
+pub struct Promoted(Arc<PromotedState>);
+
+#[derive(Debug, Default)]
+struct PromotedState {
+    through_seq: AtomicU64,
+    /// There are bad ranges: only then anybody takes the lock.
+    has_bad: AtomicBool,
+    bad_ranges: Mutex<Arc<BadRanges>>,
+}
 
 impl Promoted {
-    /// The recovery disks hold everything up to here, durably. To be noted before the slots are freed.
-    pub fn advance(&self, through_seq: u64) {
-        self.0.fetch_max(through_seq, Ordering::AcqRel);
+    /// Of recovery disks of which this can't be trusted (C5).
+    pub fn new(bad_ranges: &BadRanges) -> Self {
+        let promoted = Self::default();
+        promoted.advance(0, bad_ranges);
+        promoted
+    }
+
+    /// The recovery disks hold everything up to here, durably, but for the bad ranges. To be noted before the slots are freed.
+    pub fn advance(&self, through_seq: u64, bad_ranges: &BadRanges) {
+        if self.0.has_bad.load(Ordering::Acquire) || !bad_ranges.is_empty() {
+            *self.0.bad_ranges.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(bad_ranges.clone());
+            self.0.has_bad.store(!bad_ranges.is_empty(), Ordering::Release);
+        }
+        self.0.through_seq.fetch_max(through_seq, Ordering::AcqRel);
+    }
+
+    /// The same as far as a superblock tells. Bad ranges are those that were known when the view was opened: what was damaged since is
+    /// among the view's own records.
+    pub fn raise(&self, through_seq: u64) {
+        self.0.through_seq.fetch_max(through_seq, Ordering::AcqRel);
     }
 
     /// Everything up to here is read from the recovery disks.
     pub fn through_seq(&self) -> u64 {
-        self.0.load(Ordering::Acquire)
+        self.0.through_seq.load(Ordering::Acquire)
+    }
+
+    /// What of the recovery disks can't be trusted, if anything can't.
+    fn bad_ranges(&self) -> Option<Arc<BadRanges>> {
+        if !self.0.has_bad.load(Ordering::Acquire) || planted(Bug::BadRangesIgnored) {
+            return None;
+        }
+        Some(Arc::clone(&self.0.bad_ranges.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 }
 
@@ -287,6 +328,8 @@ pub enum ReadPart {
     },
     /// From the journal's file.
     Journal(JournalPart),
+    /// Lost, because the record was damaged before it was promoted (C5): an error.
+    Bad(BadRange),
 }
 
 /// A part of a read that comes from the journal. More is read than is wanted, so that whole units can be checked.
@@ -317,6 +360,22 @@ impl From<JournalPart> for ReadPart {
 }
 
 impl JournalPart {
+    /// Where the journal's file has a range of an extent, whose payload begins at `payload_offset_bytes` of the file: whole pages that hold
+    /// whole units.
+    pub(crate) fn file_range(extent: &Extent, payload_offset_bytes: u64, range: &Range<u64>) -> Range<u64> {
+        let units = Self::units(extent, range);
+        let page = PAGE_BYTES as u64;
+        (payload_offset_bytes + units.start) / page * page
+            ..(payload_offset_bytes + units.end).next_multiple_of(page)
+    }
+
+    /// The whole units of the payload that hold a range of the volume, in bytes from the payload's start.
+    fn units(extent: &Extent, range: &Range<u64>) -> Range<u64> {
+        let unit = CRC_UNIT_BYTES as u64;
+        let end = (range.end - extent.offset_bytes).next_multiple_of(unit).min(extent.len_bytes);
+        (range.start - extent.offset_bytes) / unit * unit..end
+    }
+
     /// What to read for a range of an extent, whose payload begins at `payload_offset_bytes` of the file.
     pub(crate) fn new(
         volume: u16,
@@ -325,27 +384,22 @@ impl JournalPart {
         payload_offset_bytes: u64,
         range: Range<u64>,
     ) -> Self {
-        let (unit, page) = (CRC_UNIT_BYTES as u64, PAGE_BYTES as u64);
-        let len_bytes = range.end - range.start;
+        let units = Self::units(extent, &range);
+        let read = Self::file_range(extent, payload_offset_bytes, &range);
+        let first_unit = units.start as usize / CRC_UNIT_BYTES;
         let in_payload = range.start - extent.offset_bytes;
-        let first_unit = in_payload / unit;
-        let units_begin = first_unit * unit;
-        let units_end = (in_payload + len_bytes).next_multiple_of(unit).min(extent.len_bytes);
-        let file_begin = payload_offset_bytes + units_begin;
-        let read_offset_bytes = file_begin / page * page;
-        let read_end = (payload_offset_bytes + units_end).next_multiple_of(page);
-        let unit_count = unit_count((units_end - units_begin) as usize);
-        let crc_of = |unit: usize| index.unit_crc(extent, first_unit as usize + unit);
+        let crc_of = |unit: usize| index.unit_crc(extent, first_unit + unit);
+        let units_len_bytes = (units.end - units.start) as usize;
         Self {
             offset_bytes: range.start,
-            len_bytes,
-            read_offset_bytes,
-            read_len_bytes: (read_end - read_offset_bytes) as usize,
-            skip_bytes: (payload_offset_bytes + in_payload - read_offset_bytes) as usize,
+            len_bytes: range.end - range.start,
+            read_offset_bytes: read.start,
+            read_len_bytes: (read.end - read.start) as usize,
+            skip_bytes: (payload_offset_bytes + in_payload - read.start) as usize,
             seq: extent.seq,
-            units_skip_bytes: (file_begin - read_offset_bytes) as usize,
-            units_len_bytes: (units_end - units_begin) as usize,
-            crcs: (0..unit_count).map(crc_of).collect(),
+            units_skip_bytes: (payload_offset_bytes + units.start - read.start) as usize,
+            units_len_bytes,
+            crcs: (0..unit_count(units_len_bytes)).map(crc_of).collect(),
             volume,
         }
     }
@@ -362,7 +416,24 @@ impl JournalPart {
             let (seq, volume, offset_bytes) = (self.seq, self.volume, self.offset_bytes);
             return Err(ViewError::Corrupt { seq, volume, offset_bytes });
         }
-        Ok(&read[self.skip_bytes..self.skip_bytes + self.len_bytes as usize])
+        Ok(self.wanted(read))
+    }
+
+    /// What of the wanted range of the volume is in units whose checksum is wrong, in bytes.
+    pub(crate) fn damage<'a>(&'a self, read: &'a [u8]) -> impl Iterator<Item = Range<u64>> + use<'a> {
+        let units = &read[self.units_skip_bytes..self.units_skip_bytes + self.units_len_bytes];
+        let end = self.offset_bytes + self.len_bytes;
+        // Where the first unit begins on the volume.
+        let begin = self.offset_bytes - (self.skip_bytes - self.units_skip_bytes) as u64;
+        let places = (begin..).step_by(CRC_UNIT_BYTES);
+        let damaged = units.chunks(CRC_UNIT_BYTES).zip(&self.crcs).zip(places);
+        let damaged = damaged.filter(|((unit, crc), _)| !unit_matches(unit, **crc));
+        damaged.map(move |(_, place)| place.max(self.offset_bytes)..(place + CRC_UNIT_BYTES as u64).min(end))
+    }
+
+    /// The wanted bytes of what was read, unchecked.
+    pub(crate) fn wanted<'a>(&self, read: &'a [u8]) -> &'a [u8] {
+        &read[self.skip_bytes..self.skip_bytes + self.len_bytes as usize]
     }
 }
 
@@ -397,12 +468,19 @@ impl VolumeView {
         let end_bytes = offset_bytes.checked_add(len_bytes).filter(|end| *end <= self.size_bytes);
         let end_bytes = end_bytes.ok_or(ViewError::Range)?;
         let (mut parts, mut at) = (Vec::new(), offset_bytes);
-        let gap = |parts: &mut Vec<ReadPart>, from: u64, until: u64| {
-            if from < until {
-                parts.push(ReadPart::RecoveryDisk { offset_bytes: from, len_bytes: until - from });
+        let bad_ranges = self.promoted.bad_ranges();
+        let promoted_seq = if planted(Bug::ViewNotRepointed) { 0 } else { self.promoted.through_seq() };
+        let gap = |parts: &mut Vec<ReadPart>, mut from: u64, until: u64| {
+            while from < until {
+                let bad = bad_ranges.as_ref().and_then(|bad| bad.first_in(self.number, from..until));
+                let good_end = bad.map_or(until, |bad| bad.offset_bytes);
+                if from < good_end {
+                    parts.push(ReadPart::RecoveryDisk { offset_bytes: from, len_bytes: good_end - from });
+                }
+                parts.extend(bad.map(ReadPart::Bad));
+                from = bad.map_or(until, |bad| bad.offset_bytes + bad.len_bytes);
             }
         };
-        let promoted_seq = if planted(Bug::ViewNotRepointed) { 0 } else { self.promoted.through_seq() };
         for (piece, extent) in self.index.overlapping(offset_bytes, len_bytes) {
             if extent.seq <= promoted_seq {
                 continue;
@@ -440,10 +518,12 @@ impl VolumeView {
             let len_bytes = match &part {
                 ReadPart::RecoveryDisk { len_bytes, .. } | ReadPart::Zeroes { len_bytes, .. } => *len_bytes,
                 ReadPart::Journal(part) => part.len_bytes,
+                ReadPart::Bad(bad) => bad.len_bytes,
             };
             let (now, later) = rest.split_at_mut(len_bytes as usize);
             rest = later;
             match part {
+                ReadPart::Bad(bad) => return Err(bad.into()),
                 ReadPart::Zeroes { .. } => now.fill(0),
                 ReadPart::RecoveryDisk { offset_bytes, .. } => read_disk(storage, offset_bytes, now)?,
                 ReadPart::Journal(part) => {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
+use journal::bad_ranges::BadRanges;
 use journal::batch::{BatchLink, BatchSealer, BatchView, PushError, Record};
 use journal::format::VolumeState;
 use journal::promotion::{Promotion, PromotionFile, TransferSizes};
@@ -268,7 +269,11 @@ impl Journal {
     fn free_all(&mut self) -> Result<()> {
         let through = self.writer.closed_segments().last().context("no sealed segment")?.last;
         self.change(Change::AnnouncePromotion { through })?;
-        self.change(Change::EndPromotion { through, size_bytes: vec![DISK_BYTES] })
+        self.change(Change::EndPromotion {
+            through,
+            size_bytes: vec![DISK_BYTES],
+            bad_ranges: BadRanges::default(),
+        })
     }
 
     /// Promotes all; how much was written, and from the first read until it is synced.
@@ -281,7 +286,8 @@ impl Journal {
         let disk = self.storage.add_file(disk);
         let superblock = self.writer.superblock().clone();
         let began = Instant::now();
-        let mut promotion = Promotion::new(superblock, segments, vec![true], TransferSizes::default());
+        let mut promotion =
+            Promotion::new(superblock, BadRanges::default(), segments, vec![true], TransferSizes::default());
         let mut done = Vec::<Completion>::new();
         loop {
             while let Some(action) = promotion.poll_action(8 << 20) {

@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result};
 use journal::batch::{BatchHeader, RecordHeader};
-use journal::format::{SUPERBLOCK_OFFSETS, Superblock};
-use journal::recovery::SurveyOptions;
+use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, VolumeState};
+use journal::recovery::{SurveyOptions, rebuild, survey_as};
 use journal::storage::ring::{Access, DirectFile, RingStorage};
 use journal::view::Reader;
 use zerocopy::{FromBytes, IntoBytes};
@@ -98,6 +98,35 @@ impl SampleFolder {
         let mut storage = RingStorage::new(64).context("io_uring")?;
         let file = storage.add_file(DirectFile::open(&self.journal(), Access::ReadOnly)?);
         Ok(Reader::open(&mut storage, file, SurveyOptions::default())?)
+    }
+
+    /// The same after both superblocks were lost: made up from the segments.
+    ///
+    /// # Errors
+    /// What it says if it refuses the journal.
+    pub fn rebuilt_reader(&self) -> Result<Reader> {
+        let mut storage = RingStorage::new(64).context("io_uring")?;
+        let file = storage.add_file(DirectFile::open(&self.journal(), Access::ReadOnly)?);
+        let volume = |number| -> Option<VolumeState> {
+            let size_bytes = fs::metadata(self.disk(number)).ok()?.len();
+            Some(VolumeState { id: uuid::Uuid::nil(), base_seq: 0, size_bytes, fresh_image: false })
+        };
+        let rebuilt = rebuild(&mut storage, file, None, (0..).map_while(volume).collect())?;
+        let survey = survey_as(&mut storage, file, rebuilt.superblock, SurveyOptions::default())?;
+        Ok(Reader::of(&mut storage, file, survey)?)
+    }
+
+    /// Destroys both superblocks; gives what they were.
+    pub fn take_superblocks(&self) -> Result<[Vec<u8>; 2]> {
+        let bytes = self.bytes()?;
+        SUPERBLOCK_OFFSETS.iter().try_for_each(|place| self.overwrite(*place, &[0; PAGE_BYTES]))?;
+        Ok(SUPERBLOCK_OFFSETS.map(|place| bytes[place as usize..][..PAGE_BYTES].to_vec()))
+    }
+
+    /// Puts back what [`Self::take_superblocks`] gave.
+    pub fn put_superblocks(&self, superblocks: &[Vec<u8>; 2]) -> Result<()> {
+        let mut places = SUPERBLOCK_OFFSETS.iter().zip(superblocks);
+        places.try_for_each(|(place, bytes)| self.overwrite(*place, bytes))
     }
 
     /// Changes both copies of the superblock.

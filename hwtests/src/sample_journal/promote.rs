@@ -12,7 +12,7 @@ use super::SampleJournal;
 const WINDOW_BYTES: u64 = 64 << 10;
 
 /// How a promotion ended.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub enum Ended {
     /// All is promoted.
     Whole(Promoted),
@@ -45,15 +45,17 @@ impl SampleJournal<'_> {
             let disk = DirectFile::open(&self.folder.disk(volume), Access::Exclusive)?;
             disks.push(self.storage.add_file(disk));
         }
-        let sizes = TransferSizes { run_max_bytes: 16 << 10, punch_min_bytes: 8 << 10 };
-        let promotion = Promotion::new(superblock, segments, reserved, sizes);
+        let sizes =
+            TransferSizes { run_max_bytes: 16 << 10, punch_min_bytes: 8 << 10, chunk_bytes: 32 << 10 };
+        let promotion =
+            Promotion::new(superblock, self.writer.bad_ranges().clone(), segments, reserved, sizes);
         let ended = self.run(promotion, &disks, most_writes);
         for disk in disks {
             self.storage.remove_file(disk);
         }
         let ended = ended?;
-        if let Ended::Whole(Promoted { through, size_bytes, .. }) = &ended {
-            self.change(Change::EndPromotion { through: *through, size_bytes: size_bytes.clone() })?;
+        if let Ended::Whole(Promoted { through, size_bytes, bad_ranges, .. }) = ended.clone() {
+            self.change(Change::EndPromotion { through, size_bytes, bad_ranges })?;
         }
         Ok(ended)
     }

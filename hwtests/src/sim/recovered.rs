@@ -1,10 +1,12 @@
 //! What can be recovered from a target's files, against what the ledger knows.
 
-use journal::batch::RecordKind;
+use journal::batch::{Checkpoint, RecordKind};
 use journal::format::FIRST_SLOT_OFFSET_BYTES;
 use journal::recovery::{OpenError, SurveyOptions};
 use journal::storage::{Blocking, Purpose};
 use journal::view::{Reader, View, ViewError};
+use vra::api::{CheckpointId, TimeUs};
+use vra::receive::ListedCheckpoint;
 
 use super::coverage::Happening;
 use super::env::Env;
@@ -23,10 +25,16 @@ pub(super) fn compare_beside_writer(site: &TargetSite, ledger: &Ledger, env: &mu
         Err(error) => return Err(format!("a reader beside the writer: {error:?}")),
     };
     if let Some(receiver) = site.receiver() {
-        let listed = receiver.catalogue();
         let found = reader.catalogue().checkpoints();
-        if let Some(lost) = listed.checkpoints().iter().find(|entry| !found.contains(entry)) {
-            return Err(format!("the target lists checkpoint {}, its journal doesn't", lost.seq));
+        let is_found = |listed: &&ListedCheckpoint| {
+            found.iter().any(|entry| {
+                let Checkpoint { epoch, cut, time_us, .. } = entry.checkpoint;
+                let id = CheckpointId { nonce: epoch.nonce.as_u128(), counter: epoch.counter };
+                (id, cut, TimeUs(time_us)) == (listed.id, listed.cut, listed.time_us)
+            })
+        };
+        if let Some(lost) = receiver.checkpoints().iter_from(0).find(|listed| !is_found(listed)) {
+            return Err(format!("the target lists the checkpoint at {}, its journal doesn't", lost.cut));
         }
     }
     let count = reader.catalogue().checkpoints().len();
@@ -58,9 +66,11 @@ pub(super) fn compare_cut(
 /// A checkpoint that can be opened now, to be pinned.
 pub(super) fn any_cut(site: &TargetSite, env: &mut Env) -> Option<u64> {
     let receiver = site.receiver()?;
-    let listed = receiver.catalogue();
-    let count = listed.checkpoints().len();
-    (count > 0).then(|| listed.checkpoints()[env.any_index(count)].checkpoint.cut)
+    let listed = receiver.checkpoints();
+    if listed.is_empty() {
+        return None;
+    }
+    listed.iter_from(env.any_index(listed.len())).next().map(|listed| listed.cut)
 }
 
 /// Opens a view that stays open. What is armed for the target may meet it: then there is none.

@@ -100,6 +100,7 @@ impl TargetSite {
             promotion: TransferSizes {
                 run_max_bytes: 4096 << env.rng.below(5),
                 punch_min_bytes: 1024 << env.rng.below(5),
+                chunk_bytes: 4096 << env.rng.below(6),
             },
             give_up_history: env.rng.one_in(2),
             window_bytes: 1 << 20,
@@ -224,7 +225,9 @@ impl TargetSite {
                         ReceiverEvent::Failed { durable_through, .. } => {
                             process.failed = Some(*durable_through);
                         }
-                        ReceiverEvent::Promoted { through_seq, .. } => self.promoted.advance(*through_seq),
+                        ReceiverEvent::Promoted { through_seq, bad_ranges, .. } => {
+                            self.promoted.advance(*through_seq, bad_ranges);
+                        }
                         _ => {}
                     }
                     told.push(Told::Event(event));

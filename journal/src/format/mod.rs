@@ -1,6 +1,7 @@
 //! The journal file, format version 1, as drawn in `docs/journal-format.md`: what is where, and the bytes of
 //! superblock, manifest, segment header, footer and trailer. Everything that is read is checked strictly and bounded.
 
+pub mod bad_list;
 pub mod manifest;
 pub mod segment;
 pub mod superblock;
@@ -21,6 +22,10 @@ pub const SUPERBLOCK_OFFSETS: [u64; 2] = [0, 64 << 10];
 pub const MANIFEST_OFFSETS: [u64; 2] = [128 << 10, 512 << 10];
 /// Length of a manifest slot, in bytes.
 pub const MANIFEST_SLOT_BYTES: usize = 384 << 10;
+/// Where the two slots of the list of bad ranges are, in bytes from the file's start.
+pub const BAD_LIST_OFFSETS: [u64; 2] = [896 << 10, 960 << 10];
+/// Length of such a slot, in bytes.
+pub const BAD_LIST_SLOT_BYTES: usize = 64 << 10;
 /// Where segment slot 0 begins, in bytes from the file's start.
 pub const FIRST_SLOT_OFFSET_BYTES: u64 = 1 << 20;
 /// Length of a segment slot unless set otherwise, in bytes.

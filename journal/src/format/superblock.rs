@@ -34,7 +34,9 @@ pub struct Superblock {
     /// How often the journal was opened for writing (C1).
     pub open_count: u64,
     /// Which manifest counts, if one was written.
-    pub manifest: Option<ManifestPlace>,
+    pub manifest: Option<PairPlace>,
+    /// Which list of bad ranges counts, if there are any (C5).
+    pub bad_list: Option<PairPlace>,
     /// Number of the oldest segment that counts; all below are free.
     pub low_water_segment: u64,
     /// The stream's place before that segment: everything up to it is in the recovery disks.
@@ -57,13 +59,20 @@ pub struct Superblock {
     pub volumes: Vec<VolumeState>,
 }
 
-/// Which manifest slot counts and what is in it.
+/// Which slot of a pair counts and what is in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ManifestPlace {
-    /// 0 or 1: the slot at [`MANIFEST_OFFSETS`].
+pub struct PairPlace {
+    /// 0 or 1: the slot at [`MANIFEST_OFFSETS`] or [`super::BAD_LIST_OFFSETS`].
     pub slot: u32,
-    /// CRC of the slot's header, which covers the text.
+    /// CRC in the slot's header, which covers the rest.
     pub crc: u32,
+}
+
+impl PairPlace {
+    /// The slot that the next write goes to.
+    pub fn other_slot(place: Option<Self>) -> u32 {
+        place.map_or(0, |place| 1 - place.slot)
+    }
 }
 
 /// Whether the journal has a history.
@@ -151,6 +160,11 @@ impl Superblock {
             page.manifest_slot = manifest.slot.into();
             page.manifest_crc = manifest.crc.into();
         }
+        if let Some(bad_list) = self.bad_list {
+            page.required_features = FEATURE_BAD_RANGES.into();
+            page.bad_list_slot = bad_list.slot.into();
+            page.bad_list_crc = bad_list.crc.into();
+        }
         page.low_water_segment = self.low_water_segment.into();
         page.low_water_seq = self.low_water.seq.into();
         page.low_water_batch_crc = self.low_water.batch_crc.into();
@@ -188,8 +202,9 @@ impl Superblock {
         if page.crc.get() != page_crc(page.as_bytes(), offset_of!(SuperblockPage, crc)) {
             return Err(SuperblockError::Crc);
         }
-        if page.required_features.get() != 0 {
-            return Err(SuperblockError::Features(page.required_features.get()));
+        let features = page.required_features.get();
+        if features & !FEATURE_BAD_RANGES != 0 {
+            return Err(SuperblockError::Features(features));
         }
         let check = |good: bool, field| if good { Ok(()) } else { Err(SuperblockError::Field(field)) };
         let slot_len_bytes = page.slot_len_bytes.get();
@@ -211,10 +226,13 @@ impl Superblock {
         };
         let manifest = match page.manifest_present.get() {
             0 => None,
-            1 => Some(ManifestPlace { slot: page.manifest_slot.get(), crc: page.manifest_crc.get() }),
+            1 => Some(PairPlace { slot: page.manifest_slot.get(), crc: page.manifest_crc.get() }),
             _ => return Err(SuperblockError::Field("manifest_present")),
         };
         check(manifest.is_none_or(|place| (place.slot as usize) < MANIFEST_OFFSETS.len()), "manifest_slot")?;
+        let bad_list = (features & FEATURE_BAD_RANGES != 0)
+            .then(|| PairPlace { slot: page.bad_list_slot.get(), crc: page.bad_list_crc.get() });
+        check(bad_list.is_none_or(|place| place.slot < 2), "bad_list_slot")?;
         let volume_count = page.volume_count.get() as usize;
         check(volume_count <= MAX_VOLUMES, "volume_count")?;
         let mut volumes = Vec::with_capacity(volume_count);
@@ -236,6 +254,7 @@ impl Superblock {
             slot_count: page.slot_count.get(),
             open_count: page.open_count.get(),
             manifest,
+            bad_list,
             low_water_segment: page.low_water_segment.get(),
             low_water: ChainPoint {
                 seq: page.low_water_seq.get(),
@@ -261,6 +280,8 @@ impl Superblock {
     }
 }
 
+/// Bit of [`SuperblockPage::required_features`]: parts of the recovery disks must not be read.
+const FEATURE_BAD_RANGES: u64 = 1;
 /// [`VolumeEntry::flags`]: [`VolumeState::fresh_image`].
 const VOLUME_FRESH: u32 = 1;
 
@@ -304,9 +325,9 @@ struct SuperblockPage {
     low_water_batch_crc: U32,
     /// 1 if a manifest was written.
     manifest_present: U32,
-    /// [`ManifestPlace::slot`].
+    /// [`PairPlace::slot`].
     manifest_slot: U32,
-    /// [`ManifestPlace::crc`].
+    /// [`PairPlace::crc`].
     manifest_crc: U32,
     /// [`Superblock::promotion_intent_seq`].
     promotion_intent_seq: U64,
@@ -328,8 +349,12 @@ struct SuperblockPage {
     encryption_key_id: [u8; 16],
     /// That key, wrapped by the site's; zero without encryption.
     encryption_wrapped_key: [u8; 96],
+    /// [`PairPlace::slot`] of the list of bad ranges; means nothing without [`FEATURE_BAD_RANGES`].
+    bad_list_slot: U32,
+    /// [`PairPlace::crc`] of the list of bad ranges.
+    bad_list_crc: U32,
     /// Zero.
-    reserved: [u8; 688],
+    reserved: [u8; 680],
     /// The volumes by number; unused ones zero.
     volumes: [VolumeEntry; MAX_VOLUMES],
 }
@@ -359,5 +384,7 @@ const _: () = {
     assert!(offset_of!(SuperblockPage, promotion_intent_seq) == 152);
     assert!(offset_of!(SuperblockPage, encryption) == 216);
     assert!(offset_of!(SuperblockPage, volumes) == 1024);
-    assert!(MANIFEST_OFFSETS[1] + MANIFEST_SLOT_BYTES as u64 <= FIRST_SLOT_OFFSET_BYTES);
+    assert!(offset_of!(SuperblockPage, bad_list_slot) == 336);
+    assert!(MANIFEST_OFFSETS[1] + MANIFEST_SLOT_BYTES as u64 <= super::BAD_LIST_OFFSETS[0]);
+    assert!(super::BAD_LIST_OFFSETS[1] + super::BAD_LIST_SLOT_BYTES as u64 <= FIRST_SLOT_OFFSET_BYTES);
 };

@@ -2,22 +2,26 @@
 //!
 //! The caller has announced it ([`crate::writer::Change::AnnouncePromotion`]) and moves the low-water mark when it has ended
 //! ([`crate::writer::Change::EndPromotion`]). In between this machine reads the segments' footers, finds the newest record of each block,
-//! and carries those blocks over in the order of the disk; then it syncs the disks. Doing it again after a crash, whole or in part, gives the
-//! same disks.
+//! and carries those blocks over: a chunk is read in the order of the journal and written in the order of the disk, while the next one is
+//! read. Then it syncs the disks. Doing it again after a crash, whole or in part, gives the same disks.
 
+mod chunks;
 mod run;
 mod runs;
 
 use std::collections::{BTreeMap, VecDeque};
 
+use crate::bad_ranges::{BadRange, BadRanges};
 use crate::batch::RecordKind;
-use crate::format::{ChainPoint, Footer, FooterEvent, Superblock, slot_offset_bytes};
+use crate::format::bad_list::MAX_BAD_RANGES;
+use crate::format::{ChainPoint, Footer, FooterEvent, PAGE_BYTES, Superblock, slot_offset_bytes};
 use crate::index::IndexBuilder;
 use crate::planted::{Bug, planted};
 use crate::scan::{Ownership, scan};
 use crate::storage::{AlignedBuf, Op, Purpose, StorageError};
 use crate::writer::ClosedSegment;
 
+use chunks::{Chunk, Chunks};
 use run::Run;
 pub use runs::TransferSizes;
 use runs::{Runs, Work};
@@ -53,6 +57,9 @@ pub struct Promoted {
     pub size_bytes: Vec<u64>,
     /// How much was written to the recovery disks, in bytes, without zeroes.
     pub written_bytes: u64,
+    /// What of the recovery disks can't be trusted now: what couldn't before and wasn't written over, and the damaged records of
+    /// this promotion (C5).
+    pub bad_ranges: BadRanges,
 }
 
 /// Why a promotion cannot go on. The journal and the recovery disks stay as they are: announced, not promoted.
@@ -78,16 +85,6 @@ pub enum PromotionError {
         /// The last record that can be read.
         after_seq: u64,
     },
-    /// A record's payload is damaged.
-    #[error("checksum of record {seq} is wrong at {offset_bytes} of volume {volume}")]
-    Record {
-        /// The record.
-        seq: u64,
-        /// Its volume.
-        volume: u16,
-        /// Where on the volume, in bytes.
-        offset_bytes: u64,
-    },
 }
 
 impl PromotionError {
@@ -112,47 +109,73 @@ pub struct Promotion {
     ready: VecDeque<(Doing, PromotionFile, Op)>,
     running: BTreeMap<u64, (Doing, PromotionFile)>,
     next_token: u64,
-    /// Runs whose reads have not all ended.
-    reading: BTreeMap<u64, Run>,
-    next_run: u64,
-    /// Of runs that are being read or written.
-    in_flight_bytes: u64,
+    /// Of footers and chunks that are being read.
+    reading_bytes: u64,
+    /// Of runs whose base is being read, or that are being written.
+    writing_bytes: u64,
     touched: Vec<bool>,
     size_bytes: Vec<u64>,
     written_bytes: u64,
+    bad_ranges: BadRanges,
+    /// Parts of damaged records.
+    damaged: Vec<BadRange>,
 }
 
 #[derive(Debug)]
 enum Stage {
-    /// Finding out what the segments hold; how many have not told yet.
+    /// Finding out what the segments hold.
     Footers {
+        /// The next segment to ask.
+        next: usize,
+        /// How many have not told yet.
         missing: usize,
         builders: Vec<IndexBuilder>,
     },
-    Carrying(Runs),
+    Carrying(Box<Carrying>),
     Syncing,
     Done,
+}
+
+#[derive(Debug)]
+struct Carrying {
+    chunks: Chunks,
+    /// The chunk that is read while the one before is written.
+    next: Option<Chunk>,
+    runs: Option<Runs>,
+    /// Runs that wait for what is on the disk.
+    waiting: BTreeMap<u64, Run>,
+    next_run: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
 enum Doing {
     ReadFooter { segment: usize },
     ReadSlot { segment: usize },
-    ReadFor { run: u64, read: usize },
+    ReadChunk { read: usize },
+    ReadPage { read: usize, offset_bytes: u64 },
+    ReadBase { run: u64 },
     Write { len_bytes: u64 },
     Punch { volume: u16, offset_bytes: u64, len_bytes: u64 },
     Reserve,
     Sync,
 }
 
+impl Doing {
+    /// What of a disk is being written now: the next chunk may share pages with it.
+    fn is_of_runs(self) -> bool {
+        matches!(self, Self::ReadBase { .. } | Self::Write { .. } | Self::Punch { .. } | Self::Reserve)
+    }
+}
+
 /// Operations of one promotion in the kernel at once.
 const MAX_RUNNING: usize = 128;
 
 impl Promotion {
-    /// Promotes these segments, the oldest of the journal. `reserved` says of each volume's recovery disk whether its space stays reserved
+    /// Promotes these segments, the oldest of the journal. `bad_ranges` is what of the recovery disks can't be trusted before. `reserved` says of each volume's recovery disk whether its space stays reserved
     /// where it reads zeroes.
     pub fn new(
         superblock: Superblock,
+        bad_ranges: BadRanges,
         segments: Vec<ClosedSegment>,
         reserved: Vec<bool>,
         sizes: TransferSizes,
@@ -160,30 +183,27 @@ impl Promotion {
         let through = segments.last().map_or(superblock.low_water, |segment| segment.last);
         let count = superblock.volumes.len();
         let size_bytes = superblock.volumes.iter().map(|volume| volume.size_bytes).collect();
-        let mut promotion = Self {
+        let skipped = usize::from(planted(Bug::PromotionSkipsSegment) && segments.len() > 1);
+        let missing = segments.len() - skipped;
+        let builders = std::iter::repeat_with(IndexBuilder::default).take(count).collect();
+        Self {
             through,
             superblock,
             segments,
             reserved,
             sizes,
-            stage: Stage::Done,
+            stage: Stage::Footers { next: skipped, missing, builders },
             ready: VecDeque::new(),
             running: BTreeMap::new(),
             next_token: 1,
-            reading: BTreeMap::new(),
-            next_run: 0,
-            in_flight_bytes: 0,
+            reading_bytes: 0,
+            writing_bytes: 0,
             touched: vec![false; count],
             size_bytes,
             written_bytes: 0,
-        };
-        let skipped = usize::from(planted(Bug::PromotionSkipsSegment) && promotion.segments.len() > 1);
-        for segment in skipped..promotion.segments.len() {
-            promotion.ask_for_footer(segment);
+            bad_ranges,
+            damaged: Vec::new(),
         }
-        let builders = std::iter::repeat_with(IndexBuilder::default).take(count).collect();
-        promotion.stage = Stage::Footers { missing: promotion.ready.len(), builders };
-        promotion
     }
 
     /// Where it ends.
@@ -202,10 +222,11 @@ impl Promotion {
             through: self.through,
             size_bytes: self.size_bytes.clone(),
             written_bytes: self.written_bytes,
+            bad_ranges: self.bad_ranges.clone(),
         })
     }
 
-    /// The next thing to do, as long as no more than `window_bytes` of disk content are under way.
+    /// The next thing to do, as long as no more than about `window_bytes` are under way.
     pub fn poll_action(&mut self, window_bytes: u64) -> Option<PromotionAction> {
         if self.running.len() >= MAX_RUNNING {
             return None;
@@ -238,9 +259,19 @@ impl Promotion {
                 let slot = result.map_err(PromotionError::Journal)?.expect("a read gives its buffer back");
                 self.slot_read(segment, &slot)?;
             }
-            (Doing::ReadFor { run, read }, result) => self.run_read(run, read, result)?,
+            (Doing::ReadChunk { read }, result) => self.chunk_read(read, result)?,
+            (Doing::ReadPage { read, offset_bytes }, result) => {
+                self.page_read(read, offset_bytes, result)?;
+            }
+            (Doing::ReadBase { run }, result) => {
+                let base = result.map_err(|source| PromotionError::of(file, source))?;
+                let Stage::Carrying(carrying) = &mut self.stage else { return Ok(false) };
+                if let Some(run) = carrying.waiting.remove(&run) {
+                    self.write_run(&run, base);
+                }
+            }
             (Doing::Write { len_bytes }, Ok(_)) => {
-                self.in_flight_bytes -= len_bytes;
+                self.writing_bytes -= len_bytes;
                 self.written_bytes += len_bytes;
             }
             (Doing::Punch { volume, offset_bytes, len_bytes }, Ok(_)) => {
@@ -258,30 +289,79 @@ impl Promotion {
 
     fn advance(&mut self, window_bytes: u64) {
         self.end_stage();
-        while self.ready.is_empty() && (self.in_flight_bytes == 0 || self.in_flight_bytes < window_bytes) {
-            let Stage::Carrying(runs) = &mut self.stage else { return };
-            match runs.next() {
-                Some(Work::Run(run)) => self.begin_run(run),
-                Some(Work::Zeroes { volume, offset_bytes, len_bytes }) => {
-                    self.touched[usize::from(volume)] = true;
-                    let doing = Doing::Punch { volume, offset_bytes, len_bytes };
-                    let op = Op::Punch { offset_bytes, len_bytes };
-                    self.ready.push_back((doing, PromotionFile::Disk(volume), op));
-                }
-                None => return,
+        // Reading and writing have half of it each, and at least one operation.
+        let has_room = |bytes: u64| bytes == 0 || bytes < window_bytes / 2;
+        while self.ready.is_empty() && has_room(self.reading_bytes) && self.begin_read() {}
+        while self.ready.is_empty() && has_room(self.writing_bytes) && self.begin_work() {}
+    }
+
+    /// The next read of the journal; false if there is none now.
+    fn begin_read(&mut self) -> bool {
+        match &mut self.stage {
+            Stage::Footers { next, .. } if *next < self.segments.len() => {
+                let segment = *next;
+                *next += 1;
+                self.ask_for_footer(segment);
+                true
             }
+            Stage::Carrying(carrying) => {
+                if carrying.next.is_none() {
+                    carrying.next = carrying.chunks.next();
+                }
+                let Some((read, range)) = carrying.next.as_mut().and_then(Chunk::next_read) else {
+                    return false;
+                };
+                let len_bytes = range.end - range.start;
+                self.reading_bytes += len_bytes;
+                let buffer = AlignedBuf::zeroed(len_bytes as usize);
+                let op = Op::Read { offset_bytes: range.start, buffer };
+                self.ready.push_back((Doing::ReadChunk { read }, PromotionFile::Journal, op));
+                true
+            }
+            _ => false,
         }
+    }
+
+    /// The next stretch of a recovery disk; false if there is none now.
+    fn begin_work(&mut self) -> bool {
+        let Stage::Carrying(carrying) = &mut self.stage else { return false };
+        let Carrying { chunks, next, runs, .. } = &mut **carrying;
+        if runs.as_ref().is_none_or(Runs::is_done) {
+            // The next chunk may share pages with this one: what is on the disk is read only when this one is there.
+            if self.running.values().any(|(doing, _)| doing.is_of_runs()) {
+                return false;
+            }
+            let Some(chunk) = next.take_if(|chunk| chunk.is_read()) else { return false };
+            *runs = Some(Runs::new(chunk, self.sizes));
+        }
+        match runs.as_mut().and_then(|runs| runs.next(chunks.indexes())) {
+            Some(Work::Run(run)) => self.begin_run(run),
+            Some(Work::Zeroes { volume, offset_bytes, len_bytes }) => {
+                self.touched[usize::from(volume)] = true;
+                let doing = Doing::Punch { volume, offset_bytes, len_bytes };
+                let op = Op::Punch { offset_bytes, len_bytes };
+                self.ready.push_back((doing, PromotionFile::Disk(volume), op));
+            }
+            None => return false,
+        }
+        true
     }
 
     /// Goes from stage to stage as long as nothing is left of one: a promotion without anything to write ends at once.
     fn end_stage(&mut self) {
         while self.ready.is_empty() && self.running.is_empty() {
             match &mut self.stage {
-                Stage::Footers { missing: 0, builders } => {
+                Stage::Footers { missing: 0, builders, .. } => {
                     let indexes = std::mem::take(builders).into_iter().map(IndexBuilder::build).collect();
-                    self.stage = Stage::Carrying(Runs::new(indexes, self.sizes));
+                    let chunks = Chunks::new(indexes, self.sizes.chunk_bytes);
+                    let carrying =
+                        Carrying { chunks, next: None, runs: None, waiting: BTreeMap::new(), next_run: 0 };
+                    self.stage = Stage::Carrying(Box::new(carrying));
                 }
-                Stage::Carrying(runs) if runs.is_done() => {
+                Stage::Carrying(carrying) if carrying.is_done() => {
+                    self.bad_ranges.heal_promoted(carrying.chunks.indexes());
+                    self.damaged.drain(..).for_each(|damaged| self.bad_ranges.add(damaged));
+                    self.bad_ranges.coarsen(MAX_BAD_RANGES);
                     self.stage = Stage::Syncing;
                     let touched = (0_u16..).zip(&self.touched).filter(|(_, touched)| **touched);
                     if !planted(Bug::PromotionWithoutSync) {
@@ -300,6 +380,7 @@ impl Promotion {
         let Some(trailer) = trailer else { return self.ask_for_slot(segment) };
         let offset_bytes =
             slot_offset_bytes(header.slot, self.superblock.slot_len_bytes) + trailer.data_end_bytes;
+        self.reading_bytes += trailer.footer_len_bytes;
         let op = Op::Read { offset_bytes, buffer: AlignedBuf::zeroed(trailer.footer_len_bytes as usize) };
         self.ready.push_back((Doing::ReadFooter { segment }, PromotionFile::Journal, op));
     }
@@ -308,12 +389,14 @@ impl Promotion {
     fn ask_for_slot(&mut self, segment: usize) {
         let slot_len_bytes = self.superblock.slot_len_bytes;
         let offset_bytes = slot_offset_bytes(self.segments[segment].header.slot, slot_len_bytes);
+        self.reading_bytes += slot_len_bytes;
         let op = Op::Read { offset_bytes, buffer: AlignedBuf::zeroed(slot_len_bytes as usize) };
         self.ready.push_back((Doing::ReadSlot { segment }, PromotionFile::Journal, op));
     }
 
     fn footer_read(&mut self, segment: usize, bytes: Option<AlignedBuf>) {
         let trailer = self.segments[segment].trailer.as_ref();
+        self.reading_bytes -= trailer.map_or(0, |trailer| trailer.footer_len_bytes);
         let footer = bytes.zip(trailer).and_then(|(bytes, trailer)| {
             Footer::decode(&bytes, trailer.footer_crc, trailer.data_end_bytes).ok()
         });
@@ -324,6 +407,7 @@ impl Promotion {
     }
 
     fn slot_read(&mut self, segment: usize, slot: &[u8]) -> Result<(), PromotionError> {
+        self.reading_bytes -= self.superblock.slot_len_bytes;
         let ClosedSegment { header, last, .. } = &self.segments[segment];
         let found = scan(slot, header, Ownership::of(&self.superblock), None);
         if found.last.seq < last.seq {
@@ -335,7 +419,7 @@ impl Promotion {
     }
 
     fn take_footer(&mut self, segment: usize, footer: &Footer) {
-        let Stage::Footers { missing, builders } = &mut self.stage else { return };
+        let Stage::Footers { missing, builders, .. } = &mut self.stage else { return };
         *missing -= 1;
         let slot = self.segments[segment].header.slot;
         for (number, builder) in (0_u16..).zip(builders) {
@@ -352,47 +436,79 @@ impl Promotion {
         }
     }
 
-    fn begin_run(&mut self, run: Run) {
-        self.touched[usize::from(run.volume())] = true;
-        self.in_flight_bytes += run.len_bytes() as u64;
-        if run.is_read() {
-            // All zeroes, whose content needs no read and can't be damaged.
-            return self.write_run(&run);
-        }
-        let number = self.next_run;
-        self.next_run += 1;
-        for (read, wanted) in run.reads().iter().enumerate() {
-            let op =
-                Op::Read { offset_bytes: wanted.offset_bytes, buffer: AlignedBuf::zeroed(wanted.len_bytes) };
-            self.ready.push_back((Doing::ReadFor { run: number, read }, wanted.file, op));
-        }
-        self.reading.insert(number, run);
-    }
-
-    fn run_read(
+    fn chunk_read(
         &mut self,
-        number: u64,
         read: usize,
         result: Result<Option<AlignedBuf>, StorageError>,
     ) -> Result<(), PromotionError> {
-        let Some(run) = self.reading.get_mut(&number) else { return Ok(()) };
-        let file = run.reads()[read].file;
-        let buffer = result.map_err(|source| PromotionError::of(file, source))?;
-        run.take(read, buffer.expect("a read gives its buffer back"));
-        if run.is_read()
-            && let Some(run) = self.reading.remove(&number)
-        {
-            run.check()?;
-            self.write_run(&run);
+        let Stage::Carrying(carrying) = &mut self.stage else { return Ok(()) };
+        let Some(chunk) = &mut carrying.next else { return Ok(()) };
+        let range = chunk.read_range(read);
+        match result {
+            Ok(buffer) => {
+                self.reading_bytes -= range.end - range.start;
+                chunk.take(read, buffer.expect("a read gives its buffer back"));
+            }
+            Err(error) if error.is_medium() => {
+                // Page by page: only what can't be read is lost, and its checksums will tell.
+                chunk.begin_again(read);
+                for offset_bytes in range.step_by(PAGE_BYTES) {
+                    let op = Op::Read { offset_bytes, buffer: AlignedBuf::zeroed(PAGE_BYTES) };
+                    let doing = Doing::ReadPage { read, offset_bytes };
+                    self.ready.push_back((doing, PromotionFile::Journal, op));
+                }
+            }
+            Err(error) => return Err(PromotionError::Journal(error)),
         }
         Ok(())
     }
 
-    fn write_run(&mut self, run: &Run) {
+    fn page_read(
+        &mut self,
+        read: usize,
+        offset_bytes: u64,
+        result: Result<Option<AlignedBuf>, StorageError>,
+    ) -> Result<(), PromotionError> {
+        let Stage::Carrying(carrying) = &mut self.stage else { return Ok(()) };
+        let Some(chunk) = &mut carrying.next else { return Ok(()) };
+        match result {
+            Ok(page) => chunk.take_page(read, offset_bytes, page.as_deref()),
+            Err(error) if error.is_medium() => chunk.take_page(read, offset_bytes, None),
+            Err(error) => return Err(PromotionError::Journal(error)),
+        }
+        if chunk.has_read(read) {
+            let range = chunk.read_range(read);
+            self.reading_bytes -= range.end - range.start;
+        }
+        Ok(())
+    }
+
+    fn begin_run(&mut self, run: Run) {
+        // What is damaged is written as it is, and never read.
+        self.damaged.extend(run.damage());
+        self.touched[usize::from(run.volume())] = true;
+        self.writing_bytes += run.len_bytes() as u64;
+        if !run.needs_base() {
+            return self.write_run(&run, None);
+        }
+        let Stage::Carrying(carrying) = &mut self.stage else { return };
+        let number = carrying.next_run;
+        carrying.next_run += 1;
+        let op = Op::Read { offset_bytes: run.offset_bytes(), buffer: AlignedBuf::zeroed(run.len_bytes()) };
+        self.ready.push_back((Doing::ReadBase { run: number }, PromotionFile::Disk(run.volume()), op));
+        carrying.waiting.insert(number, run);
+    }
+
+    fn write_run(&mut self, run: &Run, base: Option<AlignedBuf>) {
         let (volume, offset_bytes) = (run.volume(), run.offset_bytes());
-        let content = run.content();
-        let doing = Doing::Write { len_bytes: content.len() as u64 };
-        let op = Op::Write { offset_bytes, pieces: vec![content.into_bytes()] };
+        let doing = Doing::Write { len_bytes: run.len_bytes() as u64 };
+        let op = Op::Write { offset_bytes, pieces: run.content(base) };
         self.ready.push_back((doing, PromotionFile::Disk(volume), op));
+    }
+}
+
+impl Carrying {
+    fn is_done(&self) -> bool {
+        self.chunks.is_done() && self.next.is_none() && self.runs.as_ref().is_none_or(Runs::is_done)
     }
 }

@@ -1,10 +1,11 @@
-//! Cuts what is to be promoted into stretches, in the order of the disks.
+//! Cuts a chunk into stretches, in the order of the disks.
 
 use crate::format::PAGE_BYTES;
 use crate::index::Index;
 use crate::planted::{Bug, planted};
 use crate::view::JournalPart;
 
+use super::chunks::Chunk;
 use super::run::Run;
 
 /// What to do next.
@@ -16,14 +17,13 @@ pub(super) enum Work {
     Zeroes { volume: u16, offset_bytes: u64, len_bytes: u64 },
 }
 
-/// All of it, made step by step.
+/// A chunk's stretches, made one by one.
 #[derive(Debug)]
 pub(super) struct Runs {
-    indexes: Vec<Index>,
+    chunk: Chunk,
     sizes: TransferSizes,
-    volume: usize,
-    piece: usize,
-    /// Everything before this place of the volume is done.
+    at: usize,
+    /// Everything before this place of the piece at hand's volume is done.
     done_bytes: u64,
 }
 
@@ -34,42 +34,41 @@ pub struct TransferSizes {
     pub run_max_bytes: u64,
     /// Zeroes of at least this many bytes are punched, shorter ones written.
     pub punch_min_bytes: u64,
+    /// How much of the journal is read before it is written in the disks' order, in bytes: twice as much memory is taken.
+    pub chunk_bytes: u64,
 }
 
 impl Default for TransferSizes {
     fn default() -> Self {
-        Self { run_max_bytes: 512 << 10, punch_min_bytes: 64 << 10 }
+        Self { run_max_bytes: 512 << 10, punch_min_bytes: 64 << 10, chunk_bytes: 16 << 20 }
     }
 }
 
 const PAGE: u64 = PAGE_BYTES as u64;
 
 impl Runs {
-    /// Of the newest records of each volume.
-    pub(super) fn new(indexes: Vec<Index>, sizes: TransferSizes) -> Self {
-        Self { indexes, sizes, volume: 0, piece: 0, done_bytes: 0 }
+    /// Of a chunk that is read.
+    pub(super) fn new(chunk: Chunk, sizes: TransferSizes) -> Self {
+        Self { chunk, sizes, at: 0, done_bytes: 0 }
     }
 
     pub(super) fn is_done(&self) -> bool {
-        self.indexes[self.volume.min(self.indexes.len())..]
-            .iter()
-            .enumerate()
-            .all(|(ahead, index)| index.piece_count() == if ahead == 0 { self.piece } else { 0 })
+        self.at == self.chunk.pieces.len()
     }
 
-    pub(super) fn next(&mut self) -> Option<Work> {
-        while self.indexes.get(self.volume)?.piece(self.piece).is_none() {
-            self.volume += 1;
-            (self.piece, self.done_bytes) = (0, 0);
-        }
-        let (index, volume) = (&self.indexes[self.volume], self.volume as u16);
-        let (first, extent) = index.piece(self.piece)?;
+    /// What to do next. `indexes` are those of the chunk's pieces.
+    pub(super) fn next(&mut self, indexes: &[Index]) -> Option<Work> {
+        let first_id = *self.chunk.pieces.get(self.at)?;
+        let (volume, index) = (first_id.volume, &indexes[usize::from(first_id.volume)]);
+        let (first, extent) = index.piece(first_id.piece as usize)?;
         let begin = first.offset_bytes.max(self.done_bytes);
         if extent.payload_offset_bytes.is_none() && begin.is_multiple_of(PAGE) {
             let end = first.end_bytes / PAGE * PAGE;
             if end.saturating_sub(begin) >= self.sizes.punch_min_bytes {
                 self.done_bytes = end;
-                self.piece += usize::from(end == first.end_bytes);
+                if end == first.end_bytes {
+                    self.next_piece(volume);
+                }
                 let end =
                     if planted(Bug::PunchRoundedOut) { first.end_bytes.next_multiple_of(PAGE) } else { end };
                 return Some(Work::Zeroes { volume, offset_bytes: begin, len_bytes: end - begin });
@@ -79,7 +78,8 @@ impl Runs {
         let limit = start + self.sizes.run_max_bytes;
         let limit = if planted(Bug::PromotionSplitsPages) { begin + 512 } else { limit };
         let (mut end, mut parts, mut zeroes) = (begin, Vec::new(), Vec::new());
-        while let Some((piece, extent)) = index.piece(self.piece) {
+        while let Some(id) = self.chunk.pieces.get(self.at).filter(|id| id.volume == volume) {
+            let Some((piece, extent)) = index.piece(id.piece as usize) else { break };
             let from = piece.offset_bytes.max(self.done_bytes);
             // A page belongs to one stretch only, since it may be read before it is written.
             if from >= limit || (from > end && from >= end.next_multiple_of(PAGE)) {
@@ -106,10 +106,17 @@ impl Runs {
             if until < piece.end_bytes {
                 break;
             }
-            self.piece += 1;
+            self.next_piece(volume);
         }
         let len_bytes = (end.next_multiple_of(PAGE) - start) as usize;
-        Some(Work::Run(Run::new(volume, start, len_bytes, parts, zeroes)))
+        Some(Work::Run(Run::new(volume, start, len_bytes, parts, zeroes, &self.chunk)))
+    }
+
+    fn next_piece(&mut self, volume: u16) {
+        self.at += 1;
+        if self.chunk.pieces.get(self.at).is_some_and(|id| id.volume != volume) {
+            self.done_bytes = 0;
+        }
     }
 }
 

@@ -11,6 +11,8 @@ pub use rebuild::{Rebuilt, newest_manifest, rebuild};
 pub(crate) use survey::read_superblock;
 pub use survey::{Content, Damage, Hidden, Segment, SegmentError, Survey, SurveyOptions, survey, survey_as};
 
+use crate::bad_ranges::BadRanges;
+use crate::format::bad_list::BadListError;
 use crate::format::manifest::{Manifest, ManifestError};
 use crate::format::{
     ChainPoint, JournalState, MAX_SLOT_BYTES, MAX_SLOTS, MIN_SLOT_BYTES, PAGE_BYTES, SUPERBLOCK_OFFSETS,
@@ -74,6 +76,11 @@ pub enum OpenError {
     /// The manifest doesn't fit.
     #[error("the manifest cannot be written")]
     Manifest(#[source] ManifestError),
+    /// It isn't known which parts of the recovery disks are damaged.
+    #[error(
+        "the list of damaged parts of the recovery disks cannot be read: move the folder away and replicate anew"
+    )]
+    BadList(#[source] BadListError),
     /// All slots are in use, even the one that is kept for recovery.
     #[error("no slot is free for recovery: the journal's file was not written by this software")]
     NoRecoverySlot,
@@ -99,7 +106,8 @@ pub fn create<S: Storage>(storage: &mut S, file: FileId, new: &NewJournal) -> Re
         slot_len_bytes: new.slot_len_bytes,
         slot_count: new.slot_count,
         open_count: 0,
-        manifest: Some(crate::format::superblock::ManifestPlace { slot: 0, crc: manifest_crc }),
+        manifest: Some(crate::format::superblock::PairPlace { slot: 0, crc: manifest_crc }),
+        bad_list: None,
         low_water_segment: 1,
         low_water: ChainPoint::default(),
         state: JournalState::FirstSync { sync_id: 0 },
@@ -134,6 +142,8 @@ pub struct Opened {
     pub tail: ChainPoint,
     /// The manifest's text, if it can be read.
     pub manifest: Option<Manifest>,
+    /// What of the recovery disks can't be trusted (C5).
+    pub bad_ranges: BadRanges,
     /// Records behind the stream's end that this opening leaves behind: their source sends them again, or notices that the journal
     /// lost what it had acknowledged.
     pub hidden: Option<Hidden>,
@@ -159,7 +169,7 @@ pub struct OpenOptions {
 /// What is wrong with the file.
 pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) -> Result<Opened, OpenError> {
     let look = SurveyOptions { trusted_through: options.trusted_through, skip_unreadable: false };
-    let Survey { mut superblock, mut segments, tail, damage, hidden, free_slots, manifest } =
+    let Survey { mut superblock, mut segments, tail, damage, hidden, free_slots, manifest, bad_ranges } =
         survey(storage, file, look)?;
     if let Some(expected) = options.vm_id
         && expected != superblock.vm_id
@@ -218,7 +228,7 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
     if !planted(Bug::RecoveryWithoutSync) {
         io.purpose(Purpose::Carry).sync()?;
     }
-    Ok(Opened { superblock, segments, tail, manifest, hidden, free_slots })
+    Ok(Opened { superblock, segments, tail, manifest, bad_ranges, hidden, free_slots })
 }
 
 /// The lowest free slot that has its space or gets it: that of some was given back to the datastore (C3).

@@ -1,14 +1,19 @@
 //! A superblock made up from the segments, when both copies are lost: to read what is there, never to write.
 
+use std::collections::BTreeSet;
+
 use uuid::Uuid;
 
 use super::OpenError;
 use super::survey::{Damage, SurveyOptions, survey_as};
 use crate::batch::RecordKind;
+use crate::format::bad_list::BadList;
 use crate::format::manifest::Manifest;
+use crate::format::superblock::PairPlace;
 use crate::format::{
-    ChainPoint, FIRST_SLOT_OFFSET_BYTES, JournalState, MANIFEST_OFFSETS, MANIFEST_SLOT_BYTES, MIN_SLOT_BYTES,
-    PAGE_BYTES, SegmentHeader, SegmentTrailer, Superblock, VolumeState, slot_offset_bytes,
+    BAD_LIST_OFFSETS, BAD_LIST_SLOT_BYTES, FIRST_SLOT_OFFSET_BYTES, JournalState, MANIFEST_OFFSETS,
+    MANIFEST_SLOT_BYTES, MIN_SLOT_BYTES, PAGE_BYTES, SegmentHeader, SegmentTrailer, Superblock, VolumeState,
+    slot_offset_bytes,
 };
 use crate::storage::{AlignedBuf, Blocking, FileId, Op, Purpose, Storage, StorageError};
 
@@ -74,6 +79,7 @@ pub fn rebuild<S: Storage>(
         slot_count: slot_count(file_len_bytes, first.slot_len_bytes),
         open_count: headers.iter().map(|header| header.open_count).max().unwrap_or_default(),
         manifest: None,
+        bad_list: None,
         low_water_segment: chain.number,
         low_water: chain.after,
         state: JournalState::Consistent,
@@ -97,27 +103,46 @@ pub fn rebuild<S: Storage>(
         return Err(OpenError::Damaged(damage));
     }
     let mut io = Blocking::new(storage, file, Purpose::Survey);
-    let (mut intent_seq, mut base) = (0, (chain.number, ChainPoint::default()));
+    let mut intents = BTreeSet::new();
     for segment in &survey.segments {
         let Ok(footer) = segment.footer(&mut io, &superblock) else { continue };
-        let intents = footer.events.iter().filter(|event| event.record.kind == RecordKind::PromotionIntent);
-        intent_seq = intents.map(|event| event.record.argument).fold(intent_seq, u64::max);
+        let found = footer.events.iter().filter(|event| event.record.kind == RecordKind::PromotionIntent);
+        intents.extend(found.map(|event| event.record.argument));
     }
+    let intent_seq = intents.pop_last().unwrap_or_default();
     // Segments between the recovery disks and the oldest one found are lost, if a promotion ended before that one.
     let lost = intent_seq > 0 && chain.after.seq > intent_seq;
     if lost {
         let (after_seq, resumes_after_seq) = (intent_seq, chain.after.seq);
         return Err(OpenError::Damaged(Damage { after_seq, resumes_after_seq, stop: None }));
     }
-    // What was promoted may still lie in slots that nobody has used since.
-    for segment in survey.segments.iter().take_while(|segment| segment.last().seq <= intent_seq) {
-        base = (segment.header.number + 1, segment.last());
-    }
-    if base.1 != ChainPoint::default() {
-        (superblock.low_water_segment, superblock.low_water) = base;
+    // A promotion is announced when the one before has ended: what that one promoted may still lie in slots that nobody has used since.
+    // The last one may have ended or not: its segments are all there, or none of them is needed.
+    let ended_seq = intents.pop_last().unwrap_or_default();
+    for segment in survey.segments.iter().take_while(|segment| segment.last().seq <= ended_seq) {
+        (superblock.low_water_segment, superblock.low_water) = (segment.header.number + 1, segment.last());
     }
     superblock.promotion_intent_seq = intent_seq;
+    superblock.bad_list = newest_bad_list(&mut io, first.journal_id)?;
     Ok(Rebuilt { superblock, manifest, is_unproven: intent_seq == 0 && chain.number > 1 })
+}
+
+/// Where the list of bad ranges is, if there are any: of the valid ones the newest.
+fn newest_bad_list<S: Storage>(
+    io: &mut Blocking<'_, S>,
+    journal_id: Uuid,
+) -> Result<Option<PairPlace>, StorageError> {
+    let mut newest: Option<(BadList, PairPlace)> = None;
+    for (slot, offset_bytes) in (0_u32..).zip(BAD_LIST_OFFSETS) {
+        let bytes = io.read(offset_bytes, BAD_LIST_SLOT_BYTES)?;
+        if let Ok((list, crc)) = BadList::decode(&bytes)
+            && list.journal_id == journal_id
+            && newest.as_ref().is_none_or(|(newest, _)| newest.sequence < list.sequence)
+        {
+            newest = Some((list, PairPlace { slot, crc }));
+        }
+    }
+    Ok(newest.filter(|(list, _)| !list.ranges.is_empty()).map(|(_, place)| place))
 }
 
 /// Any segment's header that tells how long a slot is.

@@ -4,11 +4,14 @@ use zerocopy::FromBytes;
 
 use super::OpenError;
 use super::decide::{self, Choice, SegmentFacts, Verdict};
+use crate::bad_ranges::BadRanges;
 use crate::batch::{BATCH_MAGIC, BatchHeader};
+use crate::format::bad_list::{BadList, BadListError};
 use crate::format::manifest::Manifest;
 use crate::format::{
-    ChainPoint, Footer, FooterError, MANIFEST_OFFSETS, MANIFEST_SLOT_BYTES, PAGE_BYTES, SUPERBLOCK_OFFSETS,
-    SegmentHeader, SegmentTrailer, Superblock, slot_offset_bytes,
+    BAD_LIST_OFFSETS, BAD_LIST_SLOT_BYTES, ChainPoint, Footer, FooterError, MANIFEST_OFFSETS,
+    MANIFEST_SLOT_BYTES, PAGE_BYTES, SUPERBLOCK_OFFSETS, SegmentHeader, SegmentTrailer, Superblock,
+    slot_offset_bytes,
 };
 use crate::scan::{Ownership, Scan, ScanStop, resume, scan};
 use crate::storage::{AlignedBuf, Blocking, FileId, Op, Purpose, Storage, StorageError};
@@ -30,6 +33,8 @@ pub struct Survey {
     pub free_slots: Vec<u32>,
     /// The manifest, if it can be read.
     pub manifest: Option<Manifest>,
+    /// What of the recovery disks can't be trusted (C5).
+    pub bad_ranges: BadRanges,
 }
 
 /// A segment that counts.
@@ -205,6 +210,7 @@ pub fn survey_as<S: Storage>(
     let SurveyOptions { trusted_through, skip_unreadable } = options;
     let mut io = Blocking::new(storage, file, Purpose::Survey);
     let manifest = read_manifest(&mut io, &superblock)?;
+    let bad_ranges = read_bad_list(&mut io, &superblock)?;
     let mut slots = read_slots(&mut io, &superblock, skip_unreadable)?;
     let (mut segments, mut tail) = (Vec::<Segment>::new(), superblock.low_water);
     let ownership = Ownership::of(&superblock);
@@ -256,7 +262,7 @@ pub fn survey_as<S: Storage>(
     }
     let in_use = |slot: &u32| segments.iter().any(|segment| segment.header.slot == *slot);
     let free_slots = (0..superblock.slot_count).filter(|slot| !in_use(slot)).collect();
-    Ok(Survey { superblock, segments, tail, damage, hidden, free_slots, manifest })
+    Ok(Survey { superblock, segments, tail, damage, hidden, free_slots, manifest, bad_ranges })
 }
 
 /// A segment whose first page is gone, and that had no last page yet: its first batch tells that it was there.
@@ -360,6 +366,19 @@ fn read_manifest<S: Storage>(
     let bytes = io.read(MANIFEST_OFFSETS[place.slot as usize], MANIFEST_SLOT_BYTES)?;
     let manifest = Manifest::decode(&bytes).ok();
     Ok(manifest.filter(|(_, crc)| *crc == place.crc).map(|(manifest, _)| manifest))
+}
+
+fn read_bad_list<S: Storage>(
+    io: &mut Blocking<'_, S>,
+    superblock: &Superblock,
+) -> Result<BadRanges, OpenError> {
+    let Some(place) = superblock.bad_list else { return Ok(BadRanges::default()) };
+    let bytes = io.read(BAD_LIST_OFFSETS[place.slot as usize], BAD_LIST_SLOT_BYTES)?;
+    let (list, crc) = BadList::decode(&bytes).map_err(OpenError::BadList)?;
+    if crc != place.crc || list.journal_id != superblock.journal_id {
+        return Err(OpenError::BadList(BadListError::Crc));
+    }
+    Ok(list.ranges)
 }
 
 /// A slot that names a segment of this journal.

@@ -38,6 +38,8 @@ pub enum Purpose {
     SuperblockMirror,
     /// The manifest.
     Manifest,
+    /// The list of bad ranges.
+    BadList,
     /// More slots.
     Grow,
     /// Giving slots back.
@@ -146,6 +148,11 @@ pub struct StorageError {
 }
 
 impl StorageError {
+    /// Whether the place on the disk is broken, and not the file as a whole.
+    pub fn is_medium(&self) -> bool {
+        matches!(self.errno, Errno::EIO | Errno::ENODATA | Errno::EREMOTEIO | Errno::EILSEQ | Errno::EBADMSG)
+    }
+
     /// Whether the datastore is full (or a quota is reached), which is a state and not a broken file.
     pub fn is_no_space(&self) -> bool {
         matches!(self.errno, Errno::ENOSPC | Errno::EDQUOT)

@@ -2,11 +2,13 @@
 
 use uuid::Uuid;
 
+use crate::bad_ranges::BadRanges;
+use crate::format::bad_list::{BadList, MAX_BAD_RANGES};
 use crate::format::manifest::{Manifest, ManifestError};
-use crate::format::superblock::ManifestPlace;
+use crate::format::superblock::PairPlace;
 use crate::format::{
-    ChainPoint, JournalState, MANIFEST_OFFSETS, PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, VolumeState,
-    edge_pages, slot_offset_bytes,
+    BAD_LIST_OFFSETS, ChainPoint, JournalState, MANIFEST_OFFSETS, PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock,
+    VolumeState, edge_pages, slot_offset_bytes,
 };
 use crate::planted::{Bug, planted};
 use crate::storage::{Op, Purpose};
@@ -58,6 +60,8 @@ pub enum Change {
         through: ChainPoint,
         /// The volumes' sizes at that place, by number, in bytes.
         size_bytes: Vec<u64>,
+        /// What of the recovery disks can't be trusted then (C5).
+        bad_ranges: BadRanges,
     },
     /// Give back the space of free slots above those that are kept and these.
     Shrink {
@@ -168,10 +172,11 @@ impl Writer {
             ),
             Change::GiveUpHistory { .. } | Change::Shrink { .. } => Ok(()),
             Change::AnnouncePromotion { through } => allowed(self.can_promote(*through)),
-            Change::EndPromotion { through, size_bytes } => allowed(
+            Change::EndPromotion { through, size_bytes, bad_ranges } => allowed(
                 self.can_promote(*through)
                     && self.superblock.promotion_intent_seq == through.seq
-                    && size_bytes.len() == self.superblock.volumes.len(),
+                    && size_bytes.len() == self.superblock.volumes.len()
+                    && bad_ranges.len() <= MAX_BAD_RANGES,
             ),
             Change::SetVolumes(volumes) => {
                 if volumes.len() > crate::batch::MAX_VOLUMES {
@@ -248,6 +253,8 @@ impl Writer {
                 next.low_water = through;
                 next.volumes.iter_mut().for_each(|volume| volume.base_seq = through.seq);
                 if end {
+                    // A sync has written all of the disks.
+                    self.note_bad_ranges(&BadRanges::default(), &mut next, &mut before);
                     next.state = JournalState::Consistent;
                 }
             }
@@ -259,7 +266,8 @@ impl Writer {
                 after = self.segments_erased();
             }
             Change::AnnouncePromotion { through } => return self.announce_promotion(ticket, *through),
-            Change::EndPromotion { through, size_bytes } => {
+            Change::EndPromotion { through, size_bytes, bad_ranges } => {
+                self.note_bad_ranges(bad_ranges, &mut next, &mut before);
                 next.low_water = *through;
                 next.low_water_segment = self.segment_after(*through);
                 for (volume, size_bytes) in next.volumes.iter_mut().zip(size_bytes) {
@@ -270,8 +278,8 @@ impl Writer {
             Change::SetVolumes(volumes) => next.volumes.clone_from(volumes),
             Change::SetManifest(text) => {
                 let (bytes, crc) = self.manifest(text).encode().expect("checked when it was asked for");
-                let slot = next.manifest.map_or(0, |place| 1 - place.slot);
-                next.manifest = Some(ManifestPlace { slot, crc });
+                let slot = PairPlace::other_slot(next.manifest);
+                next.manifest = Some(PairPlace { slot, crc });
                 let offset_bytes = MANIFEST_OFFSETS[slot as usize];
                 let write = Op::Write { offset_bytes, pieces: vec![bytes.into()] };
                 before.push(vec![(Purpose::Manifest, write)]);
@@ -289,6 +297,27 @@ impl Writer {
         let mut step = self.superblock_step(before, next, then);
         after.into_iter().for_each(|phase| step.push_phase(phase));
         Some(step)
+    }
+
+    /// Puts a list of bad ranges beside the one that counts, if it is another one.
+    fn note_bad_ranges(
+        &self,
+        ranges: &BadRanges,
+        next: &mut Superblock,
+        before: &mut Vec<Vec<(Purpose, Op)>>,
+    ) {
+        if *ranges == self.bad_ranges || planted(Bug::BadRangesForgotten) {
+            return;
+        }
+        let (journal_id, sequence) = (next.journal_id, next.sequence + 1);
+        let list = BadList { journal_id, sequence, ranges: ranges.clone() };
+        let (bytes, crc) = list.encode().expect("checked when it was asked for");
+        let slot = PairPlace::other_slot(next.bad_list);
+        next.bad_list = (!ranges.is_empty()).then_some(PairPlace { slot, crc });
+        let offset_bytes = BAD_LIST_OFFSETS[slot as usize];
+        let write = Op::Write { offset_bytes, pieces: vec![bytes.into()] };
+        before.push(vec![(Purpose::BadList, write)]);
+        before.push(vec![(Purpose::BadList, Op::Sync)]);
     }
 
     /// First and last pages of all slots, zeroed: while a sync writes to the recovery disks, a rebuild without superblocks must not take
@@ -358,7 +387,10 @@ impl Writer {
                 self.events.push_back(Event::Granted { ticket, grant });
                 return;
             }
-            Change::AdvanceBase { through, .. } => {
+            Change::AdvanceBase { through, end } => {
+                if end {
+                    self.bad_ranges = BadRanges::default();
+                }
                 self.durable = through;
                 self.events.push_back(Event::Durable(through));
             }
@@ -368,7 +400,10 @@ impl Writer {
                 self.free_slots.add_reserved(closed.chain(open));
                 self.riders.retain(|(purpose, _)| *purpose != Purpose::Seal);
             }
-            Change::EndPromotion { .. } => self.free_promoted(self.superblock.low_water_segment),
+            Change::EndPromotion { bad_ranges, .. } => {
+                self.bad_ranges = bad_ranges;
+                self.free_promoted(self.superblock.low_water_segment);
+            }
             Change::BeginBaseSync { .. }
             | Change::AnnouncePromotion { .. }
             | Change::Shrink { .. }

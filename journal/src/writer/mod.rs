@@ -18,6 +18,7 @@ use std::collections::VecDeque;
 use bytes::Bytes;
 use uuid::Uuid;
 
+use crate::bad_ranges::BadRanges;
 use crate::batch::BatchView;
 use crate::format::{ChainPoint, SegmentHeader, SegmentTrailer, Superblock};
 use crate::planted::{Bug, planted};
@@ -144,6 +145,7 @@ pub enum OfferError {
 #[derive(Debug)]
 pub struct Writer {
     superblock: Superblock,
+    bad_ranges: BadRanges,
     limits: Limits,
     free_slots: FreeSlots,
     closed: VecDeque<ClosedSegment>,
@@ -209,7 +211,7 @@ struct Queued {
 impl Writer {
     /// Goes on where recovery ended.
     pub fn new(opened: Opened, limits: Limits) -> Self {
-        let Opened { superblock, segments, tail, free_slots, .. } = opened;
+        let Opened { superblock, segments, tail, free_slots, bad_ranges, .. } = opened;
         let next_number = segments.last().map_or(superblock.low_water_segment, |last| last.header.number + 1);
         let mut closed: VecDeque<ClosedSegment> = segments.iter().map(ClosedSegment::of).collect();
         let newest_us = closed.iter().map(ClosedSegment::end_time_us).max().unwrap_or_default();
@@ -224,6 +226,7 @@ impl Writer {
         let receive_time_us = superblock.receive_time_us.max(newest_us);
         Self {
             superblock,
+            bad_ranges,
             limits,
             free_slots: FreeSlots::unknown(free_slots),
             closed,
@@ -415,6 +418,11 @@ impl Writer {
     /// The superblock as it is durable now.
     pub fn superblock(&self) -> &Superblock {
         &self.superblock
+    }
+
+    /// What of the recovery disks can't be trusted (C5).
+    pub fn bad_ranges(&self) -> &BadRanges {
+        &self.bad_ranges
     }
 
     /// The segments that take no more batches, oldest first.

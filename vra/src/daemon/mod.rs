@@ -9,6 +9,7 @@ mod checkpoints;
 mod definition;
 mod doors;
 mod error;
+mod group_checkpoints;
 mod handler;
 mod identity;
 mod linking;

@@ -79,7 +79,7 @@ impl Copy<'_> {
             let empty = parts.iter().all(|part| match part {
                 ReadPart::Zeroes { .. } => true,
                 ReadPart::RecoveryDisk { offset_bytes, len_bytes } => self.is_hole(*offset_bytes, *len_bytes),
-                ReadPart::Journal(_) => false,
+                ReadPart::Journal(_) | ReadPart::Bad(_) => false,
             });
             let uses_disk = parts.iter().any(|part| matches!(part, ReadPart::RecoveryDisk { .. }));
             if !empty {
@@ -125,7 +125,7 @@ impl Copy<'_> {
         let superblock = newest.context("the journal's superblocks cannot be read any more")?;
         still_there(&superblock, self.seq)
             .context("the checkpoint went away while it was copied; choose a newer one")?;
-        volume.promoted().advance(superblock.low_water.seq);
+        volume.promoted().raise(superblock.low_water.seq);
         Ok(())
     }
 

@@ -50,7 +50,7 @@ async fn what_was_acknowledged_is_what_every_checkpoint_shows() {
         }
     }
     source.wait_durable(source.published_through()).await;
-    assert_eq!(target.vm().catalogue().await.expect("open").checkpoints().len(), 6);
+    assert_eq!(target.vm().checkpoints().await.expect("open").len(), 6);
     assert_eq!(target.vm().status().checkpoint_count, 6);
     for (counter, disks) in source.checkpoints.clone() {
         let checkpoint = CheckpointId { nonce: NONCE, counter };
@@ -66,7 +66,7 @@ async fn what_was_acknowledged_is_what_every_checkpoint_shows() {
     source.checkpoint();
     source.wait_durable(source.published_through()).await;
     target.restart().await;
-    assert_eq!(target.vm().catalogue().await.expect("open").checkpoints().len(), 7);
+    assert_eq!(target.vm().checkpoints().await.expect("open").len(), 7);
     for (counter, disks) in source.checkpoints.clone() {
         let checkpoint = CheckpointId { nonce: NONCE, counter };
         compare(&target.vm(), PointInTime::Checkpoint { checkpoint }, &disks).await;

@@ -1,25 +1,30 @@
 use std::collections::{BTreeSet, VecDeque};
 
-use bytes::Bytes;
-use journal::batch::{BatchView, Checkpoint, Record, RecordKind};
-use journal::catalogue::Catalogue;
-use journal::format::{FooterEvent, Superblock};
+use journal::batch::{BatchView, Checkpoint, RecordKind};
+use journal::format::FooterEvent;
 
+use super::checkpoint_list::{CheckpointList, ListedCheckpoint};
 use super::receiver_types::HistorySpan;
 
-/// Everything in a journal that isn't data: checkpoints and the borders of syncs, in the order of the stream, so that they can be listed
-/// without reading the file.
-#[derive(Clone, Debug)]
+/// What of a journal isn't data, as far as it is needed while the journal is written: its checkpoints and the borders of syncs.
+#[derive(Clone, Debug, Default)]
 pub struct History {
-    events: Vec<FooterEvent>,
-    /// Events of batches that are not durable yet.
-    pending: VecDeque<FooterEvent>,
+    /// Of batches that are not durable yet, by the number that makes them so.
+    pending: VecDeque<(u64, Happened)>,
     /// Volumes in a sync, by what is durable.
     open_syncs: BTreeSet<u16>,
     /// Syncs that went through the journal, oldest first.
     syncs: VecDeque<SyncSpan>,
-    /// Cut and time of the checkpoints outside of syncs, oldest first.
-    counted: VecDeque<(u64, u64)>,
+    /// The checkpoints outside of syncs.
+    checkpoints: CheckpointList,
+    newest_cut: Option<u64>,
+}
+
+#[derive(Clone, Debug)]
+enum Happened {
+    SyncBegin { volume: u16 },
+    SyncEnd { volume: u16 },
+    Checkpoint(ListedCheckpoint),
 }
 
 /// The numbers from a volume's sync begin to before its end.
@@ -33,21 +38,19 @@ struct SyncSpan {
 
 impl History {
     /// Of a journal that was opened: all its events are durable.
-    pub(super) fn new(events: Vec<FooterEvent>) -> Self {
-        let mut history = Self {
-            events: Vec::new(),
-            pending: events.into(),
-            open_syncs: BTreeSet::new(),
-            syncs: VecDeque::new(),
-            counted: VecDeque::new(),
-        };
+    pub(super) fn new(events: &[FooterEvent], oldest_seq: u64) -> Self {
+        let mut history = Self::default();
+        for FooterEvent { position_seq, record } in events {
+            history.note(*position_seq, record.kind, record.volume, &record.payload);
+        }
         history.durable(u64::MAX);
+        history.forget_below(oldest_seq);
         history
     }
 
-    /// The checkpoints that can be opened.
-    pub fn catalogue(&self, superblock: &Superblock) -> Catalogue {
-        Catalogue::build(superblock, &self.events)
+    /// The checkpoints that can be opened, as of what is durable.
+    pub fn checkpoints(&self) -> &CheckpointList {
+        &self.checkpoints
     }
 
     /// Whether a sync goes through the journal now.
@@ -57,13 +60,14 @@ impl History {
 
     /// From when to when there are checkpoints, as of what is durable.
     pub fn span(&self) -> Option<HistorySpan> {
-        let ((_, from_us), (_, to_us)) = (self.counted.front()?, self.counted.back()?);
-        Some(HistorySpan { count: self.counted.len() as u64, from_us: *from_us, to_us: *to_us })
+        let (from, to) = (self.checkpoints.first()?, self.checkpoints.last()?);
+        let count = self.checkpoints.len() as u64;
+        Some(HistorySpan { count, from_us: from.time_us.0, to_us: to.time_us.0 })
     }
 
     /// The last number of the newest checkpoint that counts, as of what is durable.
     pub(super) fn newest_cut(&self) -> Option<u64> {
-        self.counted.back().map(|(cut, _)| *cut)
+        self.newest_cut
     }
 
     /// Whether a sync was under way at this number (B5).
@@ -75,56 +79,57 @@ impl History {
 
     /// Nothing below this number can be opened any more.
     pub(super) fn forget_below(&mut self, oldest_seq: u64) {
-        let first = self.events.partition_point(|event| event.position_seq <= oldest_seq);
-        self.events.drain(..first);
-        while self.counted.pop_front_if(|(cut, _)| *cut < oldest_seq).is_some() {}
+        self.checkpoints.forget_below(oldest_seq);
+        self.newest_cut = self.newest_cut.filter(|cut| *cut >= oldest_seq);
         self.syncs.retain(|sync| sync.end_seq.is_none_or(|end_seq| end_seq > oldest_seq));
     }
 
     /// Takes the events of a batch that was given to the journal.
     pub(super) fn take(&mut self, view: &BatchView<'_>) {
         for record in view.records() {
-            if matches!(record.kind(), RecordKind::Void) || record.kind().changes_data() {
-                continue;
-            }
-            let record = Record {
-                seq: record.seq(),
-                time_us: record.time_us(),
-                volume: record.volume(),
-                kind: record.kind(),
-                offset_bytes: record.offset_bytes(),
-                len_bytes: record.len_bytes(),
-                sync_id: record.sync_id(),
-                argument: record.argument(),
-                // A copy, since a handle would keep the whole batch.
-                payload: Bytes::copy_from_slice(record.payload()),
-            };
-            self.pending.push_back(FooterEvent { position_seq: record.seq, record });
+            self.note(record.seq(), record.kind(), record.volume(), record.payload());
         }
+    }
+
+    fn note(&mut self, position_seq: u64, kind: RecordKind, volume: u16, payload: &[u8]) {
+        let happened = match kind {
+            RecordKind::SyncBegin => Happened::SyncBegin { volume },
+            RecordKind::SyncEnd => Happened::SyncEnd { volume },
+            RecordKind::Checkpoint => match Checkpoint::decode(payload) {
+                Ok(checkpoint) if checkpoint.cut <= position_seq => {
+                    Happened::Checkpoint(ListedCheckpoint::of(&checkpoint))
+                }
+                _ => return,
+            },
+            _ => return,
+        };
+        self.pending.push_back((position_seq, happened));
     }
 
     /// Everything up to `seq` is durable.
     pub(super) fn durable(&mut self, seq: u64) {
-        while let Some(event) = self.pending.pop_front_if(|event| event.position_seq <= seq) {
-            match event.record.kind {
-                RecordKind::SyncBegin => {
-                    let (volume, begin_seq) = (event.record.volume, event.record.seq);
+        while let Some((seq, happened)) = self.pending.pop_front_if(|(position_seq, _)| *position_seq <= seq)
+        {
+            match happened {
+                Happened::SyncBegin { volume } => {
                     if self.open_syncs.insert(volume) {
-                        self.syncs.push_back(SyncSpan { volume, begin_seq, end_seq: None });
+                        self.syncs.push_back(SyncSpan { volume, begin_seq: seq, end_seq: None });
                     }
                 }
-                RecordKind::SyncEnd => {
-                    let (volume, end_seq) = (event.record.volume, event.record.seq);
+                Happened::SyncEnd { volume } => {
                     self.open_syncs.remove(&volume);
                     let open = |sync: &&mut SyncSpan| sync.volume == volume && sync.end_seq.is_none();
                     if let Some(sync) = self.syncs.iter_mut().rev().find(open) {
-                        sync.end_seq = Some(end_seq);
+                        sync.end_seq = Some(seq);
                     }
                 }
-                RecordKind::Checkpoint if self.open_syncs.is_empty() => self.count(&event.record),
-                _ => {}
+                Happened::Checkpoint(checkpoint) => {
+                    if self.open_syncs.is_empty() && !self.is_inside_sync(checkpoint.cut) {
+                        self.newest_cut = Some(checkpoint.cut);
+                        self.checkpoints.push(checkpoint);
+                    }
+                }
             }
-            self.events.push(event);
         }
     }
 
@@ -135,17 +140,6 @@ impl History {
 
     /// The journal is empty.
     pub(super) fn clear(&mut self) {
-        self.events.clear();
-        self.pending.clear();
-        self.open_syncs.clear();
-        self.syncs.clear();
-        self.counted.clear();
-    }
-
-    fn count(&mut self, record: &Record) {
-        let Ok(Checkpoint { time_us, cut, .. }) = Checkpoint::decode(&record.payload) else { return };
-        if cut <= record.seq && !self.is_inside_sync(cut) {
-            self.counted.push_back((cut, time_us));
-        }
+        *self = Self::default();
     }
 }

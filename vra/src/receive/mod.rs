@@ -5,6 +5,7 @@
 
 mod admission;
 mod base_apply;
+mod checkpoint_list;
 mod files;
 mod folder;
 mod forecast;
@@ -26,6 +27,7 @@ mod worker;
 mod end_to_end_tests;
 
 pub use base_apply::{BaseApply, DiskAction, DiskError};
+pub use checkpoint_list::{CheckpointKey, CheckpointList, ListedCheckpoint};
 pub use folder::{FolderError, JOURNAL_FILE, Unfinished, VmFolder};
 pub use forecast::Forecast;
 pub use history::History;

@@ -11,12 +11,12 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 use journal::batch::BatchView;
-use journal::catalogue::Catalogue;
 use journal::format::{ChainPoint, FooterEvent, JournalState};
 use journal::storage::{AlignedBuf, Op, Purpose, StorageError};
 use journal::writer::{Action, Change, ChangeError, Event, OfferError, RESERVED_SLOTS, Writer};
 
 use super::base_apply::BaseApply;
+use super::checkpoint_list::CheckpointList;
 use super::forecast::{Forecast, WriteRate};
 use super::history::History;
 use super::intake::Intake;
@@ -103,7 +103,7 @@ impl Receiver {
             identity,
             policy,
             base: BaseApply::new(reserved),
-            history: History::new(events),
+            history: History::new(&events, writer.superblock().oldest_seq()),
             writer,
             stream: None,
             candidate: None,
@@ -300,10 +300,10 @@ impl Receiver {
     }
 
     /// The checkpoints that can be opened, without those that a promotion is only about to take away.
-    pub fn catalogue(&self) -> Catalogue {
-        let mut superblock = self.writer.superblock().clone();
-        superblock.promotion_intent_seq = self.oldest_seq();
-        self.history.catalogue(&superblock)
+    pub fn checkpoints(&self) -> CheckpointList {
+        let mut checkpoints = self.history.checkpoints().clone();
+        checkpoints.forget_below(self.oldest_seq());
+        checkpoints
     }
 
     /// The journal's writer, to look at.

@@ -1,3 +1,4 @@
+use journal::bad_ranges::BadRanges;
 use journal::format::JournalState;
 use journal::promotion::{PromotionAction, PromotionError, TransferSizes};
 use journal::storage::StorageError;
@@ -91,6 +92,8 @@ pub enum ReceiverEvent {
         through_seq: u64,
         /// How much was written to the recovery disks, in bytes.
         written_bytes: u64,
+        /// What of the recovery disks can't be trusted now (C5).
+        bad_ranges: BadRanges,
     },
     /// Checkpoints are given up before they are as old as the history should be: the journal has no more room (C5).
     HistoryShortened {

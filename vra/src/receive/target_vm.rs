@@ -1,11 +1,11 @@
 //! One VM at its target, for the daemon: its state, its checkpoints, its disks as they were.
 
+mod events;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use journal::batch::Epoch;
-use journal::catalogue::Catalogue;
 use journal::promotion::TransferSizes;
 use journal::recovery::SurveyOptions;
 use journal::storage::ring::{Access, DirectFile};
@@ -13,18 +13,18 @@ use journal::view::{Promoted, Reader, View, ViewError};
 use journal::writer::Writer;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
-use uuid::Uuid;
 
+use super::checkpoint_list::CheckpointList;
 use super::files::{self, VmFiles};
 use super::folder::VmFolder;
 use super::manifest::Manifest;
 use super::receiver::Receiver;
-use super::receiver_types::{ReceiverEvent, ReceiverPolicy, ReceiverStatus};
+use super::receiver_types::{ReceiverPolicy, ReceiverStatus};
 use super::target_error::TargetError;
 use super::worker::{Attached, Input, VmKey, Worker};
 use crate::api::{
     JournalId, TimeUs, VmId, VraId,
-    status::{Alert, Severity, TargetState, TargetVmStatus},
+    status::{Alert, TargetState, TargetVmStatus},
     view::PointInTime,
     vpg::{VmDefinition, VpgDefinition},
 };
@@ -88,7 +88,8 @@ impl TargetVm {
         let key = next_key();
         let (manifest, vm) = (files.manifest.clone(), files.identity.vm);
         let runtime = Handle::current();
-        Arc::new_cyclic(|weak| {
+        let bad_ranges = files.opened.bad_ranges.clone();
+        let target = Arc::new_cyclic(|weak| {
             let status = attach_files(&worker, key, files, window_bytes, None, weak.clone());
             let inner = Inner {
                 manifest,
@@ -101,9 +102,11 @@ impl TargetVm {
                 closed: false,
                 not_open: None,
             };
-            let promoted = Promoted::default();
+            let promoted = Promoted::new(&bad_ranges);
             Self { vm, folder, worker, runtime, window_bytes, promoted, inner: Mutex::new(inner) }
-        })
+        });
+        target.tell_bad_ranges(&bad_ranges);
+        target
     }
 
     /// The VM.
@@ -181,14 +184,14 @@ impl TargetVm {
     ///
     /// # Errors
     /// Its files are not open.
-    pub async fn catalogue(&self) -> Result<Catalogue, TargetError> {
-        let (answer, catalogue) = oneshot::channel();
-        let told = self.lock().key.is_some_and(|vm| self.worker.tell(Input::Catalogue { vm, answer }));
+    pub async fn checkpoints(&self) -> Result<CheckpointList, TargetError> {
+        let (answer, checkpoints) = oneshot::channel();
+        let told = self.lock().key.is_some_and(|vm| self.worker.tell(Input::Checkpoints { vm, answer }));
         let not_open = || TargetError::NotOpen { vm: self.vm, reason: self.lock().not_open.clone() };
         if !told {
             return Err(not_open());
         }
-        catalogue.await.map_err(|_| not_open())
+        checkpoints.await.map_err(|_| not_open())
     }
 
     /// Takes another definition of the same journal and volumes: limits and names. The journal keeps it.
@@ -284,25 +287,20 @@ impl TargetVm {
         if let PointInTime::Sequence { sequence } = at {
             return Ok(sequence);
         }
-        let catalogue = self.catalogue().await?;
+        let checkpoints = self.checkpoints().await?;
         let vm = self.vm;
-        let entry = match at {
+        let found = match at {
             PointInTime::Checkpoint { checkpoint } => {
-                let epoch = Epoch { nonce: Uuid::from_u128(checkpoint.nonce), counter: checkpoint.counter };
-                let mut entries = catalogue.checkpoints().iter().rev();
-                entries
-                    .find(|entry| entry.checkpoint.epoch == epoch)
-                    .ok_or(TargetError::NoSuchCheckpoint { vm, checkpoint })?
+                checkpoints.find(checkpoint).ok_or(TargetError::NoSuchCheckpoint { vm, checkpoint })?
             }
-            PointInTime::Time { time_us } => catalogue
-                .newest_until(time_us.0)
+            PointInTime::Time { time_us } => checkpoints
+                .newest_until(time_us)
                 .ok_or(TargetError::NoCheckpoint { vm, which: "as old as that" })?,
-            _ => catalogue
-                .checkpoints()
+            _ => checkpoints
                 .last()
                 .ok_or(TargetError::NoCheckpoint { vm, which: "yet: its first sync is not complete" })?,
         };
-        Ok(entry.checkpoint.cut)
+        Ok(found.cut)
     }
 
     /// Seals the journal and closes the files.
@@ -345,75 +343,6 @@ impl TargetVm {
         }
     }
 
-    fn event(self: Arc<Self>, event: ReceiverEvent) {
-        match event {
-            ReceiverEvent::Granted { new_generation } => {
-                tracing::info!(vm = %self.vm, new_generation, "a source streams");
-            }
-            ReceiverEvent::SyncEnded => {
-                tracing::info!(vm = %self.vm, "the sync is complete: checkpoints count from now on");
-                self.lock().alerts.remove("history-given-up");
-            }
-            ReceiverEvent::HistoryGivenUp { checkpoints } => {
-                let message =
-                    format!("{checkpoints} checkpoints were given up so that a full sync can go on");
-                let remedy = "wait for the sync's end: until then nothing can be recovered";
-                self.alert("history-given-up", Severity::Critical, message, remedy);
-            }
-            ReceiverEvent::Full { no_space: true } => {
-                let message = format!("the datastore of {} is full", self.folder.path().display());
-                self.alert("datastore-full", Severity::Critical, message, "free space there");
-            }
-            ReceiverEvent::Full { no_space: false } => {
-                let message = format!("the journal {} is full", self.folder.journal().display());
-                self.alert("journal-full", Severity::Critical, message, "raise the VM's journal limit");
-            }
-            ReceiverEvent::Room => {
-                tracing::info!(vm = %self.vm, "the journal takes writes again");
-                let mut inner = self.lock();
-                inner.alerts.remove("journal-full");
-                inner.alerts.remove("datastore-full");
-            }
-            ReceiverEvent::Promoted { through_seq, written_bytes } => {
-                self.promoted.advance(through_seq);
-                self.lock().alerts.remove("promotion-stuck");
-                tracing::debug!(vm = %self.vm, through_seq, written_bytes, "promoted");
-            }
-            ReceiverEvent::HistoryShortened { through_us } => {
-                let through = crate::api::TimeUs(through_us);
-                let message = format!(
-                    "the journal {} has no room for the whole history: checkpoints through {through} are given up",
-                    self.folder.journal().display()
-                );
-                let remedy = "raise the VM's journal limit, or shorten its history";
-                self.alert("history-shortened", Severity::Warning, message, remedy);
-            }
-            ReceiverEvent::HistoryFits => {
-                tracing::info!(vm = %self.vm, "the journal has room for the whole history again");
-                self.lock().alerts.remove("history-shortened");
-            }
-            ReceiverEvent::PromotionStuck { error } => {
-                let message = format!(
-                    "nothing can be promoted to the recovery disks in {}: {}",
-                    self.folder.path().display(),
-                    super::error_chain(&error)
-                );
-                let remedy = "the journal fills up meanwhile: free space on the datastore, or replicate the VM anew if its journal is damaged";
-                self.alert("promotion-stuck", Severity::Critical, message, remedy);
-            }
-            ReceiverEvent::Failed { failure, durable_through } => {
-                let reason = super::error_chain(&failure);
-                let message = format!("the storage in {} failed: {reason}", self.folder.path().display());
-                self.alert("storage-failed", Severity::Critical, message, "look at the datastore");
-                let mut inner = self.lock();
-                inner.key = None;
-                inner.not_open = Some(reason);
-                drop(inner);
-                self.runtime.clone().spawn(self.reopen(durable_through));
-            }
-        }
-    }
-
     /// Opens the files again after a failure, until it works or the VM is closed.
     async fn reopen(self: Arc<Self>, trusted_through: u64) {
         loop {
@@ -442,6 +371,7 @@ impl TargetVm {
                 return false;
             }
         };
+        self.promoted.advance(0, &files.opened.bad_ranges);
         let key = (inner.next_key)();
         // Before the worker does anything with the files (C2).
         let lowest_pin = inner.pins.values().min().copied();
@@ -452,19 +382,6 @@ impl TargetVm {
         self.tell_lowest_pin(&inner, None);
         tracing::info!(vm = %self.vm, "the journal is open again");
         true
-    }
-
-    fn alert(&self, code: &'static str, severity: Severity, message: String, remedy: &str) {
-        let mut inner = self.lock();
-        if inner.alerts.contains_key(code) {
-            return;
-        }
-        tracing::warn!(vm = %self.vm, code, remedy, "{message}");
-        let (vpg, remedy) = (Some(inner.manifest.vpg.id), Some(remedy.to_owned()));
-        let since_us = TimeUs::now();
-        let alert =
-            Alert { code: code.to_owned(), severity, vm: Some(self.vm), vpg, message, remedy, since_us };
-        inner.alerts.insert(code, alert);
     }
 }
 

@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use bytes::Bytes;
-use journal::catalogue::Catalogue;
 use journal::promotion::{PromotionAction, PromotionFile};
 use journal::storage::ring::{DirectFile, RingStorage, RingWaker};
 use journal::storage::{Completion, FileId, Purpose, Storage};
 use tokio::sync::oneshot;
 
+use super::checkpoint_list::CheckpointList;
 use super::outbox::Outbox;
 use super::receiver::Receiver;
 use super::receiver_types::{ReceiverEvent, ReceiverOutput, ReceiverPolicy, ReceiverStatus, StreamId};
@@ -71,9 +71,9 @@ pub(super) enum Input {
     },
     /// Time has passed.
     Tick,
-    Catalogue {
+    Checkpoints {
         vm: VmKey,
-        answer: oneshot::Sender<Catalogue>,
+        answer: oneshot::Sender<CheckpointList>,
     },
     /// Seals the journal and closes the files.
     Detach {
@@ -220,7 +220,7 @@ impl WorkerState {
             | Input::SetManifest { vm, .. }
             | Input::SetPolicy { vm, .. }
             | Input::SetLowestPin { vm, .. }
-            | Input::Catalogue { vm, .. }
+            | Input::Checkpoints { vm, .. }
             | Input::Detach { vm, .. } => *vm,
         };
         if let Input::Attach(attached) = input {
@@ -249,9 +249,9 @@ impl WorkerState {
                         let _ = answer.send(vm.receiver.oldest_seq());
                     }
                 }
-                Input::Catalogue { answer, .. } => {
+                Input::Checkpoints { answer, .. } => {
                     // Nobody may wait for it any more.
-                    let _ = answer.send(vm.receiver.catalogue());
+                    let _ = answer.send(vm.receiver.checkpoints());
                 }
                 Input::Detach { answer, .. } => {
                     vm.receiver.close();

@@ -249,7 +249,7 @@ impl ViewLane {
         let newest = check.copies.into_iter().flatten().max_by_key(|copy| copy.sequence);
         // Two copies that cannot be read mean that nothing can be said: better no data than wrong data.
         match newest.filter(|superblock| still_there(superblock, self.disk.seq).is_ok()) {
-            Some(superblock) => self.disk.volume.promoted().advance(superblock.low_water.seq),
+            Some(superblock) => self.disk.volume.promoted().raise(superblock.low_water.seq),
             None => self.disk.set_gone(),
         }
         for index in check.jobs {

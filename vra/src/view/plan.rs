@@ -96,7 +96,7 @@ impl Fetch {
 /// Plans a read of `runs`, which are in order and without gaps.
 ///
 /// # Errors
-/// The range is outside of the disk.
+/// The range is outside of the disk, or a part of it is lost (C5).
 pub(super) fn plan(volume: &VolumeView, runs: &[Run], limits: &PlanLimits) -> Result<Plan, ViewError> {
     let mut plan = Plan::default();
     let (mut disk_ranges, mut journal_parts) = (Vec::new(), Vec::new());
@@ -120,6 +120,7 @@ pub(super) fn plan(volume: &VolumeView, runs: &[Run], limits: &PlanLimits) -> Re
                                 push_joined(&mut plan.zeroes, offset_bytes..offset_bytes + len_bytes);
                             }
                             ReadPart::Journal(part) => journal_parts.push(part),
+                            ReadPart::Bad(bad) => return Err(bad.into()),
                         }
                     }
                 }

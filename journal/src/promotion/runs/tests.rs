@@ -1,7 +1,9 @@
+use super::super::chunks::Chunks;
 use super::*;
 use crate::batch::{BatchLink, BatchSealer, BatchView, Record};
 use crate::format::FooterBuilder;
 use crate::index::IndexBuilder;
+use crate::storage::AlignedBuf;
 
 const SLOT_BYTES: u64 = 8 << 20;
 
@@ -26,15 +28,27 @@ fn index(records: Vec<Record>) -> Index {
 }
 
 fn works(records: Vec<Record>) -> Vec<(u64, u64, bool)> {
-    let mut runs = Runs::new(vec![Index::default(), index(records)], TransferSizes::default());
+    works_in_chunks(records, TransferSizes::default().chunk_bytes)
+}
+
+fn works_in_chunks(records: Vec<Record>, chunk_bytes: u64) -> Vec<(u64, u64, bool)> {
+    let mut chunks = Chunks::new(vec![Index::default(), index(records)], chunk_bytes);
     let mut works = Vec::new();
-    while let Some(work) = runs.next() {
-        works.push(match work {
-            Work::Run(run) => (run.offset_bytes(), run.len_bytes() as u64, false),
-            Work::Zeroes { offset_bytes, len_bytes, .. } => (offset_bytes, len_bytes, true),
-        });
+    while let Some(mut chunk) = chunks.next() {
+        while let Some((read, range)) = chunk.next_read() {
+            chunk.take(read, AlignedBuf::zeroed((range.end - range.start) as usize));
+        }
+        assert!(chunk.is_read());
+        let mut runs = Runs::new(chunk, TransferSizes::default());
+        while let Some(work) = runs.next(chunks.indexes()) {
+            works.push(match work {
+                Work::Run(run) => (run.offset_bytes(), run.len_bytes() as u64, false),
+                Work::Zeroes { offset_bytes, len_bytes, .. } => (offset_bytes, len_bytes, true),
+            });
+        }
+        assert!(runs.is_done());
     }
-    assert!(runs.is_done());
+    assert!(chunks.is_done());
     works
 }
 
@@ -69,8 +83,26 @@ fn long_stretches_are_cut_at_pages() {
 fn only_whole_pages_of_long_zeroes_are_punched() {
     let long = vec![Record::zeroes(1, 1, 0, 512, 1 << 20), write(2, 100 * 4096, 512)];
     let punched = works(long);
-    let whole = [(0, 4096, false), (4096, 99 * 4096, true), (100 * 4096, 4096, false)];
-    assert_eq!(punched[..3], whole);
-    assert_eq!(punched[3..], [(101 * 4096, 155 * 4096, true), (256 * 4096, 4096, false)]);
+    let zeroes = [(0, 4096, false), (4096, 99 * 4096, true), (100 * 4096, 4096, false)];
+    assert_eq!(punched[..3], zeroes);
+    let rest = [(101 * 4096, 155 * 4096, true), (256 * 4096, 4096, false), (100 * 4096, 4096, false)];
+    assert_eq!(punched[3..], rest, "zeroes come first, data after them");
     assert_eq!(works(vec![Record::zeroes(1, 1, 0, 4096, 8192)]), [(4096, 8192, false)]);
+}
+
+#[test]
+fn a_chunk_is_written_in_the_order_of_the_disk_and_chunks_in_that_of_the_journal() {
+    let places = [7, 3, 5, 1, 6, 0, 4, 2];
+    let records = || (1..).zip(places).map(|(seq, place)| write(seq, place * 8192, 8192)).collect::<Vec<_>>();
+    let offsets = |chunk_bytes| -> Vec<u64> {
+        works_in_chunks(records(), chunk_bytes).iter().map(|(offset, _, _)| offset / 8192).collect()
+    };
+    assert_eq!(works(records()), [(0, 8 * 8192, false)], "all in one stretch");
+    // Records that are next to one another are read together up to 1 MiB, whatever a chunk may be.
+    assert_eq!(offsets(4096), [0]);
+    let half = 512 << 10;
+    let places = [5, 1, 4, 0, 3, 2];
+    let far = (1..).zip(places).map(|(seq, place)| write(seq, place * half, half as usize)).collect();
+    let starts: Vec<u64> = works_in_chunks(far, 1 << 20).iter().map(|(offset, _, _)| offset / half).collect();
+    assert_eq!(starts, [1, 5, 0, 4, 2, 3]);
 }

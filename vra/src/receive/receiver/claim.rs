@@ -101,7 +101,7 @@ impl Receiver {
 
     /// A new generation begins with a full sync: decides where that goes (C5).
     pub(super) fn admit_full_sync(&mut self) -> Result<(), Refuse> {
-        let checkpoints = self.history.catalogue(self.writer.superblock()).checkpoints().len();
+        let checkpoints = self.history.checkpoints().len();
         match admission::of_full_sync(
             &self.writer,
             &self.policy,

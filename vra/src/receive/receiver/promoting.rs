@@ -215,7 +215,8 @@ impl Receiver {
         }
         let reserved = self.promoting.recovery_disks_reserved.clone();
         let superblock = self.writer.superblock().clone();
-        let promotion = Promotion::new(superblock, segments, reserved, self.policy.promotion);
+        let bad_ranges = self.writer.bad_ranges().clone();
+        let promotion = Promotion::new(superblock, bad_ranges, segments, reserved, self.policy.promotion);
         self.promoting.stage = Stage::Carrying(Box::new(promotion));
     }
 
@@ -251,10 +252,16 @@ impl Receiver {
         let Some(done) = promotion.promoted() else { return };
         (self.promoting.told_blocked, self.promoting.failures) = (false, 0);
         // Open views read from the recovery disk before the slots are free (C3).
-        let event =
-            ReceiverEvent::Promoted { through_seq: done.through.seq, written_bytes: done.written_bytes };
-        self.outputs.push_back(ReceiverOutput::Event(event));
-        let change = Change::EndPromotion { through: done.through, size_bytes: done.size_bytes };
+        self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::Promoted {
+            through_seq: done.through.seq,
+            written_bytes: done.written_bytes,
+            bad_ranges: done.bad_ranges.clone(),
+        }));
+        let change = Change::EndPromotion {
+            through: done.through,
+            size_bytes: done.size_bytes,
+            bad_ranges: done.bad_ranges,
+        };
         let segments =
             self.writer.closed_segments().take_while(|segment| segment.last.seq <= done.through.seq);
         let segments = segments.count();

@@ -1,0 +1,229 @@
+//! The checkpoints of a group: the lists of its VMs merged, as far as a question needs.
+
+use crate::api::vpg::CheckpointPlace;
+use crate::api::{CheckpointId, CheckpointInfo, CheckpointPage, ListCheckpoints, TimeUs, VmId};
+use crate::receive::{CheckpointKey, CheckpointList, ListedCheckpoint};
+
+/// What each of a group's journals at this VRA lists.
+pub(super) struct GroupCheckpoints {
+    lists: Vec<(VmId, CheckpointList)>,
+}
+
+/// Before all, and behind all, checkpoints of a time.
+const fn first_of(time_us: TimeUs) -> CheckpointKey {
+    (time_us, CheckpointId { nonce: 0, counter: 0 })
+}
+
+impl GroupCheckpoints {
+    pub(super) fn new(lists: Vec<(VmId, CheckpointList)>) -> Self {
+        Self { lists }
+    }
+
+    /// How many all journals have.
+    pub(super) fn complete_count(&self) -> u64 {
+        match &self.lists[..] {
+            [] => 0,
+            [(_, only)] => only.len() as u64,
+            _ => self.merged(None, None, false).filter(|keyed| self.is_complete(keyed)).count() as u64,
+        }
+    }
+
+    /// The newest that all journals have, at or before a time.
+    pub(super) fn newest_until(&self, until: TimeUs) -> Option<CheckpointInfo> {
+        let to = until.0.checked_add(1).map(|end| first_of(TimeUs(end)));
+        let found = self.merged(None, to, true).find(|keyed| self.is_complete(keyed))?;
+        Some(self.info(&found))
+    }
+
+    /// The one with this id.
+    pub(super) fn find(&self, id: CheckpointId) -> Option<CheckpointInfo> {
+        self.keyed(id).map(|keyed| self.info(&keyed))
+    }
+
+    /// A page.
+    pub(super) fn page(&self, asked: &ListCheckpoints) -> CheckpointPage {
+        let from = asked.from_us.map(first_of);
+        let to = asked.to_us.and_then(|to| Some(first_of(TimeUs(to.0.checked_add(1)?))));
+        let matches = |keyed: &Keyed<'_>| !asked.tagged || keyed.listed.tag.is_some();
+        let total = match &self.lists[..] {
+            [(_, only)] if !asked.tagged => {
+                let end = to.map_or(only.len(), |to| only.count_before(to));
+                end.saturating_sub(from.map_or(0, |from| only.count_before(from))) as u64
+            }
+            _ => self.merged(from, to, false).filter(matches).count() as u64,
+        };
+        // One that was given up since the last page: the page begins anew.
+        let after = asked.after.and_then(|after| self.keyed(after)).map(|keyed| keyed.listed.key());
+        let (from, to) = match after {
+            Some(after) if asked.newest_first => (from, Some(to.map_or(after, |to| to.min(after)))),
+            Some(after) => (from.max(Some(next_key(after))), to),
+            None => (from, to),
+        };
+        let mut rest = self.merged(from, to, asked.newest_first).filter(matches);
+        let limit = asked.limit as usize;
+        let page: Vec<CheckpointInfo> = rest.by_ref().take(limit).map(|keyed| self.info(&keyed)).collect();
+        let next = page.last().filter(|_| rest.next().is_some()).map(|info| info.id);
+        CheckpointPage { checkpoints: page, total, next }
+    }
+
+    fn keyed(&self, id: CheckpointId) -> Option<Keyed<'_>> {
+        let key = self.lists.iter().find_map(|(_, list)| list.find(id))?.key();
+        self.merged(Some(key), None, false).next()
+    }
+
+    fn is_complete(&self, keyed: &Keyed<'_>) -> bool {
+        keyed.holders == self.lists.len()
+    }
+
+    fn info(&self, keyed: &Keyed<'_>) -> CheckpointInfo {
+        let key = keyed.listed.key();
+        let places = self.lists.iter().filter_map(|(vm, list)| {
+            list.get(key).map(|listed| CheckpointPlace { vm: *vm, cut: listed.cut })
+        });
+        CheckpointInfo {
+            id: keyed.listed.id,
+            time_us: keyed.listed.time_us,
+            tag: keyed.listed.tag.as_deref().map(str::to_owned),
+            member_set_version: keyed.listed.member_set_version,
+            complete: self.is_complete(keyed),
+            vms: places.collect(),
+        }
+    }
+
+    /// All that any journal has, each once, from one key to before another one.
+    fn merged(
+        &self,
+        from: Option<CheckpointKey>,
+        to: Option<CheckpointKey>,
+        newest_first: bool,
+    ) -> impl Iterator<Item = Keyed<'_>> {
+        type Listed<'a> = Box<dyn Iterator<Item = &'a ListedCheckpoint> + 'a>;
+        let mut sources: Vec<std::iter::Peekable<Listed<'_>>> = Vec::with_capacity(self.lists.len());
+        for (_, list) in &self.lists {
+            let begin = from.map_or(0, |from| list.count_before(from));
+            let end = to.map_or(list.len(), |to| list.count_before(to)).max(begin);
+            let listed: Listed<'_> = if newest_first {
+                Box::new(list.iter_back_from(end).take(end - begin))
+            } else {
+                Box::new(list.iter_from(begin).take(end - begin))
+            };
+            sources.push(listed.peekable());
+        }
+        std::iter::from_fn(move || {
+            let heads = sources.iter_mut().filter_map(|source| source.peek().map(|listed| listed.key()));
+            let key = if newest_first { heads.max() } else { heads.min() }?;
+            let mut found: Option<Keyed<'_>> = None;
+            for source in &mut sources {
+                if let Some(listed) = source.next_if(|listed| listed.key() == key) {
+                    found.get_or_insert(Keyed { listed, holders: 0 }).holders += 1;
+                }
+            }
+            found
+        })
+    }
+}
+
+/// A checkpoint, and how many journals have it.
+struct Keyed<'a> {
+    listed: &'a ListedCheckpoint,
+    holders: usize,
+}
+
+fn next_key((time_us, id): CheckpointKey) -> CheckpointKey {
+    (time_us, CheckpointId { nonce: id.nonce, counter: id.counter.saturating_add(1) })
+}
+
+#[cfg(test)]
+mod tests {
+    use journal::batch::{Checkpoint, CheckpointKind, Epoch};
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::api::VpgId;
+
+    fn list(counters: &[u64]) -> (VmId, CheckpointList) {
+        let mut list = CheckpointList::default();
+        for &counter in counters {
+            list.push(ListedCheckpoint::of(&Checkpoint {
+                epoch: Epoch { nonce: Uuid::from_u128(5), counter },
+                cut: counter * 10,
+                member_set_version: 1,
+                time_us: counter * 1000,
+                kind: CheckpointKind::Automatic,
+                tag: if counter == 3 { "three".to_owned() } else { String::new() },
+            }));
+        }
+        (VmId::random(), list)
+    }
+
+    fn ask(limit: u32) -> ListCheckpoints {
+        ListCheckpoints {
+            vpg: VpgId::random(),
+            vm: None,
+            from_us: None,
+            to_us: None,
+            tagged: false,
+            newest_first: false,
+            after: None,
+            limit,
+        }
+    }
+
+    /// The counters of all pages, one after the other.
+    fn all_pages(group: &GroupCheckpoints, mut asked: ListCheckpoints, total: u64) -> Vec<u64> {
+        let mut seen = Vec::new();
+        loop {
+            let page = group.page(&asked);
+            assert_eq!(page.total, total);
+            seen.extend(page.checkpoints.iter().map(|info| info.id.counter));
+            let Some(next) = page.next else { return seen };
+            assert_eq!(page.checkpoints.len(), asked.limit as usize);
+            asked.after = Some(next);
+        }
+    }
+
+    #[test]
+    fn only_what_every_journal_holds_is_complete() {
+        let group = GroupCheckpoints::new(vec![list(&[1, 2, 3, 5]), list(&[1, 2, 4, 5])]);
+        let page = group.page(&ask(10));
+        let told: Vec<_> = page.checkpoints.iter().map(|info| (info.id.counter, info.complete)).collect();
+        assert_eq!(told, [(1, true), (2, true), (3, false), (4, false), (5, true)]);
+        assert_eq!(page.checkpoints[3].vms.iter().map(|place| place.cut).collect::<Vec<_>>(), [40]);
+        assert_eq!(group.complete_count(), 3);
+        let newest = |until| group.newest_until(TimeUs(until)).map(|info| info.id.counter);
+        assert_eq!(
+            [newest(u64::MAX), newest(4999), newest(2000), newest(1999)],
+            [Some(5), Some(2), Some(2), Some(1)]
+        );
+        assert_eq!(newest(999), None);
+        assert_eq!(group.find(CheckpointId { nonce: 5, counter: 4 }).map(|info| info.complete), Some(false));
+        assert_eq!(group.find(CheckpointId { nonce: 6, counter: 4 }), None);
+    }
+
+    #[test]
+    fn pages_cover_the_list_once_in_either_order() {
+        for members in 1..=3 {
+            let lists = [list(&[1, 2, 3, 4, 5]), list(&[2, 3, 4]), list(&[])];
+            let group = GroupCheckpoints::new(lists.into_iter().take(members).collect());
+            for limit in 1..7 {
+                assert_eq!(all_pages(&group, ask(limit), 5), [1, 2, 3, 4, 5]);
+                let newest_first = ListCheckpoints { newest_first: true, ..ask(limit) };
+                assert_eq!(all_pages(&group, newest_first, 5), [5, 4, 3, 2, 1]);
+                let part = ListCheckpoints {
+                    from_us: Some(TimeUs(2000)),
+                    to_us: Some(TimeUs(4000)),
+                    newest_first: limit % 2 == 0,
+                    ..ask(limit)
+                };
+                let expected = if part.newest_first { [4, 3, 2] } else { [2, 3, 4] };
+                assert_eq!(all_pages(&group, part, 3), expected);
+            }
+            let tagged = group.page(&ListCheckpoints { tagged: true, ..ask(10) });
+            assert_eq!(
+                tagged.checkpoints.iter().filter_map(|info| info.tag.as_deref()).collect::<Vec<_>>(),
+                ["three"]
+            );
+            assert_eq!(tagged.total, 1);
+        }
+    }
+}

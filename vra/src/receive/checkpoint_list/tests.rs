@@ -1,0 +1,63 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn checkpoint(time_us: u64, cut: u64) -> ListedCheckpoint {
+    let id = CheckpointId { nonce: 7, counter: cut };
+    ListedCheckpoint { time_us: TimeUs(time_us), id, cut, member_set_version: 1, tag: None }
+}
+
+/// What the list must hold.
+fn sorted(mut entries: Vec<ListedCheckpoint>) -> Vec<ListedCheckpoint> {
+    entries.sort_by_key(ListedCheckpoint::key);
+    entries
+}
+
+proptest! {
+    #[test]
+    fn it_agrees_with_a_sorted_vector(
+        steps in prop::collection::vec((0_u64..40, 0_u32..30), 1..2500),
+        goes_back in any::<bool>(),
+    ) {
+        let (mut list, mut model) = (CheckpointList::default(), Vec::new());
+        let (mut time_us, mut oldest) = (1000, 0);
+        for (cut, (step, what)) in (1..).zip(steps) {
+            time_us = if goes_back && what == 1 { time_us - step.min(time_us) } else { time_us + step };
+            if what == 0 && cut % 5 == 0 {
+                oldest = (oldest + step * 8).min(cut);
+                list.forget_below(oldest);
+                model.retain(|entry: &ListedCheckpoint| entry.cut >= oldest);
+            }
+            list.push(checkpoint(time_us, cut));
+            model.push(checkpoint(time_us, cut));
+        }
+        let model = sorted(model);
+        prop_assert_eq!(list.len(), model.len());
+        prop_assert_eq!(list.iter_from(0).cloned().collect::<Vec<_>>(), model.clone());
+        for place in [0, 1, model.len() / 2, model.len() - 1] {
+            let Some(entry) = model.get(place) else { continue };
+            prop_assert_eq!(list.count_before(entry.key()), place);
+            prop_assert_eq!(list.get(entry.key()), Some(entry));
+            prop_assert_eq!(list.find(entry.id), Some(entry));
+            prop_assert_eq!(list.iter_from(place).count(), model.len() - place);
+            prop_assert!(list.iter_back_from(place).eq(model[..place].iter().rev()));
+        }
+        let between = (TimeUs(u64::MAX), CheckpointId { nonce: 0, counter: 0 });
+        prop_assert_eq!(list.count_before(between), model.len());
+        prop_assert_eq!(list.get(between), None);
+    }
+}
+
+#[test]
+fn a_copy_stays_as_it_was() {
+    let mut list = CheckpointList::default();
+    for number in 0..1000 {
+        list.push(checkpoint(number, number));
+    }
+    let copy = list.clone();
+    list.forget_below(700);
+    list.push(checkpoint(1000, 1000));
+    assert_eq!((copy.len(), list.len()), (1000, 301));
+    assert_eq!(copy.first().map(|entry| entry.cut), Some(0));
+    assert_eq!(list.first().map(|entry| entry.cut), Some(700));
+}
