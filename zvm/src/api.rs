@@ -122,6 +122,15 @@ pub enum Request {
         /// The name.
         tag: String,
     },
+    /// Keeps a checkpoint, or not any more. Answer: [`Response::Checkpoint`].
+    CheckpointLock {
+        /// The group's name or id.
+        vpg: String,
+        /// Which one.
+        at: At,
+        /// Kept, or not any more.
+        locked: bool,
+    },
     /// Opens a group's disks for a test. Answer: [`Response::Task`].
     TestStart {
         /// The group's name or id.
@@ -183,7 +192,7 @@ pub enum Response {
     Vpg(Box<VpgDetails>),
     /// To [`Request::CheckpointList`].
     Checkpoints(Vec<CheckpointInfo>),
-    /// To [`Request::CheckpointTag`].
+    /// To [`Request::CheckpointTag`] and [`Request::CheckpointLock`].
     Checkpoint(CheckpointInfo),
     /// To [`Request::TestShow`].
     Test(TestShown),

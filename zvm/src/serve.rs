@@ -190,6 +190,9 @@ async fn answer(manager: &Manager, request: Request) -> Result<Response, ApiErro
         Request::CheckpointTag { vpg, tag } => {
             Response::Checkpoint(manager.tag_checkpoint(&vpg, &tag).await?)
         }
+        Request::CheckpointLock { vpg, at, locked } => {
+            Response::Checkpoint(manager.lock_checkpoint(&vpg, &at, locked).await?)
+        }
         Request::TestStart { vpg, at, door } => Response::Task(manager.start_test(&vpg, at, door).await?),
         Request::TestStop { vpg } => Response::Task(manager.stop_test(&vpg).await?),
         Request::TestShow { vpg } => Response::Test(manager.show_test(&vpg).await?),

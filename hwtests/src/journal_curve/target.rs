@@ -239,6 +239,7 @@ impl Target {
                 let file = if file == PromotionFile::Journal { self.journal } else { self.disk };
                 (file, Part::Promotion(token), purpose, op)
             }
+            ReceiverOutput::ManifestWritten { .. } => return Ok(()),
             ReceiverOutput::Send { frame: Frame::Grant(Grant { open_count, .. }), .. } => {
                 self.link.open_count = open_count;
                 return Ok(());

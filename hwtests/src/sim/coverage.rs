@@ -101,6 +101,8 @@ pub enum Happening {
     HistoryShortened,
     /// A promotion couldn't go on.
     PromotionStuck,
+    /// A locked checkpoint was given up for want of room.
+    LockGivenUp,
     /// A view was read that promotion had gone on beneath.
     ViewRepointed,
     /// The file got shorter.
@@ -119,6 +121,8 @@ pub enum Happening {
     CheckpointInsideSync,
     /// A flipped bit was noticed.
     FlipNoticed,
+    /// A promotion went over a flipped bit.
+    DamagePromoted,
     /// A flipped bit hit nothing that counts.
     FlipHarmless,
     /// A guest's request was asked again after its source had died.
@@ -186,6 +190,8 @@ impl Happening {
         Self::PromotionResumed,
         Self::HistoryShortened,
         Self::PromotionStuck,
+        Self::LockGivenUp,
+        Self::DamagePromoted,
         Self::ViewRepointed,
         Self::Shrunk,
         Self::PinnedViewCompared,

@@ -6,6 +6,7 @@
 
 mod ageing;
 mod coverage;
+mod damage;
 mod door;
 mod env;
 mod group;

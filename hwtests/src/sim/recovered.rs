@@ -1,7 +1,6 @@
 //! What can be recovered from a target's files, against what the ledger knows.
 
 use journal::batch::{Checkpoint, RecordKind};
-use journal::format::FIRST_SLOT_OFFSET_BYTES;
 use journal::recovery::{OpenError, SurveyOptions};
 use journal::storage::{Blocking, Purpose};
 use journal::view::{Reader, View, ViewError};
@@ -137,7 +136,7 @@ pub(super) fn compare_all(site: &TargetSite, ledger: &Ledger, env: &mut Env) -> 
 }
 
 /// Compares with the checkpoint that was published with this cut.
-fn compare(ledger: &Ledger, cut: u64, found: &Image) -> Result<(), String> {
+pub(super) fn compare(ledger: &Ledger, cut: u64, found: &Image) -> Result<(), String> {
     let promise = ledger.promises().iter().find(|promise| promise.checkpoint.cut == cut);
     let Some(promise) = promise else {
         return Err(format!("a checkpoint with cut {cut} is listed, which was never published"));
@@ -222,33 +221,6 @@ fn compare_points(site: &TargetSite, reader: &Reader, ledger: &Ledger, env: &mut
             (Err(error), _) => return Err(format!("the view at {seq} doesn't open: {error:?}")),
         }
     }
-    Ok(())
-}
-
-/// Whatever a flipped bit does, nothing wrong is shown.
-pub(super) fn flip_a_bit(site: &TargetSite, ledger: &Ledger, env: &mut Env) -> Result<(), String> {
-    let within =
-        if env.rng.one_in(4) { 0..FIRST_SLOT_OFFSET_BYTES } else { FIRST_SLOT_OFFSET_BYTES..u64::MAX };
-    if site.disk.flip_bit(site.journal, within).is_none() {
-        return Ok(());
-    }
-    let mut storage = site.disk.storage();
-    let Ok(reader) = Reader::open(&mut storage, site.journal, SurveyOptions::default()) else {
-        env.happened(Happening::FlipNoticed);
-        return Ok(());
-    };
-    let mut noticed = reader.newest_seq() < ledger.acked() || reader.survey.damage.is_some();
-    for entry in reader.catalogue().checkpoints() {
-        let cut = entry.checkpoint.cut;
-        match reader.view(cut).and_then(|view| read_image(site, &view, ledger)) {
-            Ok(found) => {
-                compare(ledger, cut, &found).map_err(|what| format!("after a bit flipped: {what}"))?;
-            }
-            Err(ViewError::Corrupt { .. }) => noticed = true,
-            Err(error) => return Err(format!("after a bit flipped: {error:?}")),
-        }
-    }
-    env.happened(if noticed { Happening::FlipNoticed } else { Happening::FlipHarmless });
     Ok(())
 }
 

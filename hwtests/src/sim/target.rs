@@ -9,7 +9,7 @@ use journal::storage::sim::{Crash, SimDisk, SimStorage};
 use journal::storage::{Blocking, FileId, Op, Purpose, Storage};
 use journal::view::{Promoted, View};
 use journal::writer::{Limits, Writer};
-use vra::receive::{Receiver, ReceiverEvent, ReceiverOutput, ReceiverPolicy, StreamId, VmIdentity};
+use vra::receive::{Pins, Receiver, ReceiverEvent, ReceiverOutput, ReceiverPolicy, StreamId, VmIdentity};
 use vra::wire::Frame;
 
 use super::ageing::Ageing;
@@ -34,6 +34,8 @@ pub(super) struct TargetSite {
     trusted_through: Option<u64>,
     /// A view that is open: the history must not be given up, nor promoted past it.
     pinned: Option<PinnedView>,
+    /// Only a locked checkpoint keeps the history of that view, and may be given up.
+    pinned_by_lock: bool,
     /// How long the file is, in slots.
     slot_count: u32,
     /// What that view follows.
@@ -115,6 +117,7 @@ impl TargetSite {
             process: None,
             trusted_through: None,
             pinned: None,
+            pinned_by_lock: false,
             slot_count: 0,
             promoted: Promoted::default(),
         };
@@ -168,10 +171,14 @@ impl TargetSite {
     }
 
     /// A view opens at this cut, or the last one is closed. The pin comes before the look at what can be opened (C2).
-    pub(super) fn pin(&mut self, cut: Option<u64>) -> bool {
+    pub(super) fn pin(&mut self, cut: Option<u64>, env: &mut Env) -> bool {
         self.pinned = None;
         let Some(process) = &mut self.process else { return false };
-        process.receiver.set_lowest_pin(cut);
+        self.pinned_by_lock = env.rng.one_in(3);
+        process.receiver.set_pins(match self.pinned_by_lock {
+            true => Pins { view: None, lock: cut },
+            false => Pins { view: cut, lock: None },
+        });
         cut.is_some_and(|cut| cut >= process.receiver.oldest_seq())
     }
 
@@ -219,11 +226,18 @@ impl TargetSite {
                 }
                 ReceiverOutput::Send { stream, frame } => told.push(Told::Frame(stream.0, frame)),
                 ReceiverOutput::Close { stream } => told.push(Told::Close(stream.0)),
+                ReceiverOutput::ManifestWritten { .. } => {}
                 ReceiverOutput::Event(event) => {
                     process.ageing.told(&event, self.policy.history_us, env.now().mono_us)?;
                     match &event {
                         ReceiverEvent::Failed { durable_through, .. } => {
                             process.failed = Some(*durable_through);
+                        }
+                        ReceiverEvent::HistoryGivenUp { .. } if self.pinned_by_lock => self.pinned = None,
+                        ReceiverEvent::LockInTheWay { .. } => {
+                            // As the owner does: it is given up rather than the replication.
+                            self.pinned = None;
+                            process.receiver.set_pins(Pins::default());
                         }
                         ReceiverEvent::Promoted { through_seq, bad_ranges, .. } => {
                             self.promoted.advance(*through_seq, bad_ranges);

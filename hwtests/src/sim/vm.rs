@@ -10,6 +10,7 @@ use vra::ship::{Phase, StreamIdentity};
 use vra::wire::{Frame, Grant, Refuse, RefuseCode, VolumeShape};
 
 use super::coverage::{Disturbance, Happening, Moment};
+use super::damage;
 use super::env::Env;
 use super::ledger::{Image, Ledger};
 use super::protected::Protected;
@@ -362,11 +363,11 @@ impl Vm {
     pub(super) fn turn_pin(&mut self, env: &mut Env) -> Result<(), String> {
         recovered::check_pinned(&self.site, &self.ledger, env)?;
         if self.site.pinned().is_some() {
-            self.site.pin(None);
+            self.site.pin(None, env);
             return Ok(());
         }
         let cut = recovered::any_cut(&self.site, env);
-        if self.site.pin(cut)
+        if self.site.pin(cut, env)
             && let Some(cut) = cut
         {
             recovered::open_pinned(&mut self.site, cut)?;
@@ -390,7 +391,7 @@ impl Vm {
     }
 
     pub(super) fn flip_a_bit(&self, env: &mut Env) -> Result<(), String> {
-        recovered::flip_a_bit(&self.site, &self.ledger, env)
+        damage::flip_a_bit(&self.site, &self.ledger, env)
     }
 
     /// Hears what the target says.
@@ -464,6 +465,7 @@ impl Vm {
             ReceiverEvent::Promoted { .. } => env.happened(Happening::Promoted),
             ReceiverEvent::HistoryShortened { .. } => env.happened(Happening::HistoryShortened),
             ReceiverEvent::PromotionStuck { .. } => env.happened(Happening::PromotionStuck),
+            ReceiverEvent::LockInTheWay { .. } => env.happened(Happening::LockGivenUp),
             ReceiverEvent::Granted { .. } | ReceiverEvent::Room | ReceiverEvent::HistoryFits => {}
         }
     }

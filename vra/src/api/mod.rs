@@ -26,7 +26,9 @@ pub use ids::{
 pub use status::{Alert, DoctorReport, Severity, VraStatus};
 pub use view::{OpenView, PointInTime, ViewInfo, ViewMode};
 pub use volume::{Attach, Detach, VolumeInfo};
-pub use vpg::{CheckpointInfo, CheckpointPage, ListCheckpoints, TagCheckpoint, VpgDefinition};
+pub use vpg::{
+    CheckpointInfo, CheckpointPage, ListCheckpoints, LockCheckpoint, TagCheckpoint, VpgDefinition,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -91,6 +93,8 @@ pub enum Request {
     ListCheckpoints(ListCheckpoints),
     /// Makes a checkpoint now and names it; to the source VRA. Answer: [`Response::Checkpoint`].
     TagCheckpoint(TagCheckpoint),
+    /// Keeps a checkpoint, or not any more; to the target VRA. Answer: [`Response::Checkpoint`].
+    LockCheckpoint(LockCheckpoint),
     /// Opens disks as they were at a moment; to the target VRA. Answer: [`Response::View`].
     OpenView(OpenView),
     /// Closes a view, with its scratch. Answer: [`Response::Done`].
@@ -119,7 +123,7 @@ pub enum Response {
     Vpg(vpg::VpgApplied),
     /// To [`Request::ListCheckpoints`].
     Checkpoints(CheckpointPage),
-    /// To [`Request::TagCheckpoint`].
+    /// To [`Request::TagCheckpoint`] and [`Request::LockCheckpoint`].
     Checkpoint(CheckpointInfo),
     /// To [`Request::OpenView`].
     View(ViewInfo),

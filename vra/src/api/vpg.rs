@@ -150,6 +150,9 @@ pub struct CheckpointInfo {
     pub member_set_version: u32,
     /// Every journal of the group that this VRA has holds it (D3). Only complete ones can be opened for the group.
     pub complete: bool,
+    /// It is kept when it grows older than the history (C5).
+    #[serde(default)]
+    pub locked: bool,
     /// Its place in each VM's journal.
     pub vms: Vec<CheckpointPlace>,
 }
@@ -161,6 +164,17 @@ pub struct CheckpointPlace {
     pub vm: VmId,
     /// The sequence number up to which its writes belong to the checkpoint.
     pub cut: u64,
+}
+
+/// Locks a checkpoint, so that it is kept when it grows older than the history, or unlocks it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LockCheckpoint {
+    /// Of which VPG.
+    pub vpg: VpgId,
+    /// Which one.
+    pub checkpoint: CheckpointId,
+    /// Locked, or not any more.
+    pub locked: bool,
 }
 
 /// Makes a named checkpoint.

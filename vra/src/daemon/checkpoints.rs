@@ -1,15 +1,16 @@
 //! The checkpoints of a group, put together from its VMs' journals.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::Daemon;
 use super::group_checkpoints::GroupCheckpoints;
 use crate::api::status::{LastCheckpoint, VpgStatus};
 use crate::api::{
-    ApiError, CheckpointInfo, CheckpointPage, ErrorCode, ListCheckpoints, MAX_CHECKPOINTS_PER_PAGE,
-    PointInTime, TimeUs, VmId, VpgDefinition,
+    ApiError, CheckpointInfo, CheckpointPage, ErrorCode, ListCheckpoints, LockCheckpoint,
+    MAX_CHECKPOINTS_PER_PAGE, PointInTime, TimeUs, VmId, VpgDefinition,
 };
-use crate::receive::TargetVm;
+use crate::receive::{TargetVm, error_chain};
 
 impl Daemon {
     /// A page of checkpoints.
@@ -29,6 +30,24 @@ impl Daemon {
             }
         }
         Ok(group_checkpoints(&vms).await?.page(&list))
+    }
+
+    /// Locks or unlocks a checkpoint in all journals of its group, or in none.
+    pub(super) async fn lock_checkpoint(&self, lock: LockCheckpoint) -> Result<CheckpointInfo, ApiError> {
+        let vpg = self.vpg(lock.vpg)?;
+        let vms = self.target_vms_of(&vpg)?;
+        let found =
+            self.group_checkpoint_at(&vms, PointInTime::Checkpoint { checkpoint: lock.checkpoint }).await?;
+        for (number, vm) in vms.iter().enumerate() {
+            let Err(error) = vm.set_lock(lock.checkpoint, lock.locked).await else { continue };
+            for vm in vms[..number].iter().filter(|_| lock.locked && !found.locked) {
+                if let Err(undoing) = vm.set_lock(lock.checkpoint, false).await {
+                    tracing::warn!(vm = %vm.id(), error = %error_chain(&undoing), "a checkpoint stays locked in one journal alone");
+                }
+            }
+            return Err(error.into());
+        }
+        Ok(CheckpointInfo { locked: lock.locked, ..found })
     }
 
     /// The target VMs of a VPG at this VRA.
@@ -116,11 +135,12 @@ impl Daemon {
 
 /// What the journals list now.
 async fn group_checkpoints(vms: &[Arc<TargetVm>]) -> Result<GroupCheckpoints, ApiError> {
-    let mut lists = Vec::with_capacity(vms.len());
+    let (mut lists, mut locked) = (Vec::with_capacity(vms.len()), BTreeSet::new());
     for vm in vms {
         lists.push((vm.id(), vm.checkpoints().await?));
+        locked.extend(vm.locked_checkpoints());
     }
-    Ok(GroupCheckpoints::new(lists))
+    Ok(GroupCheckpoints::new(lists, locked))
 }
 
 fn not_here(vm: VmId, vpg: &VpgDefinition) -> ApiError {

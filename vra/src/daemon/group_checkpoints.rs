@@ -1,5 +1,7 @@
 //! The checkpoints of a group: the lists of its VMs merged, as far as a question needs.
 
+use std::collections::BTreeSet;
+
 use crate::api::vpg::CheckpointPlace;
 use crate::api::{CheckpointId, CheckpointInfo, CheckpointPage, ListCheckpoints, TimeUs, VmId};
 use crate::receive::{CheckpointKey, CheckpointList, ListedCheckpoint};
@@ -7,6 +9,8 @@ use crate::receive::{CheckpointKey, CheckpointList, ListedCheckpoint};
 /// What each of a group's journals at this VRA lists.
 pub(super) struct GroupCheckpoints {
     lists: Vec<(VmId, CheckpointList)>,
+    /// By any of the journals.
+    locked: BTreeSet<CheckpointId>,
 }
 
 /// Before all, and behind all, checkpoints of a time.
@@ -15,8 +19,8 @@ const fn first_of(time_us: TimeUs) -> CheckpointKey {
 }
 
 impl GroupCheckpoints {
-    pub(super) fn new(lists: Vec<(VmId, CheckpointList)>) -> Self {
-        Self { lists }
+    pub(super) fn new(lists: Vec<(VmId, CheckpointList)>, locked: BTreeSet<CheckpointId>) -> Self {
+        Self { lists, locked }
     }
 
     /// How many all journals have.
@@ -86,6 +90,7 @@ impl GroupCheckpoints {
             tag: keyed.listed.tag.as_deref().map(str::to_owned),
             member_set_version: keyed.listed.member_set_version,
             complete: self.is_complete(keyed),
+            locked: self.locked.contains(&keyed.listed.id),
             vms: places.collect(),
         }
     }
@@ -184,7 +189,7 @@ mod tests {
 
     #[test]
     fn only_what_every_journal_holds_is_complete() {
-        let group = GroupCheckpoints::new(vec![list(&[1, 2, 3, 5]), list(&[1, 2, 4, 5])]);
+        let group = GroupCheckpoints::new(vec![list(&[1, 2, 3, 5]), list(&[1, 2, 4, 5])], BTreeSet::new());
         let page = group.page(&ask(10));
         let told: Vec<_> = page.checkpoints.iter().map(|info| (info.id.counter, info.complete)).collect();
         assert_eq!(told, [(1, true), (2, true), (3, false), (4, false), (5, true)]);
@@ -204,7 +209,7 @@ mod tests {
     fn pages_cover_the_list_once_in_either_order() {
         for members in 1..=3 {
             let lists = [list(&[1, 2, 3, 4, 5]), list(&[2, 3, 4]), list(&[])];
-            let group = GroupCheckpoints::new(lists.into_iter().take(members).collect());
+            let group = GroupCheckpoints::new(lists.into_iter().take(members).collect(), BTreeSet::new());
             for limit in 1..7 {
                 assert_eq!(all_pages(&group, ask(limit), 5), [1, 2, 3, 4, 5]);
                 let newest_first = ListCheckpoints { newest_first: true, ..ask(limit) };

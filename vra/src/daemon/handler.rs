@@ -20,6 +20,7 @@ impl Handler for Daemon {
             Request::ApplyVpg(definition) => self.apply_vpg(definition).await.map(Response::Vpg),
             Request::RemoveVpg(remove) => self.remove_vpg(remove).await.map(|()| Response::Done),
             Request::TagCheckpoint(tag) => self.tag_checkpoint(tag).await.map(Response::Checkpoint),
+            Request::LockCheckpoint(lock) => self.lock_checkpoint(lock).await.map(Response::Checkpoint),
             Request::SetTrust(list) => self.set_trust(list).await.map(|()| Response::Done),
             Request::ListCheckpoints(list) => self.list_checkpoints(list).await.map(Response::Checkpoints),
             Request::OpenView(open) => self.open_view(open).await.map(Response::View),

@@ -239,6 +239,7 @@ fn info_of(taken: &TakenCheckpoint, vpg: &VpgDefinition) -> CheckpointInfo {
         tag: Some(taken.tag.clone()).filter(|tag| !tag.is_empty()),
         member_set_version: vpg.member_set_version,
         complete: true,
+        locked: false,
         vms: taken.members.iter().map(|member| CheckpointPlace { vm: member.vm, cut: member.cut }).collect(),
     }
 }

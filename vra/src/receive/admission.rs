@@ -3,7 +3,7 @@
 use journal::batch::RecordHeader;
 use journal::writer::{RESERVED_SLOTS, Writer};
 
-use super::receiver_types::ReceiverPolicy;
+use super::receiver_types::{Pins, ReceiverPolicy};
 use crate::wire::VolumeShape;
 
 /// Where it goes.
@@ -26,12 +26,13 @@ pub(super) fn of_full_sync(
     volumes: &[VolumeShape],
     checkpoints: usize,
     promotable_slots: usize,
-    pinned: bool,
+    pins: Pins,
 ) -> Admission {
     let superblock = writer.superblock();
     if superblock.state.is_base_sync() {
         return Admission::AsIs;
     }
+    let pinned = pins.view.is_some() || pins.lock.is_some() && !policy.give_up_history;
     if checkpoints == 0 && !pinned {
         return Admission::GiveUpHistory;
     }
@@ -53,7 +54,7 @@ pub(super) fn of_full_sync(
         return Admission::GiveUpHistory;
     }
     let what_then = if pinned {
-        "close the open views, so that older checkpoints can be given up"
+        "close the open views and unlock checkpoints, so that older ones can be given up"
     } else {
         "raise the journal limit, or let the VPG give up older checkpoints"
     };

@@ -1,7 +1,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::api::{
-    VmId,
+    CheckpointId, TimeUs, VmId,
     vpg::{VmDefinition, VpgDefinition},
 };
 
@@ -20,6 +20,20 @@ pub struct Manifest {
     pub disks_reserved: bool,
     /// The whole group, as last defined.
     pub vpg: VpgDefinition,
+    /// Checkpoints that are kept when they grow older than the history.
+    #[serde(default)]
+    pub locked: Vec<LockedCheckpoint>,
+}
+
+/// A checkpoint that is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LockedCheckpoint {
+    /// Which one.
+    pub checkpoint: CheckpointId,
+    /// A view of it is a view at this number.
+    pub cut: u64,
+    /// When it was taken, by the coordinator's clock.
+    pub time_us: TimeUs,
 }
 
 /// Why a manifest's text can't be used.
@@ -46,6 +60,7 @@ impl Manifest {
             disks: (0..disk_count).map(|volume| format!("disk-{volume}.raw")).collect(),
             disks_reserved,
             vpg: vpg.clone(),
+            locked: Vec::new(),
         }
     }
 

@@ -32,11 +32,12 @@ pub use folder::{FolderError, JOURNAL_FILE, Unfinished, VmFolder};
 pub use forecast::Forecast;
 pub use history::History;
 pub use intake::{Intake, IntakeError};
-pub use manifest::{Manifest, ManifestError};
+pub use manifest::{LockedCheckpoint, Manifest, ManifestError};
 pub use memory::{BatchBuffer, ReceiveMemory, StreamMemory};
 pub use receiver::Receiver;
 pub use receiver_types::{
-    Failure, HistorySpan, ReceiverEvent, ReceiverOutput, ReceiverPolicy, ReceiverStatus, StreamId, VmIdentity,
+    Failure, HistorySpan, Pins, ReceiverEvent, ReceiverOutput, ReceiverPolicy, ReceiverStatus, StreamId,
+    VmIdentity,
 };
 pub use target_error::TargetError;
 pub use target_host::{TargetHost, TargetSettings};

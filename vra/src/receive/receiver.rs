@@ -21,7 +21,8 @@ use super::forecast::{Forecast, WriteRate};
 use super::history::History;
 use super::intake::Intake;
 use super::receiver_types::{
-    Failure, Observed, ReceiverEvent, ReceiverOutput, ReceiverPolicy, ReceiverStatus, StreamId, VmIdentity,
+    Failure, Observed, Pins, ReceiverEvent, ReceiverOutput, ReceiverPolicy, ReceiverStatus, StreamId,
+    VmIdentity,
 };
 use crate::clock::Now;
 use base_sync::BaseSync;
@@ -43,8 +44,9 @@ pub struct Receiver {
     candidate: Option<Candidate>,
     base_sync: BaseSync,
     promoting: Promoting,
-    /// The lowest number that an open view needs: the history can't be given up, nor promoted past it.
-    lowest_pin: Option<u64>,
+    pins: Pins,
+    /// Manifests that are not durable yet.
+    manifest_tickets: VecDeque<u64>,
     /// A receive time and the monotonic time that it belongs to, both in microseconds (C6).
     stamp_base: Option<(u64, u64)>,
     /// When the journal last took a batch, by the monotonic clock.
@@ -108,7 +110,8 @@ impl Receiver {
             stream: None,
             candidate: None,
             promoting: Promoting::new(reserved),
-            lowest_pin: None,
+            pins: Pins::default(),
+            manifest_tickets: VecDeque::new(),
             stamp_base: None,
             last_append_us: 0,
             rate: WriteRate::default(),
@@ -250,12 +253,14 @@ impl Receiver {
         self.advance(now);
     }
 
-    /// Writes another manifest.
+    /// Writes another manifest; gives the ticket for [`ReceiverOutput::ManifestWritten`].
     ///
     /// # Errors
     /// It doesn't fit, or the journal has failed.
-    pub fn set_manifest(&mut self, text: String) -> Result<(), ChangeError> {
-        self.writer.change(Change::SetManifest(text)).map(drop)
+    pub fn set_manifest(&mut self, text: String) -> Result<u64, ChangeError> {
+        let ticket = self.writer.change(Change::SetManifest(text))?;
+        self.manifest_tickets.push_back(ticket);
+        Ok(ticket)
     }
 
     /// Other limits, from a changed definition. Batches that found no room may find some.
@@ -264,9 +269,9 @@ impl Receiver {
         self.policy = policy;
     }
 
-    /// The lowest number that an open view needs, if any. One that is below [`Self::oldest_seq`] comes too late.
-    pub fn set_lowest_pin(&mut self, seq: Option<u64>) {
-        self.lowest_pin = seq;
+    /// What is still needed. A number that is below [`Self::oldest_seq`] comes too late.
+    pub fn set_pins(&mut self, pins: Pins) {
+        self.pins = pins;
     }
 
     /// Prepares a planned end: no promotion begins any more, and the open segment is sealed, so that the next opening has nothing to copy. To be
@@ -406,6 +411,9 @@ impl Receiver {
     fn changed(&mut self, ticket: u64, now: Now) {
         if self.promotion_changed(ticket, now) {
             return;
+        }
+        if self.manifest_tickets.pop_front_if(|waiting| *waiting == ticket).is_some() {
+            self.outputs.push_back(ReceiverOutput::ManifestWritten { ticket });
         }
         if self.base_sync.unfresh_ticket == Some(ticket) {
             self.base_sync.unfresh_ticket = None;

@@ -60,6 +60,11 @@ pub enum ReceiverOutput {
         /// Which.
         stream: StreamId,
     },
+    /// A manifest is durable.
+    ManifestWritten {
+        /// What [`super::Receiver::set_manifest`] gave.
+        ticket: u64,
+    },
     /// Something that the owner of the VM must know.
     Event(ReceiverEvent),
 }
@@ -106,6 +111,11 @@ pub enum ReceiverEvent {
     PromotionStuck {
         /// Why.
         error: PromotionError,
+    },
+    /// A locked checkpoint is in the way of a journal that has no more room: nothing is promoted until it is unlocked (C5).
+    LockInTheWay {
+        /// Its cut.
+        cut: u64,
     },
     /// The storage failed. The receiver does nothing any more: its files are to be opened again, trusting the journal only as far as it was
     /// known to be durable (C1), and it is to be replaced.
@@ -164,6 +174,22 @@ pub struct HistorySpan {
     pub from_us: u64,
     /// The newest one's.
     pub to_us: u64,
+}
+
+/// The lowest numbers that are still needed: nothing above is promoted, nor given up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Pins {
+    /// By open views.
+    pub view: Option<u64>,
+    /// By locked checkpoints, which may be unlocked for want of room.
+    pub lock: Option<u64>,
+}
+
+impl Pins {
+    /// The lowest of all.
+    pub fn lowest(self) -> Option<u64> {
+        self.view.into_iter().chain(self.lock).min()
+    }
 }
 
 /// What a receiver knows beside its writer.

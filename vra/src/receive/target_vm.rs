@@ -1,6 +1,7 @@
 //! One VM at its target, for the daemon: its state, its checkpoints, its disks as they were.
 
 mod events;
+mod locks;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -19,7 +20,7 @@ use super::files::{self, VmFiles};
 use super::folder::VmFolder;
 use super::manifest::Manifest;
 use super::receiver::Receiver;
-use super::receiver_types::{ReceiverPolicy, ReceiverStatus};
+use super::receiver_types::{Pins, ReceiverPolicy, ReceiverStatus};
 use super::target_error::TargetError;
 use super::worker::{Attached, Input, VmKey, Worker};
 use crate::api::{
@@ -90,7 +91,8 @@ impl TargetVm {
         let runtime = Handle::current();
         let bad_ranges = files.opened.bad_ranges.clone();
         let target = Arc::new_cyclic(|weak| {
-            let status = attach_files(&worker, key, files, window_bytes, None, weak.clone());
+            let pins = Pins { view: None, lock: lowest_lock(&manifest) };
+            let status = attach_files(&worker, key, files, window_bytes, pins, weak.clone());
             let inner = Inner {
                 manifest,
                 key: Some(key),
@@ -223,7 +225,7 @@ impl TargetVm {
                 vm,
                 policy: policy(vpg, definition, slot_bytes, self.window_bytes),
             });
-            self.worker.tell(Input::SetManifest { vm, text });
+            self.worker.tell(Input::SetManifest { vm, text, answer: None });
         }
         Ok(())
     }
@@ -266,7 +268,7 @@ impl TargetVm {
         let id = inner.next_pin;
         inner.next_pin += 1;
         inner.pins.insert(id, 0);
-        self.tell_lowest_pin(&inner, None);
+        self.tell_pins(&inner, None);
         drop(inner);
         Pin { vm: self.clone(), id }
     }
@@ -274,7 +276,7 @@ impl TargetVm {
     /// The lowest number that can be opened, asked after all pins are known to the worker.
     async fn oldest_seq(&self) -> Result<u64, TargetError> {
         let (answer, oldest_seq) = oneshot::channel();
-        self.tell_lowest_pin(&self.lock(), Some(answer));
+        self.tell_pins(&self.lock(), Some(answer));
         let not_open = |_| TargetError::NotOpen { vm: self.vm, reason: self.lock().not_open.clone() };
         oldest_seq.await.map_err(not_open)
     }
@@ -336,10 +338,9 @@ impl TargetVm {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn tell_lowest_pin(&self, inner: &Inner, answer: Option<oneshot::Sender<u64>>) {
+    fn tell_pins(&self, inner: &Inner, answer: Option<oneshot::Sender<u64>>) {
         if let Some(vm) = inner.key {
-            let seq = inner.pins.values().min().copied();
-            self.worker.tell(Input::SetLowestPin { vm, seq, answer });
+            self.worker.tell(Input::SetPins { vm, pins: inner.needed(), answer });
         }
     }
 
@@ -374,14 +375,20 @@ impl TargetVm {
         self.promoted.advance(0, &files.opened.bad_ranges);
         let key = (inner.next_key)();
         // Before the worker does anything with the files (C2).
-        let lowest_pin = inner.pins.values().min().copied();
-        inner.status =
-            attach_files(&self.worker, key, files, self.window_bytes, lowest_pin, Arc::downgrade(self));
+        let pins = inner.needed();
+        inner.status = attach_files(&self.worker, key, files, self.window_bytes, pins, Arc::downgrade(self));
         (inner.key, inner.not_open) = (Some(key), None);
         inner.alerts.remove("storage-failed");
-        self.tell_lowest_pin(&inner, None);
+        self.tell_pins(&inner, None);
         tracing::info!(vm = %self.vm, "the journal is open again");
         true
+    }
+}
+
+impl Inner {
+    /// What is still needed.
+    fn needed(&self) -> Pins {
+        Pins { view: self.pins.values().min().copied(), lock: lowest_lock(&self.manifest) }
     }
 }
 
@@ -390,7 +397,7 @@ impl Pin {
     fn needs(&self, seq: u64) {
         let mut inner = self.vm.lock();
         inner.pins.insert(self.id, seq);
-        self.vm.tell_lowest_pin(&inner, None);
+        self.vm.tell_pins(&inner, None);
     }
 }
 
@@ -398,8 +405,12 @@ impl Drop for Pin {
     fn drop(&mut self) {
         let mut inner = self.vm.lock();
         inner.pins.remove(&self.id);
-        self.vm.tell_lowest_pin(&inner, None);
+        self.vm.tell_pins(&inner, None);
     }
+}
+
+fn lowest_lock(manifest: &Manifest) -> Option<u64> {
+    manifest.locked.iter().map(|locked| locked.cut).min()
 }
 
 fn policy(
@@ -424,7 +435,7 @@ fn attach_files(
     key: VmKey,
     files: VmFiles,
     window_bytes: u32,
-    lowest_pin: Option<u64>,
+    pins: Pins,
     vm: Weak<TargetVm>,
 ) -> Arc<Mutex<ReceiverStatus>> {
     let VmFiles { manifest, identity, opened, events, journal, disks } = files;
@@ -444,7 +455,7 @@ fn attach_files(
         receiver,
         journal,
         disks,
-        lowest_pin,
+        pins,
         on_event,
         status: status.clone(),
     })));

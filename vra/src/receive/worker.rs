@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use super::checkpoint_list::CheckpointList;
 use super::outbox::Outbox;
 use super::receiver::Receiver;
-use super::receiver_types::{ReceiverEvent, ReceiverOutput, ReceiverPolicy, ReceiverStatus, StreamId};
+use super::receiver_types::{Pins, ReceiverEvent, ReceiverOutput, ReceiverPolicy, ReceiverStatus, StreamId};
 use crate::clock::Clock;
 use crate::wire::{Frame, Open, Refuse, RefuseCode};
 
@@ -29,8 +29,8 @@ pub(super) struct Attached {
     pub(super) receiver: Receiver,
     pub(super) journal: DirectFile,
     pub(super) disks: Vec<DirectFile>,
-    /// What open views need at least.
-    pub(super) lowest_pin: Option<u64>,
+    /// What is still needed.
+    pub(super) pins: Pins,
     /// Told each event, on the worker's thread: it must not block. After a failure the files are closed before it is told.
     pub(super) on_event: Box<dyn FnMut(ReceiverEvent) + Send>,
     /// Where the state is shown.
@@ -58,15 +58,17 @@ pub(super) enum Input {
     SetManifest {
         vm: VmKey,
         text: String,
+        /// Told when it is durable.
+        answer: Option<oneshot::Sender<()>>,
     },
     SetPolicy {
         vm: VmKey,
         policy: ReceiverPolicy,
     },
-    /// The lowest number that open views need; answered with the lowest one that can be opened.
-    SetLowestPin {
+    /// What is still needed; answered with the lowest number that can be opened.
+    SetPins {
         vm: VmKey,
-        seq: Option<u64>,
+        pins: Pins,
         answer: Option<oneshot::Sender<u64>>,
     },
     /// Time has passed.
@@ -171,6 +173,8 @@ struct Vm {
     in_flight: usize,
     on_event: Box<dyn FnMut(ReceiverEvent) + Send>,
     status: Arc<Mutex<ReceiverStatus>>,
+    /// Who waits for manifests to be durable.
+    manifests: HashMap<u64, oneshot::Sender<()>>,
     detaching: Option<oneshot::Sender<()>>,
     /// The failure to tell once nothing is in flight.
     failed: Option<ReceiverEvent>,
@@ -219,7 +223,7 @@ impl WorkerState {
             | Input::Closed { vm, .. }
             | Input::SetManifest { vm, .. }
             | Input::SetPolicy { vm, .. }
-            | Input::SetLowestPin { vm, .. }
+            | Input::SetPins { vm, .. }
             | Input::Checkpoints { vm, .. }
             | Input::Detach { vm, .. } => *vm,
         };
@@ -236,14 +240,15 @@ impl WorkerState {
                     vm.outboxes.remove(&stream);
                     vm.receiver.closed(stream);
                 }
-                Input::SetManifest { text, .. } => {
-                    if let Err(error) = vm.receiver.set_manifest(text) {
+                Input::SetManifest { text, answer, .. } => match vm.receiver.set_manifest(text) {
+                    Ok(ticket) => vm.manifests.extend(answer.map(|answer| (ticket, answer))),
+                    Err(error) => {
                         tracing::warn!(error = %super::error_chain(&error), "the manifest of a journal was not written");
                     }
-                }
+                },
                 Input::SetPolicy { policy, .. } => vm.receiver.set_policy(policy),
-                Input::SetLowestPin { seq, answer, .. } => {
-                    vm.receiver.set_lowest_pin(seq);
+                Input::SetPins { pins, answer, .. } => {
+                    vm.receiver.set_pins(pins);
                     if let Some(answer) = answer {
                         // Nobody may wait for it any more.
                         let _ = answer.send(vm.receiver.oldest_seq());
@@ -268,8 +273,8 @@ impl WorkerState {
     }
 
     fn attach(&mut self, attached: Attached) {
-        let Attached { key, mut receiver, journal, disks, lowest_pin, on_event, status } = attached;
-        receiver.set_lowest_pin(lowest_pin);
+        let Attached { key, mut receiver, journal, disks, pins, on_event, status } = attached;
+        receiver.set_pins(pins);
         let journal = self.storage.add_file(journal);
         let disks = disks.into_iter().map(|disk| self.storage.add_file(disk)).collect();
         let vm = Vm {
@@ -280,6 +285,7 @@ impl WorkerState {
             in_flight: 0,
             on_event,
             status,
+            manifests: HashMap::new(),
             detaching: None,
             failed: None,
         };
@@ -334,6 +340,13 @@ impl WorkerState {
                     ReceiverOutput::Close { stream } => {
                         if let Some(outbox) = vm.outboxes.remove(&stream) {
                             outbox.close();
+                        }
+                        continue;
+                    }
+                    ReceiverOutput::ManifestWritten { ticket } => {
+                        if let Some(answer) = vm.manifests.remove(&ticket) {
+                            // Nobody may wait for it any more.
+                            let _ = answer.send(());
                         }
                         continue;
                     }

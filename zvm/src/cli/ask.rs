@@ -136,6 +136,20 @@ pub(super) enum CheckpointCommand {
         /// The name.
         tag: String,
     },
+    /// Keep a checkpoint when it grows older than the history.
+    Lock {
+        /// The group's name or id.
+        vpg: String,
+        /// `latest`, a checkpoint's id or tag, or a time (RFC 3339).
+        at: String,
+    },
+    /// Let a locked checkpoint go with the history again.
+    Unlock {
+        /// The group's name or id.
+        vpg: String,
+        /// Its id or tag, or its time.
+        at: String,
+    },
 }
 
 /// Tests of a group.
@@ -313,6 +327,12 @@ impl<'a> Ask<'a> {
                 Request::CheckpointList { vpg, tagged, from_us: from, to_us: to, limit }
             }
             CheckpointCommand::Tag { vpg, tag } => Request::CheckpointTag { vpg, tag },
+            CheckpointCommand::Lock { vpg, at } => {
+                Request::CheckpointLock { vpg, at: parse_at(&at), locked: true }
+            }
+            CheckpointCommand::Unlock { vpg, at } => {
+                Request::CheckpointLock { vpg, at: parse_at(&at), locked: false }
+            }
         };
         self.print(request).await
     }

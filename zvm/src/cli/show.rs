@@ -294,11 +294,12 @@ fn token_text(token: &NewToken) -> String {
 }
 
 fn checkpoints_table(checkpoints: &[CheckpointInfo]) -> String {
-    let mut table = Table::new(["TIME", "COMPLETE", "TAG", "ID"]);
+    let mut table = Table::new(["TIME", "COMPLETE", "LOCKED", "TAG", "ID"]);
     for checkpoint in checkpoints {
         table.row([
             checkpoint.time_us.to_string(),
             if checkpoint.complete { "yes" } else { "no" }.into(),
+            if checkpoint.locked { "yes" } else { "-" }.into(),
             checkpoint.tag.clone().unwrap_or_else(|| "-".into()),
             checkpoint.id.to_string(),
         ]);

@@ -1,7 +1,7 @@
 //! Checkpoints of a group: listed at its targets, named at its source.
 
 use vra::api::{
-    ApiError, CheckpointId, CheckpointInfo, CheckpointPage, ErrorCode, ListCheckpoints,
+    ApiError, CheckpointId, CheckpointInfo, CheckpointPage, ErrorCode, ListCheckpoints, LockCheckpoint,
     MAX_CHECKPOINTS_PER_PAGE, Request, Response, TagCheckpoint, TimeUs, VraId,
 };
 
@@ -97,6 +97,45 @@ impl Manager {
         };
         save.await.map_err(internal)?;
         result
+    }
+
+    /// Locks a checkpoint at all targets of its group, or at none; or unlocks it.
+    pub async fn lock_checkpoint(
+        &self,
+        name: &str,
+        at: &At,
+        locked: bool,
+    ) -> Result<CheckpointInfo, ApiError> {
+        let vpg = self.find_vpg(name).await?;
+        let found = self.find_checkpoint(&vpg, at).await?;
+        let targets = self.targets(&vpg).await?;
+        let request =
+            |locked| Request::LockCheckpoint(LockCheckpoint { vpg: vpg.id, checkpoint: found.id, locked });
+        for (number, target) in targets.iter().enumerate() {
+            let result = self.remote.call(&target.endpoint(), request(locked), self.request_timeout()).await;
+            let Err(error) = result else { continue };
+            for former in targets[..number].iter().filter(|_| locked && !found.locked) {
+                let undone =
+                    self.remote.call(&former.endpoint(), request(false), self.request_timeout()).await;
+                if let Err(error) = undone {
+                    tracing::warn!(vra = %former.name, %error, "a checkpoint stays locked at one target alone");
+                }
+            }
+            return Err(error.into_api_error(&target.name));
+        }
+        let (kind, what) = match locked {
+            true => (EventKind::LockCheckpoint, "locked"),
+            false => (EventKind::UnlockCheckpoint, "unlocked"),
+        };
+        let description =
+            format!("checkpoint {} of {} of VPG {} was {what}", found.id, found.time_us, vpg.name);
+        let save = async {
+            let mut tx = self.store.begin().await?;
+            self.note(&mut tx, kind, true, Entity::vpg(vpg.id), description, None).await?;
+            Ok::<_, StoreError>(tx.commit().await?)
+        };
+        save.await.map_err(internal)?;
+        Ok(CheckpointInfo { locked, ..found })
     }
 
     /// The complete checkpoint that a user means.

@@ -61,6 +61,10 @@ named! {
         StopFailOverTest = "StopFailOverTest",
         /// A checkpoint was named.
         InsertTaggedCp = "InsertTaggedCP",
+        /// A checkpoint was locked.
+        LockCheckpoint = "LockCheckpoint",
+        /// A checkpoint was unlocked.
+        UnlockCheckpoint = "UnlockCheckpoint",
         /// A VRA enrolled.
         InstallVra = "InstallVra",
         /// A VRA was revoked.

@@ -22,7 +22,7 @@ use sqlx::migrate::{Migration, MigrationType, Migrator};
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteRow, SqliteSynchronous,
 };
-use sqlx::{Row, SqlSafeStr};
+use sqlx::{Connection as _, Row, SqlSafeStr};
 use uuid::Uuid;
 
 /// A connection, in a transaction or not.
@@ -95,7 +95,16 @@ impl Store {
             .synchronous(SqliteSynchronous::Full)
             .foreign_keys(true)
             .busy_timeout(Duration::from_secs(10));
-        let pool = |connections| SqlitePoolOptions::new().max_connections(connections);
+        let pool = |connections| {
+            SqlitePoolOptions::new().max_connections(connections).before_acquire(|connection, _| {
+                Box::pin(async move {
+                    // A full disk makes SQLite roll back by itself. The driver goes on counting that transaction: later ones would be
+                    // savepoints within it, and never be committed. Such a connection is closed, which ends what it had begun.
+                    connection.ping().await?;
+                    Ok(!connection.is_in_transaction())
+                })
+            })
+        };
         // The file gets its mode before SQLite opens it; its log takes the same.
         std::fs::OpenOptions::new()
             .create(true)
@@ -239,6 +248,35 @@ pub(crate) mod tests {
         let mode: String = sqlx::query_scalar("PRAGMA journal_mode").fetch_one(&mut *tx).await.unwrap();
         let synchronous: i64 = sqlx::query_scalar("PRAGMA synchronous").fetch_one(&mut *tx).await.unwrap();
         assert_eq!((mode.as_str(), synchronous), ("wal", 2));
+    }
+
+    #[tokio::test]
+    async fn after_a_full_disk_commits_count_again() {
+        let scratch = ScratchStore::open().await;
+        let store = &scratch.store;
+        let mut tx = store.begin().await.unwrap();
+        sqlx::query("CREATE TABLE filler (text TEXT)").execute(&mut *tx).await.unwrap();
+        tx.commit().await.unwrap();
+        let fill = |bytes: usize| sqlx::query("INSERT INTO filler VALUES ($1)").bind("x".repeat(bytes));
+        let count = async || -> i64 {
+            let mut reader = store.read().await.unwrap();
+            sqlx::query_scalar("SELECT count(*) FROM filler").fetch_one(&mut *reader).await.unwrap()
+        };
+        for round in 0..3 {
+            let mut tx = store.begin().await.unwrap();
+            let pages: i64 = sqlx::query_scalar("PRAGMA page_count").fetch_one(&mut *tx).await.unwrap();
+            let limit = sqlx::AssertSqlSafe(format!("PRAGMA max_page_count = {}", pages + 1));
+            sqlx::query(limit).execute(&mut *tx).await.unwrap();
+            fill(10).execute(&mut *tx).await.unwrap();
+            let error = fill(100_000).execute(&mut *tx).await.unwrap_err();
+            assert!(error.to_string().contains("full"), "{error}");
+            drop(tx);
+            assert_eq!(count().await, round);
+            let mut tx = store.begin().await.unwrap();
+            fill(10).execute(&mut *tx).await.unwrap();
+            tx.commit().await.unwrap();
+            assert_eq!(count().await, round + 1);
+        }
     }
 
     #[tokio::test]

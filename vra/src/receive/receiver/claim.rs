@@ -108,7 +108,7 @@ impl Receiver {
             &self.identity.volumes,
             checkpoints,
             self.promotable_count(),
-            self.lowest_pin.is_some(),
+            self.pins,
         ) {
             Admission::AsIs => Ok(()),
             Admission::GiveUpHistory => {

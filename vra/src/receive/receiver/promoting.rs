@@ -20,6 +20,8 @@ pub(super) struct Promoting {
     failures: u32,
     /// The history is shorter than it should be, and that was told.
     told_shortened: bool,
+    /// The locked checkpoint that was told to be in the way.
+    told_lock: Option<u64>,
     /// That it is stuck was told.
     told_blocked: bool,
     recovery_disks_reserved: Vec<bool>,
@@ -57,6 +59,8 @@ struct Due {
     count: usize,
     /// They are not all as old as the history should be.
     shortens: bool,
+    /// The journal has no room, and this locked checkpoint keeps it from making some.
+    lock_in_the_way: Option<u64>,
 }
 
 /// Segments that are promoted together: blocks that are written again and again are carried once.
@@ -105,6 +109,15 @@ impl Receiver {
         let stamp_us = self.stamp_us(now);
         let due = self.due(stamp_us);
         if due.count == 0 {
+            if let Some(cut) = due.lock_in_the_way
+                && self.promoting.told_lock.replace(cut) != Some(cut)
+            {
+                self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::LockInTheWay { cut }));
+                if self.policy.give_up_history {
+                    // It is unlocked before anybody is told that the journal is full.
+                    return;
+                }
+            }
             self.tell_full();
             return self.shrink(usize::MAX, now);
         }
@@ -150,7 +163,7 @@ impl Receiver {
         let announced = superblock.promotion_intent_seq;
         if announced > superblock.low_water.seq {
             // An earlier opening has announced it: nothing below can be opened, and the recovery disks hold a part of it.
-            return Due { count: through(announced), shortens: false };
+            return Due { count: through(announced), ..Due::default() };
         }
         let is_old = |end_us: u64| end_us.saturating_add(self.policy.history_us) <= stamp_us;
         let old = self.writer.closed_segments().take_while(|segment| is_old(segment.end_time_us())).count();
@@ -158,17 +171,23 @@ impl Receiver {
         let wanted = old.min(MAX_SEGMENTS).max(usize::from(is_pressed));
         // One checkpoint stays, whatever happens; before a sync that goes through the journal it is the last one before that (B5).
         let Some(newest_cut) = self.history.newest_cut() else { return Due::default() };
-        let pin = if is_planted(Planted::PromotionPastPin) { None } else { self.lowest_pin };
+        let pin = if is_planted(Planted::PromotionPastPin) { None } else { self.pins.lowest() };
         let allowed = through(newest_cut.min(pin.unwrap_or(u64::MAX)));
         let reach = if is_pressed { allowed } else { old.min(allowed) };
         let count = self.outside_syncs(wanted.min(reach), reach);
-        Due { count, shortens: count > old }
+        let lock_in_the_way = self.pins.lock.filter(|lock| {
+            is_pressed
+                && count == 0
+                && self.pins.view.is_none_or(|view| *lock <= view)
+                && through(newest_cut) > 0
+        });
+        Due { count, shortens: count > old, lock_in_the_way }
     }
 
     /// How many of the oldest segments can be promoted if need be.
     pub(super) fn promotable_count(&self) -> usize {
         let Some(newest_cut) = self.history.newest_cut() else { return 0 };
-        let most = newest_cut.min(self.lowest_pin.unwrap_or(u64::MAX));
+        let most = newest_cut.min(self.pins.lowest().unwrap_or(u64::MAX));
         self.writer.closed_segments().take_while(|segment| segment.last.seq <= most).count()
     }
 

@@ -23,6 +23,7 @@ impl TargetVm {
                 self.lock().alerts.remove("history-given-up");
             }
             ReceiverEvent::HistoryGivenUp { checkpoints } => {
+                self.forget_locks();
                 let message =
                     format!("{checkpoints} checkpoints were given up so that a full sync can go on");
                 let remedy = "wait for the sync's end: until then nothing can be recovered";
@@ -41,6 +42,7 @@ impl TargetVm {
                 let mut inner = self.lock();
                 inner.alerts.remove("journal-full");
                 inner.alerts.remove("datastore-full");
+                inner.alerts.remove("lock-in-the-way");
             }
             ReceiverEvent::Promoted { through_seq, written_bytes, bad_ranges } => {
                 self.promoted.advance(through_seq, &bad_ranges);
@@ -70,6 +72,7 @@ impl TargetVm {
                 let remedy = "the journal fills up meanwhile: free space on the datastore, or replicate the VM anew if its journal is damaged";
                 self.alert("promotion-stuck", Severity::Critical, message, remedy);
             }
+            ReceiverEvent::LockInTheWay { cut } => self.lock_in_the_way(cut),
             ReceiverEvent::Failed { failure, durable_through } => {
                 let reason = error_chain(&failure);
                 let message = format!("the storage in {} failed: {reason}", self.folder.path().display());
@@ -101,7 +104,7 @@ impl TargetVm {
         self.alert("recovery-disk-damaged", Severity::Critical, message, remedy);
     }
 
-    fn alert(&self, code: &'static str, severity: Severity, message: String, remedy: &str) {
+    pub(super) fn alert(&self, code: &'static str, severity: Severity, message: String, remedy: &str) {
         let mut inner = self.lock();
         if inner.alerts.contains_key(code) {
             return;

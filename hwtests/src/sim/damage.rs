@@ -1,0 +1,141 @@
+//! What a bit that flipped may do: it is noticed, or it does nothing. Nothing wrong is ever shown.
+
+use journal::format::FIRST_SLOT_OFFSET_BYTES;
+use journal::promotion::{Promoted, Promotion, PromotionFile, TransferSizes};
+use journal::recovery::{OpenOptions, SurveyOptions, open};
+use journal::storage::sim::{Crash, SimStorage};
+use journal::storage::{Completion, Storage};
+use journal::view::{ReadPart, Reader, ViewError};
+use journal::writer::{Change, Limits, Writer, drive};
+
+use super::coverage::Happening;
+use super::env::Env;
+use super::ledger::Ledger;
+use super::recovered::{compare, read_image};
+use super::target::TargetSite;
+
+/// Flips one bit anywhere, or one of a payload that is then promoted.
+pub(super) fn flip_a_bit(site: &TargetSite, ledger: &Ledger, env: &mut Env) -> Result<(), String> {
+    if env.rng.one_in(2)
+        && let Some(place) = place_of_a_payload(site, env)
+    {
+        site.disk.flip_bit(site.journal, place..place + 1);
+        look(site, ledger, env)?;
+        if promote_all(site, env)? {
+            site.disk.crash(Crash::PowerCut);
+            site.disk.fence();
+            look(site, ledger, env)?;
+            env.happened(Happening::DamagePromoted);
+        }
+        return Ok(());
+    }
+    let within =
+        if env.rng.one_in(4) { 0..FIRST_SLOT_OFFSET_BYTES } else { FIRST_SLOT_OFFSET_BYTES..u64::MAX };
+    if site.disk.flip_bit(site.journal, within).is_some() {
+        look(site, ledger, env)?;
+    }
+    Ok(())
+}
+
+/// A byte of the journal's file that the newest checkpoint shows.
+fn place_of_a_payload(site: &TargetSite, env: &mut Env) -> Option<u64> {
+    let reader = Reader::open(&mut site.disk.storage(), site.journal, SurveyOptions::default()).ok()?;
+    let cut = reader.catalogue().checkpoints().last()?.checkpoint.cut;
+    let view = reader.view(cut).ok()?;
+    let mut places = Vec::new();
+    for volume in view.volumes() {
+        for part in volume.plan_read(0, volume.size_bytes()).ok()? {
+            if let ReadPart::Journal(part) = part {
+                places.push(part.read_offset_bytes + part.skip_bytes as u64 + env.rng.below(part.len_bytes));
+            }
+        }
+    }
+    (!places.is_empty()).then(|| places[env.any_index(places.len())])
+}
+
+/// Every checkpoint is right, or says that it can't be read.
+fn look(site: &TargetSite, ledger: &Ledger, env: &mut Env) -> Result<(), String> {
+    let mut storage = site.disk.storage();
+    let Ok(reader) = Reader::open(&mut storage, site.journal, SurveyOptions::default()) else {
+        env.happened(Happening::FlipNoticed);
+        return Ok(());
+    };
+    let mut noticed = reader.newest_seq() < ledger.acked() || reader.survey.damage.is_some();
+    for entry in reader.catalogue().checkpoints() {
+        let cut = entry.checkpoint.cut;
+        match reader.view(cut).and_then(|view| read_image(site, &view, ledger)) {
+            Ok(found) => {
+                compare(ledger, cut, &found).map_err(|what| format!("after a bit flipped: {what}"))?;
+            }
+            Err(ViewError::Corrupt { .. }) => noticed = true,
+            Err(error) => return Err(format!("after a bit flipped: {error:?}")),
+        }
+    }
+    env.happened(if noticed { Happening::FlipNoticed } else { Happening::FlipHarmless });
+    Ok(())
+}
+
+/// Promotes as far as the newest checkpoint lets it. False if there is nothing to promote.
+fn promote_all(site: &TargetSite, env: &mut Env) -> Result<bool, String> {
+    let told = |what: &str, error: &dyn std::fmt::Debug| format!("promoting over damage: {what}: {error:?}");
+    let mut storage = site.disk.storage();
+    // One whose footer a crash kept from being written can't be read at all then.
+    let Ok(reader) = Reader::open(&mut storage, site.journal, SurveyOptions::default()) else {
+        return Ok(false);
+    };
+    let Some(newest) = reader.catalogue().checkpoints().last() else { return Ok(false) };
+    // The last segment is scanned at an opening: what is damaged in it was never acknowledged, as far as the opener knows.
+    let Ok(opened) = open(&mut storage, site.journal, &OpenOptions::default()) else { return Ok(false) };
+    if opened.superblock.state.is_base_sync() {
+        return Ok(false);
+    }
+    let limits = Limits { max_slots: 40, grow_slots: 1, group_bytes: 1 << 20 };
+    let mut writer = Writer::new(opened, limits);
+    let segments = writer.closed_segments().take_while(|segment| segment.last.seq <= newest.checkpoint.cut);
+    let mut segments: Vec<_> = segments.cloned().collect();
+    // Not to a place inside a sync.
+    while segments.pop_if(|last| !reader.catalogue().is_consistent(last.last.seq)).is_some() {}
+    let Some(through) = segments.last().map(|segment| segment.last) else { return Ok(false) };
+    if writer.change(Change::AnnouncePromotion { through }).is_err() {
+        // One that was announced before must be ended first.
+        return Ok(false);
+    }
+    drive(&mut writer, &mut storage, site.journal).map_err(|error| told("announcing", &error))?;
+    let superblock = writer.superblock().clone();
+    if superblock.promotion_intent_seq != through.seq {
+        return Ok(false);
+    }
+    let reserved = vec![false; site.recovery_disks.len()];
+    let sizes = TransferSizes {
+        run_max_bytes: 4096 << env.rng.below(5),
+        punch_min_bytes: 1024 << env.rng.below(5),
+        chunk_bytes: 4096 << env.rng.below(6),
+    };
+    let promotion = Promotion::new(superblock, writer.bad_ranges().clone(), segments, reserved, sizes);
+    let promoted = carry(site, promotion, &mut storage).map_err(|error| told("carrying", &error))?;
+    let change =
+        Change::EndPromotion { through, size_bytes: promoted.size_bytes, bad_ranges: promoted.bad_ranges };
+    writer.change(change).map_err(|error| told("ending", &error))?;
+    drive(&mut writer, &mut storage, site.journal).map_err(|error| told("ending", &error))?;
+    Ok(true)
+}
+
+fn carry(site: &TargetSite, mut promotion: Promotion, storage: &mut SimStorage) -> Result<Promoted, String> {
+    let mut done = Vec::<Completion>::new();
+    loop {
+        while let Some(action) = promotion.poll_action(64 << 10) {
+            let file = match action.file {
+                PromotionFile::Journal => site.journal,
+                PromotionFile::Disk(volume) => site.recovery_disks[usize::from(volume)],
+            };
+            storage.submit(file, action.token, action.purpose, action.op);
+        }
+        if let Some(promoted) = promotion.promoted() {
+            return Ok(promoted);
+        }
+        storage.collect(true, &mut done).map_err(|error| error.to_string())?;
+        for Completion { token, result } in done.drain(..) {
+            promotion.done(token, result).map_err(|error| error.to_string())?;
+        }
+    }
+}
