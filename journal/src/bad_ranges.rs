@@ -143,8 +143,8 @@ impl BadRanges {
     pub(crate) fn heal_promoted(&mut self, indexes: &[Index]) {
         for bad in self.clone().iter() {
             let Some(index) = indexes.get(usize::from(bad.volume)) else { continue };
-            for (piece, _) in index.overlapping(bad.offset_bytes, bad.len_bytes) {
-                self.heal(bad.volume, piece.offset_bytes..piece.end_bytes);
+            for piece in index.overlapping(bad.offset_bytes, bad.len_bytes) {
+                self.heal(bad.volume, piece.offset_bytes..piece.end_bytes());
             }
         }
     }

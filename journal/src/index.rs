@@ -1,49 +1,135 @@
 //! Where each byte of a volume is at a sequence number: the newest of all extents up to it, as one sorted array.
 
+mod order;
+
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+use std::ops::Range;
 
+use crate::batch::CRC_UNIT_BYTES;
 use crate::format::{ExtentEntry, Footer, slot_offset_bytes};
 
-/// What a volume's range holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extent {
+/// A range of a volume that one record wrote last: 32 bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct IndexPiece {
     /// Place on the volume, in bytes.
     pub offset_bytes: u64,
-    /// Length, in bytes.
-    pub len_bytes: u64,
     /// The record that wrote it.
     pub seq: u64,
-    /// Where its payload starts in the file, in bytes; nothing if it reads zeroes.
-    pub payload_offset_bytes: Option<u64>,
+    place: PayloadPlace,
+    len_sectors: u32,
     /// The payload's CRC if it has one unit, else where its CRCs begin in [`Index::crcs`].
     crc: u32,
 }
 
-/// A piece of a volume that one record wrote last.
+/// Where a payload is in the file, how long it is, and where in it a piece begins; all in sectors, in one word.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct PayloadPlace(u64);
+
+/// What a piece needs of its record's payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct IndexPiece {
-    /// Place on the volume, in bytes.
-    pub offset_bytes: u64,
-    /// End on the volume, in bytes.
-    pub end_bytes: u64,
-    /// Which extent.
-    extent: u32,
+pub(crate) struct Payload {
+    /// Where it starts in the file, in bytes.
+    pub(crate) file_offset_bytes: u64,
+    /// Its length, in bytes.
+    pub(crate) len_bytes: u64,
+    /// The record's place on the volume, in bytes.
+    pub(crate) offset_bytes: u64,
 }
 
 /// One volume's index.
 #[derive(Clone, Debug, Default)]
 pub struct Index {
     pieces: Vec<IndexPiece>,
-    extents: Vec<Extent>,
     crcs: Vec<u32>,
 }
 
 /// Gathers one volume's extents, then makes the index.
 #[derive(Debug, Default)]
 pub struct IndexBuilder {
-    extents: Vec<Extent>,
+    /// One for each extent, in any order.
+    pieces: Vec<IndexPiece>,
     crcs: Vec<u32>,
+}
+
+const SECTOR_BYTES: u64 = 512;
+
+impl PayloadPlace {
+    /// Of a piece without payload: it reads zeroes.
+    const NONE: Self = Self(0);
+    /// Bits of the length, less one, and of what is skipped: a payload has at most 2048 sectors.
+    const LEN_BITS: u32 = 11;
+
+    fn new(file_offset_bytes: u64, len_bytes: u64) -> Self {
+        // No payload is in the file's first sector.
+        Self(
+            file_offset_bytes / SECTOR_BYTES << (2 * Self::LEN_BITS)
+                | (len_bytes / SECTOR_BYTES - 1) << Self::LEN_BITS,
+        )
+    }
+
+    fn file_offset_bytes(self) -> u64 {
+        (self.0 >> (2 * Self::LEN_BITS)) * SECTOR_BYTES
+    }
+
+    fn len_bytes(self) -> u64 {
+        ((self.0 >> Self::LEN_BITS & Self::mask()) + 1) * SECTOR_BYTES
+    }
+
+    fn skip_bytes(self) -> u64 {
+        (self.0 & Self::mask()) * SECTOR_BYTES
+    }
+
+    fn skipping(self, bytes: u64) -> Self {
+        if self == Self::NONE { self } else { Self(self.0 + bytes / SECTOR_BYTES) }
+    }
+
+    const fn mask() -> u64 {
+        (1 << Self::LEN_BITS) - 1
+    }
+}
+
+const _: () = {
+    assert!(crate::batch::MAX_RECORD_PAYLOAD as u64 / SECTOR_BYTES <= 1 << PayloadPlace::LEN_BITS);
+    let file_sectors = crate::format::MAX_SLOTS as u64 * (crate::format::MAX_SLOT_BYTES / SECTOR_BYTES) * 2;
+    assert!(file_sectors <= 1 << (64 - 2 * PayloadPlace::LEN_BITS));
+    assert!(size_of::<IndexPiece>() == 32);
+};
+
+impl IndexPiece {
+    /// Length, in bytes.
+    pub fn len_bytes(&self) -> u64 {
+        u64::from(self.len_sectors) * SECTOR_BYTES
+    }
+
+    /// End on the volume, in bytes.
+    pub fn end_bytes(&self) -> u64 {
+        self.offset_bytes + self.len_bytes()
+    }
+
+    /// Whether it reads zeroes.
+    pub fn is_zeroes(&self) -> bool {
+        self.place == PayloadPlace::NONE
+    }
+
+    /// What has its data; nothing if it reads zeroes.
+    pub(crate) fn payload(&self) -> Option<Payload> {
+        (!self.is_zeroes()).then(|| Payload {
+            file_offset_bytes: self.place.file_offset_bytes(),
+            len_bytes: self.place.len_bytes(),
+            offset_bytes: self.offset_bytes - self.place.skip_bytes(),
+        })
+    }
+
+    /// A part of it.
+    fn part(&self, range: Range<u64>) -> Self {
+        Self {
+            offset_bytes: range.start,
+            len_sectors: ((range.end - range.start) / SECTOR_BYTES) as u32,
+            place: self.place.skipping(range.start - self.offset_bytes),
+            ..*self
+        }
+    }
 }
 
 impl IndexBuilder {
@@ -59,113 +145,110 @@ impl IndexBuilder {
     ) {
         let slot_offset = slot_offset_bytes(slot, slot_len_bytes);
         let first = footer.extents.partition_point(|extent| extent.volume.get() < volume);
-        for extent in footer.extents[first..].iter().take_while(|extent| extent.volume.get() == volume) {
+        let end = first + footer.extents[first..].partition_point(|extent| extent.volume.get() == volume);
+        self.pieces.reserve(end - first);
+        for extent in &footer.extents[first..end] {
             let seq = footer.base_seq + u64::from(extent.seq_delta.get());
             if seq <= base_seq || seq > through_seq {
                 continue;
             }
             let crc = self.take_crcs(footer, extent);
-            self.extents.push(Extent {
-                offset_bytes: extent.offset_bytes.get(),
-                len_bytes: extent.len_bytes(),
-                seq,
-                payload_offset_bytes: (!extent.is_zeroes())
-                    .then(|| slot_offset + extent.payload_offset_bytes()),
-                crc,
-            });
+            let place = if extent.is_zeroes() {
+                PayloadPlace::NONE
+            } else {
+                PayloadPlace::new(slot_offset + extent.payload_offset_bytes(), extent.len_bytes())
+            };
+            let (offset_bytes, len_sectors) = (extent.offset_bytes.get(), extent.len_sectors.get());
+            self.pieces.push(IndexPiece { offset_bytes, seq, place, len_sectors, crc });
         }
     }
 
     fn take_crcs(&mut self, footer: &Footer, extent: &ExtentEntry) -> u32 {
-        match footer.extent_crcs(extent) {
-            crcs if crcs.len() == 1 => crcs[0],
-            crcs => {
-                let first = self.crcs.len() as u32;
-                self.crcs.extend(crcs);
-                first
-            }
+        if extent.len_bytes() <= CRC_UNIT_BYTES as u64 || extent.is_zeroes() {
+            return extent.crc.get();
         }
+        let first = self.crcs.len() as u32;
+        self.crcs.extend(footer.extent_crcs(extent));
+        first
     }
 
     /// The index. Takes time in proportion to the extents (and the logarithm of how many overlap).
-    pub fn build(mut self) -> Index {
-        self.extents.sort_unstable_by_key(|extent| (extent.offset_bytes, extent.seq));
-        let mut pieces: Vec<IndexPiece> = Vec::with_capacity(self.extents.len());
+    pub fn build(self) -> Index {
+        let Self { mut pieces, crcs } = self;
+        let mut spare = Vec::new();
+        order::sort_by_place(&mut pieces, &mut spare);
+        let sorted = pieces;
+        let mut pieces = spare;
+        pieces.reserve(sorted.len());
         // A sweep over the volume: of the extents that cover the current place, the newest is on top.
-        let mut covering: BinaryHeap<(u64, Reverse<u64>, u32)> = BinaryHeap::new();
-        let mut at = 0;
-        let mut next = 0;
-        while next < self.extents.len() || !covering.is_empty() {
-            let begin = self.extents.get(next).map(|extent| extent.offset_bytes);
-            let Some(&(_, Reverse(end_bytes), extent)) = covering.peek() else {
-                at = begin.unwrap_or(at);
-                next = self.enter(next, at, &mut covering);
+        let mut covering: BinaryHeap<(u64, Reverse<u64>, usize)> = BinaryHeap::new();
+        let (mut at, mut next) = (0, 0);
+        while next < sorted.len() || !covering.is_empty() {
+            let begin = sorted.get(next).map(|piece| piece.offset_bytes);
+            if let Some(begin) = begin.filter(|begin| covering.is_empty() || *begin == at) {
+                let entering = sorted[next..].iter().take_while(|piece| piece.offset_bytes == begin).count();
+                let after = sorted.get(next + entering).map_or(u64::MAX, |piece| piece.offset_bytes);
+                let group = &sorted[next..next + entering];
+                if covering.is_empty()
+                    && let Some(newest) = group.iter().max_by_key(|piece| piece.seq)
+                    && newest.end_bytes() <= after
+                    && group.iter().all(|piece| piece.len_sectors <= newest.len_sectors)
+                {
+                    // By far the most: nothing else overlaps it, or what does is older and hidden.
+                    pieces.push(*newest);
+                } else {
+                    let enter =
+                        |(index, piece): (usize, &IndexPiece)| (piece.seq, Reverse(piece.end_bytes()), index);
+                    covering.extend((next..).zip(group).map(enter));
+                    at = begin;
+                }
+                next += entering;
                 continue;
-            };
+            }
+            let Some(&(_, Reverse(end_bytes), index)) = covering.peek() else { break };
             if end_bytes <= at {
                 covering.pop();
                 continue;
             }
-            if begin == Some(at) {
-                next = self.enter(next, at, &mut covering);
-                continue;
-            }
             let until = begin.map_or(end_bytes, |begin| begin.min(end_bytes));
-            match pieces.last_mut() {
-                Some(last) if last.extent == extent && last.end_bytes == at => last.end_bytes = until,
-                _ => pieces.push(IndexPiece { offset_bytes: at, end_bytes: until, extent }),
+            let part = sorted[index].part(at..until);
+            let joined = pieces.last_mut().filter(|last| last.seq == part.seq && last.end_bytes() == at);
+            match joined.and_then(|last| Some((last.len_sectors.checked_add(part.len_sectors)?, last))) {
+                Some((len_sectors, last)) => last.len_sectors = len_sectors,
+                None => pieces.push(part),
             }
             at = until;
         }
-        Index { pieces, extents: self.extents, crcs: self.crcs }
-    }
-
-    /// Takes in the extents that begin here.
-    fn enter(&self, mut next: usize, at: u64, covering: &mut BinaryHeap<(u64, Reverse<u64>, u32)>) -> usize {
-        while let Some(extent) = self.extents.get(next).filter(|extent| extent.offset_bytes == at) {
-            covering.push((extent.seq, Reverse(at + extent.len_bytes), next as u32));
-            next += 1;
-        }
-        next
+        Index { pieces, crcs }
     }
 }
 
 impl Index {
     /// The pieces that overlap a range, in order; what lies between them no record wrote.
-    pub fn overlapping(
-        &self,
-        offset_bytes: u64,
-        len_bytes: u64,
-    ) -> impl Iterator<Item = (IndexPiece, &Extent)> {
+    pub fn overlapping(&self, offset_bytes: u64, len_bytes: u64) -> impl Iterator<Item = &IndexPiece> {
         let end_bytes = offset_bytes.saturating_add(len_bytes);
-        let first = self.pieces.partition_point(|piece| piece.end_bytes <= offset_bytes);
-        self.pieces[first..]
-            .iter()
-            .take_while(move |piece| piece.offset_bytes < end_bytes)
-            .map(|piece| (*piece, &self.extents[piece.extent as usize]))
+        let first = self.pieces.partition_point(|piece| piece.end_bytes() <= offset_bytes);
+        self.pieces[first..].iter().take_while(move |piece| piece.offset_bytes < end_bytes)
     }
 
-    /// The CRC of one 4 KiB unit of an extent's payload.
-    pub fn unit_crc(&self, extent: &Extent, unit: usize) -> u32 {
-        if extent.len_bytes <= crate::batch::CRC_UNIT_BYTES as u64 {
-            return extent.crc;
+    /// The CRC of one 4 KiB unit of a piece's payload.
+    pub(crate) fn unit_crc(&self, piece: &IndexPiece, unit: usize) -> u32 {
+        if piece.place.len_bytes() <= CRC_UNIT_BYTES as u64 {
+            return piece.crc;
         }
-        self.crcs[extent.crc as usize + unit]
-    }
-
-    /// One piece, by its place in the order.
-    pub fn piece(&self, number: usize) -> Option<(IndexPiece, &Extent)> {
-        let piece = *self.pieces.get(number)?;
-        Some((piece, &self.extents[piece.extent as usize]))
-    }
-
-    /// How many pieces there are.
-    pub fn piece_count(&self) -> usize {
-        self.pieces.len()
+        self.crcs[piece.crc as usize + unit]
     }
 
     /// All pieces in order.
-    pub fn pieces(&self) -> impl Iterator<Item = (IndexPiece, &Extent)> {
-        self.pieces.iter().map(|piece| (*piece, &self.extents[piece.extent as usize]))
+    pub fn pieces(&self) -> &[IndexPiece] {
+        &self.pieces
+    }
+
+    /// Memory that it takes, in bytes.
+    pub fn memory_bytes(&self) -> usize {
+        self.pieces.capacity() * size_of::<IndexPiece>() + self.crcs.capacity() * size_of::<u32>()
     }
 }
+
+#[cfg(test)]
+mod tests;

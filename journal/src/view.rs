@@ -9,7 +9,7 @@ use crate::bad_ranges::{BadRange, BadRanges};
 use crate::batch::{CRC_UNIT_BYTES, RecordKind, unit_count, unit_matches};
 use crate::catalogue::Catalogue;
 use crate::format::{Footer, FooterEvent, PAGE_BYTES, Superblock, SuperblockError, VolumeState};
-use crate::index::{Extent, Index, IndexBuilder};
+use crate::index::{Index, IndexBuilder, IndexPiece, Payload};
 use crate::planted::{Bug, planted};
 use crate::recovery::{OpenError, SegmentError, Survey, SurveyOptions, survey};
 use crate::storage::{AlignedBuf, Blocking, FileId, Purpose, Storage, StorageError};
@@ -360,44 +360,42 @@ impl From<JournalPart> for ReadPart {
 }
 
 impl JournalPart {
-    /// Where the journal's file has a range of an extent, whose payload begins at `payload_offset_bytes` of the file: whole pages that hold
-    /// whole units.
-    pub(crate) fn file_range(extent: &Extent, payload_offset_bytes: u64, range: &Range<u64>) -> Range<u64> {
-        let units = Self::units(extent, range);
-        let page = PAGE_BYTES as u64;
-        (payload_offset_bytes + units.start) / page * page
-            ..(payload_offset_bytes + units.end).next_multiple_of(page)
+    /// Where the journal's file has a part of a piece with data: whole pages that hold whole units.
+    pub(crate) fn file_range(payload: &Payload, range: &Range<u64>) -> Range<u64> {
+        let (units, page) = (Self::units(payload, range), PAGE_BYTES as u64);
+        (payload.file_offset_bytes + units.start) / page * page
+            ..(payload.file_offset_bytes + units.end).next_multiple_of(page)
     }
 
     /// The whole units of the payload that hold a range of the volume, in bytes from the payload's start.
-    fn units(extent: &Extent, range: &Range<u64>) -> Range<u64> {
+    fn units(payload: &Payload, range: &Range<u64>) -> Range<u64> {
         let unit = CRC_UNIT_BYTES as u64;
-        let end = (range.end - extent.offset_bytes).next_multiple_of(unit).min(extent.len_bytes);
-        (range.start - extent.offset_bytes) / unit * unit..end
+        let end = (range.end - payload.offset_bytes).next_multiple_of(unit).min(payload.len_bytes);
+        (range.start - payload.offset_bytes) / unit * unit..end
     }
 
-    /// What to read for a range of an extent, whose payload begins at `payload_offset_bytes` of the file.
+    /// What to read for a part of a piece with data.
     pub(crate) fn new(
         volume: u16,
         index: &Index,
-        extent: &Extent,
-        payload_offset_bytes: u64,
+        piece: &IndexPiece,
+        payload: &Payload,
         range: Range<u64>,
     ) -> Self {
-        let units = Self::units(extent, &range);
-        let read = Self::file_range(extent, payload_offset_bytes, &range);
+        let units = Self::units(payload, &range);
+        let read = Self::file_range(payload, &range);
         let first_unit = units.start as usize / CRC_UNIT_BYTES;
-        let in_payload = range.start - extent.offset_bytes;
-        let crc_of = |unit: usize| index.unit_crc(extent, first_unit + unit);
+        let in_payload = range.start - payload.offset_bytes;
+        let crc_of = |unit: usize| index.unit_crc(piece, first_unit + unit);
         let units_len_bytes = (units.end - units.start) as usize;
         Self {
             offset_bytes: range.start,
             len_bytes: range.end - range.start,
             read_offset_bytes: read.start,
             read_len_bytes: (read.end - read.start) as usize,
-            skip_bytes: (payload_offset_bytes + in_payload - read.start) as usize,
-            seq: extent.seq,
-            units_skip_bytes: (payload_offset_bytes + units.start - read.start) as usize,
+            skip_bytes: (payload.file_offset_bytes + in_payload - read.start) as usize,
+            seq: piece.seq,
+            units_skip_bytes: (payload.file_offset_bytes + units.start - read.start) as usize,
             units_len_bytes,
             crcs: (0..unit_count(units_len_bytes)).map(crc_of).collect(),
             volume,
@@ -481,18 +479,16 @@ impl VolumeView {
                 from = bad.map_or(until, |bad| bad.offset_bytes + bad.len_bytes);
             }
         };
-        for (piece, extent) in self.index.overlapping(offset_bytes, len_bytes) {
-            if extent.seq <= promoted_seq {
+        for piece in self.index.overlapping(offset_bytes, len_bytes) {
+            if piece.seq <= promoted_seq {
                 continue;
             }
-            let (from, until) = (piece.offset_bytes.max(at), piece.end_bytes.min(end_bytes));
+            let (from, until) = (piece.offset_bytes.max(at), piece.end_bytes().min(end_bytes));
             gap(&mut parts, at, from);
-            let (offset_bytes, len_bytes) = (from, until - from);
-            parts.push(match extent.payload_offset_bytes {
-                None => ReadPart::Zeroes { offset_bytes, len_bytes },
-                Some(payload_offset_bytes) => {
-                    JournalPart::new(self.number, &self.index, extent, payload_offset_bytes, from..until)
-                        .into()
+            parts.push(match piece.payload() {
+                None => ReadPart::Zeroes { offset_bytes: from, len_bytes: until - from },
+                Some(payload) => {
+                    JournalPart::new(self.number, &self.index, piece, &payload, from..until).into()
                 }
             });
             at = until;

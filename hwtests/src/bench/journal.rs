@@ -60,10 +60,12 @@ pub(super) const BENCHMARKS: &[Benchmark] = &[
 
 /// What one run appends.
 const RUN_BYTES: u64 = 512 << 20;
-const SLOT_BYTES: u64 = 64 << 20;
+pub(super) const SLOT_BYTES: u64 = 64 << 20;
 /// Batches are sealed at this length.
 const BATCH_BYTES: usize = 1 << 20;
-const LIMITS: Limits = Limits { max_slots: 32, grow_slots: 4, group_bytes: 8 << 20 };
+const SLOT_COUNT: u32 = 32;
+pub(super) const JOURNAL_NAME: &str = "journal.hfj";
+pub(super) const DISK_NAME: &str = "disk-0.raw";
 /// What waits in front of the writer, as much as a target's memory for one stream.
 const QUEUE_BYTES: usize = 32 << 20;
 /// fio syncs as often as the writer: after each 8 MiB.
@@ -78,7 +80,7 @@ fn append_pair(context: &mut Context, number: u32, record_bytes: usize) -> Resul
 }
 
 fn append_run(context: &Context, record_bytes: usize) -> Result<f64> {
-    let mut journal = Journal::create(&context.path("append"))?;
+    let mut journal = Journal::create(&context.path("append"), DISK_BYTES, SLOT_COUNT)?;
     let places = |seq: u64| seq * record_bytes as u64 % DISK_BYTES;
     let count = RUN_BYTES / record_bytes as u64;
     let first = journal.batches(count, record_bytes, places)?;
@@ -122,7 +124,9 @@ fn promote_pair(context: &mut Context, number: u32) -> Result<Pair> {
 }
 
 fn promote_run(context: &Context, place: impl Fn(u64) -> u64) -> Result<f64> {
-    let mut journal = Journal::create(&context.path("promote"))?;
+    let folder = context.path("promote");
+    let mut journal = Journal::create(&folder, DISK_BYTES, SLOT_COUNT)?;
+    reserved_disk(&folder.join(DISK_NAME))?;
     let base = journal.seq;
     let batches = journal.batches(BLOCKS, BLOCK_BYTES as usize, |seq| place(seq - base))?;
     journal.append(&batches)?;
@@ -169,7 +173,7 @@ fn reserved_disk(path: &Path) -> Result<()> {
 }
 
 /// A journal that was opened by its writer, with its recovery disk.
-struct Journal {
+pub(super) struct Journal {
     folder: PathBuf,
     storage: RingStorage,
     file: FileId,
@@ -179,31 +183,33 @@ struct Journal {
 }
 
 impl Journal {
-    fn create(folder: &Path) -> Result<Self> {
+    /// An empty one, whose disk has a length but no space yet.
+    pub(super) fn create(folder: &Path, disk_bytes: u64, slot_count: u32) -> Result<Self> {
         const ID: Uuid = Uuid::from_u128(1);
         std::fs::create_dir(folder)?;
-        reserved_disk(&folder.join("disk-0.raw"))?;
+        File::create(folder.join(DISK_NAME))?.set_len(disk_bytes)?;
         let mut storage = RingStorage::new(256)?;
-        let file = storage.add_file(DirectFile::open(&folder.join("journal.hfj"), Access::Create)?);
-        let volume = VolumeState { id: ID, base_seq: 0, size_bytes: DISK_BYTES, fresh_image: true };
+        let file = storage.add_file(DirectFile::open(&folder.join(JOURNAL_NAME), Access::Create)?);
+        let volume = VolumeState { id: ID, base_seq: 0, size_bytes: disk_bytes, fresh_image: true };
         let new = NewJournal {
             journal_id: ID,
             vm_id: ID,
             vpg_id: ID,
             slot_len_bytes: SLOT_BYTES,
-            slot_count: 24,
+            slot_count,
             volumes: vec![volume],
             manifest: "{}".into(),
         };
         create(&mut storage, file, &new)?;
-        let writer = Writer::new(open(&mut storage, file, &OpenOptions::default())?, LIMITS);
+        let limits = Limits { max_slots: slot_count, grow_slots: 4, group_bytes: 8 << 20 };
+        let writer = Writer::new(open(&mut storage, file, &OpenOptions::default())?, limits);
         let link = BatchLink { journal_id: ID, generation: ID, open_count: 1, prev_batch_crc: 0 };
         let mut journal = Self { folder: folder.to_owned(), storage, file, writer, link, seq: 2 };
         journal.change(Change::Claim { generation: ID, parent: Uuid::nil(), first_seq: 1 })?;
         journal.change(Change::BeginBaseSync { sync_id: 1 })?;
         let mut sealer = BatchSealer::new();
-        sealer.push(Record::sync_begin(1, 1, 0, DISK_BYTES, 1))?;
-        sealer.push(Record::sync_end(2, 1, 0, DISK_BYTES, 1))?;
+        sealer.push(Record::sync_begin(1, 1, 0, disk_bytes, 1))?;
+        sealer.push(Record::sync_end(2, 1, 0, disk_bytes, 1))?;
         let batch = journal.seal(&mut sealer)?;
         let through = journal.writer.accept_for_base(&BatchView::parse(&batch)?, 1)?;
         journal.change(Change::AdvanceBase { through, end: true })?;
@@ -211,7 +217,12 @@ impl Journal {
     }
 
     /// What comes next from the source, in memory as it is received.
-    fn batches(&mut self, count: u64, record_bytes: usize, place: impl Fn(u64) -> u64) -> Result<Vec<Bytes>> {
+    pub(super) fn batches(
+        &mut self,
+        count: u64,
+        record_bytes: usize,
+        place: impl Fn(u64) -> u64,
+    ) -> Result<Vec<Bytes>> {
         let mut payload = vec![0; 64 << 20];
         rand::fill(&mut payload[..]);
         let payload = Bytes::from(payload);
@@ -237,7 +248,7 @@ impl Journal {
     }
 
     /// Appends them; from the first one until all are durable.
-    fn append(&mut self, batches: &[Bytes]) -> Result<Duration> {
+    pub(super) fn append(&mut self, batches: &[Bytes]) -> Result<Duration> {
         // Checking them is the receipt's part.
         let views = batches.iter().map(|batch| BatchView::parse(batch)).collect::<Result<Vec<_>, _>>()?;
         let began = Instant::now();
@@ -265,6 +276,16 @@ impl Journal {
         }
     }
 
+    /// The newest number.
+    pub(super) fn seq(&self) -> u64 {
+        self.seq
+    }
+
+    /// Seals the last segment.
+    pub(super) fn seal_segment(&mut self) -> Result<()> {
+        self.change(Change::Seal)
+    }
+
     /// Frees all sealed segments' slots, as after their promotion.
     fn free_all(&mut self) -> Result<()> {
         let through = self.writer.closed_segments().last().context("no sealed segment")?.last;
@@ -282,7 +303,7 @@ impl Journal {
         let segments: Vec<_> = self.writer.closed_segments().cloned().collect();
         let through = segments.last().context("no sealed segment")?.last;
         self.change(Change::AnnouncePromotion { through })?;
-        let disk = DirectFile::open(&self.folder.join("disk-0.raw"), Access::Exclusive)?;
+        let disk = DirectFile::open(&self.folder.join(DISK_NAME), Access::Exclusive)?;
         let disk = self.storage.add_file(disk);
         let superblock = self.writer.superblock().clone();
         let began = Instant::now();

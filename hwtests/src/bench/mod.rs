@@ -6,6 +6,7 @@ mod protected;
 mod ship;
 mod site_ca;
 mod ublk;
+mod view;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -95,7 +96,8 @@ pub struct Outcome {
 
 /// All benchmarks.
 pub fn all() -> Vec<Benchmark> {
-    [ship::BENCHMARKS, journal::BENCHMARKS, ublk::BENCHMARKS, protected::BENCHMARKS].concat()
+    [ship::BENCHMARKS, journal::BENCHMARKS, view::BENCHMARKS, ublk::BENCHMARKS, protected::BENCHMARKS]
+        .concat()
 }
 
 impl Outcome {

@@ -53,8 +53,8 @@ impl Chunks {
     pub(super) fn new(indexes: Vec<Index>, chunk_bytes: u64) -> Self {
         let (mut zeroes, mut data) = (Vec::new(), Vec::new());
         for (volume, index) in (0_u16..).zip(&indexes) {
-            for (piece, (_, extent)) in (0_u32..).zip(index.pieces()) {
-                let pieces = if extent.payload_offset_bytes.is_some() { &mut data } else { &mut zeroes };
+            for (piece, at) in (0_u32..).zip(index.pieces()) {
+                let pieces = if at.is_zeroes() { &mut zeroes } else { &mut data };
                 pieces.push(PieceId { volume, piece });
             }
         }
@@ -102,11 +102,9 @@ impl Chunks {
 
     /// Where the journal's file has a piece with data.
     fn file_range(&self, id: PieceId) -> Range<u64> {
-        let Some((piece, extent)) = self.indexes[usize::from(id.volume)].piece(id.piece as usize) else {
-            return 0..0;
-        };
-        let payload = extent.payload_offset_bytes.unwrap_or_default();
-        JournalPart::file_range(extent, payload, &(piece.offset_bytes..piece.end_bytes))
+        let piece = &self.indexes[usize::from(id.volume)].pieces()[id.piece as usize];
+        let range = piece.offset_bytes..piece.end_bytes();
+        piece.payload().map_or(0..0, |payload| JournalPart::file_range(&payload, &range))
     }
 }
 

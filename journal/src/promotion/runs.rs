@@ -60,17 +60,20 @@ impl Runs {
     pub(super) fn next(&mut self, indexes: &[Index]) -> Option<Work> {
         let first_id = *self.chunk.pieces.get(self.at)?;
         let (volume, index) = (first_id.volume, &indexes[usize::from(first_id.volume)]);
-        let (first, extent) = index.piece(first_id.piece as usize)?;
+        let first = &index.pieces()[first_id.piece as usize];
         let begin = first.offset_bytes.max(self.done_bytes);
-        if extent.payload_offset_bytes.is_none() && begin.is_multiple_of(PAGE) {
-            let end = first.end_bytes / PAGE * PAGE;
+        if first.is_zeroes() && begin.is_multiple_of(PAGE) {
+            let end = first.end_bytes() / PAGE * PAGE;
             if end.saturating_sub(begin) >= self.sizes.punch_min_bytes {
                 self.done_bytes = end;
-                if end == first.end_bytes {
+                if end == first.end_bytes() {
                     self.next_piece(volume);
                 }
-                let end =
-                    if planted(Bug::PunchRoundedOut) { first.end_bytes.next_multiple_of(PAGE) } else { end };
+                let end = if planted(Bug::PunchRoundedOut) {
+                    first.end_bytes().next_multiple_of(PAGE)
+                } else {
+                    end
+                };
                 return Some(Work::Zeroes { volume, offset_bytes: begin, len_bytes: end - begin });
             }
         }
@@ -79,20 +82,21 @@ impl Runs {
         let limit = if planted(Bug::PromotionSplitsPages) { begin + 512 } else { limit };
         let (mut end, mut parts, mut zeroes) = (begin, Vec::new(), Vec::new());
         while let Some(id) = self.chunk.pieces.get(self.at).filter(|id| id.volume == volume) {
-            let Some((piece, extent)) = index.piece(id.piece as usize) else { break };
+            let piece = &index.pieces()[id.piece as usize];
             let from = piece.offset_bytes.max(self.done_bytes);
             // A page belongs to one stretch only, since it may be read before it is written.
             if from >= limit || (from > end && from >= end.next_multiple_of(PAGE)) {
                 break;
             }
-            let mut until = piece.end_bytes.min(limit);
-            match extent.payload_offset_bytes {
+            let mut until = piece.end_bytes().min(limit);
+            match piece.payload() {
                 Some(payload) => {
-                    parts.push(JournalPart::new(volume, index, extent, payload, from..until));
+                    parts.push(JournalPart::new(volume, index, piece, &payload, from..until));
                 }
                 None => {
                     let page_end = from.next_multiple_of(PAGE);
-                    if (piece.end_bytes / PAGE * PAGE).saturating_sub(page_end) >= self.sizes.punch_min_bytes
+                    if (piece.end_bytes() / PAGE * PAGE).saturating_sub(page_end)
+                        >= self.sizes.punch_min_bytes
                     {
                         // The long rest is punched.
                         until = page_end;
@@ -103,7 +107,7 @@ impl Runs {
                 }
             }
             (end, self.done_bytes) = (end.max(until), until);
-            if until < piece.end_bytes {
+            if until < piece.end_bytes() {
                 break;
             }
             self.next_piece(volume);

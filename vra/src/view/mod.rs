@@ -321,12 +321,11 @@ impl ViewDisk {
     /// What was never written in the view, from the start of the range on.
     fn extent_below(&self, offset_bytes: u64, len_bytes: u64) -> Extent {
         match self.volume.index().overlapping(offset_bytes, len_bytes).next() {
-            Some((piece, extent)) if piece.offset_bytes <= offset_bytes => {
-                let zeroes = extent.payload_offset_bytes.is_none();
-                let allocation = if zeroes { Allocation::Hole } else { Allocation::Data };
-                Extent { len_bytes: len_bytes.min(piece.end_bytes - offset_bytes), allocation }
+            Some(piece) if piece.offset_bytes <= offset_bytes => {
+                let allocation = if piece.is_zeroes() { Allocation::Hole } else { Allocation::Data };
+                Extent { len_bytes: len_bytes.min(piece.end_bytes() - offset_bytes), allocation }
             }
-            Some((piece, _)) => self.recovery_disk_extent(offset_bytes, piece.offset_bytes - offset_bytes),
+            Some(piece) => self.recovery_disk_extent(offset_bytes, piece.offset_bytes - offset_bytes),
             None => self.recovery_disk_extent(offset_bytes, len_bytes),
         }
     }
