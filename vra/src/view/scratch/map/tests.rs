@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 use uuid::Uuid;
 
+use super::super::format::PAGE_WORDS;
 use super::*;
 
 const SIZE_BYTES: u64 = 8 * CHUNK_BYTES;
@@ -133,6 +134,63 @@ proptest! {
         }
     }
 
+    /// A power cut in the middle of a commit: of each page the old or the new copy is there, and of each sector a state that it had since the last commit.
+    #[test]
+    fn a_commit_that_is_cut_short_loses_nothing_of_the_one_before(
+        changes in prop::collection::vec((0..10_u8, 0..120_u64, 0..2_u64, any::<u64>()), 1..400)
+    ) {
+        const HALF_BYTES: u64 = CHUNK_BYTES / 2;
+        let shape = Shape::new(256 * CHUNK_BYTES, 100 * CHUNK_BYTES);
+        prop_assert!(shape.pages() > 3, "slots of several pages");
+        let mut map = lasting(shape);
+        let places = |map: &ScratchMap| -> Vec<Place> {
+            (0..2 * 120).map(|half| map.find(half * HALF_BYTES, SECTOR_BYTES)[0].place).collect()
+        };
+        let mut versions = vec![(0, 0); shape.pages() as usize];
+        let mut settled = vec![0; shape.words()];
+        let mut since: Vec<Vec<Place>> = places(&map).into_iter().map(|place| vec![place]).collect();
+        for (round, (kind, chunk, half, choice)) in (1..).zip(changes) {
+            let offset = chunk * CHUNK_BYTES + half * HALF_BYTES;
+            match kind {
+                0..7 => map.zero(offset, HALF_BYTES).expect("room"),
+                // Places may be used up.
+                7 => {
+                    if map.place(offset, HALF_BYTES).is_ok() {
+                        map.written(offset, HALF_BYTES);
+                    }
+                }
+                _ => {
+                    map.begin_commit();
+                    let next = map.pages.as_ref().expect("lasting").settled().to_vec();
+                    let (mut mixed, mut mixed_versions) = (settled.clone(), versions.clone());
+                    for page in 0..shape.pages() as usize {
+                        let words = page * PAGE_WORDS..(page + 1) * PAGE_WORDS;
+                        if next[words.clone()] == settled[words.clone()] {
+                            continue;
+                        }
+                        versions[page] = (round, 0);
+                        if choice >> page & 1 == 1 {
+                            mixed[words.clone()].copy_from_slice(&next[words]);
+                            mixed_versions[page] = (round, 0);
+                        }
+                    }
+                    let mut live = mixed.clone();
+                    drop_stale(shape, &mut live, &mixed_versions).expect("decided");
+                    let found = places(&of_words(&map, &live));
+                    for (half, place) in found.iter().enumerate() {
+                        prop_assert!(since[half].contains(place), "half {} of a chunk", half);
+                    }
+                    map.end_commit();
+                    settled = next;
+                    since.iter_mut().for_each(Vec::clear);
+                }
+            }
+            for (since, place) in since.iter_mut().zip(places(&map)) {
+                since.push(place);
+            }
+        }
+    }
+
     /// Whatever the words say: a map or a refusal.
     #[test]
     fn words_that_make_no_sense_are_refused_without_a_panic(
@@ -216,7 +274,7 @@ fn a_write_is_durable_in_place_only_once_the_file_says_where_it_is() {
 #[test]
 fn of_two_entries_of_a_chunk_the_newer_page_counts() {
     let shape = Shape::new(1 << 40, 1 << 30);
-    let far = super::super::format::PAGE_WORDS;
+    let far = PAGE_WORDS;
     for (versions, kept) in [([1, 2], 1), ([2, 1], 0)] {
         let mut words = vec![0; shape.words()];
         (words[0], words[far]) = (6, 6);
