@@ -491,7 +491,8 @@ fn what_was_answered_survives_the_process_and_what_was_flushed_the_host() {
             Err(error) => panic!("HOLDFAST_SCRATCH_SEED={seed}: {error}"),
         }
     }
-    assert!(ends.iter().all(|count| *count > 0), "{ends:?}");
+    // A seed alone may have one kind.
+    assert!(seeds().count() == 1 || ends.iter().all(|count| *count > 0), "{ends:?}");
 }
 
 /// The model would notice: on a disk whose flush does nothing, map pages that are written durably point to data that isn't.
