@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use vra::api::status::Severity;
-use vra::api::{VpgId, VraId};
+use vra::api::{ViewInfo, VpgId, VraId};
 
 use crate::inventory::Inventory;
 use crate::model::alert::{Condition, Level};
@@ -147,8 +147,9 @@ impl Look<'_> {
                 let Some(last) = self.observed.get(&view.vra).and_then(|seen| seen.last.as_ref()) else {
                     continue;
                 };
+                let is_there = |open: &ViewInfo| open.view == view.view && open.problem.is_none();
                 if last.asked_us > test.started_us.0 + SILENCE_GRACE_US
-                    && !last.status.views.iter().any(|open| open.view == view.view)
+                    && !last.status.views.iter().any(is_there)
                 {
                     let name = self.vpg_name(test.vpg);
                     found.push(condition(

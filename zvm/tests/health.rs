@@ -12,9 +12,27 @@ use zvm::conditions::Look;
 use zvm::health;
 use zvm::inventory::Inventory;
 use zvm::model::status::{Stage, VpgReport, VpgStatus as Status, VpgSubstatus as Substatus};
+use zvm::model::test_run::TestState;
 
 const NOW_US: u64 = 1_800_000_000_000_000;
 const SECOND_US: u64 = 1_000_000;
+
+#[test]
+fn a_test_is_lost_only_while_its_vra_cannot_serve_its_disks() {
+    let mut group = Group::new();
+    group.world.add_test(&[group.target]);
+    let test = &mut group.world.desired.tests[0];
+    (test.state, test.started_us) = (TestState::Running, TimeUs(NOW_US - 60 * SECOND_US));
+    let view = test.details.views[0].view;
+    let is_lost = |group: &Group| group.codes().iter().any(|code| code == "test-view-lost");
+    assert!(is_lost(&group), "it is not there at all");
+    group.target(|status| status.views.push(world::view(view, None)));
+    assert!(!is_lost(&group));
+    group.target(|status| status.views[0].problem = Some("its scratch is gone".to_owned()));
+    assert!(is_lost(&group));
+    group.target(|status| status.views[0].problem = None);
+    assert!(!is_lost(&group), "it is served again");
+}
 
 #[test]
 fn a_group_goes_from_creating_over_its_first_sync_to_meeting_its_sla() {

@@ -24,7 +24,14 @@ impl Binaries {
     /// When a binary is missing, with the command that builds it.
     pub fn beside_this_one() -> Result<Self> {
         let here = std::env::current_exe().context("path of this executable")?;
-        let folder = here.parent().context("folder of this executable")?.to_path_buf();
+        Self::in_folder(here.parent().context("folder of this executable")?)
+    }
+
+    /// Takes another folder, for a test whose executable lies elsewhere.
+    ///
+    /// # Errors
+    /// When a binary is missing, with the command that builds it.
+    pub fn in_folder(folder: &Path) -> Result<Self> {
         for name in ["vra", "zvm"] {
             ensure!(
                 folder.join(name).exists(),
@@ -32,7 +39,7 @@ impl Binaries {
                 folder.join(name).display()
             );
         }
-        Ok(Self { folder })
+        Ok(Self { folder: folder.to_path_buf() })
     }
 
     /// Path of one of them.

@@ -68,7 +68,7 @@ pub enum PointInTime {
 pub enum ViewMode {
     /// Writes are refused.
     ReadOnly,
-    /// Writes go to scratch files in the datastore, deleted when the view is closed.
+    /// Writes go to scratch files in the datastore, which outlive a restart and are deleted when the view is closed.
     Scratch,
 }
 
@@ -91,6 +91,9 @@ pub struct ViewInfo {
     pub open_duration_us: u64,
     /// Its disks, by VM and number.
     pub disks: Vec<ViewDiskInfo>,
+    /// Why disks of it are not there, after a restart of the VRA.
+    #[serde(default)]
+    pub problem: Option<String>,
 }
 
 /// A disk of a view.

@@ -1,8 +1,8 @@
 //! `vra serve`: everything wired together.
 //!
 //! Order of start: the process is prepared before any thread exists; one daemon for each state folder; reactors; attached volumes (ublk
-//! devices that a former daemon left are recovered first, their guests wait); VPGs; the control socket; the link. Guests' disks are served
-//! whatever else fails: what isn't there is an alert.
+//! devices that a former daemon left are recovered first, their guests wait); VPGs; views; the control socket; the link. Guests' disks are
+//! served whatever else fails: what isn't there is an alert.
 
 mod alerts;
 mod checkpoints;
@@ -19,6 +19,7 @@ mod sources;
 mod state;
 mod status;
 mod targets;
+mod view_restore;
 mod views;
 mod volumes;
 mod vpgs;
@@ -44,6 +45,7 @@ use self::doors::Doors;
 use self::linking::SharedLink;
 use self::sources::LiveSource;
 use self::state::{State, StateFile};
+use self::view_restore::Orphans;
 use self::views::LiveView;
 use self::volumes::LiveVolume;
 use crate::api::{ApiError, TimeUs, ViewId, VmId, VolumeId, VpgId, VraId};
@@ -122,6 +124,7 @@ pub(crate) struct Daemon {
     /// The ublk devices of former daemons were looked through.
     swept: AtomicBool,
     views: Mutex<BTreeMap<ViewId, LiveView>>,
+    orphans: Mutex<Orphans>,
     sources: Mutex<BTreeMap<VmId, Arc<LiveSource>>>,
     targets: Arc<TargetHost>,
     /// Target VMs whose journals can't be opened, and why.
@@ -171,6 +174,7 @@ impl Daemon {
             volumes: Mutex::default(),
             swept: AtomicBool::new(false),
             views: Mutex::default(),
+            orphans: Mutex::default(),
             alerts: Mutex::default(),
         })
     }
@@ -179,15 +183,15 @@ impl Daemon {
         self.state.seen()
     }
 
-    /// Follows the definitions that were in force before the start. What can't be done is logged, and shows as an alert.
+    /// Follows the definitions that were in force before the start, and opens the views again. What can't be done is logged, and shows as an
+    /// alert.
     async fn restore_definitions(&self) {
         let mut change = self.state.change().await;
+        self.await_views();
         if let Err(error) = self.follow_definitions(&mut change).await {
             tracing::error!(%error, "can't follow all definitions");
         }
-        for vm in self.targets.vms() {
-            views::remove_left_scratch(vm.folder().path());
-        }
+        self.restore_views(&mut change).await;
         self.forget_swept_views(&mut change);
     }
 
@@ -197,7 +201,10 @@ impl Daemon {
         if let Some(link) = link {
             link.close().await;
         }
-        tokio::task::block_in_place(|| self.close_all_views());
+        tokio::task::block_in_place(|| {
+            self.doors.stop_nbd();
+            self.leave_views();
+        });
         self.targets.shut_down().await;
         tokio::task::block_in_place(|| self.leave_volumes());
     }

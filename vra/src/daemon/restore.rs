@@ -10,7 +10,7 @@ use ublk::serve::Disk;
 use ublk::sweep::{Verdict, sweep};
 
 use super::doors::deleted;
-use super::state::{Change, VolumeRecord};
+use super::state::{Change, ViewStage, VolumeRecord};
 use super::volumes::{LiveVolume, disk_over};
 use super::{Daemon, lock};
 use crate::api::{ApiError, DoorRequest, ErrorCode, VolumeId};
@@ -32,7 +32,7 @@ impl Daemon {
     pub(super) async fn keep_serving(self: Arc<Self>) {
         loop {
             tokio::time::sleep(RETRY_EVERY).await;
-            if self.swept.load(Ordering::Acquire) && self.failed_volumes().is_empty() {
+            if self.swept.load(Ordering::Acquire) && self.failed_volumes().is_empty() && !self.views_wait() {
                 continue;
             }
             tokio::task::block_in_place(|| self.doors.look_for_driver());
@@ -49,16 +49,16 @@ impl Daemon {
             if let Err(error) = self.follow_sources(change.get()) {
                 tracing::error!(%error, "can't protect all VMs");
             }
+            self.retry_views(&mut change).await;
         }
     }
 
-    /// Forgets the devices of a former daemon's views, once they were deleted.
+    /// Forgets the devices that belong to no view, once they were deleted.
     pub(super) fn forget_swept_views(&self, change: &mut Change<'_>) {
-        if !self.swept.load(Ordering::Acquire) {
+        if !self.swept.load(Ordering::Acquire) || change.get().view_cookies.is_empty() {
             return;
         }
-        let open = self.open_view_cookies();
-        if let Err(error) = change.update(|state| state.view_cookies.retain(|cookie| open.contains(cookie))) {
+        if let Err(error) = change.update(|state| state.view_cookies.clear()) {
             tracing::error!(%error, "can't note that the views of a former daemon have gone");
         }
     }
@@ -124,7 +124,7 @@ impl Daemon {
         Ok(LiveVolume::Served { _backing: backing, disk, door })
     }
 
-    /// Looks through the devices that former daemons left. Those of volumes wait to be recovered, those of views are deleted.
+    /// Looks through the devices that former daemons left. Those of volumes and views wait to be recovered, others of ours are deleted.
     fn sweep_devices(&self) {
         let seen = self.seen();
         let Ok(driver) = self.doors.driver() else {
@@ -133,7 +133,12 @@ impl Daemon {
             return;
         };
         let swept = sweep(driver.control(), |_, cookie| {
-            if seen.view_cookies.contains(&cookie.disk_id) {
+            if let Some(view) = seen.view_of(cookie.disk_id) {
+                match view.stage {
+                    ViewStage::Open => Verdict::Recover,
+                    ViewStage::Opening | ViewStage::Closing => Verdict::Delete,
+                }
+            } else if seen.view_cookies.contains(&cookie.disk_id) {
                 Verdict::Delete
             } else if seen.volumes.values().any(|volume| volume.cookie == cookie.disk_id) {
                 Verdict::Recover
@@ -160,7 +165,7 @@ impl Daemon {
         }
     }
 
-    /// Deletes the device that a former daemon left for the volume of that cookie, if there is one.
+    /// Deletes the device that a former daemon left for the volume or view of that cookie, if there is one.
     pub(super) fn delete_left_device(&self, cookie: u32, force: bool) -> Result<(), ApiError> {
         match self.left_device(cookie)? {
             Some(device) => Ok(deleted(self.doors.driver()?.delete(device, force))?),
@@ -168,8 +173,8 @@ impl Daemon {
         }
     }
 
-    /// The device that a former daemon left for the volume of that cookie. Without an answer of the driver none may be made: a guest may have it open.
-    fn left_device(&self, cookie: u32) -> Result<Option<u32>, ApiError> {
+    /// The device that a former daemon left for the volume or view of that cookie. Without an answer of the driver none may be made: a guest may have it open.
+    pub(super) fn left_device(&self, cookie: u32) -> Result<Option<u32>, ApiError> {
         let devices = self.doors.driver()?.list().map_err(DeviceError::from)?;
         let is_left = |info: &DeviceInfo| info.cookie.is_some_and(|found| found.disk_id == cookie);
         Ok(devices.iter().find(|info| is_left(info)).map(|info| info.id))

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 use tokio::sync::MutexGuard;
 
-use crate::api::{DoorRequest, SetTrust, VmId, VolumeId, VpgDefinition, VpgId};
+use crate::api::{DoorRequest, SetTrust, ViewId, ViewInfo, VmId, VolumeId, VpgDefinition, VpgId};
 use crate::config::{Store, StoreError};
 
 const FORMAT: u32 = 1;
@@ -21,8 +21,51 @@ pub(super) struct State {
     pub vpgs: BTreeMap<VpgId, VpgDefinition>,
     /// The list of revoked certificates.
     pub trust: SetTrust,
-    /// Cookies of the ublk devices of views. A view ends with the daemon; what a killed one left is deleted at start.
+    /// Views.
+    #[serde(default)]
+    pub views: BTreeMap<ViewId, ViewRecord>,
+    /// Cookies of ublk devices that belong to no view any more: to be deleted at start. Releases whose views ended with the daemon left them.
     pub view_cookies: Vec<u32>,
+}
+
+/// A view.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct ViewRecord {
+    /// As its opener was told; without disks before it is open.
+    pub info: ViewInfo,
+    /// How its disks are offered.
+    pub door: DoorRequest,
+    /// What it consists of, by VM and number.
+    pub disks: Vec<ViewDiskRecord>,
+    /// How far it is.
+    pub stage: ViewStage,
+}
+
+/// What a view has of a volume.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct ViewDiskRecord {
+    /// Its VM.
+    pub vm: VmId,
+    /// The volume.
+    pub volume: VolumeId,
+    /// The volume's number in the VM.
+    pub number: u16,
+    /// Marks its ublk device; 0 if it has none.
+    pub cookie: u32,
+    /// The scratch file, if it can be written.
+    pub scratch: Option<PathBuf>,
+}
+
+/// How far a view is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum ViewStage {
+    /// Nobody was told of it: a daemon that starts does away with it.
+    Opening,
+    /// It is open, and is to be after a restart.
+    Open,
+    /// It is to go.
+    Closing,
 }
 
 /// An attached volume.
@@ -59,10 +102,16 @@ impl State {
         loop {
             let cookie = rand::random();
             let used = self.volumes.values().any(|volume| volume.cookie == cookie);
-            if !used && !self.view_cookies.contains(&cookie) {
+            if cookie != 0 && !used && !self.view_cookies.contains(&cookie) && self.view_of(cookie).is_none()
+            {
                 return cookie;
             }
         }
+    }
+
+    /// The view that a ublk device belongs to.
+    pub(super) fn view_of(&self, cookie: u32) -> Option<&ViewRecord> {
+        self.views.values().find(|view| view.disks.iter().any(|disk| disk.cookie == cookie))
     }
 }
 

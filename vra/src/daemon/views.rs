@@ -3,45 +3,92 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use journal::storage::ring::DirectFile;
+use journal::view::View;
 use ublk::serve::Disk;
 
 use super::definition::check_name;
 use super::doors::Door;
+use super::state::{Change, State, ViewDiskRecord, ViewRecord, ViewStage};
 use super::{Daemon, lock};
 use crate::api::view::{ViewDiskInfo, ViewSubject};
+use crate::api::vpg::VmDefinition;
 use crate::api::{
     ApiError, CheckpointInfo, CloseView, DoorAddress, DoorRequest, ErrorCode, OpenView, PointInTime, TimeUs,
-    ViewId, ViewInfo, ViewMode, VmId, VolumeId, VpgId,
+    ViewId, ViewInfo, ViewMode, VmId, VpgId,
 };
 use crate::receive::TargetVm;
 use crate::report::chain;
-use crate::view::{Freshness, ScratchFile, ViewDisk, ViewDiskError, ViewSettings, ViewSource};
+use crate::view::{
+    Freshness, ScratchError, ScratchFile, ScratchOwner, ViewDisk, ViewDiskError, ViewSettings, ViewSource,
+    remove_scratch,
+};
 
 /// Most views that are open at once.
 const MAX_VIEWS: usize = 256;
 
-/// An open view.
+/// A view that is to be open.
 pub(super) struct LiveView {
-    info: ViewInfo,
-    doors: Vec<Door>,
-    cookies: Vec<u32>,
+    pub(super) info: ViewInfo,
+    pub(super) disks: Vec<LiveDisk>,
+    /// What [`crate::receive::TargetHost::await_view`] keeps for it.
+    pub(super) awaited: Vec<(VmId, u64)>,
+}
+
+/// A disk of a view.
+pub(super) enum LiveDisk {
+    /// Behind its door.
+    Served {
+        /// The door.
+        door: Door,
+        /// The disk.
+        disk: Arc<ViewDisk>,
+    },
+    /// It should be there and isn't.
+    Failed(ApiError),
 }
 
 /// A disk that is ready to be offered.
-struct ReadyDisk {
-    vm: VmId,
-    vm_name: String,
-    volume: VolumeId,
-    number: u16,
-    size_bytes: u64,
-    sequence: u64,
-    disk: Arc<ViewDisk>,
+pub(super) struct ReadyDisk {
+    pub(super) info: ViewDiskInfo,
+    pub(super) disk: Arc<ViewDisk>,
 }
 
-impl ReadyDisk {
-    fn behind(self, door: DoorAddress) -> ViewDiskInfo {
-        let Self { vm, vm_name, volume, number, size_bytes, sequence, disk: _ } = self;
-        ViewDiskInfo { vm, vm_name, volume, number, size_bytes, sequence, door }
+/// Where a view's scratch comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ScratchFrom {
+    /// It is made.
+    New,
+    /// It was there before the daemon's start.
+    Former,
+}
+
+impl LiveView {
+    /// The view as its users may see it.
+    fn shown(&self) -> ViewInfo {
+        ViewInfo { problem: self.problem(), ..self.info.clone() }
+    }
+
+    /// Why disks of it can't be used.
+    pub(super) fn problem(&self) -> Option<String> {
+        let mut problems: Vec<String> = self.disks.iter().filter_map(LiveDisk::problem).collect();
+        problems.dedup();
+        (!problems.is_empty()).then(|| problems.join("; "))
+    }
+}
+
+impl LiveDisk {
+    fn problem(&self) -> Option<String> {
+        match self {
+            Self::Failed(error) => Some(error.message.clone()),
+            Self::Served { disk, .. } if disk.is_gone() => {
+                Some("the history that it shows is gone".to_owned())
+            }
+            Self::Served { disk, .. } if disk.is_scratch_failed() => {
+                Some("its scratch takes no writes any more, since one has failed".to_owned())
+            }
+            Self::Served { .. } => None,
+        }
     }
 }
 
@@ -54,125 +101,148 @@ impl Daemon {
         }
         let view = open.view.unwrap_or_else(ViewId::random);
         let mut change = self.state.change().await;
-        {
-            let views = lock(&self.views);
-            if let Some(live) = views.get(&view) {
-                return Ok(live.info.clone());
-            }
-            if views.len() >= MAX_VIEWS {
-                let message = format!("{MAX_VIEWS} views are open, the most that are possible");
-                return Err(ApiError::new(ErrorCode::Exhausted, message).remedy("close one"));
-            }
+        match change.get().views.get(&view).map(|record| record.stage) {
+            Some(ViewStage::Open) => return self.shown(view),
+            // What an earlier request has left goes first.
+            Some(ViewStage::Opening | ViewStage::Closing) => self.end_view(&mut change, view)?,
+            None => {}
+        }
+        if change.get().views.len() >= MAX_VIEWS {
+            let message = format!("{MAX_VIEWS} views are open, the most that are possible");
+            return Err(ApiError::new(ErrorCode::Exhausted, message).remedy("close one"));
         }
         let (vpg, vms) = self.vms_of(open.subject)?;
         // The pins come first: what is looked up must not be given up before it is opened (C3).
         let _pins: Vec<_> = vms.iter().map(TargetVm::pin).collect();
         let (checkpoint, at) = self.moment(&vms, open.at).await?;
-        let mut ready = Vec::new();
-        for vm in &vms {
-            ready.extend(self.disks_as_they_were(vm, at, view, open.mode).await?);
-        }
+        let disks = self.disks_to_open(change.get(), view, &vms, &open);
         let has_own_address = matches!(open.door, DoorRequest::Nbd { listen: Some(_) });
-        if has_own_address && ready.len() > 1 {
+        if has_own_address && disks.len() > 1 {
             return Err(ApiError::new(
                 ErrorCode::BadRequest,
-                format!("an NBD address of your own is for a single disk, this view has {}", ready.len()),
+                format!("an NBD address of your own is for a single disk, this view has {}", disks.len()),
             )
             .remedy("use the common NBD socket"));
         }
-        // First the cookies: what a crash leaves must be known as a view's.
-        let cookies: Vec<u32> = match open.door {
-            DoorRequest::Ublk { .. } => ready.iter().map(|_| change.get().fresh_cookie()).collect(),
-            DoorRequest::Nbd { .. } => vec![0; ready.len()],
+        let info = ViewInfo {
+            view,
+            vpg,
+            label: open.label,
+            checkpoint,
+            mode: open.mode,
+            opened_us: TimeUs::now(),
+            open_duration_us: 0,
+            disks: Vec::new(),
+            problem: None,
         };
-        if matches!(open.door, DoorRequest::Ublk { .. }) {
-            change.update(|state| state.view_cookies.extend(&cookies))?;
-        }
-        let mut live = LiveView {
-            info: ViewInfo {
-                view,
-                vpg,
-                label: open.label,
-                checkpoint,
-                mode: open.mode,
-                opened_us: TimeUs::now(),
-                open_duration_us: 0,
-                disks: Vec::new(),
-            },
-            doors: Vec::new(),
-            cookies,
-        };
-        for (disk, cookie) in ready.into_iter().zip(live.cookies.clone()) {
-            let export = format!("view-{view}-{}-{}", disk.vm, disk.number);
-            let served = Arc::clone(&disk.disk) as Arc<dyn Disk>;
-            let opened = tokio::task::block_in_place(|| {
-                self.doors.open_door(served, &open.door, &export, cookie, None)
-            });
-            match opened {
-                Ok(door) => {
-                    live.info.disks.push(disk.behind(door.address()));
-                    live.doors.push(door);
-                }
-                Err(error) => {
-                    let _ = tokio::task::block_in_place(|| self.close_live(live.doors));
-                    change
-                        .update(|state| state.view_cookies.retain(|cookie| !live.cookies.contains(cookie)))?;
-                    return Err(error);
-                }
-            }
-        }
+        let record = ViewRecord { info, door: open.door, disks, stage: ViewStage::Opening };
+        // First the record: devices and files that a crash leaves must be known as a view's.
+        change.update(|state| state.views.insert(view, record.clone()))?;
+        let mut live = LiveView { info: record.info.clone(), disks: Vec::new(), awaited: Vec::new() };
+        let mut opened = self.open_disks(&mut live, &record, &vms, at).await;
         live.info.open_duration_us = u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
         let info = live.info.clone();
         lock(&self.views).insert(view, live);
+        if opened.is_ok() {
+            let noted = change.update(|state| {
+                if let Some(record) = state.views.get_mut(&view) {
+                    (record.info, record.stage) = (info.clone(), ViewStage::Open);
+                }
+            });
+            opened = noted.map_err(ApiError::from);
+        }
+        if let Err(error) = opened {
+            if let Err(left) = self.end_view(&mut change, view) {
+                tracing::warn!(%view, error = %left, "a view that could not be opened has left something behind");
+            }
+            return Err(error);
+        }
         tracing::info!(%view, %vpg, disks = info.disks.len(), "opened a view");
         Ok(info)
-    }
-
-    /// The cookies of open views' devices.
-    pub(super) fn open_view_cookies(&self) -> Vec<u32> {
-        lock(&self.views).values().flat_map(|live| live.cookies.clone()).collect()
     }
 
     /// Closes a view. One that isn't open is closed already.
     pub(super) async fn close_view(&self, close: CloseView) -> Result<(), ApiError> {
         let mut change = self.state.change().await;
-        let Some(live) = lock(&self.views).remove(&close.view) else { return Ok(()) };
-        let cookies = live.cookies;
-        tokio::task::block_in_place(|| self.close_live(live.doors))?;
-        change.update(|state| state.view_cookies.retain(|cookie| !cookies.contains(cookie)))?;
+        if !change.get().views.contains_key(&close.view) {
+            return Ok(());
+        }
+        self.end_view(&mut change, close.view)?;
         tracing::info!(view = %close.view, "closed a view");
         Ok(())
     }
 
-    /// The open views, oldest first.
+    /// Ends a view: its doors, its scratch, its record. What fails can be tried again.
+    pub(super) fn end_view(&self, change: &mut Change<'_>, view: ViewId) -> Result<(), ApiError> {
+        let Some(record) = change.get().views.get(&view).cloned() else { return Ok(()) };
+        if record.stage != ViewStage::Closing {
+            change.update(|state| {
+                if let Some(record) = state.views.get_mut(&view) {
+                    record.stage = ViewStage::Closing;
+                }
+            })?;
+        }
+        let live = lock(&self.views).remove(&view);
+        let (disks, awaited) = live.map(|live| (live.disks, live.awaited)).unwrap_or_default();
+        let ended = tokio::task::block_in_place(|| self.end_disks(&record, disks));
+        for (vm, seq) in awaited {
+            self.targets.stop_awaiting(vm, seq);
+        }
+        if let Err(error) = ended {
+            let disks = vec![LiveDisk::Failed(error.clone())];
+            let live = LiveView { info: record.info, disks, awaited: Vec::new() };
+            lock(&self.views).insert(view, live);
+            return Err(error);
+        }
+        change.update(|state| state.views.remove(&view))?;
+        Ok(())
+    }
+
+    fn end_disks(&self, record: &ViewRecord, disks: Vec<LiveDisk>) -> Result<(), ApiError> {
+        let mut result = Ok(());
+        // Without the driver there is no device either.
+        let has_ublk = ublk::host::require_ublk().is_ok();
+        let mut live = disks.into_iter();
+        for disk in &record.disks {
+            let closed = match live.next() {
+                Some(LiveDisk::Served { door, .. }) => self.doors.close(door),
+                _ if disk.cookie != 0 && has_ublk => self.delete_left_device(disk.cookie, true),
+                _ => Ok(()),
+            };
+            result = closed.and(result);
+            if let Some(path) = &disk.scratch {
+                let live = self.live_map_path(record.info.view, disk.vm, disk.number);
+                result = remove_scratch(path, &live).map_err(ApiError::from).and(result);
+            }
+        }
+        result
+    }
+
+    /// The views, oldest first.
     pub(super) fn view_infos(&self) -> Vec<ViewInfo> {
-        let mut infos: Vec<_> = lock(&self.views).values().map(|live| live.info.clone()).collect();
+        let mut infos: Vec<_> = lock(&self.views).values().map(LiveView::shown).collect();
         infos.sort_by_key(|info| (info.opened_us, info.view));
         infos
     }
 
     /// Whether a view shows a VM of this VPG.
     pub(super) fn has_views_of(&self, vpg: VpgId) -> bool {
-        lock(&self.views).values().any(|live| live.info.vpg == vpg)
+        self.seen().views.values().any(|record| record.info.vpg == vpg)
     }
 
-    /// Closes all views at the daemon's end.
-    pub(super) fn close_all_views(&self) {
-        for (view, live) in std::mem::take(&mut *lock(&self.views)) {
-            if let Err(error) = self.close_live(live.doors) {
-                tracing::warn!(%view, %error, "a view didn't close");
+    /// A view that is open, or why it isn't.
+    fn shown(&self, view: ViewId) -> Result<ViewInfo, ApiError> {
+        let shown = lock(&self.views).get(&view).map(LiveView::shown);
+        match shown {
+            Some(info) if info.problem.is_none() => Ok(info),
+            shown => {
+                let problem = shown.and_then(|info| info.problem);
+                let why = problem.map(|problem| format!(": {problem}")).unwrap_or_default();
+                Err(ApiError::new(ErrorCode::NotReady, format!("view {view} can't be served{why}")).remedy(
+                    "see the alerts in `vra status`; `vra view close` ends the view, with its scratch",
+                ))
             }
         }
-    }
-
-    fn close_live(&self, doors: Vec<Door>) -> Result<(), ApiError> {
-        let mut result = Ok(());
-        for door in doors {
-            if let Err(error) = self.doors.close(door) {
-                result = Err(error);
-            }
-        }
-        result
     }
 
     fn vms_of(&self, subject: ViewSubject) -> Result<(VpgId, Vec<Arc<TargetVm>>), ApiError> {
@@ -202,90 +272,200 @@ impl Daemon {
         Ok((Some(checkpoint), at))
     }
 
-    async fn disks_as_they_were(
+    /// What a view will have of each volume.
+    fn disks_to_open(
+        &self,
+        state: &State,
+        view: ViewId,
+        vms: &[Arc<TargetVm>],
+        open: &OpenView,
+    ) -> Vec<ViewDiskRecord> {
+        let mut disks = Vec::new();
+        for vm in vms {
+            for volume in &vm.definition().volumes {
+                let scratch = match open.mode {
+                    ViewMode::ReadOnly => None,
+                    ViewMode::Scratch => Some(scratch_path(vm.folder().path(), view, volume.number)),
+                };
+                let cookie = match open.door {
+                    DoorRequest::Ublk { .. } => state.fresh_cookie(),
+                    DoorRequest::Nbd { .. } => 0,
+                };
+                let (vm, volume, number) = (vm.id(), volume.id, volume.number);
+                disks.push(ViewDiskRecord { vm, volume, number, cookie, scratch });
+            }
+        }
+        disks
+    }
+
+    /// Opens all disks of a new view, or fails half-way.
+    async fn open_disks(
+        &self,
+        live: &mut LiveView,
+        record: &ViewRecord,
+        vms: &[Arc<TargetVm>],
+        at: PointInTime,
+    ) -> Result<(), ApiError> {
+        for vm in vms {
+            let wanted: Vec<_> = record.disks.iter().filter(|disk| disk.vm == vm.id()).collect();
+            let ready = self.disks_as_they_were(vm, at, record, &wanted, ScratchFrom::New).await?;
+            for (wanted, ready) in wanted.into_iter().zip(ready) {
+                let ReadyDisk { mut info, disk } = ready?;
+                let export = export_name(record.info.view, wanted);
+                let served = Arc::clone(&disk) as Arc<dyn Disk>;
+                let door = tokio::task::block_in_place(|| {
+                    self.doors.open_door(served, &record.door, &export, wanted.cookie, None)
+                })?;
+                info.door = door.address();
+                live.info.disks.push(info);
+                live.disks.push(LiveDisk::Served { door, disk });
+            }
+        }
+        Ok(())
+    }
+
+    /// Disks of a VM as they were, each for itself. The door is still to be filled in.
+    ///
+    /// # Errors
+    /// The VM can't be opened as it was.
+    pub(super) async fn disks_as_they_were(
         &self,
         vm: &Arc<TargetVm>,
         at: PointInTime,
-        view: ViewId,
-        mode: ViewMode,
-    ) -> Result<Vec<ReadyDisk>, ApiError> {
-        let definition = vm.definition();
+        record: &ViewRecord,
+        wanted: &[&ViewDiskRecord],
+        scratch: ScratchFrom,
+    ) -> Result<Vec<Result<ReadyDisk, ApiError>>, ApiError> {
         let mut opened = vm.open_view(at).await?;
-        let seq = opened.view.seq();
         let pin: Arc<dyn std::any::Any + Send + Sync> = Arc::new(opened.pin);
-        let mut ready = Vec::new();
-        for (volume, recovery_disk) in definition.volumes.iter().zip(&opened.disks) {
-            let duplicate = |file: &std::fs::File| {
-                file.try_clone().map_err(|error| {
-                    ApiError::new(
-                        ErrorCode::Exhausted,
-                        format!("cannot duplicate a file descriptor: {error}"),
-                    )
-                    .remedy("raise LimitNOFILE")
-                })
-            };
-            let not_there = |error| ApiError::new(ErrorCode::NotFound, chain(&error));
-            let source = ViewSource {
-                volume: opened.view.take_volume(volume.number).map_err(not_there)?,
-                journal: duplicate(opened.journal.file())?,
-                recovery_disk: duplicate(recovery_disk.file())?,
-                seq,
-                freshness: Freshness::Superblock,
-                keep: Box::new(Arc::clone(&pin)),
-            };
-            let settings =
-                ViewSettings { logical_block_bytes: volume.logical_block_bytes, look_for_holes: false };
-            let scratch = match mode {
-                ViewMode::ReadOnly => None,
-                ViewMode::Scratch => {
-                    let limit_bytes = u64::from(self.config.target.scratch_mib) << 20;
-                    let path = scratch_path(vm.folder().path(), view, volume.number);
-                    let made = tokio::task::block_in_place(|| {
-                        ScratchFile::create(&path, limit_bytes.min(volume.size_bytes))
-                    });
-                    Some(made?)
-                }
-            };
-            let disk = tokio::task::block_in_place(|| ViewDisk::new(source, settings, scratch))?;
-            ready.push(ReadyDisk {
-                vm: definition.id,
-                vm_name: definition.name.clone(),
-                volume: volume.id,
-                number: volume.number,
-                size_bytes: volume.size_bytes,
-                sequence: seq,
-                disk,
-            });
-        }
-        Ok(ready)
+        let mut opened = Opened {
+            definition: vm.definition(),
+            seq: opened.view.seq(),
+            journal: &opened.journal,
+            disks: &opened.disks,
+            view: &mut opened.view,
+            pin: &pin,
+        };
+        let ready = wanted.iter().map(|disk| {
+            tokio::task::block_in_place(|| self.disk_as_it_was(&mut opened, record, disk, scratch))
+        });
+        Ok(ready.collect())
     }
+
+    fn disk_as_it_was(
+        &self,
+        opened: &mut Opened<'_>,
+        record: &ViewRecord,
+        wanted: &ViewDiskRecord,
+        scratch: ScratchFrom,
+    ) -> Result<ReadyDisk, ApiError> {
+        let definition = &opened.definition;
+        let volume = definition.volumes.iter().find(|volume| volume.id == wanted.volume);
+        let recovery_disk = opened.disks.get(usize::from(wanted.number));
+        let (Some(volume), Some(recovery_disk)) = (volume, recovery_disk) else {
+            let message = format!("VM {} has no volume {} any more", definition.name, wanted.number);
+            return Err(ApiError::new(ErrorCode::NotFound, message));
+        };
+        let duplicate = |file: &std::fs::File| {
+            file.try_clone().map_err(|error| {
+                ApiError::new(ErrorCode::Exhausted, format!("cannot duplicate a file descriptor: {error}"))
+                    .remedy("raise LimitNOFILE")
+            })
+        };
+        let not_there = |error| ApiError::new(ErrorCode::NotFound, chain(&error));
+        let source = ViewSource {
+            volume: opened.view.take_volume(volume.number).map_err(not_there)?,
+            journal: duplicate(opened.journal.file())?,
+            recovery_disk: duplicate(recovery_disk.file())?,
+            seq: opened.seq,
+            freshness: Freshness::Superblock,
+            keep: Box::new(Arc::clone(opened.pin)),
+        };
+        let size_bytes = source.volume.size_bytes();
+        let owner = ScratchOwner {
+            vra: self.vra.0,
+            view: record.info.view.0,
+            vm: definition.id.0,
+            journal: definition.journal.0,
+            volume: volume.id.0,
+            number: volume.number,
+            seq: opened.seq,
+            disk_bytes: size_bytes,
+            logical_block_bytes: volume.logical_block_bytes,
+        };
+        let live = self.live_map_path(record.info.view, wanted.vm, wanted.number);
+        let scratch = match (&wanted.scratch, scratch) {
+            (None, _) => None,
+            (Some(path), ScratchFrom::Former) => Some(ScratchFile::open(path, &live, &owner)?),
+            (Some(path), ScratchFrom::New) => {
+                let limit_bytes = u64::from(self.config.target.scratch_mib) << 20;
+                Some(ScratchFile::make(path, &live, &owner, limit_bytes)?)
+            }
+        };
+        let settings =
+            ViewSettings { logical_block_bytes: volume.logical_block_bytes, look_for_holes: false };
+        let info = ViewDiskInfo {
+            vm: definition.id,
+            vm_name: definition.name.clone(),
+            volume: volume.id,
+            number: volume.number,
+            size_bytes,
+            sequence: opened.seq,
+            // Stands until the door is open.
+            door: DoorAddress::NbdUnix { path: PathBuf::new(), export: String::new() },
+        };
+        Ok(ReadyDisk { info, disk: ViewDisk::new(source, settings, scratch)? })
+    }
+
+    /// Where the map of a scratch file lies while the daemon has it: in memory, and for a daemon that follows a killed one.
+    pub(super) fn live_map_path(&self, view: ViewId, vm: VmId, number: u16) -> PathBuf {
+        self.config.run_dir.join(format!("scratch-{view}-{vm}-{number}.map"))
+    }
+}
+
+/// A VM as it was, opened.
+struct Opened<'a> {
+    definition: VmDefinition,
+    seq: u64,
+    view: &'a mut View,
+    journal: &'a DirectFile,
+    disks: &'a [DirectFile],
+    pin: &'a Arc<dyn std::any::Any + Send + Sync>,
 }
 
 impl From<ViewDiskError> for ApiError {
     fn from(error: ViewDiskError) -> Self {
-        let code = match &error {
-            ViewDiskError::ScratchSpace { .. } => ErrorCode::Exhausted,
+        let code = match error {
+            ViewDiskError::Scratch(error) => return error.into(),
+            ViewDiskError::Memory(_) => ErrorCode::Exhausted,
             ViewDiskError::AlignmentTooLong(_) => ErrorCode::Unsupported,
-            ViewDiskError::Alignment(_) | ViewDiskError::Scratch { .. } => ErrorCode::Io,
+            ViewDiskError::Alignment(_) => ErrorCode::Io,
         };
         Self::new(code, chain(&error))
     }
 }
 
-fn scratch_path(folder: &Path, view: ViewId, volume: u16) -> PathBuf {
-    folder.join(format!("scratch-{view}-{volume}.raw"))
+impl From<ScratchError> for ApiError {
+    fn from(error: ScratchError) -> Self {
+        let code = match &error {
+            ScratchError::Space { .. } | ScratchError::Memory { .. } => ErrorCode::Exhausted,
+            ScratchError::DiskTooLong { .. } => ErrorCode::Unsupported,
+            ScratchError::Missing { .. } | ScratchError::LiveMapLost { .. } => ErrorCode::NotFound,
+            ScratchError::Busy { .. } => ErrorCode::Busy,
+            ScratchError::Format { .. } | ScratchError::Damaged { .. } | ScratchError::Other { .. } => {
+                ErrorCode::Corrupt
+            }
+            _ => ErrorCode::Io,
+        };
+        Self::new(code, chain(&error))
+    }
 }
 
-/// Removes the scratch of views that a killed daemon left.
-pub(super) fn remove_left_scratch(folder: &Path) {
-    let Ok(entries) = std::fs::read_dir(folder) else { return };
-    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with("scratch-")
-            && name.ends_with(".raw")
-            && let Err(error) = std::fs::remove_file(&path)
-        {
-            tracing::warn!(path = %path.display(), %error, "cannot remove the scratch of a view that a killed daemon left");
-        }
-    }
+/// The name of a view's disk as an NBD export.
+pub(super) fn export_name(view: ViewId, disk: &ViewDiskRecord) -> String {
+    format!("view-{view}-{}-{}", disk.vm, disk.number)
+}
+
+fn scratch_path(folder: &Path, view: ViewId, volume: u16) -> PathBuf {
+    folder.join(format!("scratch-{view}-{volume}.raw"))
 }

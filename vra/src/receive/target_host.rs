@@ -44,6 +44,8 @@ pub struct TargetHost {
     settings: TargetSettings,
     memory: ReceiveMemory,
     vms: Mutex<HashMap<VmId, Arc<TargetVm>>>,
+    /// What views need of VMs whose files are not open yet.
+    awaited: Mutex<HashMap<VmId, Vec<u64>>>,
     /// Held while a VM's files are made, opened, closed or removed.
     changing: tokio::sync::Mutex<()>,
     next_stream: AtomicU64,
@@ -79,6 +81,7 @@ impl TargetHost {
             settings,
             memory: ReceiveMemory::new(settings.memory_bytes),
             vms: Mutex::default(),
+            awaited: Mutex::default(),
             changing: tokio::sync::Mutex::new(()),
             next_stream: AtomicU64::new(1),
             next_key: Arc::new(AtomicU64::new(1)),
@@ -118,6 +121,7 @@ impl TargetHost {
             let (found, expected) = (opened.identity.journal, definition.journal);
             return Err(TargetError::JournalDiffers { path: folder.journal(), found, expected });
         }
+        let awaited = self.lock_awaited().remove(&vm).unwrap_or_default();
         let counter = self.next_key.clone();
         let next_key = Box::new(move || VmKey(counter.fetch_add(1, Ordering::Relaxed)));
         let target = TargetVm::attach(
@@ -125,15 +129,34 @@ impl TargetHost {
             opened,
             self.next_worker().clone(),
             self.settings.window_bytes,
+            awaited.clone(),
             next_key,
         );
         self.lock().insert(vm, target.clone());
         if let Err(error) = target.redefine(vpg) {
             self.lock().remove(&vm);
             target.close().await;
+            self.lock_awaited().insert(vm, awaited);
             return Err(error);
         }
         Ok(target)
+    }
+
+    /// Keeps a VM's history from a number on, from the very opening of its files on (C3), until [`TargetHost::stop_awaiting`]. To be called
+    /// before that opening.
+    pub fn await_view(&self, vm: VmId, seq: u64) {
+        self.lock_awaited().entry(vm).or_default().push(seq);
+    }
+
+    /// Ends one [`TargetHost::await_view`].
+    pub fn stop_awaiting(&self, vm: VmId, seq: u64) {
+        if let Some(target) = self.vm(vm) {
+            target.stop_awaiting(seq);
+        } else if let Some(awaited) = self.lock_awaited().get_mut(&vm)
+            && let Some(index) = awaited.iter().position(|awaited| *awaited == seq)
+        {
+            awaited.swap_remove(index);
+        }
     }
 
     /// The VM, if this VRA is its target.
@@ -219,6 +242,10 @@ impl TargetHost {
 
     fn lock(&self) -> MutexGuard<'_, HashMap<VmId, Arc<TargetVm>>> {
         self.vms.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_awaited(&self) -> MutexGuard<'_, HashMap<VmId, Vec<u64>>> {
+        self.awaited.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn next_worker(&self) -> &Worker {

@@ -52,6 +52,8 @@ struct Inner {
     /// What open views need at least, by the pins' own count.
     pins: BTreeMap<u64, u64>,
     next_pin: u64,
+    /// Pins of views that are to be open again: number of the pin and what it keeps.
+    awaited: Vec<(u64, u64)>,
     closed: bool,
     not_open: Option<String>,
 }
@@ -78,29 +80,33 @@ pub struct Pin {
 const REOPEN_WAIT: Duration = Duration::from_secs(5);
 
 impl TargetVm {
-    /// Attaches opened files to a worker.
+    /// Attaches opened files to a worker, which keeps the history from the lowest of `awaited` on.
     pub(super) fn attach(
         folder: VmFolder,
         files: VmFiles,
         worker: Worker,
         window_bytes: u32,
+        awaited: Vec<u64>,
         mut next_key: Box<dyn FnMut() -> VmKey + Send>,
     ) -> Arc<Self> {
         let key = next_key();
+        let awaited: Vec<(u64, u64)> = (0..).zip(awaited).collect();
+        let pins: BTreeMap<u64, u64> = awaited.iter().copied().collect();
         let (manifest, vm) = (files.manifest.clone(), files.identity.vm);
         let runtime = Handle::current();
         let bad_ranges = files.opened.bad_ranges.clone();
         let target = Arc::new_cyclic(|weak| {
-            let pins = Pins { view: None, lock: lowest_lock(&manifest) };
-            let status = attach_files(&worker, key, files, window_bytes, pins, weak.clone());
+            let needed = Pins { view: pins.values().min().copied(), lock: lowest_lock(&manifest) };
+            let status = attach_files(&worker, key, files, window_bytes, needed, weak.clone());
             let inner = Inner {
                 manifest,
                 key: Some(key),
                 next_key,
                 status,
                 alerts: BTreeMap::new(),
-                pins: BTreeMap::new(),
-                next_pin: 0,
+                next_pin: awaited.len() as u64,
+                pins,
+                awaited,
                 closed: false,
                 not_open: None,
             };
@@ -271,6 +277,15 @@ impl TargetVm {
         self.tell_pins(&inner, None);
         drop(inner);
         Pin { vm: self.clone(), id }
+    }
+
+    /// What was kept for a view before the files were open is kept no longer: the view has a pin of its own, or is closed.
+    pub fn stop_awaiting(self: &Arc<Self>, seq: u64) {
+        let mut inner = self.lock();
+        let Some(index) = inner.awaited.iter().position(|(_, awaited)| *awaited == seq) else { return };
+        let (id, _) = inner.awaited.swap_remove(index);
+        drop(inner);
+        drop(Pin { vm: self.clone(), id });
     }
 
     /// The lowest number that can be opened, asked after all pins are known to the worker.

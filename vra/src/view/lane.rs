@@ -1,5 +1,7 @@
 //! One thread's way into a view.
 
+mod durable;
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,8 +11,11 @@ use journal::view::{ViewError, still_there};
 use ublk::arena::{Arena, Slot, SlotRef};
 use ublk::serve::{Completion, Errno, FileIo, FileOp, IoBuffer, Lane, Op, Port, Request, Waker};
 
+use self::durable::{COMMIT_JOB, Undurable};
 use super::plan::{Fetch, JOURNAL_FILE, Plan, RECOVERY_DISK_FILE, SCRATCH_FILE, plan};
-use super::scratch::{Pass, Place, Run};
+use super::scratch::commit::Commit;
+use super::scratch::gate::Pass;
+use super::scratch::map::{Place, Run};
 use super::{Freshness, Scratch, ViewDisk};
 
 /// A lane of a [`ViewDisk`].
@@ -27,6 +32,10 @@ pub(super) struct ViewLane {
     /// Reads that wait for the word that the history is still there.
     unconfirmed: Vec<u32>,
     check: Option<Check>,
+    /// Answers that wait until the scratch is durable.
+    undurable: Vec<Undurable>,
+    /// The commit of the scratch that this lane carries out.
+    commit: Option<Commit>,
 }
 
 /// A look at the superblocks, for reads that ended before it began.
@@ -39,7 +48,6 @@ struct Check {
 enum Job {
     Read(Box<ReadJob>),
     Write(WriteJob),
-    Flush { tag: u64 },
 }
 
 struct ReadJob {
@@ -67,6 +75,8 @@ struct WriteJob {
     pass: Pass,
     /// Held beside the transfers' own handles, to become the request's slot again.
     slot: SlotRef,
+    fua: bool,
+    /// The write is durable with its data.
     dsync: bool,
     out: u32,
     error: Option<Errno>,
@@ -76,7 +86,6 @@ struct WriteJob {
 const PART_DIRECT: u32 = u32::MAX;
 /// The job part of a token of [`Check`], whose part is the copy's number.
 const CHECK_JOB: u32 = u32::MAX;
-
 const EIO: Errno = Errno(libc::EIO);
 
 impl ViewLane {
@@ -90,6 +99,8 @@ impl ViewLane {
             blocked: Vec::new(),
             unconfirmed: Vec::new(),
             check: None,
+            undurable: Vec::new(),
+            commit: None,
         }
     }
 
@@ -284,10 +295,16 @@ impl ViewLane {
             (Op::Write, Some(slot)) => Ok(slot),
             (Op::Write, None) => Err((Errno(libc::EINVAL), None)),
             (_, slot) => {
-                state.map.zero(offset_bytes, len_bytes);
+                let zeroed = state.map.zero(offset_bytes, len_bytes);
                 state.gate.leave(pass);
                 drop(state);
-                port.complete(Completion { tag, result: Ok(()), slot });
+                match zeroed {
+                    Ok(()) if fua => self.answer_when_durable(scratch, tag, slot, port),
+                    zeroed => {
+                        let result = zeroed.map_err(|_| Errno(libc::ENOSPC));
+                        port.complete(Completion { tag, result, slot });
+                    }
+                }
                 return;
             }
         };
@@ -304,18 +321,20 @@ impl ViewLane {
                 return;
             }
         };
+        // What overlaps waits, so that this stays so until the write has landed.
+        let dsync = fua && state.map.is_in_place(offset_bytes, len_bytes);
         drop(state);
         let slot = slot.share();
         let out = runs.len() as u32;
         let job =
-            WriteJob { tag, offset_bytes, len_bytes, pass, slot: slot.clone(), dsync: fua, out, error: None };
+            WriteJob { tag, offset_bytes, len_bytes, pass, slot: slot.clone(), fua, dsync, out, error: None };
         let index = self.jobs.insert(Job::Write(job));
         for (number, run) in (0_u32..).zip(runs) {
             let Place::Scratch(from) = run.place else { continue };
             port.submit(FileIo {
                 token: token(index, number),
                 file: SCRATCH_FILE,
-                op: FileOp::Write { dsync: fua },
+                op: FileOp::Write { dsync },
                 offset_bytes: from,
                 len_bytes: run.len_bytes,
                 buffer_offset_bytes: (run.offset_bytes - offset_bytes) as u32,
@@ -344,37 +363,25 @@ impl ViewLane {
             state.gate.leave(job.pass);
         }
         let slot = job.slot.try_unshare().ok();
-        port.complete(Completion { tag: job.tag, result: job.error.map_or(Ok(()), Err), slot });
+        match (&self.disk.scratch, job.error) {
+            (Some(_), None) if job.fua && !job.dsync => {
+                let disk = Arc::clone(&self.disk);
+                let Some(scratch) = &disk.scratch else { return };
+                self.answer_when_durable(scratch, job.tag, slot, port);
+            }
+            (_, error) => {
+                port.complete(Completion { tag: job.tag, result: error.map_or(Ok(()), Err), slot });
+            }
+        }
     }
 
     fn flush(&mut self, request: Request, port: &mut dyn Port) {
         let Request { tag, slot, .. } = request;
-        let result = match &self.disk.scratch {
-            None => Ok(()),
-            Some(scratch) if scratch.poisoned.load(Ordering::Acquire) => Err(EIO),
-            Some(_) => {
-                let index = self.jobs.insert(Job::Flush { tag });
-                port.submit(FileIo {
-                    token: token(index, 0),
-                    file: SCRATCH_FILE,
-                    op: FileOp::Sync,
-                    offset_bytes: 0,
-                    len_bytes: 0,
-                    buffer_offset_bytes: 0,
-                    buffer: IoBuffer::None,
-                });
-                return;
-            }
-        };
-        port.complete(Completion { tag, result, slot });
-    }
-
-    fn flush_done(&mut self, index: u32, result: Result<(), Errno>, port: &mut dyn Port) {
-        let Some(Job::Flush { tag }) = self.jobs.remove(index) else { return };
-        if let (Err(_), Some(scratch)) = (result, &self.disk.scratch) {
-            scratch.poisoned.store(true, Ordering::Release);
+        let disk = Arc::clone(&self.disk);
+        match &disk.scratch {
+            None => port.complete(Completion { tag, result: Ok(()), slot }),
+            Some(scratch) => self.answer_when_durable(scratch, tag, slot, port),
         }
-        port.complete(Completion { tag, result, slot: None });
     }
 }
 
@@ -391,6 +398,8 @@ impl Lane for ViewLane {
         let (index, part) = ((token >> 32) as u32, token as u32);
         if index == CHECK_JOB {
             self.check_done(part, result, buffer, port);
+        } else if index == COMMIT_JOB {
+            self.commit_done(result, buffer, port);
         } else {
             match self.jobs.get(index) {
                 Some(Job::Read(_)) => {
@@ -401,7 +410,6 @@ impl Lane for ViewLane {
                     drop(buffer);
                     self.write_done(index, result, port);
                 }
-                Some(Job::Flush { .. }) => self.flush_done(index, result, port),
                 None => debug_assert!(false, "an end of nothing: token {token:#x}"),
             }
         }
@@ -420,6 +428,13 @@ impl Lane for ViewLane {
                 self.blocked.push((pass, request));
             }
         }
+        self.go_on_committing(scratch, port);
+    }
+}
+
+impl Drop for ViewLane {
+    fn drop(&mut self) {
+        self.disk.lanes.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

@@ -8,25 +8,28 @@ mod plan;
 mod scratch;
 
 use std::any::Any;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock};
 use journal::storage::AlignedBuf;
 use journal::view::{VolumeView, still_there};
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, fallocate};
 use ublk::arena::{Arena, SLOT_ALIGN_BYTES};
 use ublk::serve::{Allocation, Disk, Extent, Geometry, Lane, Waker, ZeroLimits};
 
 use self::plan::PlanLimits;
+use self::scratch::commit::{Commits, PAGES_AT_ONCE};
+pub use self::scratch::file::{ScratchError, ScratchFile, remove as remove_scratch};
+pub use self::scratch::format::{ScratchFormatError, ScratchOwner};
+use self::scratch::gate::Gate;
+pub use self::scratch::map::MapDamage;
+use self::scratch::map::{Place, Run, ScratchMap};
 pub use self::scratch::{CHUNK_BYTES, SECTOR_BYTES};
-use self::scratch::{Gate, Place, ScratchMap};
 
 /// Memory of one lane for what it fetches: slots and their length in bytes. A request's data is at most a door's slot long, and
 /// a fetch a little longer.
@@ -79,76 +82,12 @@ pub enum ViewDiskError {
     /// No memory for what lanes fetch.
     #[error("the recovery disk's unit of direct I/O, {0} bytes, is longer than 4096")]
     AlignmentTooLong(u32),
+    /// No memory.
+    #[error("no memory for a view")]
+    Memory(#[source] io::Error),
     /// The scratch file.
-    #[error("cannot make the scratch file {}", path.display())]
-    Scratch {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// The scratch file's space.
-    #[error(
-        "no space for {} MiB of scratch at {}: free space, or ask for less scratch", len_bytes >> 20, path.display()
-    )]
-    ScratchSpace {
-        /// The file.
-        path: PathBuf,
-        /// Its length, in bytes.
-        len_bytes: u64,
-    },
-}
-
-/// What is written to a view: a file of a fixed length, removed when the view ends.
-#[derive(Debug)]
-pub struct ScratchFile {
-    file: File,
-    path: PathBuf,
-    len_bytes: u64,
-}
-
-impl ScratchFile {
-    /// Makes a scratch file that holds up to `len_bytes` (rounded up to [`CHUNK_BYTES`]) of written data, with its space reserved if the
-    /// filesystem can. A file of that name, left by a view that was cut short, is replaced.
-    ///
-    /// # Errors
-    /// [`ViewDiskError::Scratch`] or [`ViewDiskError::ScratchSpace`].
-    pub fn create(path: &Path, len_bytes: u64) -> Result<Self, ViewDiskError> {
-        let len_bytes = len_bytes.max(1).next_multiple_of(CHUNK_BYTES);
-        let error = |source| ViewDiskError::Scratch { path: path.into(), source };
-        match std::fs::remove_file(path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(error(source)),
-            _ => {}
-        }
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).create_new(true).mode(0o600);
-        let direct = options.custom_flags(libc::O_DIRECT | libc::O_CLOEXEC).open(path);
-        let file = match direct {
-            // Guests write single sectors; where the filesystem wants longer direct I/O the page cache puts them together.
-            Ok(file) if ublk::backing::direct_io_align(&file).is_ok_and(|align| align <= 512) => file,
-            _ => {
-                options.create_new(false).create(true).custom_flags(libc::O_CLOEXEC);
-                options.open(path).map_err(error)?
-            }
-        };
-        let scratch = Self { file, path: path.into(), len_bytes };
-        scratch.file.set_len(len_bytes).map_err(error)?;
-        match fallocate(&scratch.file, FallocateFlags::empty(), 0, len_bytes as i64) {
-            Ok(()) | Err(Errno::EOPNOTSUPP) => Ok(scratch),
-            Err(Errno::ENOSPC | Errno::EDQUOT) => {
-                Err(ViewDiskError::ScratchSpace { path: path.into(), len_bytes })
-            }
-            Err(errno) => Err(error(errno.into())),
-        }
-    }
-}
-
-impl Drop for ScratchFile {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_file(&self.path) {
-            tracing::warn!(path = %self.path.display(), %error, "cannot remove a scratch file: remove it by hand");
-        }
-    }
+    #[error(transparent)]
+    Scratch(#[from] ScratchError),
 }
 
 /// A view as a disk.
@@ -161,6 +100,8 @@ pub struct ViewDisk {
     /// In the order of [`plan::JOURNAL_FILE`], [`plan::RECOVERY_DISK_FILE`], [`plan::SCRATCH_FILE`].
     files: Vec<File>,
     scratch: Option<Scratch>,
+    /// How many lanes there are.
+    lanes: AtomicUsize,
     /// The history is gone: nothing can be read any more.
     gone: AtomicBool,
     /// Damage that was logged, as record and place; at most [`REPORTS_MAX`].
@@ -171,14 +112,17 @@ pub struct ViewDisk {
 
 struct Scratch {
     state: Mutex<ScratchState>,
-    /// A sync has failed: what was written before it may be lost, and a later sync would not say so.
+    /// A sync or a write of the map has failed: what was written before it may be lost, and a later sync would not say so.
     poisoned: AtomicBool,
-    _file: ScratchFile,
+    /// Where pages of the map are put to be written: for one commit at a time.
+    pages: Arena,
 }
 
 struct ScratchState {
     map: ScratchMap,
     gate: Gate,
+    commits: Commits,
+    file: ScratchFile,
 }
 
 /// Places of damage that one view logs; more of them say nothing new.
@@ -202,13 +146,18 @@ impl ViewDisk {
         let mut files = vec![journal, recovery_disk];
         let scratch = match scratch {
             None => None,
-            Some(scratch) => {
-                let path = scratch.path.clone();
-                let file = scratch.file.try_clone();
-                files.push(file.map_err(|source| ViewDiskError::Scratch { path, source })?);
-                let map = ScratchMap::new(scratch.len_bytes);
-                let state = Mutex::new(ScratchState { map, gate: Gate::default() });
-                Some(Scratch { state, poisoned: AtomicBool::new(false), _file: scratch })
+            Some(mut file) => {
+                let duplicate = file.file.try_clone().map_err(|source| {
+                    let path = file.path().into();
+                    ScratchError::Io { action: "duplicate the descriptor of", path, source }
+                })?;
+                files.push(duplicate);
+                let map = file.take_map(volume.size_bytes())?;
+                let pages = Arena::new(PAGES_AT_ONCE as usize * PAGE_BYTES, 1);
+                let pages = pages.map_err(|errno| ViewDiskError::Memory(errno.into()))?;
+                let state = ScratchState { map, gate: Gate::default(), commits: Commits::default(), file };
+                let poisoned = AtomicBool::new(false);
+                Some(Scratch { state: Mutex::new(state), poisoned, pages })
             }
         };
         Ok(Arc::new(Self {
@@ -222,6 +171,7 @@ impl ViewDisk {
             settings,
             files,
             scratch,
+            lanes: AtomicUsize::new(0),
             gone: AtomicBool::new(false),
             reported: Mutex::default(),
             _keep: keep,
@@ -231,6 +181,26 @@ impl ViewDisk {
     /// How much of the scratch file is in use, in bytes; none for a read-only view.
     pub fn scratch_used_bytes(&self) -> Option<u64> {
         self.scratch.as_ref().map(|scratch| scratch.lock().map.used_bytes())
+    }
+
+    /// Whether a write or sync of the scratch has failed: nothing can be written any more.
+    pub fn is_scratch_failed(&self) -> bool {
+        self.scratch.as_ref().is_some_and(|scratch| scratch.poisoned.load(Ordering::Acquire))
+    }
+
+    /// Makes all that was written durable, so that the scratch can be opened again after a restart of the host. From then on nothing can be
+    /// written. False when a lane may write still, or a write has failed: then nothing is done.
+    ///
+    /// # Errors
+    /// [`ScratchError`].
+    pub fn close_scratch(&self) -> Result<bool, ScratchError> {
+        let Some(scratch) = &self.scratch else { return Ok(true) };
+        let mut state = scratch.lock();
+        if self.lanes.load(Ordering::Acquire) > 0 || scratch.poisoned.swap(true, Ordering::AcqRel) {
+            return Ok(false);
+        }
+        let ScratchState { map, file, .. } = &mut *state;
+        file.close(map).map(|()| true)
     }
 
     /// Whether the history is gone: all reads fail.
@@ -331,6 +301,20 @@ impl ViewDisk {
     }
 }
 
+impl ScratchState {
+    /// Begins a commit, which the caller then carries out. False while another lane does: `waker` is called at its end.
+    fn begin_commit(&mut self, waker: Option<&Waker>) -> bool {
+        self.commits.begin(waker)
+    }
+
+    fn end_commit(&mut self, is_durable: bool) {
+        if is_durable {
+            self.map.end_commit();
+        }
+        self.commits.end(is_durable);
+    }
+}
+
 impl Scratch {
     fn lock(&self) -> MutexGuard<'_, ScratchState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -362,13 +346,14 @@ impl Disk for ViewDisk {
     }
 
     fn lane(self: Arc<Self>, waker: Waker) -> Box<dyn Lane> {
+        self.lanes.fetch_add(1, Ordering::AcqRel);
         Box::new(lane::ViewLane::new(self, waker, Arena::new(FETCH_SLOT_BYTES, FETCH_SLOTS).ok()))
     }
 
     fn extents(&self, offset_bytes: u64, len_bytes: u64, count_max: usize) -> Vec<Extent> {
         let runs = match &self.scratch {
             Some(scratch) => scratch.lock().map.find(offset_bytes, len_bytes),
-            None => vec![scratch::Run { offset_bytes, len_bytes, place: Place::Below }],
+            None => vec![Run { offset_bytes, len_bytes, place: Place::Below }],
         };
         let mut extents: Vec<Extent> = Vec::new();
         for run in runs {
@@ -393,6 +378,8 @@ impl Disk for ViewDisk {
     }
 }
 
+#[cfg(test)]
+mod crash_tests;
 #[cfg(test)]
 pub(crate) mod test_journal;
 #[cfg(test)]

@@ -6,7 +6,8 @@ use std::ops::Range;
 use journal::view::{JournalPart, ReadPart, ViewError, VolumeView};
 use ublk::serve::FileId;
 
-use super::scratch::{Place, Run, SECTOR_BYTES};
+use super::scratch::SECTOR_BYTES;
+use super::scratch::map::{Place, Run};
 
 /// The journal among the files of a view.
 pub(super) const JOURNAL_FILE: FileId = FileId(0);

@@ -1,5 +1,6 @@
 use std::collections::BTreeMap;
-use std::os::unix::fs::FileExt;
+use std::fs::OpenOptions;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 
 use journal::writer::Change;
 use rand::rngs::StdRng;
@@ -126,24 +127,27 @@ impl Guest {
     }
 }
 
-fn view(journal: &TestJournal, seq: u64, scratch_bytes: u64) -> Arc<ViewDisk> {
+pub(super) fn view_source(journal: &TestJournal, seq: u64) -> ViewSource {
     let direct = |name: &str| {
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(libc::O_DIRECT);
         options.open(journal.folder.join(name)).expect("open")
     };
-    let source = ViewSource {
+    ViewSource {
         volume: journal.view(seq).expect("in the history"),
         journal: direct("journal.hfj"),
         recovery_disk: direct("disk-0.raw"),
         seq,
         freshness: Freshness::Superblock,
         keep: Box::new(()),
-    };
+    }
+}
+
+fn view(journal: &TestJournal, seq: u64, scratch_bytes: u64) -> Arc<ViewDisk> {
     let settings = ViewSettings { logical_block_bytes: 512, look_for_holes: true };
     let scratch = (scratch_bytes > 0)
         .then(|| ScratchFile::create(&journal.folder.join("scratch-0.raw"), scratch_bytes).expect("scratch"));
-    ViewDisk::new(source, settings, scratch).expect("view")
+    ViewDisk::new(view_source(journal, seq), settings, scratch).expect("view")
 }
 
 #[test]

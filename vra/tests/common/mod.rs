@@ -1,7 +1,8 @@
-//! A site CA for tests.
+//! A site CA for tests, daemons, and pairs of them.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 #![allow(unreachable_pub, reason = "shared by several test binaries")]
 
+pub mod pair;
 pub mod vra;
 
 use std::path::Path;

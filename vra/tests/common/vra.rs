@@ -200,6 +200,17 @@ pub fn qemu_io(door: &DoorAddress, commands: &[String]) -> Option<()> {
     Some(())
 }
 
+/// As [`qemu_io`], but nothing is ever flushed.
+pub fn qemu_io_unflushed(door: &DoorAddress, commands: &[String]) {
+    let mut qemu_io = Command::new("qemu-io");
+    qemu_io.args(["-f", "raw", "-t", "unsafe"]).arg(door.to_string());
+    for command in commands {
+        qemu_io.args(["-c", command]);
+    }
+    let output = qemu_io.output().expect("qemu-io");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
 /// Copies a door's disk to a file with nbdcopy; none where the machine has no nbdcopy.
 pub fn nbdcopy(door: &DoorAddress, to: &Path) -> Option<Vec<u8>> {
     let Ok(output) = Command::new("nbdcopy").arg(door.to_string()).arg(to).output() else {

@@ -248,5 +248,6 @@ pub(crate) fn view(view: ViewId, label: Option<String>) -> ViewInfo {
         opened_us: TimeUs(1),
         open_duration_us: 1,
         disks: Vec::new(),
+        problem: None,
     }
 }

@@ -5,6 +5,7 @@ mod load;
 mod source;
 mod stand;
 mod target;
+mod view;
 
 use crate::suite::{Body, Case, MachineNeeds, Need};
 
@@ -58,6 +59,23 @@ pub(super) const CASES: &[Case] = &[
     .needs(NEEDS)
     .machine(MACHINE)
     .limit_s(600),
+    Case::new(
+        "view-survives-restart",
+        "kill -9 of the target under load on a test's disk and its restart: the same device goes on, all that it answered is there, flushed or not, and the test is shown as running.",
+        Body::Inside(|context| view::survives(context, 1)),
+    )
+    .needs(NEEDS)
+    .machine(MACHINE)
+    .limit_s(600),
+    Case::new(
+        "view-survives-restart-often",
+        "The same, eight times under one load.",
+        Body::Inside(|context| view::survives(context, 8)),
+    )
+    .needs(NEEDS)
+    .machine(MACHINE)
+    .limit_s(1200)
+    .long(),
     Case::new(
         "replicate-source-restart",
         "kill -9 of the source under load and its restart: the guest sees a pause; a full sync in a new generation is shown, and no checkpoint counts before its end.",

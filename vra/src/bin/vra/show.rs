@@ -164,6 +164,11 @@ pub(crate) fn views(views: &[ViewInfo]) {
         }
     }
     print(&["VIEW", "AT", "MODE", "VM", "NO", "SIZE", "DOOR"], &rows);
+    for view in views {
+        if let Some(problem) = &view.problem {
+            println!("view {}: NOT SERVED: {problem}", view.view);
+        }
+    }
 }
 
 pub(crate) fn doctor(report: &DoctorReport) {

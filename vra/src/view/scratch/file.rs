@@ -1,0 +1,508 @@
+//! The scratch file: made, opened after whatever ended the last process, and removed.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use journal::storage::AlignedBuf;
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use uuid::Uuid;
+
+use super::commit::{Commit, Next};
+use super::format::{
+    DISK_MAX_BYTES, HEADER_OFFSETS, Header, PAGE_BYTES, PAGE_WORDS, ScratchFormatError, ScratchOwner, Shape,
+    decode_page,
+};
+use super::map::{MapDamage, ScratchMap, drop_stale};
+use super::pages::Pages;
+use super::words::{Words, this_boot};
+use super::{CHUNK_BYTES, SECTOR_BYTES};
+
+/// How long the I/O of a process that died may take to end (A4).
+const LOCK_WAIT: Duration = Duration::from_secs(30);
+/// Pages of the map that are read at once.
+const READ_PAGES: usize = 256;
+
+/// Why there is no scratch.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ScratchError {
+    /// The operating system.
+    #[error("cannot {action} the scratch file {}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The space.
+    #[error(
+        "no space for {} MiB of scratch at {}: free space, or ask for less scratch", len_bytes >> 20, path.display()
+    )]
+    Space {
+        /// The file.
+        path: PathBuf,
+        /// Its length, in bytes.
+        len_bytes: u64,
+    },
+    /// Memory for the map.
+    #[error("no memory for the map of the scratch file {} ({}): make room there", path.display(), live.display())]
+    Memory {
+        /// The scratch file.
+        path: PathBuf,
+        /// The file that holds the map while the process runs.
+        live: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The disk.
+    #[error(
+        "a disk of {disk_bytes} bytes is too long for scratch, {DISK_MAX_BYTES} are possible: open it read-only"
+    )]
+    DiskTooLong {
+        /// Its size, in bytes.
+        disk_bytes: u64,
+    },
+    /// There is none.
+    #[error("the scratch file {} is gone: close the view, what was written to it is lost", path.display())]
+    Missing {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Another process works on it.
+    #[error("the scratch file {} is locked by another process: end that first", path.display())]
+    Busy {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The bytes.
+    #[error("the scratch file {} can't be read: {source}; close the view, which removes it", path.display())]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: ScratchFormatError,
+    },
+    /// The map.
+    #[error("the scratch file {} is damaged: {source}; close the view, which removes it", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: MapDamage,
+    },
+    /// The file is another view's.
+    #[error("the scratch file {} belongs to another view or disk: put the right one back, or close the view", path.display())]
+    Other {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The map of the former process has gone without a restart of the host.
+    #[error(
+        "{} is gone, which held what had been written to {} and not flushed yet: a guest that still runs would miss it. End the guest, and \
+         close the view", live.display(), path.display()
+    )]
+    LiveMapLost {
+        /// The scratch file.
+        path: PathBuf,
+        /// The file that held the map.
+        live: PathBuf,
+    },
+}
+
+/// What is written to a view: a file of a fixed length. One that is made with [`ScratchFile::create`] is removed when dropped; one of
+/// [`ScratchFile::make`] or [`ScratchFile::open`] stays until [`remove`].
+#[derive(Debug)]
+pub struct ScratchFile {
+    pub(in crate::view) file: File,
+    path: PathBuf,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// Data and nothing else, of this length in bytes.
+    Passing(u64),
+    Lasting(Box<Lasting>),
+}
+
+#[derive(Debug)]
+struct Lasting {
+    header: Header,
+    live: PathBuf,
+    /// Until the map is taken.
+    parts: Option<(Words, Pages)>,
+}
+
+impl ScratchFile {
+    /// Makes a scratch file that holds up to `len_bytes` (rounded up to [`CHUNK_BYTES`]) of written data and ends with this process, with
+    /// its space reserved if the filesystem can. A file of that name, left by a process that was killed, is replaced.
+    ///
+    /// # Errors
+    /// [`ScratchError::Io`] or [`ScratchError::Space`].
+    pub fn create(path: &Path, len_bytes: u64) -> Result<Self, ScratchError> {
+        let len_bytes = len_bytes.max(1).next_multiple_of(CHUNK_BYTES);
+        match std::fs::remove_file(path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                return Err(io_error("replace", path)(source));
+            }
+            _ => {}
+        }
+        let file = open_file(path, true).map_err(io_error("make", path))?;
+        let scratch = Self { file, path: path.into(), kind: Kind::Passing(len_bytes) };
+        reserve(&scratch.file, path, len_bytes)?;
+        Ok(scratch)
+    }
+
+    /// Makes a scratch file that outlives this process, for up to `limit_bytes` of written data, with all of its space reserved if the
+    /// filesystem can. `live` is where the map lies while a process has it: a file in memory, of this host.
+    ///
+    /// # Errors
+    /// [`ScratchError`]; the file is gone again then.
+    pub fn make(
+        path: &Path,
+        live: &Path,
+        owner: &ScratchOwner,
+        limit_bytes: u64,
+    ) -> Result<Self, ScratchError> {
+        Self::make_in(this_boot(), path, live, owner, limit_bytes)
+    }
+
+    /// As [`ScratchFile::make`], in a given run of the kernel.
+    pub(in crate::view) fn make_in(
+        boot: Uuid,
+        path: &Path,
+        live: &Path,
+        owner: &ScratchOwner,
+        limit_bytes: u64,
+    ) -> Result<Self, ScratchError> {
+        if owner.disk_bytes > DISK_MAX_BYTES {
+            return Err(ScratchError::DiskTooLong { disk_bytes: owner.disk_bytes });
+        }
+        let shape = Shape::new(owner.disk_bytes, limit_bytes);
+        let file_id = Uuid::new_v4();
+        let header = Header { sequence: 1, file_id, boot, owner: *owner, shape };
+        let file = open_file(path, true).map_err(io_error("make", path))?;
+        let made = (|| {
+            lock(&file, path)?;
+            reserve(&file, path, shape.file_bytes())?;
+            let words = vec![0; shape.words()];
+            let pages = Pages::new(file_id, words.clone(), &vec![(0, 0); shape.pages() as usize]);
+            let words = Words::create(live, header.boot, file_id, &words).map_err(memory(path, live))?;
+            // The header comes last: without it nobody takes the file for a scratch.
+            for offset_bytes in HEADER_OFFSETS {
+                write_page(&file, offset_bytes, &header.encode()).map_err(io_error("write", path))?;
+            }
+            file.sync_all().and_then(|()| sync_folder(path)).map_err(io_error("sync", path))?;
+            Ok(Lasting { header, live: live.into(), parts: Some((words, pages)) })
+        })();
+        match made {
+            Ok(lasting) => Ok(Self { file, path: path.into(), kind: Kind::Lasting(Box::new(lasting)) }),
+            Err(error) => {
+                let _ = remove(path, live);
+                Err(error)
+            }
+        }
+    }
+
+    /// Opens a scratch file again, whatever ended the process that had it. After that process's death all that it had answered is there;
+    /// after the host's, all that was flushed.
+    ///
+    /// # Errors
+    /// [`ScratchError`]; the file is as it was.
+    pub fn open(path: &Path, live: &Path, owner: &ScratchOwner) -> Result<Self, ScratchError> {
+        Self::open_in(this_boot(), path, live, owner)
+    }
+
+    /// As [`ScratchFile::open`], in a given run of the kernel.
+    pub(in crate::view) fn open_in(
+        boot: Uuid,
+        path: &Path,
+        live: &Path,
+        owner: &ScratchOwner,
+    ) -> Result<Self, ScratchError> {
+        let file = open_file(path, false).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => ScratchError::Missing { path: path.into() },
+            _ => io_error("open", path)(source),
+        })?;
+        lock(&file, path)?;
+        let header = read_header(&file, path)?;
+        if header.owner != *owner {
+            return Err(ScratchError::Other { path: path.into() });
+        }
+        let Header { file_id, shape, .. } = header;
+        let mut settled = vec![0; shape.words()];
+        let versions = read_pages(&file, file_id, shape, &mut settled, path)?;
+        // What was read may not be durable yet, and the older copies are written over next (C1).
+        file.sync_data().map_err(io_error("sync", path))?;
+        let words = if !boot.is_nil() && header.boot == boot {
+            let words = Words::open(live, boot, file_id, shape.words()).map_err(memory(path, live))?;
+            words.ok_or_else(|| ScratchError::LiveMapLost { path: path.into(), live: live.into() })?
+        } else {
+            let mut words = settled.clone();
+            drop_stale(shape, &mut words, &versions).map_err(damaged(path))?;
+            Words::create(live, boot, file_id, &words).map_err(memory(path, live))?
+        };
+        let pages = Pages::new(file_id, settled, &versions);
+        let parts = Some((words, pages));
+        let mut scratch = Self {
+            file,
+            path: path.into(),
+            kind: Kind::Lasting(Box::new(Lasting { header, live: live.into(), parts })),
+        };
+        if header.boot != boot {
+            scratch.write_header(boot)?;
+        }
+        Ok(scratch)
+    }
+
+    /// Whose a scratch file is; none where the file isn't one for certain.
+    ///
+    /// # Errors
+    /// [`ScratchError::Busy`] while a process has it, [`ScratchError::Missing`] or [`ScratchError::Io`].
+    pub fn owner(path: &Path) -> Result<Option<ScratchOwner>, ScratchError> {
+        let file = File::open(path).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => ScratchError::Missing { path: path.into() },
+            _ => io_error("open", path)(source),
+        })?;
+        if !try_lock(&file).map_err(io_error("lock", path))? {
+            return Err(ScratchError::Busy { path: path.into() });
+        }
+        match read_header(&file, path) {
+            Ok(header) => Ok(Some(header.owner)),
+            Err(ScratchError::Format { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The map, once. A passing one is for a disk of `disk_bytes`.
+    pub(in crate::view) fn take_map(&mut self, disk_bytes: u64) -> Result<ScratchMap, ScratchError> {
+        let path = &self.path;
+        match &mut self.kind {
+            Kind::Passing(len_bytes) => {
+                let shape = Shape::new(disk_bytes, *len_bytes);
+                let words = Words::own(shape.zeroes_word()).map_err(memory(path, path))?;
+                Ok(ScratchMap::passing(shape, words))
+            }
+            Kind::Lasting(lasting) => {
+                let (words, pages) =
+                    lasting.parts.take().ok_or_else(|| ScratchError::Busy { path: path.clone() })?;
+                ScratchMap::lasting(lasting.header.shape, words, pages).map_err(damaged(path))
+            }
+        }
+    }
+
+    /// Makes all durable and notes that nothing but the file is needed to open it again. To be called when nobody uses the scratch any more.
+    pub(in crate::view) fn close(&mut self, map: &mut ScratchMap) -> Result<(), ScratchError> {
+        let Kind::Lasting(lasting) = &self.kind else { return Ok(()) };
+        let live = lasting.live.clone();
+        let mut commit = Commit::new(map.begin_commit());
+        let mut last = self.file.sync_data();
+        loop {
+            let errno = |error: &io::Error| ublk::serve::Errno(error.raw_os_error().unwrap_or(libc::EIO));
+            match commit.done(last.as_ref().map(drop).map_err(errno)) {
+                Next::Wait => {}
+                Next::Pages { first, count, .. } => {
+                    let Some(pages) = map.pages() else { break };
+                    for page in first..first + count {
+                        let mut bytes = [0; PAGE_BYTES];
+                        let offset_bytes = pages.encode(page, &mut bytes);
+                        last = last.and(write_page(&self.file, offset_bytes, &bytes));
+                        if page + 1 < first + count {
+                            let _ = commit.done(Ok(()));
+                        }
+                    }
+                    // One page alone was to be durable by itself.
+                    last = last.and_then(|()| self.file.sync_data());
+                }
+                Next::Sync => last = self.file.sync_data(),
+                Next::End(Ok(())) => break,
+                Next::End(Err(_)) => return last.map_err(io_error("write", &self.path)),
+            }
+        }
+        map.end_commit();
+        self.write_header(Uuid::nil())?;
+        let _ = std::fs::remove_file(live);
+        Ok(())
+    }
+
+    fn write_header(&mut self, boot: Uuid) -> Result<(), ScratchError> {
+        let Kind::Lasting(lasting) = &mut self.kind else { return Ok(()) };
+        let header = Header { sequence: lasting.header.sequence + 1, boot, ..lasting.header };
+        for copy in [header.sequence % 2, (header.sequence + 1) % 2] {
+            let written = write_page(&self.file, HEADER_OFFSETS[copy as usize], &header.encode());
+            written.and_then(|()| self.file.sync_data()).map_err(io_error("write", &self.path))?;
+        }
+        lasting.header = header;
+        Ok(())
+    }
+}
+
+impl Drop for ScratchFile {
+    fn drop(&mut self) {
+        if matches!(self.kind, Kind::Passing(_))
+            && let Err(error) = std::fs::remove_file(&self.path)
+        {
+            tracing::warn!(path = %self.path.display(), %error, "cannot remove a scratch file: remove it by hand");
+        }
+    }
+}
+
+/// Removes a scratch file and its map in memory, if they are there.
+///
+/// # Errors
+/// [`ScratchError::Io`].
+pub fn remove(path: &Path, live: &Path) -> Result<(), ScratchError> {
+    for path in [path, live] {
+        match std::fs::remove_file(path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                return Err(io_error("remove", path)(source));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn open_file(path: &Path, is_new: bool) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create_new(is_new).mode(0o600);
+    let direct = options.custom_flags(libc::O_DIRECT | libc::O_CLOEXEC).open(path);
+    match direct {
+        // Guests write single sectors; where the filesystem wants longer direct I/O the page cache puts them together.
+        Ok(file) if ublk::backing::direct_io_align(&file).is_ok_and(|align| align <= SECTOR_BYTES as u32) => {
+            Ok(file)
+        }
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::AlreadyExists) => {
+            Err(error)
+        }
+        _ => options.create_new(false).create(is_new).custom_flags(libc::O_CLOEXEC).open(path),
+    }
+}
+
+fn reserve(file: &File, path: &Path, len_bytes: u64) -> Result<(), ScratchError> {
+    file.set_len(len_bytes).map_err(io_error("make", path))?;
+    match fallocate(file, FallocateFlags::empty(), 0, len_bytes as i64) {
+        Ok(()) | Err(Errno::EOPNOTSUPP) => Ok(()),
+        Err(Errno::ENOSPC | Errno::EDQUOT) => Err(ScratchError::Space { path: path.into(), len_bytes }),
+        Err(errno) => Err(io_error("make", path)(errno.into())),
+    }
+}
+
+/// Locks the very open file that is used for I/O: what a process that died has under way holds the lock until it has ended (A4).
+fn lock(file: &File, path: &Path) -> Result<(), ScratchError> {
+    let deadline = Instant::now() + LOCK_WAIT;
+    while !try_lock(file).map_err(io_error("lock", path))? {
+        if Instant::now() >= deadline {
+            return Err(ScratchError::Busy { path: path.into() });
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}
+
+fn try_lock(file: &File) -> io::Result<bool> {
+    // SAFETY: the descriptor is open; no memory is involved.
+    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+        return Ok(true);
+    }
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() == Some(libc::EWOULDBLOCK) { Ok(false) } else { Err(error) }
+}
+
+/// The header that counts, of a file that is as long as it says.
+fn read_header(file: &File, path: &Path) -> Result<Header, ScratchError> {
+    let format = |source| ScratchError::Format { path: path.into(), source };
+    let len_bytes = file.metadata().map_err(io_error("look at", path))?.len();
+    let (mut newest, mut refusal): (Option<Header>, _) = (None, ScratchFormatError::Magic);
+    for offset_bytes in HEADER_OFFSETS {
+        if offset_bytes + PAGE_BYTES as u64 > len_bytes {
+            continue;
+        }
+        let mut page = AlignedBuf::zeroed(PAGE_BYTES);
+        file.read_exact_at(&mut page, offset_bytes).map_err(io_error("read", path))?;
+        match Header::decode(&page) {
+            Ok(header) if newest.is_none_or(|newest| header.sequence > newest.sequence) => {
+                newest = Some(header);
+            }
+            Ok(_) => {}
+            // The other copy may be the older one.
+            Err(error @ ScratchFormatError::Version(_)) => return Err(format(error)),
+            Err(error) => refusal = error,
+        }
+    }
+    let header = newest.ok_or_else(|| format(refusal))?;
+    if len_bytes < header.shape.file_bytes() {
+        return Err(format(ScratchFormatError::Field("length: the file was cut short")));
+    }
+    Ok(header)
+}
+
+/// Reads of each page the copy that counts: its sequence, and which copy it is.
+fn read_pages(
+    file: &File,
+    file_id: Uuid,
+    shape: Shape,
+    words: &mut [u64],
+    path: &Path,
+) -> Result<Vec<(u64, u8)>, ScratchError> {
+    let mut versions = Vec::with_capacity(shape.pages() as usize);
+    let mut buffer = AlignedBuf::zeroed(2 * READ_PAGES * PAGE_BYTES);
+    let mut other = vec![0; PAGE_WORDS];
+    for (first, words) in
+        (0..shape.pages()).step_by(READ_PAGES).zip(words.chunks_mut(READ_PAGES * PAGE_WORDS))
+    {
+        let bytes = &mut buffer[..words.len() / PAGE_WORDS * 2 * PAGE_BYTES];
+        file.read_exact_at(bytes, Shape::page_offset_bytes(first, 0)).map_err(io_error("read", path))?;
+        for ((page, words), copies) in
+            (first..).zip(words.chunks_mut(PAGE_WORDS)).zip(bytes.chunks(2 * PAGE_BYTES))
+        {
+            let one = decode_page(&copies[..PAGE_BYTES], file_id, page, words);
+            let two = decode_page(&copies[PAGE_BYTES..], file_id, page, &mut other);
+            let version = match (one, two) {
+                (Ok(one), Ok(two)) if one >= two => (one, 0),
+                (Ok(one), Err(_)) => (one, 0),
+                (_, Ok(two)) => {
+                    words.copy_from_slice(&other);
+                    (two, 1)
+                }
+                (Err(source), Err(_)) => return Err(ScratchError::Format { path: path.into(), source }),
+            };
+            versions.push(version);
+        }
+    }
+    Ok(versions)
+}
+
+fn write_page(file: &File, offset_bytes: u64, page: &[u8; PAGE_BYTES]) -> io::Result<()> {
+    let mut aligned = AlignedBuf::zeroed(PAGE_BYTES);
+    aligned.copy_from_slice(page);
+    file.write_all_at(&aligned, offset_bytes)
+}
+
+fn sync_folder(path: &Path) -> io::Result<()> {
+    path.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl Fn(io::Error) -> ScratchError {
+    move |source| ScratchError::Io { action, path: path.into(), source }
+}
+
+fn memory(path: &Path, live: &Path) -> impl Fn(io::Error) -> ScratchError {
+    move |source| ScratchError::Memory { path: path.into(), live: live.into(), source }
+}
+
+fn damaged(path: &Path) -> impl Fn(MapDamage) -> ScratchError {
+    move |source| ScratchError::Damaged { path: path.into(), source }
+}
