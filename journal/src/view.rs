@@ -407,14 +407,33 @@ impl JournalPart {
     /// # Errors
     /// A checksum is wrong: the record is named.
     pub fn check<'a>(&self, read: &'a [u8]) -> Result<&'a [u8], ViewError> {
-        let units = &read[self.units_skip_bytes..self.units_skip_bytes + self.units_len_bytes];
+        self.check_units(&read[self.units_skip_bytes..self.units_skip_bytes + self.units_len_bytes])?;
+        Ok(self.wanted(read))
+    }
+
+    fn check_units(&self, units: &[u8]) -> Result<(), ViewError> {
         let good = planted(Bug::ViewWithoutChecksums)
             || units.chunks(CRC_UNIT_BYTES).zip(&self.crcs).all(|(unit, crc)| unit_matches(unit, *crc));
         if !good {
             let (seq, volume, offset_bytes) = (self.seq, self.volume, self.offset_bytes);
             return Err(ViewError::Corrupt { seq, volume, offset_bytes });
         }
-        Ok(self.wanted(read))
+        Ok(())
+    }
+
+    /// Where the wanted bytes alone are in the journal's file, in bytes: nothing if more must be read to check them.
+    pub fn exact_offset_bytes(&self) -> Option<u64> {
+        let is_exact =
+            self.skip_bytes == self.units_skip_bytes && self.len_bytes == self.units_len_bytes as u64;
+        is_exact.then(|| self.read_offset_bytes + self.skip_bytes as u64)
+    }
+
+    /// Checks the wanted bytes alone, read from [`Self::exact_offset_bytes`] (C4).
+    ///
+    /// # Errors
+    /// A checksum is wrong: the record is named.
+    pub fn check_exact(&self, wanted: &[u8]) -> Result<(), ViewError> {
+        self.check_units(wanted)
     }
 
     /// What of the wanted range of the volume is in units whose checksum is wrong, in bytes.

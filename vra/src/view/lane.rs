@@ -12,7 +12,7 @@ use ublk::arena::{Arena, Slot, SlotRef};
 use ublk::serve::{Completion, Errno, FileIo, FileOp, IoBuffer, Lane, Op, Port, Request, Waker};
 
 use self::durable::{COMMIT_JOB, Undurable};
-use super::plan::{Fetch, JOURNAL_FILE, Plan, RECOVERY_DISK_FILE, SCRATCH_FILE, plan};
+use super::plan::{Fetch, JOURNAL_FILE, Plan, SCRATCH_FILE, plan};
 use super::scratch::commit::Commit;
 use super::scratch::gate::Pass;
 use super::scratch::map::{Place, Run};
@@ -131,7 +131,8 @@ impl ViewLane {
                 return;
             }
         };
-        let direct = plan.direct.clone();
+        let direct =
+            plan.direct.as_ref().map(|direct| (direct.file, direct.file_offset_bytes, direct.range.clone()));
         let fetch_count = plan.fetches.len() as u32;
         let out = fetch_count + u32::from(direct.is_some());
         let job = ReadJob {
@@ -147,14 +148,14 @@ impl ViewLane {
             damage: None,
         };
         let index = self.jobs.insert(Job::Read(Box::new(job)));
-        if let (Some(range), Some(Job::Read(job))) = (direct, self.jobs.get(index))
+        if let (Some((file, file_offset_bytes, range)), Some(Job::Read(job))) = (direct, self.jobs.get(index))
             && let Some(slot) = job.slot.take()
         {
             port.submit(FileIo {
                 token: token(index, PART_DIRECT),
-                file: RECOVERY_DISK_FILE,
+                file,
                 op: FileOp::Read,
-                offset_bytes: range.start,
+                offset_bytes: file_offset_bytes,
                 len_bytes: range.end - range.start,
                 buffer_offset_bytes: (range.start - offset_bytes) as u32,
                 buffer: IoBuffer::Owned(slot),
@@ -190,6 +191,10 @@ impl ViewLane {
             job.error.get_or_insert(errno);
         }
         if part == PART_DIRECT {
+            let checked = job.plan.direct.as_ref().map(|direct| direct.check(&slot, job.offset_bytes));
+            if let (Ok(()), Some(Err(damage))) = (result, checked) {
+                (job.error, job.damage) = (Some(EIO), Some(damage));
+            }
             job.slot = Some(slot);
             for (number, slot) in std::mem::take(&mut job.early) {
                 job.apply(number, &slot);

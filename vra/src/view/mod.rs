@@ -33,7 +33,7 @@ pub use self::scratch::{CHUNK_BYTES, SECTOR_BYTES};
 
 /// Memory of one lane for what it fetches: slots and their length in bytes. A request's data is at most a door's slot long, and
 /// a fetch a little longer.
-const FETCH_SLOTS: u32 = 8;
+const FETCH_SLOTS: u32 = 32;
 const FETCH_SLOT_BYTES: usize = 256 << 10;
 
 /// Longest discard or write-zeroes of one request, in bytes: it is only noted down.
@@ -143,6 +143,8 @@ impl ViewDisk {
         if align as usize > SLOT_ALIGN_BYTES {
             return Err(ViewDiskError::AlignmentTooLong(align));
         }
+        // Pages do in any case.
+        let journal_align = ublk::backing::direct_io_align(&journal).unwrap_or(PAGE_BYTES as u32);
         let mut files = vec![journal, recovery_disk];
         let scratch = match scratch {
             None => None,
@@ -167,6 +169,7 @@ impl ViewDisk {
             limits: PlanLimits {
                 fetch_max_bytes: FETCH_SLOT_BYTES as u64,
                 disk_align_bytes: u64::from(align),
+                journal_align_bytes: u64::from(journal_align),
             },
             settings,
             files,

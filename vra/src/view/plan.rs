@@ -28,20 +28,47 @@ pub(super) struct PlanLimits {
     pub(super) fetch_max_bytes: u64,
     /// Unit of I/O on the recovery disk, in bytes.
     pub(super) disk_align_bytes: u64,
+    /// The same of the journal.
+    pub(super) journal_align_bytes: u64,
 }
 
 /// How to read a range.
 #[derive(Debug, Default)]
 pub(super) struct Plan {
-    /// Part of the range (in bytes of the disk) to be read from the recovery disk into the request's memory, before anything else
-    /// is put there.
-    pub(super) direct: Option<Range<u64>>,
+    /// What is read into the request's memory, before anything else is put there.
+    pub(super) direct: Option<Direct>,
     /// What is fetched, then copied over it.
     pub(super) fetches: Vec<Fetch>,
     /// Ranges of the disk that are filled with zeroes.
     pub(super) zeroes: Vec<Range<u64>>,
     /// Something comes from the recovery disk.
     pub(super) uses_recovery_disk: bool,
+}
+
+/// A read into the request's memory.
+#[derive(Clone, Debug)]
+pub(super) struct Direct {
+    /// From which file.
+    pub(super) file: FileId,
+    /// Where in the file, in bytes.
+    pub(super) file_offset_bytes: u64,
+    /// What part of the disk it is, in bytes.
+    pub(super) range: Range<u64>,
+    /// What is checked there.
+    parts: Vec<JournalPart>,
+}
+
+impl Direct {
+    /// Checks what was read into `memory`, whose first byte is `memory_offset_bytes` on the disk.
+    ///
+    /// # Errors
+    /// A checksum is wrong.
+    pub(super) fn check(&self, memory: &[u8], memory_offset_bytes: u64) -> Result<(), ViewError> {
+        self.parts.iter().try_for_each(|part| {
+            let begin = (part.offset_bytes - memory_offset_bytes) as usize;
+            part.check_exact(&memory[begin..begin + part.len_bytes as usize])
+        })
+    }
 }
 
 /// A read into memory of the lane.
@@ -130,6 +157,13 @@ pub(super) fn plan(volume: &VolumeView, runs: &[Run], limits: &PlanLimits) -> Re
     }
     plan.uses_recovery_disk = !disk_ranges.is_empty();
     plan.read_disk(&disk_ranges, runs, limits);
+    if !plan.uses_recovery_disk
+        && let Some(range) = one_stretch(&journal_parts, runs, limits)
+        && let Some(file_offset_bytes) = journal_parts[0].exact_offset_bytes()
+    {
+        plan.direct = Some(Direct { file: JOURNAL_FILE, file_offset_bytes, range, parts: journal_parts });
+        return Ok(plan);
+    }
     plan.fetch_journal(journal_parts, limits);
     Ok(plan)
 }
@@ -143,7 +177,9 @@ impl Plan {
         let whole_start = runs.first().map_or(0, |run| run.offset_bytes);
         let whole_end = runs.last().map_or(0, |run| run.offset_bytes + run.len_bytes);
         if whole_start <= hull.start && hull.end <= whole_end && whole_start.is_multiple_of(align) {
-            self.direct = Some(hull);
+            let file_offset_bytes = hull.start;
+            self.direct =
+                Some(Direct { file: RECOVERY_DISK_FILE, file_offset_bytes, range: hull, parts: Vec::new() });
             return;
         }
         for range in ranges {
@@ -198,6 +234,28 @@ impl Plan {
         }
         self.fetches.extend(open);
     }
+}
+
+/// The part of the disk that these parts are, if they follow one another in the journal too, and can be read and checked as they are.
+fn one_stretch(parts: &[JournalPart], runs: &[Run], limits: &PlanLimits) -> Option<Range<u64>> {
+    let (first, last) = (parts.first()?, parts.last()?);
+    let file_offset_bytes = first.exact_offset_bytes()?;
+    for pair in parts.windows(2) {
+        let (before, after) = (&pair[0], &pair[1]);
+        let follows = before.offset_bytes + before.len_bytes == after.offset_bytes
+            && before.exact_offset_bytes()? + before.len_bytes == after.exact_offset_bytes()?;
+        if !follows {
+            return None;
+        }
+    }
+    last.exact_offset_bytes()?;
+    let range = first.offset_bytes..last.offset_bytes + last.len_bytes;
+    let align = limits.journal_align_bytes;
+    let memory_offset_bytes = range.start - runs.first()?.offset_bytes;
+    let is_aligned = [file_offset_bytes, range.end - range.start, memory_offset_bytes]
+        .iter()
+        .all(|place| place.is_multiple_of(align));
+    is_aligned.then_some(range)
 }
 
 fn push_joined(ranges: &mut Vec<Range<u64>>, range: Range<u64>) {
