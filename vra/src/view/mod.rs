@@ -4,6 +4,7 @@
 //! [`ViewDisk`] needs files and a [`VolumeView`], nothing of the daemon: `vra-journal` serves it from a datastore alone.
 
 mod lane;
+mod layout;
 mod plan;
 mod scratch;
 
@@ -14,7 +15,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock};
 use journal::storage::AlignedBuf;
@@ -24,6 +25,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use ublk::arena::{Arena, SLOT_ALIGN_BYTES};
 use ublk::serve::{Allocation, Disk, Extent, Geometry, Lane, Waker, ZeroLimits};
 
+pub use self::layout::Layout;
 use self::plan::PlanLimits;
 pub use self::scratch::{CHUNK_BYTES, SECTOR_BYTES};
 use self::scratch::{Gate, Place, ScratchMap};
@@ -58,7 +60,25 @@ pub enum Freshness {
     Flag(Arc<AtomicBool>),
     /// The owner may be another process: the journal's superblock is read after each read of the recovery disk.
     Superblock,
+    /// The same, and that process may open the journal anew meanwhile, which moves the newest segment: what seems damaged then is
+    /// looked for again before it is called so.
+    Collected {
+        /// Where the segments were when the view was made.
+        layout: Layout,
+        /// Finds the segments again. It waits for the disk, so it is for processes that serve nothing else.
+        collect: Collect,
+    },
 }
+
+impl Freshness {
+    /// Whether the superblock tells.
+    fn is_superblock(&self) -> bool {
+        matches!(self, Self::Superblock | Self::Collected { .. })
+    }
+}
+
+/// Makes a view of the same disk at the same number from what the file holds now.
+pub type Collect = Box<dyn Fn() -> anyhow::Result<(VolumeView, Layout)> + Send + Sync>;
 
 /// How a view looks to its guest.
 #[derive(Clone, Copy, Debug)]
@@ -151,9 +171,17 @@ impl Drop for ScratchFile {
     }
 }
 
+/// Where the bytes of a view are, as found out at one time.
+struct Shown {
+    volume: VolumeView,
+    layout: Option<Layout>,
+}
+
 /// A view as a disk.
 pub struct ViewDisk {
-    volume: VolumeView,
+    number: u16,
+    size_bytes: u64,
+    shown: RwLock<Arc<Shown>>,
     seq: u64,
     freshness: Freshness,
     limits: PlanLimits,
@@ -211,8 +239,14 @@ impl ViewDisk {
                 Some(Scratch { state, poisoned: AtomicBool::new(false), _file: scratch })
             }
         };
+        let layout = match &freshness {
+            Freshness::Collected { layout, .. } => Some(layout.clone()),
+            Freshness::Flag(_) | Freshness::Superblock => None,
+        };
         Ok(Arc::new(Self {
-            volume,
+            number: volume.number(),
+            size_bytes: volume.size_bytes(),
+            shown: RwLock::new(Arc::new(Shown { volume, layout })),
             seq,
             freshness,
             limits: PlanLimits {
@@ -239,10 +273,44 @@ impl ViewDisk {
             || matches!(&self.freshness, Freshness::Flag(flag) if flag.load(Ordering::Acquire))
     }
 
+    /// The first damage that was met: the record, and where on the disk, in bytes.
+    pub fn first_damage(&self) -> Option<(u64, u64)> {
+        self.reported.lock().unwrap_or_else(PoisonError::into_inner).first().copied()
+    }
+
+    /// Where the bytes are, as last found out.
+    fn shown(&self) -> Arc<Shown> {
+        Arc::clone(&self.shown.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Something could not be read as expected: finds the segments again if they may lie elsewhere now. Waits for the disk.
+    fn collect_again(&self, now: &Superblock) {
+        let Freshness::Collected { collect, .. } = &self.freshness else { return };
+        let shown = self.shown();
+        let Some(layout) = shown.layout.as_ref().filter(|layout| layout.may_have_changed(now)) else {
+            return;
+        };
+        match collect() {
+            Ok((_, found)) if found == *layout => {}
+            Ok((volume, found)) => {
+                let found = Arc::new(Shown { volume, layout: Some(found) });
+                *self.shown.write().unwrap_or_else(PoisonError::into_inner) = found;
+            }
+            Err(error) => {
+                let error = crate::report::chain(error.as_ref());
+                tracing::warn!(
+                    event = "view_not_collected",
+                    error,
+                    "the journal changed and cannot be read again"
+                );
+            }
+        }
+    }
+
     /// Notes that the history is gone.
     fn set_gone(&self) {
         if !self.gone.swap(true, Ordering::AcqRel) {
-            let (seq, volume) = (self.seq, self.volume.number());
+            let (seq, volume) = (self.seq, self.number);
             tracing::error!(
                 event = "view_checkpoint_gone",
                 seq,
@@ -305,7 +373,7 @@ impl ViewDisk {
 
     /// Whether the journal's owner still keeps the history, as far as another process can know. Waits for the disk.
     fn is_still_there(&self) -> bool {
-        if !matches!(self.freshness, Freshness::Superblock) {
+        if !self.freshness.is_superblock() {
             return !self.is_gone();
         }
         let journal = &self.files[plan::JOURNAL_FILE.0 as usize];
@@ -320,7 +388,7 @@ impl ViewDisk {
 
     /// What was never written in the view, from the start of the range on.
     fn extent_below(&self, offset_bytes: u64, len_bytes: u64) -> Extent {
-        match self.volume.index().overlapping(offset_bytes, len_bytes).next() {
+        match self.shown().volume.index().overlapping(offset_bytes, len_bytes).next() {
             Some((piece, extent)) if piece.offset_bytes <= offset_bytes => {
                 let zeroes = extent.payload_offset_bytes.is_none();
                 let allocation = if zeroes { Allocation::Hole } else { Allocation::Data };
@@ -347,7 +415,7 @@ impl Disk for ViewDisk {
             ..zeroes
         });
         Geometry {
-            size_bytes: self.volume.size_bytes(),
+            size_bytes: self.size_bytes,
             logical_block_bytes: self.settings.logical_block_bytes,
             physical_block_bytes: PAGE_BYTES as u32,
             volatile_cache: writable,

@@ -113,8 +113,14 @@ impl TestJournal {
     /// A checkpoint of all so far at `time_us`; its cut.
     #[allow(dead_code, reason = "for tests of the journal tool")]
     pub(crate) fn checkpoint(&mut self, tag: &str, time_us: u64) -> u64 {
+        self.group_checkpoint(self.seq, tag, time_us)
+    }
+
+    /// The same as one of a group: all its journals have the same `counter`.
+    #[allow(dead_code, reason = "for tests of the journal tool")]
+    pub(crate) fn group_checkpoint(&mut self, counter: u64, tag: &str, time_us: u64) -> u64 {
         let cut = self.seq;
-        let epoch = Epoch { nonce: Uuid::from_u128(77), counter: cut };
+        let epoch = Epoch { nonce: Uuid::from_u128(77), counter };
         let kind = if tag.is_empty() { CheckpointKind::Automatic } else { CheckpointKind::Tagged };
         let tag = tag.to_owned();
         let checkpoint = Checkpoint { epoch, cut, member_set_version: 1, time_us, kind, tag };
