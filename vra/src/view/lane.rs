@@ -111,7 +111,8 @@ impl ViewLane {
         };
         let shown = self.disk.shown();
         let promoted_seq = shown.volume.promoted().through_seq();
-        let plan = match plan(&shown.volume, &runs, &self.disk.limits) {
+        let plan = match plan(&shown.volume, &runs, &self.disk.limits, |end| self.disk.recovery_disk_len(end))
+        {
             Ok(plan) if plan.fetches.is_empty() || self.arena.is_some() => plan,
             Ok(_) => {
                 port.complete(Completion { tag, result: Err(Errno(libc::ENOMEM)), slot });

@@ -14,7 +14,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock};
@@ -185,6 +185,8 @@ pub struct ViewDisk {
     seq: u64,
     freshness: Freshness,
     limits: PlanLimits,
+    /// How long the recovery disk is at least, in bytes: promotion makes it longer.
+    recovery_disk_len: AtomicU64,
     settings: ViewSettings,
     /// In the order of [`plan::JOURNAL_FILE`], [`plan::RECOVERY_DISK_FILE`], [`plan::SCRATCH_FILE`].
     files: Vec<File>,
@@ -253,6 +255,7 @@ impl ViewDisk {
                 fetch_max_bytes: FETCH_SLOT_BYTES as u64,
                 disk_align_bytes: u64::from(align),
             },
+            recovery_disk_len: AtomicU64::new(0),
             settings,
             files,
             scratch,
@@ -281,6 +284,17 @@ impl ViewDisk {
     /// Where the bytes are, as last found out.
     fn shown(&self) -> Arc<Shown> {
         Arc::clone(&self.shown.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// How long the recovery disk is, in bytes, as far as a read up to `end_bytes` must know.
+    fn recovery_disk_len(&self, end_bytes: u64) -> u64 {
+        let known = self.recovery_disk_len.load(Ordering::Acquire);
+        if end_bytes <= known {
+            return known;
+        }
+        let found = self.files[plan::RECOVERY_DISK_FILE.0 as usize].metadata().map(|metadata| metadata.len());
+        // What can't be told is found out by reading.
+        found.map_or(u64::MAX, |found| self.recovery_disk_len.fetch_max(found, Ordering::AcqRel).max(found))
     }
 
     /// Something could not be read as expected: finds the segments again if they may lie elsewhere now. Waits for the disk.

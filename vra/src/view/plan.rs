@@ -93,11 +93,17 @@ impl Fetch {
     }
 }
 
-/// Plans a read of `runs`, which are in order and without gaps.
+/// Plans a read of `runs`, which are in order and without gaps. `disk_len_bytes` says how long the recovery disk is, given a place up to
+/// which it matters: behind its end it is zero until promotion comes to the resize.
 ///
 /// # Errors
 /// The range is outside of the disk.
-pub(super) fn plan(volume: &VolumeView, runs: &[Run], limits: &PlanLimits) -> Result<Plan, ViewError> {
+pub(super) fn plan(
+    volume: &VolumeView,
+    runs: &[Run],
+    limits: &PlanLimits,
+    disk_len_bytes: impl FnOnce(u64) -> u64,
+) -> Result<Plan, ViewError> {
     let mut plan = Plan::default();
     let (mut disk_ranges, mut journal_parts) = (Vec::new(), Vec::new());
     for run in runs {
@@ -126,7 +132,18 @@ pub(super) fn plan(volume: &VolumeView, runs: &[Run], limits: &PlanLimits) -> Re
             }
         }
     }
-    plan.uses_recovery_disk = !disk_ranges.is_empty();
+    if let Some(last) = disk_ranges.last() {
+        plan.uses_recovery_disk = true;
+        // Asked for only now: what was promoted before the plan was made is in the file by now.
+        let len_bytes = disk_len_bytes(last.end);
+        for range in &mut disk_ranges {
+            if range.end > len_bytes {
+                plan.zeroes.push(range.start.max(len_bytes)..range.end);
+                range.end = len_bytes.max(range.start);
+            }
+        }
+        disk_ranges.retain(|range| !range.is_empty());
+    }
     plan.read_disk(&disk_ranges, runs, limits);
     plan.fetch_journal(journal_parts, limits);
     Ok(plan)

@@ -170,6 +170,27 @@ fn reads_that_the_recovery_disk_cannot_take_in_place_go_beside() {
     Guest::new(&disk, 1, 7).compare(&journal.model(journal.seq));
 }
 
+/// The recovery disk ends where the volume did before: it grows with the promotion of the resize.
+#[test]
+fn a_grown_volume_is_zero_behind_its_recovery_disk() {
+    let mut journal = TestJournal::new("grown", SIZE_BYTES, "{}");
+    journal.random_changes(9, 20, 100);
+    let before = journal.seq;
+    journal.resize(SIZE_BYTES + (1 << 20));
+    journal.write(SIZE_BYTES + 65536, vec![0x3c; 8192]);
+    journal.flush();
+    for (seq, size_bytes) in [(before, SIZE_BYTES), (journal.seq, SIZE_BYTES + (1 << 20))] {
+        let disk = view(&journal, seq, 0);
+        assert_eq!(disk.geometry().size_bytes, size_bytes);
+        let (model, mut guest) = (journal.model(seq), Guest::new(&disk, 1, 6));
+        for at in (0..size_bytes).step_by(49152) {
+            let len = 131_072.min(size_bytes - at);
+            let read = guest.read(at, len).expect("readable");
+            assert!(read == model[at as usize..(at + len) as usize], "different in {at}+{len} at {seq}");
+        }
+    }
+}
+
 #[test]
 fn a_scratch_view_takes_changes_in_their_order_and_leaves_the_rest_alone() {
     let mut journal = TestJournal::new("scratch", SIZE_BYTES, "{}");
