@@ -29,9 +29,13 @@ pub(super) struct Converter {
 }
 
 impl Converter {
-    /// Finds out whether it can run.
-    pub(super) fn find() -> anyhow::Result<Self> {
-        check_program(PROGRAM)?;
+    /// Finds out whether there will be one.
+    pub(super) fn check() -> anyhow::Result<()> {
+        check_program(PROGRAM)
+    }
+
+    /// Begins to serve it.
+    pub(super) fn start() -> anyhow::Result<Self> {
         let (exports, folder) = (Exports::new()?, SocketFolder::new()?);
         exports.listen(&folder.socket())?;
         Ok(Self { exports, folder })

@@ -132,7 +132,7 @@ impl Copy {
     }
 }
 
-/// Reads a recovery disk, in whole pages.
+/// Reads a recovery disk, in whole pages. Behind its end it is zero until promotion comes to the resize.
 fn read_disk(
     storage: &mut RingStorage,
     disk: FileId,
@@ -140,9 +140,16 @@ fn read_disk(
     into: &mut [u8],
 ) -> Result<(), StorageError> {
     let page = PAGE_BYTES as u64;
+    let mut io = Blocking::new(storage, disk, Purpose::RecoveryDisk);
+    let there = io.file_len_bytes()?.saturating_sub(offset_bytes).min(into.len() as u64) as usize;
+    let (into, behind) = into.split_at_mut(there);
+    behind.fill(0);
+    if into.is_empty() {
+        return Ok(());
+    }
     let start = offset_bytes / page * page;
     let end = (offset_bytes + into.len() as u64).next_multiple_of(page);
-    let read = Blocking::new(storage, disk, Purpose::RecoveryDisk).read(start, (end - start) as usize)?;
+    let read = io.read(start, (end - start) as usize)?;
     let skip = (offset_bytes - start) as usize;
     into.copy_from_slice(&read[skip..skip + into.len()]);
     Ok(())

@@ -30,7 +30,6 @@ pub(super) struct DiskAt {
     pub(super) journal: PathBuf,
     /// The recovery disk's.
     pub(super) recovery_disk: PathBuf,
-    base: DirectFile,
     logical_block_bytes: u32,
 }
 
@@ -47,6 +46,8 @@ impl DiskAt {
         }
         let disk = |number| {
             let Ok(volume) = view.take_volume(number) else { bail!(journal.no_disk(number)) };
+            // What is wrong with it is to be told before anything is written.
+            journal.open_disk(number)?;
             Ok(Self {
                 vm: journal.vm_name(),
                 number,
@@ -56,7 +57,6 @@ impl DiskAt {
                 is_alone: journal.is_rebuilt,
                 journal: journal.path.clone(),
                 recovery_disk: journal.disk_path(number),
-                base: journal.open_disk(number)?,
                 logical_block_bytes: journal.logical_block_bytes(number),
             })
         };
@@ -92,7 +92,7 @@ impl DiskAt {
         };
         let source = ViewSource {
             journal: DirectFile::open(&self.journal, Access::ReadOnly)?.file().try_clone()?,
-            recovery_disk: self.base.file().try_clone()?,
+            recovery_disk: DirectFile::open(&self.recovery_disk, Access::ReadOnly)?.file().try_clone()?,
             seq: self.seq,
             volume: self.volume,
             freshness,
@@ -104,30 +104,19 @@ impl DiskAt {
     /// The most space that a sparse image of it takes, in bytes: blocks of [`HOLE_BYTES`] that may hold something. Waits for the
     /// filesystem's metadata.
     pub(super) fn needed_bytes(&self) -> anyhow::Result<u64> {
+        let recovery_disk = DirectFile::open(&self.recovery_disk, Access::ReadOnly)?;
         let mut blocks = Blocks::default();
         let mut at = 0;
         for (piece, extent) in self.volume.index().pieces() {
             let end_bytes = piece.end_bytes.min(self.size_bytes());
-            self.add_recovery_disk(&mut blocks, at, piece.offset_bytes.min(self.size_bytes()))?;
+            blocks.add_data_of(recovery_disk.file(), at, piece.offset_bytes.min(self.size_bytes()));
             if extent.payload_offset_bytes.is_some() {
                 blocks.add(piece.offset_bytes, end_bytes);
             }
             at = end_bytes;
         }
-        self.add_recovery_disk(&mut blocks, at, self.size_bytes())?;
+        blocks.add_data_of(recovery_disk.file(), at, self.size_bytes());
         Ok(blocks.count * HOLE_BYTES)
-    }
-
-    fn add_recovery_disk(&self, blocks: &mut Blocks, mut at: u64, end_bytes: u64) -> anyhow::Result<()> {
-        while at < end_bytes {
-            let Some(data) = next(self.base.file(), at, libc::SEEK_DATA) else { return Ok(()) };
-            let hole = next(self.base.file(), data, libc::SEEK_HOLE).unwrap_or(end_bytes);
-            if data < end_bytes {
-                blocks.add(data, hole.min(end_bytes));
-            }
-            at = hole.max(at + 1);
-        }
-        Ok(())
     }
 }
 
@@ -147,6 +136,16 @@ impl Blocks {
             self.next = self.next.max(behind);
         }
     }
+
+    /// What a file has in a range that isn't a hole.
+    fn add_data_of(&mut self, file: &File, mut at: u64, end_bytes: u64) {
+        while at < end_bytes {
+            let Some(data) = next(file, at, libc::SEEK_DATA).filter(|data| *data < end_bytes) else { return };
+            let hole = next(file, data, libc::SEEK_HOLE).unwrap_or(end_bytes).min(end_bytes);
+            self.add(data, hole);
+            at = hole.max(at + 1);
+        }
+    }
 }
 
 /// The next place of data, or the next hole, at or after a place of a file, in bytes. Nothing if the file ends before; the place itself
@@ -160,5 +159,42 @@ pub(super) fn next(file: &File, at_bytes: u64, whence: i32) -> Option<u64> {
         Err(_) if nix::errno::Errno::last() == nix::errno::Errno::ENXIO => None,
         Err(_) if whence == libc::SEEK_DATA => Some(at_bytes),
         Err(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+
+    #[test]
+    fn blocks_that_hold_something_are_counted_once() {
+        let mut blocks = Blocks::default();
+        for (from, until) in
+            [(0, 0), (1, 2), (512, 1024), (HOLE_BYTES - 1, HOLE_BYTES + 1), (5 * HOLE_BYTES, 7 * HOLE_BYTES)]
+        {
+            blocks.add(from, until);
+        }
+        assert_eq!(blocks.count, 4);
+    }
+
+    #[test]
+    fn holes_of_a_file_are_not_counted() {
+        let path = std::env::temp_dir().join(format!("holdfast-holes-{}", std::process::id()));
+        let file =
+            File::options().create(true).truncate(true).read(true).write(true).open(&path).expect("a file");
+        std::fs::remove_file(&path).expect("removed");
+        file.set_len(100 * HOLE_BYTES).expect("long");
+        file.write_all_at(&[1; 4096], 10 * HOLE_BYTES).expect("written");
+        file.write_all_at(&[1; 4096], 90 * HOLE_BYTES).expect("written");
+        file.sync_all().expect("synced");
+        let count = |from: u64, until: u64| {
+            let mut blocks = Blocks::default();
+            blocks.add_data_of(&file, from * HOLE_BYTES, until * HOLE_BYTES);
+            blocks.count
+        };
+        // Behind the file's end there is nothing.
+        assert_eq!((count(0, 100), count(0, 200), count(11, 90), count(90, 91)), (2, 2, 0, 1));
     }
 }

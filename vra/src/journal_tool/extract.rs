@@ -5,6 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use super::args::{Extract, Format};
 use super::convert::Converter;
@@ -31,12 +32,17 @@ struct Past {
 
 /// Writes disks as they were into images: all of them or none.
 pub(super) fn run(arguments: &Extract, out: &mut dyn Write) -> anyhow::Result<()> {
+    if arguments.format == Format::Qcow2 {
+        Converter::check()?;
+    }
+    allow_many_files();
+    let Past { moment, disks } = find(arguments)?;
+    // From here on something is left if the process just ends; before any thread exists, so that all inherit the mask.
     let mut signals = Signals::to_look_for()?;
     let converter = match arguments.format {
         Format::Raw => None,
-        Format::Qcow2 => Some(Converter::find()?),
+        Format::Qcow2 => Some(Converter::start()?),
     };
-    let Past { moment, disks } = find(arguments)?;
     let folder = match &arguments.out_dir {
         Some(folder) => Some(OutFolder::make(folder)?),
         None => None,
@@ -51,8 +57,12 @@ pub(super) fn run(arguments: &Extract, out: &mut dyn Write) -> anyhow::Result<()
     for path in &paths {
         images.push(Image::create(path, arguments.force)?);
     }
-    let needed_bytes = disks.iter().map(DiskAt::needed_bytes).sum::<anyhow::Result<u64>>()?;
     if !arguments.no_space_check {
+        let mut needed_bytes = 0;
+        for disk in &disks {
+            signals.check()?;
+            needed_bytes += disk.needed_bytes()?;
+        }
         let share = match arguments.format {
             Format::Raw => 0,
             Format::Qcow2 => needed_bytes / QCOW2_SHARE + QCOW2_BYTES * disks.len() as u64,
@@ -88,6 +98,16 @@ pub(super) fn run(arguments: &Extract, out: &mut dyn Write) -> anyhow::Result<()
         writeln!(out, "{line}")?;
     }
     Ok(())
+}
+
+/// Each image of a large group stays open.
+fn allow_many_files() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        // With less it may do, too.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
 }
 
 /// Gives all images their names, or none.

@@ -428,3 +428,21 @@ fn verify_finds_every_flipped_bit_and_names_it() {
     let damage = verify::check(&path).expect("readable").damage;
     assert!(damage[0].what.contains("disk-0.raw"), "{damage:?}");
 }
+
+#[test]
+fn a_grown_disk_is_extracted_though_its_recovery_disk_has_not_grown() {
+    let (mut journal, cuts) = protected("grown");
+    let store = datastore(&journal).to_path_buf();
+    let _clean_up = CleanUp(&store);
+    journal.resize(SIZE_BYTES + (3 << 20) + 4096);
+    journal.write(SIZE_BYTES + (2 << 20), vec![0x3c; 8192]);
+    let cut = journal.checkpoint("grown", START_US + 600_000_000);
+    journal.flush();
+    let out = journal.folder.join("out.img").to_string_lossy().into_owned();
+    for cut in [cuts[2], cut] {
+        let at = cut.to_string();
+        call(&["extract", &store.to_string_lossy(), "--at", &at, "--out", &out, "--force", "--quiet"])
+            .expect("extracted");
+        assert!(std::fs::read(&out).expect("image") == journal.model(cut), "wrong bytes at {cut}");
+    }
+}
