@@ -1,6 +1,6 @@
 //! Beside a VRA that opens the journal anew: what it moves is found again, and what is damaged is still told.
 
-use journal::format::{PAGE_BYTES, slot_offset_bytes};
+use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, slot_offset_bytes};
 use journal::writer::Change;
 
 use super::copy::Copy;
@@ -72,6 +72,35 @@ fn a_copy_goes_on_over_segments_that_were_moved() {
     let disk = only_disk(&journal, cut);
     reopen_and_reuse(&mut journal);
     reopen_and_reuse(&mut journal);
+    assert!(copied(disk, &journal).expect("readable") == model);
+}
+
+/// A reader that comes between an opening's count in the superblock and the end of its copy still reads the old segment, and nothing in the
+/// superblock changes any more when that one's slot is used again.
+#[test]
+fn a_copy_that_began_in_the_middle_of_an_opening_goes_on() {
+    let (mut journal, _) = protected("moved-unsettled");
+    let store = datastore(&journal).to_path_buf();
+    let _clean_up = CleanUp(&store);
+    journal.change(Change::Seal);
+    journal.write(0, vec![0x5a; 64 << 10]);
+    let cut = journal.checkpoint("newest", START_US + 600_000_000);
+    journal.flush();
+    let model = journal.model(cut);
+    let mut opening = std::fs::read(journal.path()).expect("journal");
+    reopen_and_reuse(&mut journal);
+    let after = std::fs::read(journal.path()).expect("journal");
+    for place in SUPERBLOCK_OFFSETS.map(|offset_bytes| offset_bytes as usize) {
+        let mut superblock = Superblock::decode(&opening[place..]).expect("valid");
+        superblock.open_count += 1;
+        opening[place..place + PAGE_BYTES].copy_from_slice(&superblock.encode());
+    }
+    std::fs::write(journal.path(), &opening).expect("written");
+    let disk = only_disk(&journal, cut);
+    std::fs::write(journal.path(), &after).expect("written");
+    let now = Journal::open(&journal.path()).expect("readable");
+    let counts = |bytes: &[u8]| Superblock::decode(bytes).expect("valid").open_count;
+    assert_eq!(counts(&opening), now.reader.survey.superblock.open_count, "nothing in the superblock tells");
     assert!(copied(disk, &journal).expect("readable") == model);
 }
 
