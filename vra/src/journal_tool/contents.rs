@@ -210,9 +210,12 @@ impl<V: Visitor> Contents<'_, V> {
             let missing = number != wanted || segment.header.after.seq != last.seq;
             let read = self.read(&segment, offset_bytes, superblock.slot_len_bytes);
             let is_doubtful = missing
-                || read
-                    .as_ref()
-                    .map_or(true, |(_, walked)| !walked.findings.is_empty() || walked.torn_tail.is_some());
+                || read.as_ref().map_or(true, |(slot, walked)| {
+                    // Another segment may be in the slot by now, and none of its batches be taken for this one's.
+                    let is_another = SegmentHeader::decode(slot, superblock.slot_len_bytes)
+                        .is_ok_and(|header| header != segment.header);
+                    is_another || !walked.findings.is_empty() || walked.torn_tail.is_some()
+                });
             if is_doubtful
                 && moves_left > 0
                 && let Some(now) = self.moved(&superblock)

@@ -3,6 +3,7 @@
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, slot_offset_bytes};
 use journal::writer::Change;
 
+use super::contents::{Damage, Part, Visitor, last_of, visit};
 use super::copy::Copy;
 use super::disk::DiskAt;
 use super::image::Image;
@@ -133,6 +134,74 @@ fn a_copy_ends_when_the_history_goes() {
     journal.change(Change::GiveUpHistory { sync_id: 12 });
     let error = chain(copied(disk, &journal).expect_err("gone").as_ref());
     assert!(error.contains("went away") && error.contains("choose a newer one"), "{error}");
+}
+
+/// Does something to a journal after the first segment was told.
+struct Meanwhile<'a, F> {
+    journal: &'a mut TestJournal,
+    act: Option<F>,
+    damage: Vec<Damage>,
+    notes: Vec<String>,
+    newest_seq: u64,
+}
+
+impl<F: FnOnce(&mut TestJournal)> Visitor for Meanwhile<'_, F> {
+    const WANTS_BATCHES: bool = false;
+
+    fn visit(&mut self, part: Part<'_>) -> anyhow::Result<()> {
+        match part {
+            Part::EndOfSegment { segment, walked } => {
+                self.newest_seq = last_of(segment, walked).seq;
+                if let Some(act) = self.act.take() {
+                    act(self.journal);
+                }
+            }
+            Part::Damage(damage) => self.damage.push(damage),
+            Part::Note(note) => self.notes.push(note),
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+fn visited(journal: &mut TestJournal, act: impl FnOnce(&mut TestJournal)) -> (Vec<String>, u64) {
+    let path = journal.path();
+    let (damage, notes) = (Vec::new(), Vec::new());
+    let mut meanwhile = Meanwhile { journal, act: Some(act), damage, notes, newest_seq: 0 };
+    visit(&path, &mut meanwhile).expect("readable");
+    let Meanwhile { act, damage, notes, newest_seq, .. } = meanwhile;
+    assert!(act.is_none() && damage.is_empty(), "{damage:?}");
+    (notes, newest_seq)
+}
+
+#[test]
+fn a_walk_over_a_file_follows_what_a_writer_moves_and_promotes() {
+    let (mut journal, _) = protected("moved-walk");
+    let store = datastore(&journal).to_path_buf();
+    let _clean_up = CleanUp(&store);
+    for round in 0..3 {
+        journal.change(Change::Seal);
+        journal.random_changes(50 + round, 30, 100);
+    }
+    let before = journal.seq;
+    let (_, newest_seq) = visited(&mut journal, reopen_and_reuse);
+    assert!(newest_seq >= before, "{newest_seq} of {before}");
+
+    // All sealed segments are promoted, and their slots are used again.
+    journal.checkpoint("promote up to here", START_US + 600_000_000);
+    journal.flush();
+    let before = journal.seq;
+    let (notes, newest_seq) = visited(&mut journal, |journal| {
+        let closed: Vec<_> = journal.writer.closed_segments().cloned().collect();
+        let through = closed[closed.len() - 1].last;
+        journal.change(Change::AnnouncePromotion { through });
+        journal.change(Change::EndPromotion { through, size_bytes: vec![SIZE_BYTES] });
+        for round in 0..20 {
+            journal.random_changes(2000 + round, 30, 200);
+        }
+    });
+    assert!(notes.iter().any(|note| note.contains("were promoted while this ran")), "{notes:?}");
+    assert!(newest_seq >= before, "{newest_seq} of {before}");
 }
 
 /// While a writer goes on and opens its journal again and again, nothing is called damaged.
