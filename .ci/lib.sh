@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 # shellcheck disable=SC2034  # the scripts that source this use them
 BUILD_PACKAGES=(gcc libc6-dev make pkg-config)
 # shellcheck disable=SC2034
-RIG_PACKAGES=(binutils busybox-static fio e2fsprogs xfsprogs sqlite3 iproute2 util-linux libnbd-bin python3)
+RIG_PACKAGES=(binutils busybox-static fio e2fsprogs xfsprogs sqlite3 iproute2 util-linux libnbd-bin qemu-utils python3)
 
 say() {
     printf '\n== %s\n' "$*"

@@ -1,11 +1,14 @@
 //! The journals in `journal/tests/fixtures/v1`: how they are made, and what `hwtests/peers/journal_reader.py` makes of them.
 
 use std::fs::{self, File};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use hwtests::sample_journal::{SLOT_LEN_BYTES, SampleFolder, SampleModel, peer, three_segments};
+use hwtests::sample_journal::{
+    SLOT_LEN_BYTES, SampleFolder, SampleModel, half_promoted, peer, three_segments,
+};
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS};
 
 const FILES: [&str; 3] = ["journal.hfj", "disk-0.raw", "disk-1.raw"];
@@ -22,48 +25,61 @@ fn gzip(arguments: &[&str], from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Writes a journal.
+type Write = fn(&SampleFolder) -> Result<SampleModel>;
+
 /// Damages a journal.
 type Damage = fn(&SampleFolder, &SampleModel) -> Result<Left>;
 
 /// What is left of a journal.
 struct Left {
-    /// How many checkpoints.
-    checkpoints: usize,
+    /// Which checkpoints.
+    checkpoints: Range<usize>,
     /// A record of disk 0 that is damaged, and the tags of the checkpoints that need it.
     damaged: Option<(u64, [&'static str; 2])>,
 }
 
 impl Left {
     fn whole(checkpoints: usize) -> Self {
-        Self { checkpoints, damaged: None }
+        Self { checkpoints: 0..checkpoints, damaged: None }
     }
 }
 
-const MADE: [(&str, Damage); 6] = [
-    ("good", |_, _| Ok(Left::whole(4))),
-    ("torn-tail", |folder, _| {
+const MADE: [(&str, Write, Damage); 7] = [
+    ("good", three_segments, |_, _| Ok(Left::whole(4))),
+    ("torn-tail", three_segments, |folder, _| {
         let newest = places(folder)?;
         folder.overwrite(newest.end - PAGE, &[0; PAGE_BYTES])?;
         Ok(Left::whole(3))
     }),
-    ("corrupt-payload", |folder, model| {
+    ("corrupt-payload", three_segments, |folder, model| {
         let second = &model.checkpoints[1];
         folder.flip_bit(folder.place_of(&model.image(0, second.cut)[12 << 10..16 << 10])?)?;
-        Ok(Left { checkpoints: 4, damaged: Some((second.cut - 2, ["second", "third"])) })
+        Ok(Left { checkpoints: 0..4, damaged: Some((second.cut - 2, ["second", "third"])) })
     }),
-    ("corrupt-header", |folder, _| {
+    ("corrupt-header", three_segments, |folder, _| {
         folder.flip_bit(places(folder)?.third_batch + 88)?;
         Ok(Left::whole(3))
     }),
-    ("lost-segment", |folder, _| {
+    ("lost-segment", three_segments, |folder, _| {
         let begin = places(folder)?.second_segment;
         folder.flip_bit(begin + 32)?;
         folder.flip_bit(begin + SLOT_LEN_BYTES - PAGE + 32)?;
         Ok(Left::whole(1))
     }),
-    ("damaged-superblock", |folder, _| {
+    ("damaged-superblock", three_segments, |folder, _| {
         folder.flip_bit(SUPERBLOCK_OFFSETS[0] + 300)?;
         Ok(Left::whole(4))
+    }),
+    // `second` is gone, too: its cut is one below the last number of its segment.
+    ("half-promoted", half_promoted, |folder, model| {
+        let through = model.checkpoints[1].seq;
+        let new =
+            |disk: u16| -> Result<bool> { Ok(fs::read(folder.disk(disk))? == model.image(disk, through)) };
+        ensure!(!new(0)? || !new(1)?, "all of it is on the recovery disks");
+        let old = |disk: u16| -> Result<bool> { Ok(fs::read(folder.disk(disk))? == model.image(disk, 0)) };
+        ensure!(!old(0)? || !old(1)?, "nothing of it is on the recovery disks");
+        Ok(Left { checkpoints: 2..4, damaged: None })
     }),
 ];
 
@@ -86,18 +102,22 @@ fn places(folder: &SampleFolder) -> Result<Places> {
 }
 
 #[test]
-#[ignore = "writes journal/tests/fixtures/v1 anew"]
+#[ignore = "writes those that are missing in journal/tests/fixtures/v1"]
 fn make_the_fixtures() -> Result<()> {
-    for (name, damage) in MADE {
+    for (name, write, damage) in MADE {
         let (source, packed) = (SampleFolder::new()?, fixtures().join(name));
-        let model = three_segments(&source)?;
+        if packed.exists() {
+            // It is as an older release wrote it.
+            continue;
+        }
+        let model = write(&source)?;
         let left = damage(&source, &model)?;
         fs::create_dir_all(&packed)?;
         for file in FILES {
             gzip(&["-9nc"], &source.path().join(file), &packed.join(format!("{file}.gz")))?;
         }
         let mut lines = String::from("seq\tcut\ttime_us\ttag\tCRC32C of disk 0\tCRC32C of disk 1\n");
-        for checkpoint in &model.checkpoints[..left.checkpoints] {
+        for checkpoint in &model.checkpoints[left.checkpoints] {
             let disks = (0..model.volume_count()).map(|disk| match left.damaged {
                 Some((seq, tags)) if disk == 0 && tags.contains(&checkpoint.tag.as_str()) => {
                     format!("\tdamaged record {seq}")
@@ -126,7 +146,7 @@ fn the_reader_reads_what_can_be_read() -> Result<()> {
     if !peer::has_python() {
         return Ok(());
     }
-    for (name, _) in MADE {
+    for (name, _, _) in MADE {
         let folder = unpack(name)?;
         let expected = fs::read_to_string(fixtures().join(name).join("checkpoints.tsv"))?;
         let listed = peer::list(&folder);
@@ -146,6 +166,24 @@ fn the_reader_reads_what_can_be_read() -> Result<()> {
                 let expected = expected.replace("damaged record", "the payload of record");
                 assert!(found.contains(&expected), "{name}, {line}: {found}");
             }
+        }
+    }
+    Ok(())
+}
+
+/// C2: what the intent covers is refused by name, not read from recovery disks that are neither old nor new.
+#[test]
+fn the_reader_opens_nothing_before_the_end_of_an_intent() -> Result<()> {
+    if !peer::has_python() {
+        return Ok(());
+    }
+    let folder = unpack("half-promoted")?;
+    let tags: Vec<String> = peer::list(&folder)?.into_iter().map(|checkpoint| checkpoint.tag).collect();
+    assert_eq!(tags, ["third", "fourth"]);
+    for tag in ["first", "second"] {
+        for disk in 0..2 {
+            let said = peer::extract(&folder, tag, disk).expect_err("it was announced").to_string();
+            assert!(said.contains(&format!("checkpoint {tag} isn't there")), "{said}");
         }
     }
     Ok(())

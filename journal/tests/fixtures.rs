@@ -209,3 +209,45 @@ fn one_copy_of_the_superblock_is_enough_and_a_writer_mends_the_other() {
     fixture.assert_writable(survey.tail.seq);
     assert_eq!(copies(), [Ok(()), Ok(())]);
 }
+
+/// C2: the intent through the last number of segment 2 is durable, a part of its blocks is on the recovery disks.
+#[test]
+fn a_journal_in_the_middle_of_a_promotion_opens_from_the_intent_on() {
+    let fixture = Fixture::unpack("half-promoted");
+    let whole = Fixture::unpack("good");
+    let reader = fixture.assert_readable();
+    let superblock = &reader.survey.superblock;
+    let through = superblock.promotion_intent_seq;
+    assert!(superblock.low_water.seq < through, "it has not ended");
+    assert_eq!(Some(through), reader.survey.segments.get(1).map(|segment| segment.last().seq));
+    let tags: Vec<&str> = fixture.checkpoints.iter().map(|checkpoint| checkpoint.tag.as_str()).collect();
+    assert_eq!(tags, ["third", "fourth"]);
+    let base = |fixture: &Fixture, disk: u16| {
+        fs::read(fixture.folder.join(format!("disk-{disk}.raw"))).expect("a disk")
+    };
+    let changed = (0..2).filter(|disk| base(&fixture, *disk) != base(&whole, *disk)).count();
+    assert_eq!(changed, 1, "one disk was written to, the other not yet");
+
+    for seq in superblock.low_water.seq..through {
+        let refused = reader.view(seq).expect_err("announced");
+        assert!(
+            matches!(refused, ViewError::Gone { oldest_seq, .. } if oldest_seq == through),
+            "{seq}: {refused}"
+        );
+    }
+    // Nothing lies between the checkpoint `second` and the intent's end but the checkpoint's own record.
+    let second = &whole.checkpoints[1];
+    assert_eq!((second.seq, second.tag.as_str()), (through, "second"));
+    for seq in [through, through + 1] {
+        for (disk, expected) in (0..).zip(&second.disks) {
+            let expected = if seq == through {
+                *expected
+            } else {
+                whole.image_crc(&whole.read().expect("whole"), seq, disk)
+            };
+            assert_eq!(fixture.image_crc(&reader, seq, disk), expected, "disk {disk} at {seq}");
+        }
+    }
+    let tail_seq = reader.survey.tail.seq;
+    fixture.assert_writable(tail_seq);
+}

@@ -29,6 +29,12 @@ impl SampleFolder {
         Ok(Self { path })
     }
 
+    /// An empty one at a path of a datastore.
+    pub fn at(path: PathBuf) -> Result<Self> {
+        fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
+        Ok(Self { path })
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path

@@ -19,7 +19,7 @@ use uuid::Uuid;
 pub use folder::SampleFolder;
 pub use model::{SampleCheckpoint, SampleModel};
 pub use promote::Ended;
-pub use samples::{SLOT_LEN_BYTES, three_segments};
+pub use samples::{SLOT_LEN_BYTES, half_promoted, three_segments};
 
 const PAGE_BYTES: usize = 4096;
 const JOURNAL_ID: Uuid = Uuid::from_u128(1);
@@ -47,6 +47,16 @@ pub struct SampleJournal<'a> {
 impl<'a> SampleJournal<'a> {
     /// A journal with slots of `slot_len_bytes` in an empty folder, whose first sync has ended. `disks` become the recovery disks.
     pub fn create(folder: &'a SampleFolder, slot_len_bytes: u64, disks: Vec<Vec<u8>>) -> Result<Self> {
+        Self::create_of(folder, slot_len_bytes, disks, r#"{"vm":"sample"}"#)
+    }
+
+    /// The same, with a manifest that says whose it is.
+    pub fn create_of(
+        folder: &'a SampleFolder,
+        slot_len_bytes: u64,
+        disks: Vec<Vec<u8>>,
+        manifest: &str,
+    ) -> Result<Self> {
         let mut volumes = Vec::new();
         for (number, bytes) in (0..).zip(&disks) {
             std::fs::write(folder.disk(number), bytes).context("recovery disk")?;
@@ -62,7 +72,7 @@ impl<'a> SampleJournal<'a> {
             slot_len_bytes,
             slot_count: 3,
             volumes,
-            manifest: r#"{"vm":"sample"}"#.into(),
+            manifest: manifest.to_owned(),
         };
         create(&mut storage, file, &new)?;
         let writer = Writer::new(open(&mut storage, file, &OpenOptions::default())?, LIMITS);
@@ -150,8 +160,17 @@ impl<'a> SampleJournal<'a> {
 
     /// A checkpoint after record `cut`.
     pub fn checkpoint_of(&mut self, cut: u64, tag: &str, time_us: u64) -> Result<()> {
+        self.checkpoint_at(cut, cut, tag, time_us)
+    }
+
+    /// A checkpoint of all so far that is one of a group: all its journals have the same `counter`.
+    pub fn group_checkpoint(&mut self, counter: u64, tag: &str, time_us: u64) -> Result<()> {
+        self.checkpoint_at(self.seq, counter, tag, time_us)
+    }
+
+    fn checkpoint_at(&mut self, cut: u64, counter: u64, tag: &str, time_us: u64) -> Result<()> {
         let kind = if tag.is_empty() { CheckpointKind::Automatic } else { CheckpointKind::Tagged };
-        let epoch = Epoch { nonce: Uuid::from_u128(77), counter: cut };
+        let epoch = Epoch { nonce: Uuid::from_u128(77), counter };
         let checkpoint = Checkpoint { epoch, cut, member_set_version: 1, time_us, kind, tag: tag.to_owned() };
         self.push(|seq| Record::checkpoint(seq, time_us, &checkpoint))?;
         self.model.checkpoints.push(SampleCheckpoint { seq: self.seq, cut, time_us, tag: tag.to_owned() });

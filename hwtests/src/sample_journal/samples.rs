@@ -1,10 +1,10 @@
 //! Sample journals that several tests use. Their bytes are always the same.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use super::{SampleFolder, SampleJournal, SampleModel};
+use super::{Ended, SampleFolder, SampleJournal, SampleModel};
 
 /// Length of a slot: short, so that the files are small. The journal keeps 12 KiB of each for its own records.
 pub const SLOT_LEN_BYTES: u64 = 76 << 10;
@@ -14,6 +14,20 @@ pub const SLOT_LEN_BYTES: u64 = 76 << 10;
 ///
 /// Of the 8 KiB that the second segment writes to 8192 of disk 0, the half is there at `third`, and nothing at `fourth`.
 pub fn three_segments(folder: &SampleFolder) -> Result<SampleModel> {
+    write_three_segments(folder)?.close()
+}
+
+/// The same journal, whose two sealed segments were to be promoted: the intent is durable, and of three writes to the recovery disks
+/// one was made. A reader that took the recovery disks for those of the low-water mark would find `first` wrong.
+pub fn half_promoted(folder: &SampleFolder) -> Result<SampleModel> {
+    let mut journal = write_three_segments(folder)?;
+    journal.flush()?;
+    let ended = journal.promote(2, 1)?;
+    ensure!(matches!(ended, Ended::Cut), "the promotion was not cut short: {ended:?}");
+    journal.close()
+}
+
+fn write_three_segments(folder: &SampleFolder) -> Result<SampleJournal<'_>> {
     let mut rng = StdRng::seed_from_u64(77);
     // Each sector is one random number again and again, so that the files pack well.
     let mut random = move |len_bytes: usize| -> Vec<u8> {
@@ -37,5 +51,5 @@ pub fn three_segments(folder: &SampleFolder) -> Result<SampleModel> {
     journal.flush()?;
     journal.write(0, 60 << 10, &random(4096))?;
     journal.checkpoint("fourth", 4_000_000)?;
-    journal.close()
+    Ok(journal)
 }

@@ -17,10 +17,11 @@ pub(super) struct Args {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Command {
-    /// List the VMs that have a journal in a datastore
+    /// List the VPGs and VMs that have journals in datastores, with their disks and checkpoints
     Ls {
-        /// The datastore's folder
-        datastore: PathBuf,
+        /// The datastores' folders
+        #[arg(required = true, value_name = "DATASTORE")]
+        datastores: Vec<PathBuf>,
         /// One JSON object
         #[arg(long)]
         json: bool,
@@ -49,7 +50,15 @@ pub(super) enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Write a disk as it was into a sparse image file
+    /// Print what the journal's file holds, as JSON, one object a line; exit code 1 if anything is damaged
+    Dump {
+        /// The journal's file, its VM's folder, or a datastore with one VM
+        journal: PathBuf,
+        /// Every record, too
+        #[arg(long)]
+        records: bool,
+    },
+    /// Write a disk, a VM's or a VPG's disks, as they were into sparse image files
     Extract(Extract),
     /// Serve disks as they were over NBD, until interrupted
     Serve(Serve),
@@ -57,25 +66,51 @@ pub(super) enum Command {
 
 /// Arguments of `extract`.
 #[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("where").required(true).args(["out", "out_dir"]))]
 pub(super) struct Extract {
-    /// The journal's file, its VM's folder, or a datastore with one VM
-    pub(super) journal: PathBuf,
-    /// `latest`, a tag, a sequence number, or a time (2026-11-22T17:30:00Z, or local 2026-11-22T17:30); tag:X, seq:N and time:T
-    /// say which is meant
+    /// The journal's file, its VM's folder, or a datastore with one VM; with --vpg or --vm one datastore or several
+    #[arg(required = true, value_name = "JOURNAL")]
+    pub(super) journals: Vec<PathBuf>,
+    /// `latest`, a tag, a checkpoint's id, a sequence number, or a time (2026-11-22T17:30:00Z, or local 2026-11-22T17:30); tag:X,
+    /// id:X, seq:N and time:T say which is meant
     #[arg(long)]
     pub(super) at: Moment,
-    /// The disk's number in the VM
-    #[arg(long, default_value_t = 0)]
-    pub(super) disk: u16,
-    /// The image; it gets its name when it is complete
+    /// All disks of all VMs of this VPG, by name or id, at the newest checkpoint that all of them hold
+    #[arg(long, value_name = "NAME|ID", requires = "out_dir", conflicts_with = "vm")]
+    pub(super) vpg: Option<String>,
+    /// Only this VM, by name or id
+    #[arg(long, value_name = "NAME|ID")]
+    pub(super) vm: Option<String>,
+    /// The disk's number in the VM, by default 0
+    #[arg(long, conflicts_with = "out_dir")]
+    pub(super) disk: Option<u16>,
+    /// The image of one disk; it gets its name when it is complete
     #[arg(long)]
-    pub(super) out: PathBuf,
-    /// Replace the image if it exists
+    pub(super) out: Option<PathBuf>,
+    /// A folder for images of all disks, VM-disk-N.raw or .qcow2; it is made if need be
+    #[arg(long, value_name = "FOLDER")]
+    pub(super) out_dir: Option<PathBuf>,
+    /// What the images are; qcow2 is written by qemu-img
+    #[arg(long, value_enum, default_value_t = Format::Raw)]
+    pub(super) format: Format,
+    /// Replace images that exist
     #[arg(long)]
     pub(super) force: bool,
-    /// No progress bar
+    /// Begin even if the space seems too little
+    #[arg(long)]
+    pub(super) no_space_check: bool,
+    /// No progress
     #[arg(long)]
     pub(super) quiet: bool,
+}
+
+/// Formats of images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Format {
+    /// The disk's bytes, with holes
+    Raw,
+    /// QEMU's, version 3
+    Qcow2,
 }
 
 /// Arguments of `serve`.

@@ -3,11 +3,12 @@
 use std::io::Write;
 use std::path::Path;
 
-use journal::batch::CheckpointKind;
 use serde::Serialize;
 
+use super::moment::id_of;
 use super::place::Journal;
 use super::text;
+use crate::api::CheckpointId;
 
 /// A checkpoint that can be opened.
 #[derive(Serialize)]
@@ -16,8 +17,8 @@ struct Entry<'a> {
     cut: u64,
     /// Number of its record.
     seq: u64,
-    /// The attempt that made it: the same in all journals of the group.
-    epoch: String,
+    /// The same in all journals of the group.
+    id: CheckpointId,
     time_us: u64,
     kind: &'static str,
     tag: &'a str,
@@ -30,13 +31,9 @@ pub(super) fn run(path: &Path, json: bool, out: &mut dyn Write) -> anyhow::Resul
     let entries = journal.reader.catalogue().checkpoints().iter().map(|entry| Entry {
         cut: entry.checkpoint.cut,
         seq: entry.seq,
-        epoch: format!("{}/{}", entry.checkpoint.epoch.nonce, entry.checkpoint.epoch.counter),
+        id: id_of(entry),
         time_us: entry.checkpoint.time_us,
-        kind: match entry.checkpoint.kind {
-            CheckpointKind::Automatic => "automatic",
-            CheckpointKind::Tagged => "tagged",
-            CheckpointKind::Application => "application",
-        },
+        kind: text::checkpoint_kind(entry.checkpoint.kind),
         tag: &entry.checkpoint.tag,
     });
     if json {
@@ -45,9 +42,10 @@ pub(super) fn run(path: &Path, json: bool, out: &mut dyn Write) -> anyhow::Resul
         writeln!(out)?;
         return Ok(());
     }
-    writeln!(out, "{:>16}  {:<29}  {:<11}  TAG", "SEQUENCE", "TIME", "KIND")?;
-    for Entry { cut, time_us, kind, tag, .. } in entries {
-        writeln!(out, "{cut:>16}  {:<29}  {kind:<11}  {tag}", text::time(time_us))?;
+    writeln!(out, "{:>16}  {:<29}  {:<11}  {:<38}  TAG", "SEQUENCE", "TIME", "KIND", "ID")?;
+    for Entry { cut, time_us, kind, id, tag, .. } in entries {
+        let id = id.to_string();
+        writeln!(out, "{cut:>16}  {:<29}  {kind:<11}  {id:<38}  {tag}", text::time(time_us))?;
     }
     Ok(())
 }

@@ -1,244 +1,266 @@
 //! `vra-journal extract`.
 
-use std::fs::{File, OpenOptions};
+use std::collections::HashSet;
 use std::io::Write;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock};
-use journal::storage::ring::RingStorage;
-use journal::storage::{Blocking, FileId, Purpose};
-use journal::view::{ReadPart, VolumeView, still_there};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use super::args::Extract;
+use super::args::{Extract, Format};
+use super::convert::Converter;
+use super::copy::Copy;
+use super::disk::DiskAt;
+use super::group::{Stock, words};
+use super::image::{Image, check_space};
 use super::moment::{Found, describe};
-use super::place::Journal;
+use super::place::{Journal, find_one};
+use super::progress::Progress;
+use super::signals::Signals;
 use super::text;
 
-/// How much is read at once, in bytes.
-const STEP_BYTES: u64 = 1 << 20;
-/// Zeroes of at least this length become a hole, in bytes.
-const HOLE_BYTES: usize = 64 << 10;
+/// What qcow2 needs beside the data: a 64th is more than its tables take, and its header and first tables are short.
+const QCOW2_SHARE: u64 = 64;
+const QCOW2_BYTES: u64 = 1 << 20;
 
-/// Writes a disk as it was into an image.
+/// Disks at one moment.
+struct Past {
+    /// In words.
+    moment: String,
+    disks: Vec<DiskAt>,
+}
+
+/// Writes disks as they were into images: all of them or none.
 pub(super) fn run(arguments: &Extract, out: &mut dyn Write) -> anyhow::Result<()> {
-    let mut journal = Journal::open(&arguments.journal)?;
+    if arguments.format == Format::Qcow2 {
+        Converter::check()?;
+    }
+    allow_many_files();
+    let Past { moment, disks } = find(arguments)?;
+    // From here on something is left if the process just ends; before any thread exists, so that all inherit the mask.
+    let mut signals = Signals::to_look_for()?;
+    let converter = match arguments.format {
+        Format::Raw => None,
+        Format::Qcow2 => Some(Converter::start()?),
+    };
+    let folder = match &arguments.out_dir {
+        Some(folder) => Some(OutFolder::make(folder)?),
+        None => None,
+    };
+    let paths = match (&arguments.out, &folder) {
+        (Some(path), _) => vec![path.clone()],
+        (None, Some(folder)) => image_paths(&folder.path, &disks, arguments.format),
+        (None, None) => bail!("give --out or --out-dir"),
+    };
+    // Beside each other: a file in the way is told before hours of copying.
+    let mut images = Vec::new();
+    for path in &paths {
+        images.push(Image::create(path, arguments.force)?);
+    }
+    if !arguments.no_space_check {
+        let mut needed_bytes = 0;
+        for disk in &disks {
+            signals.check()?;
+            needed_bytes += disk.needed_bytes()?;
+        }
+        let share = match arguments.format {
+            Format::Raw => 0,
+            Format::Qcow2 => needed_bytes / QCOW2_SHARE + QCOW2_BYTES * disks.len() as u64,
+        };
+        let place = images.first().and_then(|image| image.partial().parent()).context("no image")?;
+        check_space(place, needed_bytes + share)?;
+    }
+    let mut progress = Progress::new(disks.iter().map(DiskAt::size_bytes).sum(), arguments.quiet);
+    let mut lines = Vec::new();
+    for (disk, image) in disks.into_iter().zip(&images) {
+        let (name, size_bytes) = (disk.name(), disk.size_bytes());
+        progress.begin(&name, size_bytes);
+        let held = match &converter {
+            None => {
+                let data_bytes = Copy::new(disk)?.run(image, &mut progress, &mut signals)?;
+                format!("of which {} hold data", text::bytes(data_bytes))
+            }
+            Some(converter) => {
+                converter.run(disk, image, &mut progress, &mut signals)?;
+                format!("in {} of qcow2", text::bytes(std::fs::metadata(image.partial())?.len()))
+            }
+        };
+        image.sync()?;
+        let (path, size) = (image.path().display(), text::bytes(size_bytes));
+        lines.push(format!("{path}: {name} at {moment}, {size}, {held}"));
+    }
+    progress.end();
+    publish(&mut images)?;
+    if let Some(folder) = folder {
+        folder.keep();
+    }
+    for line in lines {
+        writeln!(out, "{line}")?;
+    }
+    Ok(())
+}
+
+/// Each image of a large group stays open.
+fn allow_many_files() {
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        // With less it may do, too.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+/// Gives all images their names, or none.
+fn publish(images: &mut [Image]) -> anyhow::Result<()> {
+    for at in 0..images.len() {
+        if let Err(error) = images[at].publish() {
+            images.iter_mut().for_each(Image::withdraw);
+            return Err(error);
+        }
+    }
+    Ok(())
+}
+
+/// What is to be extracted.
+fn find(arguments: &Extract) -> anyhow::Result<Past> {
+    if let Some(wanted) = &arguments.vpg {
+        return find_group(arguments, wanted);
+    }
+    let journal = Journal::open(&journal_path(arguments)?)?;
     journal.warn_if_cut_short();
     let found = arguments.at.find(&journal.reader)?;
-    let mut view = journal.reader.view(found.seq)?;
-    let Ok(volume) = view.take_volume(arguments.disk) else { bail!(journal.no_disk(arguments.disk)) };
-    let disk = journal.open_disk(arguments.disk)?;
-    let holes = disk.file().try_clone()?;
-    let disk = journal.storage.add_file(disk);
-    let mut image = Image::create(&arguments.out, volume.size_bytes(), arguments.force)?;
-    let bar = progress(volume.size_bytes(), arguments.quiet);
-    let is_alone = journal.is_rebuilt;
-    let mut copy =
-        Copy { storage: &mut journal.storage, journal: journal.file, disk, holes, seq: found.seq, is_alone };
-    let data_bytes = copy.all(&volume, &mut image, &bar)?;
-    image.finish()?;
-    bar.finish_and_clear();
+    let only = arguments.out.as_ref().map(|_| arguments.disk.unwrap_or(0));
+    let disks = DiskAt::of(&journal, found.seq, only)?;
+    if only.is_none() {
+        warn_of_absent(&journal, &disks);
+    }
     let Found { seq, checkpoint } = &found;
-    let moment = checkpoint
-        .as_ref()
-        .map_or_else(|| format!("record {seq}"), |at| format!("checkpoint {}", describe(at)));
-    writeln!(
-        out,
-        "{}: disk {} of {} at {moment}, {}, of which {} hold data",
-        arguments.out.display(),
-        arguments.disk,
-        journal.vm_name(),
-        text::bytes(volume.size_bytes()),
-        text::bytes(data_bytes)
-    )?;
-    Ok(())
+    let moment = checkpoint.as_ref();
+    let moment = moment.map_or_else(|| format!("record {seq}"), |at| format!("checkpoint {}", describe(at)));
+    Ok(Past { moment, disks })
 }
 
-struct Copy<'a> {
-    storage: &'a mut RingStorage,
-    journal: FileId,
-    disk: FileId,
-    /// The recovery disk again, to ask for its holes.
-    holes: File,
-    seq: u64,
-    /// No VRA can have opened a journal without superblocks.
-    is_alone: bool,
-}
-
-impl Copy<'_> {
-    /// Copies the whole disk; how much of it holds data, in bytes.
-    fn all(&mut self, volume: &VolumeView, image: &mut Image, bar: &ProgressBar) -> anyhow::Result<u64> {
-        let mut buffer = vec![0; STEP_BYTES as usize];
-        let (mut at, mut data_bytes) = (0, 0);
-        while at < volume.size_bytes() {
-            let len_bytes = STEP_BYTES.min(volume.size_bytes() - at);
-            let promoted_seq = volume.promoted().through_seq();
-            let parts = volume.plan_read(at, len_bytes)?;
-            let empty = parts.iter().all(|part| match part {
-                ReadPart::Zeroes { .. } => true,
-                ReadPart::RecoveryDisk { offset_bytes, len_bytes } => self.is_hole(*offset_bytes, *len_bytes),
-                ReadPart::Journal(_) | ReadPart::Bad(_) => false,
-            });
-            let uses_disk = parts.iter().any(|part| matches!(part, ReadPart::RecoveryDisk { .. }));
-            if !empty {
-                let bytes = &mut buffer[..len_bytes as usize];
-                let disk = self.disk;
-                let read =
-                    volume.read(self.storage, self.journal, at, bytes, |storage, offset_bytes, into| {
-                        read_disk(storage, disk, offset_bytes, into)
-                    });
-                if let Err(error) = read {
-                    self.check_still_there(volume)?;
-                    if volume.promoted().through_seq() > promoted_seq {
-                        // The slots of what was promoted meanwhile may have been used again: it is on the recovery disk now.
-                        continue;
-                    }
-                    return Err(anyhow::Error::new(error).context(format!(
-                        "disk {} cannot be read at {at}; `vra-journal verify` names all damage, an older checkpoint may be whole",
-                        volume.number()
-                    )));
-                }
-                data_bytes += image.write(at, bytes)?;
-            }
-            if uses_disk {
-                self.check_still_there(volume)?;
-            }
-            at += len_bytes;
-            bar.set_position(at);
-        }
-        Ok(data_bytes)
-    }
-
-    /// Recovery disks change only after the superblock has said so (C2).
-    fn check_still_there(&mut self, volume: &VolumeView) -> anyhow::Result<()> {
-        if self.is_alone {
-            return Ok(());
-        }
-        let mut io = Blocking::new(self.storage, self.journal, Purpose::View);
-        let copies = SUPERBLOCK_OFFSETS.map(|offset_bytes| {
-            let page = io.read(offset_bytes, PAGE_BYTES).ok()?;
-            Superblock::decode(&page).ok()
-        });
-        let newest = copies.into_iter().flatten().max_by_key(|copy| copy.sequence);
-        let superblock = newest.context("the journal's superblocks cannot be read any more")?;
-        still_there(&superblock, self.seq)
-            .context("the checkpoint went away while it was copied; choose a newer one")?;
-        volume.promoted().raise(superblock.low_water.seq);
-        Ok(())
-    }
-
-    fn is_hole(&self, offset_bytes: u64, len_bytes: u64) -> bool {
-        // SAFETY: no memory is involved; nobody else uses the descriptor's position.
-        let data = unsafe {
-            libc::lseek(
-                std::os::fd::AsRawFd::as_raw_fd(&self.holes),
-                offset_bytes as libc::off_t,
-                libc::SEEK_DATA,
-            )
+/// The one journal that the arguments mean.
+fn journal_path(arguments: &Extract) -> anyhow::Result<PathBuf> {
+    let Some(vm) = &arguments.vm else {
+        let [path] = &arguments.journals[..] else {
+            bail!("give one path, or say with --vpg or --vm what to extract from several datastores");
         };
-        match u64::try_from(data) {
-            Ok(data) => data >= offset_bytes + len_bytes,
-            Err(_) => nix::errno::Errno::last() == nix::errno::Errno::ENXIO,
+        return find_one(path);
+    };
+    let stock = Stock::of(&arguments.journals)?;
+    match stock.journals_of_vm(vm)[..] {
+        [told] => Ok(told.path.clone()),
+        [] => bail!("there is no VM {vm:?} here; there are: {}", stock.vm_names().join(", ")),
+        ref several => {
+            let folders: Vec<String> =
+                several.iter().map(|told| told.folder().display().to_string()).collect();
+            bail!("several journals are of a VM {vm:?}; give the folder of one: {}", folders.join(", "))
         }
     }
 }
 
-/// Reads a recovery disk, in whole pages.
-fn read_disk(
-    storage: &mut RingStorage,
-    disk: FileId,
-    offset_bytes: u64,
-    into: &mut [u8],
-) -> Result<(), journal::storage::StorageError> {
-    let page = PAGE_BYTES as u64;
-    let start = offset_bytes / page * page;
-    let end = (offset_bytes + into.len() as u64).next_multiple_of(page);
-    let read = Blocking::new(storage, disk, Purpose::RecoveryDisk).read(start, (end - start) as usize)?;
-    let skip = (offset_bytes - start) as usize;
-    into.copy_from_slice(&read[skip..skip + into.len()]);
-    Ok(())
+fn find_group(arguments: &Extract, wanted: &str) -> anyhow::Result<Past> {
+    let group = Stock::of(&arguments.journals)?.take(wanted)?;
+    let (found, newer) = group.find(&arguments.at)?;
+    if let Some(newer) = newer {
+        eprintln!("note: {newer}, so it is not taken");
+    }
+    let mut disks = Vec::new();
+    for (told, cut) in group.whole()?.into_iter().zip(&found.cuts) {
+        let journal = Journal::open(&told.path)?;
+        journal.warn_if_cut_short();
+        let of_vm = DiskAt::of(&journal, *cut, None)
+            .with_context(|| format!("checkpoint {} of VM {} cannot be opened", found.id, told.name))?;
+        warn_of_absent(&journal, &of_vm);
+        disks.extend(of_vm);
+    }
+    Ok(Past { moment: format!("checkpoint {}", words(&found.entry)), disks })
 }
 
-/// An image being written: under another name until it is complete.
-struct Image {
-    file: File,
-    unfinished: PathBuf,
+/// Says which disks a VM has now but had not then.
+fn warn_of_absent(journal: &Journal, disks: &[DiskAt]) {
+    let count = journal.reader.survey.superblock.volumes.len() as u16;
+    for number in (0..count).filter(|number| disks.iter().all(|disk| disk.number != *number)) {
+        let vm = journal.vm_name();
+        eprintln!(
+            "warning: disk {number} of {vm} is left out: it was added, or its first sync ended, after that moment"
+        );
+    }
+}
+
+/// Names that say VM and disk.
+fn image_paths(folder: &Path, disks: &[DiskAt], format: Format) -> Vec<PathBuf> {
+    let mut taken = HashSet::new();
+    let mut paths = Vec::new();
+    for disk in disks {
+        let ending = match format {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+        };
+        let vm = plain(&disk.vm);
+        // Names of VMs may differ in what a file's name cannot hold, or not at all.
+        let names = (1..).map(|count| match count {
+            1 => format!("{vm}-disk-{}.{ending}", disk.number),
+            count => format!("{vm}-{count}-disk-{}.{ending}", disk.number),
+        });
+        let name = names.into_iter().find(|name| taken.insert(name.clone()));
+        paths.extend(name.map(|name| folder.join(name)));
+    }
+    paths
+}
+
+/// A VM's name as a part of a file's name.
+fn plain(name: &str) -> String {
+    let keep = |c: char| if c.is_alphanumeric() || "._-".contains(c) { c } else { '_' };
+    let mut plain: String = name.chars().map(keep).collect();
+    plain.truncate(plain.floor_char_boundary(80));
+    if plain.starts_with(['.', '-']) || plain.is_empty() {
+        plain.insert(0, '_');
+    }
+    plain
+}
+
+/// The folder for images. If it was made for them it goes unless they are kept.
+struct OutFolder {
     path: PathBuf,
-    finished: bool,
+    made: bool,
 }
 
-impl Image {
-    fn create(path: &Path, size_bytes: u64, force: bool) -> anyhow::Result<Self> {
-        match std::fs::symlink_metadata(path) {
-            Ok(metadata) if !metadata.is_file() => bail!(
-                "{} is not a regular file; use `vra-journal serve` with nbdcopy or qemu-img for other targets",
-                path.display()
-            ),
-            Ok(_) if !force => {
-                bail!("{} exists; choose another name, or --force to replace it", path.display())
-            }
-            _ => {}
-        }
-        let mut name = path.file_name().context("--out must name a file")?.to_owned();
-        name.push(".unfinished");
-        let unfinished = path.with_file_name(name);
-        let file = OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&unfinished)
-            .with_context(|| format!("cannot create {}", unfinished.display()))?;
-        let image = Self { file, unfinished, path: path.to_owned(), finished: false };
-        image.file.set_len(size_bytes).with_context(|| {
-            format!("{} cannot become {} long", image.unfinished.display(), text::bytes(size_bytes))
-        })?;
-        Ok(image)
+impl OutFolder {
+    fn make(path: &Path) -> anyhow::Result<Self> {
+        let made = match std::fs::create_dir(path) {
+            Ok(()) => true,
+            Err(_) if path.is_dir() => false,
+            Err(error) => return Err(error).with_context(|| format!("cannot create {}", path.display())),
+        };
+        Ok(Self { path: path.to_owned(), made })
     }
 
-    /// Writes all but long runs of zeroes; how much that was.
-    fn write(&mut self, offset_bytes: u64, bytes: &[u8]) -> anyhow::Result<u64> {
-        let mut written = 0;
-        for (number, block) in bytes.chunks(HOLE_BYTES).enumerate() {
-            if block.iter().all(|byte| *byte == 0) {
-                continue;
-            }
-            let at = offset_bytes + (number * HOLE_BYTES) as u64;
-            self.file
-                .write_all_at(block, at)
-                .with_context(|| format!("cannot write {}", self.unfinished.display()))?;
-            written += block.len() as u64;
-        }
-        Ok(written)
-    }
-
-    /// Makes it durable and gives it its name.
-    fn finish(&mut self) -> anyhow::Result<()> {
-        self.file.sync_all().with_context(|| format!("cannot write {}", self.unfinished.display()))?;
-        std::fs::rename(&self.unfinished, &self.path)
-            .with_context(|| format!("cannot rename to {}", self.path.display()))?;
-        self.finished = true;
-        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
-        let folder = folder.unwrap_or(Path::new("."));
-        File::open(folder)
-            .and_then(|folder| folder.sync_all())
-            .context("cannot make the image's name durable")
+    fn keep(mut self) {
+        self.made = false;
     }
 }
 
-impl Drop for Image {
+impl Drop for OutFolder {
     fn drop(&mut self) {
-        if !self.finished {
-            let _ = std::fs::remove_file(&self.unfinished);
+        if self.made {
+            // It stays if something is in it.
+            let _ = std::fs::remove_dir(&self.path);
         }
     }
 }
 
-fn progress(size_bytes: u64, quiet: bool) -> ProgressBar {
-    let target = if quiet { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
-    let template = "{bar:40} {percent:>3}% {binary_bytes_per_sec:>12} {eta:>4} left";
-    let style = ProgressStyle::with_template(template).expect("the template is a constant that is right");
-    ProgressBar::with_draw_target(Some(size_bytes), target).with_style(style)
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_vms_become_names_of_files() {
+        assert_eq!(plain("db 1/../x"), "db_1_.._x");
+        assert_eq!(plain("../etc"), "_.._etc");
+        assert_eq!(plain("-rf"), "_-rf");
+        assert_eq!(plain(""), "_");
+        assert_eq!(plain(&"é".repeat(100)).len(), 80);
+    }
 }

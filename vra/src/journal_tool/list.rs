@@ -1,96 +1,195 @@
 //! `vra-journal ls`.
 
 use std::io::Write;
-use std::path::Path;
+use std::path::PathBuf;
 
 use anyhow::bail;
+use journal::catalogue::CheckpointEntry;
 use serde::Serialize;
 
+use super::group::{Group, Stock, Told, words};
 use super::moment::describe;
-use super::place::{Journal, Manifest, find_all};
 use super::text;
+use crate::api::{VmId, VpgId};
 
-/// A VM with a journal.
+/// All that lies in some datastores.
 #[derive(Serialize)]
-struct Entry {
-    /// The VM's folder.
-    folder: String,
-    vm: Option<String>,
-    vpg: Option<String>,
-    disks: usize,
-    /// Space of the journal's file, in bytes.
-    journal_bytes: u64,
+struct Listing {
+    vpgs: Vec<Vpg>,
+    unreadable: Vec<Unreadable>,
+}
+
+#[derive(Serialize)]
+struct Vpg {
+    id: VpgId,
+    name: Option<String>,
+    /// How many checkpoints all its VMs hold, and the first and last of them, µs since the Unix epoch.
     checkpoints: usize,
     oldest_time_us: Option<u64>,
     newest_time_us: Option<u64>,
-    /// Why it cannot be opened.
-    error: Option<String>,
+    vms: Vec<Vm>,
+    #[serde(skip)]
+    span: Option<String>,
 }
 
-/// Lists the VMs of a datastore. What cannot be opened is listed with its reason.
-pub(super) fn run(datastore: &Path, json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
-    let journals = find_all(datastore)?;
-    if journals.is_empty() && !json {
-        bail!("there is no journal in {}; is it mounted?", datastore.display());
+#[derive(Serialize)]
+struct Vm {
+    id: VmId,
+    name: String,
+    /// Whether the VPG's newest definition has it.
+    member: bool,
+    /// Where the definition wants its journal.
+    datastore: Option<PathBuf>,
+    /// Its journal's folder; none if it isn't here.
+    folder: Option<PathBuf>,
+    /// Bytes that the journal's file has.
+    journal_bytes: u64,
+    disks: Vec<Disk>,
+    checkpoints: usize,
+    oldest_time_us: Option<u64>,
+    newest_time_us: Option<u64>,
+    newest_seq: u64,
+    /// What is unusual about its journal.
+    warning: Option<String>,
+    #[serde(skip)]
+    span: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Disk {
+    number: usize,
+    size_bytes: u64,
+}
+
+/// A journal that cannot be opened.
+#[derive(Serialize)]
+struct Unreadable {
+    folder: PathBuf,
+    error: String,
+}
+
+/// Lists the VPGs and VMs of datastores. What cannot be opened is listed with its reason.
+pub(super) fn run(datastores: &[PathBuf], json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+    let Stock { groups, unreadable } = Stock::of(datastores)?;
+    if groups.is_empty() && unreadable.is_empty() && !json {
+        let names: Vec<String> = datastores.iter().map(|path| path.display().to_string()).collect();
+        bail!("there is no journal in {}; is it mounted?", names.join(", "));
     }
-    let entries: Vec<(Entry, Option<String>)> = journals.iter().map(|path| entry(path)).collect();
+    let unreadable = unreadable.into_iter().map(|(path, error)| {
+        let folder = path.parent().unwrap_or(&path).to_owned();
+        Unreadable { folder, error }
+    });
+    let listing = Listing { vpgs: groups.iter().map(vpg).collect(), unreadable: unreadable.collect() };
     if json {
-        let entries: Vec<&Entry> = entries.iter().map(|(entry, _)| entry).collect();
-        serde_json::to_writer_pretty(&mut *out, &serde_json::json!({ "journals": entries }))?;
+        serde_json::to_writer_pretty(&mut *out, &listing)?;
         writeln!(out)?;
         return Ok(());
     }
-    for (entry, newest) in entries {
-        writeln!(out, "{}", entry.folder)?;
-        if let Some(error) = entry.error {
-            writeln!(out, "  cannot be opened: {error}")?;
-            continue;
+    for Vpg { id, name, checkpoints, vms, span, .. } in &listing.vpgs {
+        let name = name.as_deref().unwrap_or("whose manifests cannot be read");
+        writeln!(out, "VPG {name} ({id}), {} VMs", vms.len())?;
+        let span = span.as_ref().map(|span| format!(": {span}"));
+        writeln!(out, "  {checkpoints} checkpoints that all its VMs hold{}", span.unwrap_or_default())?;
+        for vm in vms {
+            vm.write(out)?;
         }
-        let (vm, vpg) = (entry.vm.as_deref().unwrap_or("?"), entry.vpg.as_deref().unwrap_or("?"));
-        writeln!(out, "  VM {vm} of group {vpg}, {} disks", entry.disks)?;
-        let newest = newest.unwrap_or_else(|| "none".to_owned());
-        let size = text::bytes(entry.journal_bytes);
-        writeln!(out, "  {} checkpoints, the newest: {newest}; journal of {size}", entry.checkpoints)?;
+    }
+    for Unreadable { folder, error } in &listing.unreadable {
+        writeln!(out, "{}\n  cannot be opened: {error}", folder.display())?;
     }
     Ok(())
 }
 
-fn entry(path: &Path) -> (Entry, Option<String>) {
-    let folder = path.parent().unwrap_or(path).display().to_string();
-    let journal = match Journal::open(path) {
-        Ok(journal) => journal,
-        Err(error) => {
-            let error = Some(format!("{error:#}"));
-            let (vm, vpg, disks, journal_bytes, checkpoints) = (None, None, 0, 0, 0);
-            let (oldest_time_us, newest_time_us) = (None, None);
-            let entry = Entry {
-                folder,
-                vm,
-                vpg,
-                disks,
-                journal_bytes,
-                checkpoints,
-                oldest_time_us,
-                newest_time_us,
-                error,
-            };
-            return (entry, None);
+impl Vm {
+    fn write(&self, out: &mut dyn Write) -> anyhow::Result<()> {
+        let former = if self.member { "" } else { ", no member any more" };
+        writeln!(out, "  VM {} ({}){former}", self.name, self.id)?;
+        let Some(folder) = &self.folder else {
+            let place = self.datastore.as_ref().map(|path| format!(": its VRA has it in {}", path.display()));
+            writeln!(out, "    its journal is not here{}", place.unwrap_or_default())?;
+            return Ok(());
+        };
+        writeln!(out, "    {}", folder.display())?;
+        let disks =
+            self.disks.iter().map(|disk| format!("disk {} of {}", disk.number, text::bytes(disk.size_bytes)));
+        let disks: Vec<String> = disks.collect();
+        writeln!(out, "    {}; journal of {}", disks.join(", "), text::bytes(self.journal_bytes))?;
+        let span = self.span.as_ref().map(|span| format!(": {span}"));
+        writeln!(out, "    {} checkpoints{}", self.checkpoints, span.unwrap_or_default())?;
+        if let Some(warning) = &self.warning {
+            writeln!(out, "    warning: {warning}; `vra-journal verify` says more")?;
         }
-    };
-    let checkpoints = journal.reader.catalogue().checkpoints();
-    let time_us =
-        |entry: Option<&journal::catalogue::CheckpointEntry>| entry.map(|entry| entry.checkpoint.time_us);
-    let manifest = journal.manifest.as_ref();
-    let entry = Entry {
-        folder,
-        vm: manifest.and_then(Manifest::vm).map(|vm| vm.name.clone()),
-        vpg: manifest.map(|manifest| manifest.vpg.name.clone()),
-        disks: journal.reader.survey.superblock.volumes.len(),
-        journal_bytes: std::fs::metadata(path).map_or(0, |metadata| metadata.len()),
-        checkpoints: checkpoints.len(),
-        oldest_time_us: time_us(checkpoints.first()),
-        newest_time_us: time_us(checkpoints.last()),
-        error: None,
-    };
-    (entry, checkpoints.last().map(describe))
+        Ok(())
+    }
+}
+
+fn vpg(group: &Group) -> Vpg {
+    let complete: Vec<CheckpointEntry> = group.checkpoints().into_iter().map(|whole| whole.entry).collect();
+    let mut vms = Vec::new();
+    for member in &group.members {
+        let place = member.datastore.clone();
+        if member.journals.is_empty() {
+            vms.push(Vm::absent(member.vm, member.name.clone(), place.clone()));
+        }
+        vms.extend(member.journals.iter().map(|told| Vm { datastore: place.clone(), ..Vm::of(told, true) }));
+    }
+    vms.extend(group.former.iter().map(|told| Vm::of(told, false)));
+    let (oldest_time_us, newest_time_us, span) = ends(&complete, words);
+    Vpg {
+        id: group.id,
+        name: group.name.clone(),
+        checkpoints: complete.len(),
+        oldest_time_us,
+        newest_time_us,
+        vms,
+        span,
+    }
+}
+
+impl Vm {
+    fn absent(id: VmId, name: String, datastore: Option<PathBuf>) -> Self {
+        Self {
+            id,
+            name,
+            member: true,
+            datastore,
+            folder: None,
+            journal_bytes: 0,
+            disks: Vec::new(),
+            checkpoints: 0,
+            oldest_time_us: None,
+            newest_time_us: None,
+            newest_seq: 0,
+            warning: None,
+            span: None,
+        }
+    }
+
+    fn of(told: &Told, member: bool) -> Self {
+        let (oldest_time_us, newest_time_us, span) = ends(&told.checkpoints, describe);
+        let disks = told.disk_bytes.iter().enumerate();
+        Self {
+            member,
+            folder: Some(told.folder().to_owned()),
+            journal_bytes: std::fs::metadata(&told.path).map_or(0, |metadata| metadata.len()),
+            disks: disks.map(|(number, size_bytes)| Disk { number, size_bytes: *size_bytes }).collect(),
+            checkpoints: told.checkpoints.len(),
+            oldest_time_us,
+            newest_time_us,
+            newest_seq: told.newest_seq,
+            warning: told.warning.clone(),
+            span,
+            ..Self::absent(told.vm, told.name.clone(), None)
+        }
+    }
+}
+
+/// Times of the first and the last checkpoint, and both in words.
+fn ends(
+    entries: &[CheckpointEntry],
+    describe: impl Fn(&CheckpointEntry) -> String,
+) -> (Option<u64>, Option<u64>, Option<String>) {
+    let (Some(first), Some(last)) = (entries.first(), entries.last()) else { return (None, None, None) };
+    let words = format!("{} to {}", describe(first), describe(last));
+    (Some(first.checkpoint.time_us), Some(last.checkpoint.time_us), Some(words))
 }

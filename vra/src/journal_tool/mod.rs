@@ -3,12 +3,22 @@
 
 mod args;
 mod checkpoints;
+mod contents;
+mod convert;
+mod copy;
+mod disk;
+mod dump;
+mod export;
 mod extract;
+mod group;
+mod image;
 mod inspect;
 mod list;
 mod moment;
 mod place;
+mod progress;
 mod serve;
+mod signals;
 mod text;
 mod verify;
 mod walk;
@@ -21,7 +31,7 @@ use clap::Parser;
 use self::args::{Args, Command};
 use crate::report::chain;
 
-/// Exit code when `verify` found damage.
+/// Exit code when `verify` or `dump` found damage.
 const EXIT_DAMAGED: u8 = 1;
 /// Exit code when a command failed.
 const EXIT_FAILED: u8 = 2;
@@ -43,11 +53,16 @@ pub fn main() -> ExitCode {
 
 fn run(args: &Args, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
     match &args.command {
-        Command::Ls { datastore, json } => list::run(datastore, *json, out)?,
+        Command::Ls { datastores, json } => list::run(datastores, *json, out)?,
         Command::Inspect { journal, json } => inspect::run(journal, *json, out)?,
         Command::Checkpoints { journal, json } => checkpoints::run(journal, *json, out)?,
         Command::Verify { journal, json } => {
             if verify::run(journal, *json, out)? {
+                return Ok(ExitCode::from(EXIT_DAMAGED));
+            }
+        }
+        Command::Dump { journal, records } => {
+            if dump::run(journal, *records, out)? {
                 return Ok(ExitCode::from(EXIT_DAMAGED));
             }
         }
@@ -57,5 +72,11 @@ fn run(args: &Args, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+#[cfg(test)]
+mod dump_tests;
+#[cfg(test)]
+mod group_tests;
+#[cfg(test)]
+mod moved_tests;
 #[cfg(test)]
 mod tests;

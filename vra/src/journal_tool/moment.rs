@@ -9,6 +9,8 @@ use journal::catalogue::CheckpointEntry;
 use journal::view::Reader;
 
 use super::text;
+use crate::api::CheckpointId;
+use crate::api::ids::CheckpointIdError;
 
 /// A moment as a user names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,6 +19,8 @@ pub(super) enum Moment {
     Latest,
     /// The newest checkpoint with this tag.
     Tag(String),
+    /// The checkpoint with this id.
+    Id(CheckpointId),
     /// A sequence number.
     Seq(u64),
     /// The newest checkpoint at or before this time, µs since the Unix epoch.
@@ -39,10 +43,16 @@ pub(super) enum MomentError {
     Time(String),
     #[error("{0:?} is no sequence number")]
     Seq(String),
-    #[error("--at is empty: give latest, a tag, a sequence number or a time")]
+    #[error("--at is empty: give latest, a tag, a checkpoint's id, a sequence number or a time")]
     Empty,
     #[error("the journal has no checkpoint that can be opened: {0}")]
     NoCheckpoint(&'static str),
+    #[error(transparent)]
+    Id(#[from] CheckpointIdError),
+    #[error(
+        "the journal has no checkpoint {0} that can be opened; `vra-journal checkpoints` lists those that can"
+    )]
+    NoId(CheckpointId),
     #[error("no checkpoint has the tag {tag:?}; {nearest}")]
     NoTag { tag: String, nearest: String },
     #[error("no checkpoint is as old as {time}; the oldest is {oldest}")]
@@ -64,6 +74,12 @@ impl FromStr for Moment {
         }
         if let Some(time) = text.strip_prefix("time:") {
             return parse_time(time).map(Self::Time).ok_or_else(|| MomentError::Time(time.to_owned()));
+        }
+        if let Some(id) = text.strip_prefix("id:") {
+            return Ok(Self::Id(id.parse()?));
+        }
+        if let Ok(id) = text.parse() {
+            return Ok(Self::Id(id));
         }
         if text.is_empty() {
             return Err(MomentError::Empty);
@@ -114,6 +130,10 @@ impl Moment {
                     nearest: nearest(checkpoints, |entry| distance(&entry.checkpoint.tag, tag)),
                 })
             }
+            Self::Id(id) => {
+                let same = checkpoints.iter().rev().find(|entry| id_of(entry) == *id);
+                same.map(of).ok_or(MomentError::NoId(*id))
+            }
             Self::Time(time_us) => {
                 let found = reader.catalogue().newest_until(*time_us);
                 found.map(of).ok_or_else(|| MomentError::TooOld {
@@ -123,6 +143,12 @@ impl Moment {
             }
         }
     }
+}
+
+/// A checkpoint's id, the same in all journals of its group (D1).
+pub(super) fn id_of(entry: &CheckpointEntry) -> CheckpointId {
+    let epoch = entry.checkpoint.epoch;
+    CheckpointId { nonce: epoch.nonce.as_u128(), counter: epoch.counter }
 }
 
 /// A checkpoint in words.
@@ -149,7 +175,7 @@ fn nearest(checkpoints: &[CheckpointEntry], key: impl Fn(&CheckpointEntry) -> u6
 }
 
 /// How unlike two tags are: edits, with untagged checkpoints last.
-fn distance(one: &str, other: &str) -> u64 {
+pub(super) fn distance(one: &str, other: &str) -> u64 {
     if one.is_empty() {
         return u64::MAX;
     }
@@ -185,6 +211,12 @@ mod tests {
             ("latest", Moment::Latest),
             ("42", Moment::Seq(42)),
             ("seq:7", Moment::Seq(7)),
+            ("00000000000000000000000000000abc-17", Moment::Id(CheckpointId { nonce: 0xabc, counter: 17 })),
+            (
+                "id:00000000000000000000000000000abc-17",
+                Moment::Id(CheckpointId { nonce: 0xabc, counter: 17 }),
+            ),
+            ("id-17", Moment::Tag("id-17".to_owned())),
             ("before upgrade", Moment::Tag("before upgrade".to_owned())),
             ("tag:42", Moment::Tag("42".to_owned())),
             ("tag:latest", Moment::Tag("latest".to_owned())),
@@ -195,6 +227,7 @@ mod tests {
         }
         assert!(matches!("2026-11-22T17:30".parse(), Ok(Moment::Time(_))));
         assert!("time:yesterday".parse::<Moment>().is_err());
+        assert!("id:17".parse::<Moment>().is_err());
         assert!("seq:x".parse::<Moment>().is_err());
         assert!("".parse::<Moment>().is_err());
     }

@@ -1,18 +1,17 @@
 //! Finding journals and opening them.
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use journal::format::{Superblock, VolumeState};
+use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, VolumeState};
 use journal::recovery::{OpenError, Survey, SurveyOptions, newest_manifest, rebuild, survey_as};
-use journal::storage::FileId;
 use journal::storage::ring::{Access, DirectFile, RingStorage};
+use journal::storage::{Blocking, FileId, Purpose};
 use journal::view::{Reader, ViewError};
 use serde::Deserialize;
 
-use crate::api::VmId;
 use crate::api::vpg::{VmDefinition, VpgDefinition};
+use crate::api::{VmId, VpgId};
 
 /// Name of a journal's file in its VM's folder.
 const JOURNAL_NAME: &str = "journal.hfj";
@@ -48,6 +47,9 @@ pub(super) struct Journal {
     pub(super) is_rebuilt: bool,
 }
 
+/// How often a journal is read anew because a VRA opened it, or promoted, meanwhile.
+const OPEN_TRIES: u32 = 10;
+
 /// What can't be read is passed by.
 const LENIENT: SurveyOptions = SurveyOptions { trusted_through: None, skip_unreadable: true };
 
@@ -55,6 +57,19 @@ impl Journal {
     /// Opens a journal.
     pub(super) fn open(path: &Path) -> anyhow::Result<Self> {
         let path = find_one(path)?;
+        let mut tries_left = OPEN_TRIES;
+        loop {
+            let mut journal = Self::open_once(&path)?;
+            tries_left -= 1;
+            // A VRA that opened it meanwhile may have moved what was being read.
+            if tries_left == 0 || !journal.may_have_moved() {
+                return Ok(journal);
+            }
+        }
+    }
+
+    fn open_once(path: &Path) -> anyhow::Result<Self> {
+        let path = path.to_owned();
         let (mut storage, file) = open_file(&path)?;
         let opened = Reader::open(&mut storage, file, SurveyOptions::default());
         let (reader, is_rebuilt) = match opened {
@@ -78,17 +93,25 @@ impl Journal {
         Ok(Self { path, storage, file, reader, manifest, cut_short, is_rebuilt })
     }
 
+    fn may_have_moved(&mut self) -> bool {
+        let read = &self.reader.survey.superblock;
+        let (open_count, low_water_segment) = (read.open_count, read.low_water_segment);
+        let now = if self.is_rebuilt { None } else { read_superblock(&mut self.storage, self.file) };
+        now.is_some_and(|now| (now.open_count, now.low_water_segment) != (open_count, low_water_segment))
+    }
+
     /// Says on standard error that the history is shorter than what was written, if it is: the newest checkpoint is
     /// then not the newest that there was.
     pub(super) fn warn_if_cut_short(&self) {
+        let vm = self.vm_name();
         if self.is_rebuilt {
             eprintln!(
-                "warning: both superblocks are lost; what the segments tell can be read, checkpoints that promotion had begun to take away cannot"
+                "warning: {vm}: both superblocks are lost; what the segments tell can be read, checkpoints that promotion had begun to take away cannot"
             );
         }
         if let Some(why) = &self.cut_short {
             eprintln!(
-                "warning: {why}; nothing after that can be opened: `vra-journal verify` names all damage"
+                "warning: {vm}: {why}; nothing after that can be opened: `vra-journal verify` names all damage"
             );
         }
     }
@@ -122,17 +145,23 @@ impl Journal {
         Ok(disk)
     }
 
+    /// Whose it is.
+    pub(super) fn vm_id(&self) -> VmId {
+        self.manifest.as_ref().map_or(VmId(self.reader.survey.superblock.vm_id), |manifest| manifest.vm)
+    }
+
+    /// Which group the VM belongs to.
+    pub(super) fn vpg_id(&self) -> VpgId {
+        let manifest = self.manifest.as_ref();
+        manifest.map_or(VpgId(self.reader.survey.superblock.vpg_id), |manifest| manifest.vpg.id)
+    }
+
     /// What to say of a disk that isn't in a view.
     pub(super) fn no_disk(&self, number: u16) -> String {
         let known = self.reader.survey.superblock.volumes.len();
         format!(
             "there is no disk {number} at that moment: the VM has {known}, numbered from 0; choose another --disk or a later moment"
         )
-    }
-
-    /// A further handle of the journal's file, for direct I/O.
-    pub(super) fn open_again(&self) -> anyhow::Result<File> {
-        Ok(DirectFile::open(&self.path, Access::ReadOnly)?.file().try_clone()?)
     }
 
     /// The logical block size of a volume at the source, in bytes.
@@ -172,6 +201,14 @@ fn cut_short(survey: &Survey) -> Option<String> {
         (None, None) => return None,
     };
     Some(format!("records {first} to {until} cannot be read"))
+}
+
+/// The superblock that counts, as it is in the file now; nothing if none can be read.
+pub(super) fn read_superblock(storage: &mut RingStorage, file: FileId) -> Option<Superblock> {
+    let mut io = Blocking::new(storage, file, Purpose::View);
+    let copies = SUPERBLOCK_OFFSETS
+        .map(|offset_bytes| Superblock::decode(&io.read(offset_bytes, PAGE_BYTES).ok()?).ok());
+    copies.into_iter().flatten().max_by_key(|copy| copy.sequence)
 }
 
 /// Opens a journal's file.

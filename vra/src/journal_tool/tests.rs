@@ -7,12 +7,12 @@ use serde_json::{Value, json};
 use super::*;
 use crate::view::test_journal::TestJournal;
 
-const SIZE_BYTES: u64 = 4 << 20;
+pub(super) const SIZE_BYTES: u64 = 4 << 20;
 /// 2026-11-22T17:30:00Z in microseconds.
-const START_US: u64 = 1_795_368_600_000_000;
+pub(super) const START_US: u64 = 1_795_368_600_000_000;
 
 /// A VM's journal in a datastore, with three checkpoints; the cuts.
-fn protected(name: &str) -> (TestJournal, Vec<u64>) {
+pub(super) fn protected(name: &str) -> (TestJournal, Vec<u64>) {
     let datastore = std::env::temp_dir().join(format!("holdfast-tool-{name}-{}", std::process::id()));
     let _ = std::fs::remove_dir_all(&datastore);
     let folder = datastore.join("shop-00000003").join("db-00000002");
@@ -51,11 +51,11 @@ fn manifest() -> Value {
     })
 }
 
-fn datastore(journal: &TestJournal) -> &Path {
+pub(super) fn datastore(journal: &TestJournal) -> &Path {
     journal.folder.ancestors().nth(2).expect("two folders down")
 }
 
-struct CleanUp<'a>(&'a Path);
+pub(super) struct CleanUp<'a>(pub(super) &'a Path);
 
 impl Drop for CleanUp<'_> {
     fn drop(&mut self) {
@@ -63,7 +63,7 @@ impl Drop for CleanUp<'_> {
     }
 }
 
-fn call(arguments: &[&str]) -> anyhow::Result<(String, ExitCode)> {
+pub(super) fn call(arguments: &[&str]) -> anyhow::Result<(String, ExitCode)> {
     let all = std::iter::once("vra-journal").chain(arguments.iter().copied());
     let args = Args::try_parse_from(all)?;
     let mut out = Vec::new();
@@ -71,12 +71,12 @@ fn call(arguments: &[&str]) -> anyhow::Result<(String, ExitCode)> {
     Ok((String::from_utf8(out).expect("text"), code))
 }
 
-fn answer(arguments: &[&str]) -> Value {
+pub(super) fn answer(arguments: &[&str]) -> Value {
     let (text, _) = call(arguments).expect("it works");
     serde_json::from_str(&text).expect("JSON")
 }
 
-fn failure(arguments: &[&str]) -> String {
+pub(super) fn failure(arguments: &[&str]) -> String {
     chain(call(arguments).expect_err("it fails").as_ref())
 }
 
@@ -91,9 +91,15 @@ fn a_datastore_is_listed_and_a_journal_described() {
     let _clean_up = CleanUp(datastore(&journal));
     let store = datastore(&journal).to_string_lossy().into_owned();
     let list = answer(&["ls", &store, "--json"]);
-    assert_eq!(list["journals"][0]["vm"], "db");
-    assert_eq!(list["journals"][0]["vpg"], "shop");
-    assert_eq!(list["journals"][0]["checkpoints"], 3);
+    let vpg = &list["vpgs"][0];
+    assert_eq!((&vpg["name"], &vpg["checkpoints"]), (&json!("shop"), &json!(3)));
+    let vm = &vpg["vms"][0];
+    assert_eq!((&vm["name"], &vm["checkpoints"], &vm["member"]), (&json!("db"), &json!(3), &json!(true)));
+    assert_eq!(vm["disks"], json!([{ "number": 0, "size_bytes": SIZE_BYTES }]));
+    assert_eq!(
+        (&vm["oldest_time_us"], &vm["newest_time_us"]),
+        (&json!(START_US), &json!(START_US + 120_000_000))
+    );
     let facts = answer(&["inspect", &store, "--json"]);
     assert_eq!(facts["state"], "consistent");
     assert_eq!(facts["newest_seq"], journal.seq);
@@ -103,6 +109,18 @@ fn a_datastore_is_listed_and_a_journal_described() {
     let found: Vec<_> =
         checkpoints["checkpoints"].as_array().expect("list").iter().map(|at| &at["cut"]).collect();
     assert_eq!(found, cuts.iter().map(|cut| json!(cut)).collect::<Vec<_>>().iter().collect::<Vec<_>>());
+    std::fs::create_dir(datastore(&journal).join("broken")).expect("folder");
+    std::fs::write(datastore(&journal).join("broken/journal.hfj"), "no journal").expect("file");
+    let list = answer(&["ls", &store, "--json"]);
+    assert!(
+        list["unreadable"][0]["folder"].as_str().is_some_and(|folder| folder.ends_with("broken")),
+        "{list}"
+    );
+    let (text, _) = call(&["ls", &store]).expect("it works");
+    for part in ["VPG shop", "VM db", "disk 0 of 4.0 MiB", "3 checkpoints: ", "cannot be opened: "] {
+        assert!(text.contains(part), "{part:?} is not in {text}");
+    }
+    std::fs::remove_dir_all(datastore(&journal).join("broken")).expect("removed");
     for command in ["ls", "inspect", "checkpoints"] {
         let (text, _) = call(&[command, &store]).expect("it works");
         assert!(!text.is_empty());
@@ -122,6 +140,7 @@ fn a_disk_is_extracted_at_each_kind_of_moment() {
         ("before upgrade".to_owned(), cuts[1]),
         (middle.to_string(), middle),
         ("2026-11-22T17:30:59Z".to_owned(), cuts[0]),
+        (format!("{:032x}-{}", 77, cuts[1]), cuts[1]),
     ] {
         let arguments = ["extract", &store, "--at", &at, "--out", &out_name, "--force", "--quiet"];
         let (text, _) = call(&arguments).expect("extracted");
@@ -130,7 +149,7 @@ fn a_disk_is_extracted_at_each_kind_of_moment() {
     }
     let blocks = std::os::unix::fs::MetadataExt::blocks(&std::fs::metadata(&out).expect("image"));
     assert!(blocks * 512 < SIZE_BYTES, "the image is not sparse");
-    assert!(!journal.folder.join("out.img.unfinished").exists());
+    assert!(!journal.folder.join("out.img.partial").exists());
 }
 
 #[test]
@@ -145,6 +164,10 @@ fn what_cannot_be_extracted_is_named_with_a_remedy() {
     assert!(text.contains("before upgrade") && text.contains("nearest"), "{text}");
     let text = extract("2020-01-01T00:00:00Z");
     assert!(text.contains("the oldest is") && text.contains(&cuts[0].to_string()), "{text}");
+    let text = extract("0000000000000000000000000000004d-999999");
+    assert!(text.contains("no checkpoint 0000000000000000000000000000004d-999999"), "{text}");
+    let text = failure(&["extract", &store, "--at", "latest", "--vm", "nobody", "--out", &out]);
+    assert!(text.contains("there are: db"), "{text}");
     let text = extract("999999");
     assert!(text.contains("999999") && text.contains(&cuts[2].to_string()), "{text}");
     let text = failure(&["extract", &store, "--at", "latest", "--disk", "3", "--out", &out]);
@@ -404,4 +427,22 @@ fn verify_finds_every_flipped_bit_and_names_it() {
     std::fs::remove_file(journal.folder.join("disk-0.raw")).expect("disk");
     let damage = verify::check(&path).expect("readable").damage;
     assert!(damage[0].what.contains("disk-0.raw"), "{damage:?}");
+}
+
+#[test]
+fn a_grown_disk_is_extracted_though_its_recovery_disk_has_not_grown() {
+    let (mut journal, cuts) = protected("grown");
+    let store = datastore(&journal).to_path_buf();
+    let _clean_up = CleanUp(&store);
+    journal.resize(SIZE_BYTES + (3 << 20) + 4096);
+    journal.write(SIZE_BYTES + (2 << 20), vec![0x3c; 8192]);
+    let cut = journal.checkpoint("grown", START_US + 600_000_000);
+    journal.flush();
+    let out = journal.folder.join("out.img").to_string_lossy().into_owned();
+    for cut in [cuts[2], cut] {
+        let at = cut.to_string();
+        call(&["extract", &store.to_string_lossy(), "--at", &at, "--out", &out, "--force", "--quiet"])
+            .expect("extracted");
+        assert!(std::fs::read(&out).expect("image") == journal.model(cut), "wrong bytes at {cut}");
+    }
 }

@@ -2,6 +2,7 @@
 
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
+use journal::batch::CheckpointKind;
 
 /// A time in the local zone, to the millisecond.
 pub(super) fn time(time_us: u64) -> String {
@@ -11,6 +12,15 @@ pub(super) fn time(time_us: u64) -> String {
             timestamp.to_zoned(TimeZone::system()).strftime("%Y-%m-%dT%H:%M:%S.%3f%:z").to_string()
         }
         None => format!("{time_us} µs"),
+    }
+}
+
+/// What made a checkpoint, in a word.
+pub(super) fn checkpoint_kind(kind: CheckpointKind) -> &'static str {
+    match kind {
+        CheckpointKind::Automatic => "automatic",
+        CheckpointKind::Tagged => "tagged",
+        CheckpointKind::Application => "application",
     }
 }
 

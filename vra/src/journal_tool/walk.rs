@@ -28,8 +28,19 @@ pub(super) struct Walked {
     pub(super) torn_tail: Option<String>,
 }
 
+/// Is told of a batch, of what is wrong with its payloads, and of its place in the slot, in bytes.
+type OnBatch<'a> = &'a mut dyn FnMut(&BatchView<'_>, &[BatchError], u64) -> anyhow::Result<()>;
+
 /// Walks a segment. `slot` is all of its slot.
-pub(super) fn walk(slot: &[u8], header: &SegmentHeader, trailer: Option<&SegmentTrailer>) -> Walked {
+///
+/// # Errors
+/// Those of `on_batch`.
+pub(super) fn walk(
+    slot: &[u8],
+    header: &SegmentHeader,
+    trailer: Option<&SegmentTrailer>,
+    on_batch: OnBatch<'_>,
+) -> anyhow::Result<Walked> {
     let data_end = trailer.map_or(slot.len() - PAGE_BYTES, |trailer| {
         (trailer.data_end_bytes as usize).min(slot.len() - PAGE_BYTES)
     });
@@ -81,6 +92,7 @@ pub(super) fn walk(slot: &[u8], header: &SegmentHeader, trailer: Option<&Segment
         if damage.is_empty() {
             footer.add(&batch, at as u64);
         }
+        on_batch(&batch, &damage, at as u64)?;
         walked.note(&batch, &damage, at as u64);
         at += batch.len_bytes();
         after_gap = false;
@@ -91,7 +103,7 @@ pub(super) fn walk(slot: &[u8], header: &SegmentHeader, trailer: Option<&Segment
     if let Some(trailer) = trailer {
         walked.check_footer(slot, trailer, footer);
     }
-    walked
+    Ok(walked)
 }
 
 enum Wrong {

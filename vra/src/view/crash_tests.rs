@@ -241,7 +241,7 @@ impl World {
         // All that an opening leaves is durable.
         let image = std::fs::read(&self.path).expect("image");
         let settings = ViewSettings { logical_block_bytes: 512, look_for_holes: false };
-        let source = view_source(&self.journal, self.journal.seq);
+        let source = view_source(&self.journal, self.journal.seq, Freshness::Superblock);
         let disk = ViewDisk::new(source, settings, Some(scratch)).expect("view");
         let lanes = (0..LANES)
             .map(|_| {

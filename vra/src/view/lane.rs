@@ -16,7 +16,7 @@ use super::plan::{Fetch, JOURNAL_FILE, Plan, SCRATCH_FILE, plan};
 use super::scratch::commit::Commit;
 use super::scratch::gate::Pass;
 use super::scratch::map::{Place, Run};
-use super::{Freshness, Scratch, ViewDisk};
+use super::{Scratch, Shown, ViewDisk};
 
 /// A lane of a [`ViewDisk`].
 pub(super) struct ViewLane {
@@ -57,6 +57,8 @@ struct ReadJob {
     /// Absent while the recovery disk is read into it.
     slot: Option<Slot>,
     plan: Plan,
+    /// What it was planned by.
+    shown: Arc<Shown>,
     /// How far promotion had come when it was planned.
     promoted_seq: u64,
     /// Fetched before the recovery disk's data was there.
@@ -118,8 +120,10 @@ impl ViewLane {
             Some(scratch) => scratch.lock().map.find(offset_bytes, len_bytes),
             None => vec![Run { offset_bytes, len_bytes, place: Place::Below }],
         };
-        let promoted_seq = self.disk.volume.promoted().through_seq();
-        let plan = match plan(&self.disk.volume, &runs, &self.disk.limits) {
+        let shown = self.disk.shown();
+        let promoted_seq = shown.volume.promoted().through_seq();
+        let plan = match plan(&shown.volume, &runs, &self.disk.limits, |end| self.disk.recovery_disk_len(end))
+        {
             Ok(plan) if plan.fetches.is_empty() || self.arena.is_some() => plan,
             Ok(_) => {
                 port.complete(Completion { tag, result: Err(Errno(libc::ENOMEM)), slot });
@@ -141,6 +145,7 @@ impl ViewLane {
             len_bytes,
             slot,
             plan,
+            shown,
             promoted_seq,
             early: Vec::new(),
             out,
@@ -215,7 +220,7 @@ impl ViewLane {
         job.fill_zeroes();
         let doubtful = job.plan.uses_recovery_disk || job.error.is_some();
         match &self.disk.freshness {
-            Freshness::Superblock if doubtful => {
+            freshness if doubtful && freshness.is_superblock() => {
                 self.unconfirmed.push(index);
                 self.start_check(port);
             }
@@ -226,9 +231,11 @@ impl ViewLane {
     fn answer_read(&mut self, index: u32, port: &mut dyn Port) {
         let Some(Job::Read(job)) = self.jobs.remove(index) else { return };
         let gone = self.disk.is_gone();
-        let has_moved = self.disk.volume.promoted().through_seq() > job.promoted_seq;
+        let has_moved = job.shown.volume.promoted().through_seq() > job.promoted_seq
+            || !Arc::ptr_eq(&job.shown, &self.disk.shown());
         if !gone && has_moved && (job.error.is_some() || job.damage.is_some()) {
-            // The slots of what was promoted meanwhile may have been used again: it is on the recovery disk now.
+            // The slots of what was promoted meanwhile may have been used again: it is on the recovery disk now. Those of what was
+            // copied elsewhere, too.
             let ReadJob { tag, offset_bytes, len_bytes, slot, .. } = *job;
             return self.read(Request { tag, op: Op::Read, offset_bytes, len_bytes, fua: false, slot }, port);
         }
@@ -252,6 +259,10 @@ impl ViewLane {
         submit_check(0, slot, port);
     }
 
+    fn has_failed(&mut self, index: u32) -> bool {
+        matches!(self.jobs.get(index), Some(Job::Read(job)) if job.error.is_some())
+    }
+
     fn check_done(&mut self, copy: u32, result: Result<(), Errno>, buffer: IoBuffer, port: &mut dyn Port) {
         let (Some(check), IoBuffer::Owned(slot)) = (&mut self.check, buffer) else { return };
         check.copies[copy as usize] =
@@ -265,7 +276,12 @@ impl ViewLane {
         let newest = check.copies.into_iter().flatten().max_by_key(|copy| copy.sequence);
         // Two copies that cannot be read mean that nothing can be said: better no data than wrong data.
         match newest.filter(|superblock| still_there(superblock, self.disk.seq).is_ok()) {
-            Some(superblock) => self.disk.volume.promoted().raise(superblock.low_water.seq),
+            Some(superblock) => {
+                self.disk.shown().volume.promoted().raise(superblock.low_water.seq);
+                if check.jobs.iter().any(|job| self.has_failed(*job)) {
+                    self.disk.collect_again(&superblock);
+                }
+            }
             None => self.disk.set_gone(),
         }
         for index in check.jobs {

@@ -4,6 +4,7 @@
 //! [`ViewDisk`] needs files and a [`VolumeView`], nothing of the daemon: `vra-journal` serves it from a datastore alone.
 
 mod lane;
+mod layout;
 mod plan;
 mod scratch;
 
@@ -12,8 +13,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock};
 use journal::storage::AlignedBuf;
@@ -22,6 +23,7 @@ use nix::errno::Errno;
 use ublk::arena::{Arena, SLOT_ALIGN_BYTES};
 use ublk::serve::{Allocation, Disk, Extent, Geometry, Lane, Waker, ZeroLimits};
 
+pub use self::layout::Layout;
 use self::plan::PlanLimits;
 use self::scratch::commit::{Commits, PAGES_AT_ONCE};
 pub use self::scratch::file::{ScratchError, ScratchFile, remove as remove_scratch};
@@ -61,7 +63,25 @@ pub enum Freshness {
     Flag(Arc<AtomicBool>),
     /// The owner may be another process: the journal's superblock is read after each read of the recovery disk.
     Superblock,
+    /// The same, and that process may open the journal anew meanwhile, which moves the newest segment: what seems damaged then is
+    /// looked for again before it is called so.
+    Collected {
+        /// Where the segments were when the view was made.
+        layout: Layout,
+        /// Finds the segments again. It waits for the disk, so it is for processes that serve nothing else.
+        collect: Collect,
+    },
 }
+
+impl Freshness {
+    /// Whether the superblock tells.
+    fn is_superblock(&self) -> bool {
+        matches!(self, Self::Superblock | Self::Collected { .. })
+    }
+}
+
+/// Makes a view of the same disk at the same number from what the file holds now.
+pub type Collect = Box<dyn Fn() -> anyhow::Result<(VolumeView, Layout)> + Send + Sync>;
 
 /// How a view looks to its guest.
 #[derive(Clone, Copy, Debug)]
@@ -90,12 +110,22 @@ pub enum ViewDiskError {
     Scratch(#[from] ScratchError),
 }
 
+/// Where the bytes of a view are, as found out at one time.
+struct Shown {
+    volume: VolumeView,
+    layout: Option<Layout>,
+}
+
 /// A view as a disk.
 pub struct ViewDisk {
-    volume: VolumeView,
+    number: u16,
+    size_bytes: u64,
+    shown: RwLock<Arc<Shown>>,
     seq: u64,
     freshness: Freshness,
     limits: PlanLimits,
+    /// How long the recovery disk is at least, in bytes: promotion makes it longer.
+    recovery_disk_len: AtomicU64,
     settings: ViewSettings,
     /// In the order of [`plan::JOURNAL_FILE`], [`plan::RECOVERY_DISK_FILE`], [`plan::SCRATCH_FILE`].
     files: Vec<File>,
@@ -162,8 +192,14 @@ impl ViewDisk {
                 Some(Scratch { state: Mutex::new(state), poisoned, pages })
             }
         };
+        let layout = match &freshness {
+            Freshness::Collected { layout, .. } => Some(layout.clone()),
+            Freshness::Flag(_) | Freshness::Superblock => None,
+        };
         Ok(Arc::new(Self {
-            volume,
+            number: volume.number(),
+            size_bytes: volume.size_bytes(),
+            shown: RwLock::new(Arc::new(Shown { volume, layout })),
             seq,
             freshness,
             limits: PlanLimits {
@@ -171,6 +207,7 @@ impl ViewDisk {
                 disk_align_bytes: u64::from(align),
                 journal_align_bytes: u64::from(journal_align),
             },
+            recovery_disk_len: AtomicU64::new(0),
             settings,
             files,
             scratch,
@@ -212,10 +249,55 @@ impl ViewDisk {
             || matches!(&self.freshness, Freshness::Flag(flag) if flag.load(Ordering::Acquire))
     }
 
+    /// The first damage that was met: the record, and where on the disk, in bytes.
+    pub fn first_damage(&self) -> Option<(u64, u64)> {
+        self.reported.lock().unwrap_or_else(PoisonError::into_inner).first().copied()
+    }
+
+    /// Where the bytes are, as last found out.
+    fn shown(&self) -> Arc<Shown> {
+        Arc::clone(&self.shown.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// How long the recovery disk is, in bytes, as far as a read up to `end_bytes` must know.
+    fn recovery_disk_len(&self, end_bytes: u64) -> u64 {
+        let known = self.recovery_disk_len.load(Ordering::Acquire);
+        if end_bytes <= known {
+            return known;
+        }
+        let found = self.files[plan::RECOVERY_DISK_FILE.0 as usize].metadata().map(|metadata| metadata.len());
+        // What can't be told is found out by reading.
+        found.map_or(u64::MAX, |found| self.recovery_disk_len.fetch_max(found, Ordering::AcqRel).max(found))
+    }
+
+    /// Something could not be read as expected: finds the segments again if they may lie elsewhere now. Waits for the disk.
+    fn collect_again(&self, now: &Superblock) {
+        let Freshness::Collected { collect, .. } = &self.freshness else { return };
+        let shown = self.shown();
+        let Some(layout) = shown.layout.as_ref().filter(|layout| layout.may_have_changed(now)) else {
+            return;
+        };
+        match collect() {
+            Ok((_, found)) if found == *layout => {}
+            Ok((volume, found)) => {
+                let found = Arc::new(Shown { volume, layout: Some(found) });
+                *self.shown.write().unwrap_or_else(PoisonError::into_inner) = found;
+            }
+            Err(error) => {
+                let error = crate::report::chain(error.as_ref());
+                tracing::warn!(
+                    event = "view_not_collected",
+                    error,
+                    "the journal changed and cannot be read again"
+                );
+            }
+        }
+    }
+
     /// Notes that the history is gone.
     fn set_gone(&self) {
         if !self.gone.swap(true, Ordering::AcqRel) {
-            let (seq, volume) = (self.seq, self.volume.number());
+            let (seq, volume) = (self.seq, self.number);
             tracing::error!(
                 event = "view_checkpoint_gone",
                 seq,
@@ -278,7 +360,7 @@ impl ViewDisk {
 
     /// Whether the journal's owner still keeps the history, as far as another process can know. Waits for the disk.
     fn is_still_there(&self) -> bool {
-        if !matches!(self.freshness, Freshness::Superblock) {
+        if !self.freshness.is_superblock() {
             return !self.is_gone();
         }
         let journal = &self.files[plan::JOURNAL_FILE.0 as usize];
@@ -293,7 +375,7 @@ impl ViewDisk {
 
     /// What was never written in the view, from the start of the range on.
     fn extent_below(&self, offset_bytes: u64, len_bytes: u64) -> Extent {
-        match self.volume.index().overlapping(offset_bytes, len_bytes).next() {
+        match self.shown().volume.index().overlapping(offset_bytes, len_bytes).next() {
             Some(piece) if piece.offset_bytes <= offset_bytes => {
                 let allocation = if piece.is_zeroes() { Allocation::Hole } else { Allocation::Data };
                 Extent { len_bytes: len_bytes.min(piece.end_bytes() - offset_bytes), allocation }
@@ -333,7 +415,7 @@ impl Disk for ViewDisk {
             ..zeroes
         });
         Geometry {
-            size_bytes: self.volume.size_bytes(),
+            size_bytes: self.size_bytes,
             logical_block_bytes: self.settings.logical_block_bytes,
             physical_block_bytes: PAGE_BYTES as u32,
             volatile_cache: writable,

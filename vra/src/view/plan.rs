@@ -121,11 +121,17 @@ impl Fetch {
     }
 }
 
-/// Plans a read of `runs`, which are in order and without gaps.
+/// Plans a read of `runs`, which are in order and without gaps. `disk_len_bytes` says how long the recovery disk is, given a place up to
+/// which it matters: behind its end it is zero until promotion comes to the resize.
 ///
 /// # Errors
 /// The range is outside of the disk, or a part of it is lost (C5).
-pub(super) fn plan(volume: &VolumeView, runs: &[Run], limits: &PlanLimits) -> Result<Plan, ViewError> {
+pub(super) fn plan(
+    volume: &VolumeView,
+    runs: &[Run],
+    limits: &PlanLimits,
+    disk_len_bytes: impl FnOnce(u64) -> u64,
+) -> Result<Plan, ViewError> {
     let mut plan = Plan::default();
     let (mut disk_ranges, mut journal_parts) = (Vec::new(), Vec::new());
     for run in runs {
@@ -155,7 +161,18 @@ pub(super) fn plan(volume: &VolumeView, runs: &[Run], limits: &PlanLimits) -> Re
             }
         }
     }
-    plan.uses_recovery_disk = !disk_ranges.is_empty();
+    if let Some(last) = disk_ranges.last() {
+        plan.uses_recovery_disk = true;
+        // Asked for only now: what was promoted before the plan was made is in the file by now.
+        let len_bytes = disk_len_bytes(last.end);
+        for range in &mut disk_ranges {
+            if range.end > len_bytes {
+                plan.zeroes.push(range.start.max(len_bytes)..range.end);
+                range.end = len_bytes.max(range.start);
+            }
+        }
+        disk_ranges.retain(|range| !range.is_empty());
+    }
     plan.read_disk(&disk_ranges, runs, limits);
     if !plan.uses_recovery_disk
         && let Some(range) = one_stretch(&journal_parts, runs, limits)

@@ -110,11 +110,25 @@ impl TestJournal {
         self.changes.push((self.seq, offset_bytes, vec![0; len_bytes as usize]));
     }
 
+    /// The volume grows; the recovery disk doesn't before a promotion.
+    pub(crate) fn resize(&mut self, size_bytes: u64) {
+        self.push(|seq| Record::resize(seq, seq, 0, size_bytes));
+        let more_bytes = (size_bytes - self.size_bytes) as usize;
+        self.changes.push((self.seq, self.size_bytes, vec![0; more_bytes]));
+        self.size_bytes = size_bytes;
+    }
+
     /// A checkpoint of all so far at `time_us`; its cut.
     #[allow(dead_code, reason = "for tests of the journal tool")]
     pub(crate) fn checkpoint(&mut self, tag: &str, time_us: u64) -> u64 {
+        self.group_checkpoint(self.seq, tag, time_us)
+    }
+
+    /// The same as one of a group: all its journals have the same `counter`.
+    #[allow(dead_code, reason = "for tests of the journal tool")]
+    pub(crate) fn group_checkpoint(&mut self, counter: u64, tag: &str, time_us: u64) -> u64 {
         let cut = self.seq;
-        let epoch = Epoch { nonce: Uuid::from_u128(77), counter: cut };
+        let epoch = Epoch { nonce: Uuid::from_u128(77), counter };
         let kind = if tag.is_empty() { CheckpointKind::Automatic } else { CheckpointKind::Tagged };
         let tag = tag.to_owned();
         let checkpoint = Checkpoint { epoch, cut, member_set_version: 1, time_us, kind, tag };
@@ -161,7 +175,9 @@ impl TestJournal {
     pub(crate) fn model(&self, seq: u64) -> Vec<u8> {
         let mut bytes = self.base.clone();
         for (_, offset_bytes, data) in self.changes.iter().take_while(|(at, _, _)| *at <= seq) {
-            bytes[*offset_bytes as usize..][..data.len()].copy_from_slice(data);
+            let end = *offset_bytes as usize + data.len();
+            bytes.resize(bytes.len().max(end), 0);
+            bytes[*offset_bytes as usize..end].copy_from_slice(data);
         }
         bytes
     }

@@ -127,7 +127,7 @@ impl Guest {
     }
 }
 
-pub(super) fn view_source(journal: &TestJournal, seq: u64) -> ViewSource {
+pub(super) fn view_source(journal: &TestJournal, seq: u64, freshness: Freshness) -> ViewSource {
     let direct = |name: &str| {
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(libc::O_DIRECT);
@@ -138,16 +138,20 @@ pub(super) fn view_source(journal: &TestJournal, seq: u64) -> ViewSource {
         journal: direct("journal.hfj"),
         recovery_disk: direct("disk-0.raw"),
         seq,
-        freshness: Freshness::Superblock,
+        freshness,
         keep: Box::new(()),
     }
 }
 
 fn view(journal: &TestJournal, seq: u64, scratch_bytes: u64) -> Arc<ViewDisk> {
+    view_that(journal, seq, scratch_bytes, Freshness::Superblock)
+}
+
+fn view_that(journal: &TestJournal, seq: u64, scratch_bytes: u64, freshness: Freshness) -> Arc<ViewDisk> {
     let settings = ViewSettings { logical_block_bytes: 512, look_for_holes: true };
     let scratch = (scratch_bytes > 0)
         .then(|| ScratchFile::create(&journal.folder.join("scratch-0.raw"), scratch_bytes).expect("scratch"));
-    ViewDisk::new(view_source(journal, seq), settings, scratch).expect("view")
+    ViewDisk::new(view_source(journal, seq, freshness), settings, scratch).expect("view")
 }
 
 #[test]
@@ -168,6 +172,27 @@ fn reads_that_the_recovery_disk_cannot_take_in_place_go_beside() {
     let mut disk = view(&journal, journal.seq, 0);
     Arc::get_mut(&mut disk).expect("alone").limits.disk_align_bytes = 4096;
     Guest::new(&disk, 1, 7).compare(&journal.model(journal.seq));
+}
+
+/// The recovery disk ends where the volume did before: it grows with the promotion of the resize.
+#[test]
+fn a_grown_volume_is_zero_behind_its_recovery_disk() {
+    let mut journal = TestJournal::new("grown", SIZE_BYTES, "{}");
+    journal.random_changes(9, 20, 100);
+    let before = journal.seq;
+    journal.resize(SIZE_BYTES + (1 << 20));
+    journal.write(SIZE_BYTES + 65536, vec![0x3c; 8192]);
+    journal.flush();
+    for (seq, size_bytes) in [(before, SIZE_BYTES), (journal.seq, SIZE_BYTES + (1 << 20))] {
+        let disk = view(&journal, seq, 0);
+        assert_eq!(disk.geometry().size_bytes, size_bytes);
+        let (model, mut guest) = (journal.model(seq), Guest::new(&disk, 1, 6));
+        for at in (0..size_bytes).step_by(49152) {
+            let len = 131_072.min(size_bytes - at);
+            let read = guest.read(at, len).expect("readable");
+            assert!(read == model[at as usize..(at + len) as usize], "different in {at}+{len} at {seq}");
+        }
+    }
 }
 
 #[test]
@@ -255,6 +280,47 @@ fn damage_is_eio_where_it_is_and_nowhere_else() {
     assert_eq!(guest.read(0, 131_072), Err(libc::EIO));
     assert_eq!(guest.read(0, 16384).expect("whole"), [0x11; 16384]);
     assert!(!disk.is_gone());
+}
+
+/// Another process opens the journal, which copies its newest segment elsewhere, and uses the old place again.
+#[test]
+fn a_view_finds_segments_again_that_another_process_moved() {
+    let mut journal = TestJournal::new("moved", SIZE_BYTES, "{}");
+    journal.random_changes(8, 10, 10);
+    journal.change(Change::Seal);
+    journal.write(0, vec![0x5a; 65536]);
+    journal.flush();
+    let (seq, path) = (journal.seq, journal.path());
+    let model = journal.model(seq);
+    let collect = {
+        let path = path.clone();
+        move || {
+            let mut storage = journal::storage::ring::RingStorage::new(64)?;
+            let file =
+                journal::storage::ring::DirectFile::open(&path, journal::storage::ring::Access::ReadOnly)?;
+            let file = storage.add_file(file);
+            let reader = journal::view::Reader::open(&mut storage, file, Default::default())?;
+            Ok((reader.view(seq)?.take_volume(0)?, Layout::of(&reader.survey)))
+        }
+    };
+    let (_, layout) = collect().map_err(|error: anyhow::Error| error.to_string()).expect("readable");
+    let found = view_that(&journal, seq, 0, Freshness::Collected { layout, collect: Box::new(collect) });
+    let lost = view(&journal, seq, 0);
+    journal.reopen();
+    for round in 0..40 {
+        journal.random_changes(100 + round, 30, 200);
+    }
+    Guest::new(&found, 2, 3).compare(&model);
+    assert_eq!(found.first_damage(), None);
+    assert_eq!(Guest::new(&lost, 1, 3).read(0, 65536), Err(libc::EIO), "the old place was used again");
+
+    // What is damaged is damaged wherever it lies.
+    TestJournal::flip_bit(&path, &[0x5a; 16384], 5000);
+    let mut guest = Guest::new(&found, 1, 4);
+    assert_eq!(guest.read(4096, 4096), Err(libc::EIO));
+    assert_eq!(guest.read(8192, 4096).expect("whole"), [0x5a; 4096]);
+    assert_eq!(found.first_damage().map(|(record, _)| record), Some(seq));
+    assert!(!found.is_gone());
 }
 
 #[test]

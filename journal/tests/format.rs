@@ -1,0 +1,155 @@
+//! Superblock, manifest, and a segment's first and last page: what is written comes back, and no flipped bit gets through. Batches and
+//! footers have files of their own.
+
+use journal::format::manifest::{MAX_MANIFEST_BYTES, Manifest, ManifestError};
+use journal::format::superblock::ManifestPlace;
+use journal::format::{
+    ChainPoint, JournalState, MAX_SLOT_BYTES, MAX_SLOTS, MIN_SLOT_BYTES, PAGE_BYTES, PageError,
+    SegmentHeader, SegmentTrailer, Superblock, SuperblockError, VolumeState,
+};
+use proptest::prelude::*;
+use uuid::Uuid;
+
+const PAGE: u64 = PAGE_BYTES as u64;
+
+fn any_uuid() -> impl Strategy<Value = Uuid> {
+    any::<u128>().prop_map(Uuid::from_u128)
+}
+
+fn any_slot_len_bytes() -> impl Strategy<Value = u64> {
+    (MIN_SLOT_BYTES / PAGE..=MAX_SLOT_BYTES / PAGE).prop_map(|pages| pages * PAGE)
+}
+
+fn any_point() -> impl Strategy<Value = ChainPoint> {
+    (0..u64::MAX, any::<u32>()).prop_map(|(seq, batch_crc)| ChainPoint { seq, batch_crc })
+}
+
+fn any_state() -> impl Strategy<Value = JournalState> {
+    prop_oneof![
+        any::<u64>().prop_map(|sync_id| JournalState::FirstSync { sync_id }),
+        Just(JournalState::Consistent),
+        any::<u64>().prop_map(|sync_id| JournalState::HistoryGivenUp { sync_id }),
+    ]
+}
+
+fn any_volume() -> impl Strategy<Value = VolumeState> {
+    (any_uuid(), any::<u64>(), 0..=1_u64 << 60, any::<bool>()).prop_map(
+        |(id, base_seq, size_bytes, fresh_image)| VolumeState { id, base_seq, size_bytes, fresh_image },
+    )
+}
+
+prop_compose! {
+    fn any_superblock()(
+        (journal_id, vm_id, vpg_id) in (any_uuid(), any_uuid(), any_uuid()),
+        (tail_generation, parent_generation) in (any_uuid(), any_uuid()),
+        (slot_len_bytes, slot_count) in (any_slot_len_bytes(), 0..=MAX_SLOTS),
+        (sequence, open_count, promotion_intent_seq, receive_time_us) in any::<(u64, u64, u64, u64)>(),
+        (generation_first_seq, generation_fork_seq) in any::<(u64, u64)>(),
+        manifest in prop::option::of((0..2_u32, any::<u32>()).prop_map(|(slot, crc)| ManifestPlace { slot, crc })),
+        (low_water_segment, low_water, state) in (0..u64::MAX, any_point(), any_state()),
+        volumes in prop::collection::vec(any_volume(), 0..=64),
+    ) -> Superblock {
+        Superblock {
+            sequence, journal_id, vm_id, vpg_id, slot_len_bytes, slot_count, open_count, manifest, low_water_segment,
+            low_water, state, promotion_intent_seq, tail_generation, parent_generation, generation_first_seq,
+            generation_fork_seq, receive_time_us, volumes,
+        }
+    }
+}
+
+prop_compose! {
+    fn any_header()(
+        slot_len_bytes in any_slot_len_bytes(),
+    )(
+        slot_len_bytes in Just(slot_len_bytes),
+        carried_pages in 1..slot_len_bytes / PAGE,
+        journal_id in any_uuid(),
+        (number, slot, after) in (1..u64::MAX, any::<u32>(), any_point()),
+        (open_count, begin_time_us) in any::<(u64, u64)>(),
+    ) -> SegmentHeader {
+        let carried_end_bytes = carried_pages * PAGE;
+        SegmentHeader { journal_id, number, slot, open_count, after, carried_end_bytes, begin_time_us, slot_len_bytes }
+    }
+}
+
+prop_compose! {
+    fn any_trailer()(
+        // A slot whose first pages all were carried has no room for a footer.
+        header in any_header().prop_filter("room", |header| header.carried_end_bytes + 2 * PAGE <= header.slot_len_bytes),
+    )(
+        data_end_pages in header.carried_end_bytes / PAGE..=header.slot_len_bytes / PAGE - 2,
+        last_seq in header.after.seq..=u64::MAX,
+        header in Just(header),
+        (last_batch_crc, footer_crc, end_time_us) in any::<(u32, u32, u64)>(),
+        footer_share in 0..=100_u64,
+    ) -> SegmentTrailer {
+        let room_pages = header.slot_len_bytes / PAGE - 1 - data_end_pages;
+        let footer_len_bytes = (1 + (room_pages - 1) * footer_share / 100) * PAGE;
+        let last = ChainPoint { seq: last_seq, batch_crc: last_batch_crc };
+        SegmentTrailer { header, data_end_bytes: data_end_pages * PAGE, footer_len_bytes, footer_crc, last, end_time_us }
+    }
+}
+
+fn flipped(page: &[u8], bit: usize) -> Vec<u8> {
+    let mut bytes = page.to_vec();
+    bytes[bit / 8] ^= 1 << (bit % 8);
+    bytes
+}
+
+proptest! {
+    #[test]
+    fn a_superblock_comes_back(superblock in any_superblock(), bit in 0..PAGE_BYTES * 8) {
+        let page = superblock.encode();
+        prop_assert_eq!(Superblock::decode(&page), Ok(superblock));
+        let error = Superblock::decode(&flipped(&page, bit)).expect_err("must be noticed");
+        match bit / 8 {
+            0..8 => prop_assert_eq!(error, SuperblockError::Magic),
+            8..12 => prop_assert!(matches!(error, SuperblockError::Version(_))),
+            _ => prop_assert_eq!(error, SuperblockError::Crc),
+        }
+    }
+
+    #[test]
+    fn a_segment_header_comes_back(header in any_header(), bit in 0..PAGE_BYTES * 8) {
+        let page = header.encode();
+        let slot_len_bytes = header.slot_len_bytes;
+        prop_assert_eq!(SegmentHeader::decode_of_any(&page), Ok(header.clone()));
+        prop_assert!(SegmentTrailer::decode(&page, slot_len_bytes).is_err_and(|error| error == PageError::Magic));
+        prop_assert!(SegmentHeader::decode(&flipped(&page, bit), slot_len_bytes).is_err());
+        prop_assert_eq!(SegmentHeader::decode(&page, slot_len_bytes), Ok(header));
+    }
+
+    #[test]
+    fn a_segment_trailer_comes_back(trailer in any_trailer(), bit in 0..PAGE_BYTES * 8) {
+        let page = trailer.encode();
+        let slot_len_bytes = trailer.header.slot_len_bytes;
+        prop_assert!(SegmentHeader::decode(&page, slot_len_bytes).is_err_and(|error| error == PageError::Magic));
+        prop_assert!(SegmentTrailer::decode(&flipped(&page, bit), slot_len_bytes).is_err());
+        prop_assert_eq!(SegmentTrailer::decode(&page, slot_len_bytes), Ok(trailer));
+    }
+
+    #[test]
+    fn a_manifest_comes_back(
+        journal_id in any_uuid(),
+        sequence in any::<u64>(),
+        text in "\\PC{0,2000}",
+        at in any::<prop::sample::Index>(),
+    ) {
+        let manifest = Manifest { journal_id, sequence, text };
+        let (bytes, crc) = manifest.encode().expect("short enough");
+        prop_assert_eq!(bytes.len() % PAGE_BYTES, 0);
+        let covered_bytes = 64 + manifest.text.len();
+        prop_assert!(Manifest::decode(&flipped(&bytes, at.index(covered_bytes * 8))).is_err());
+        prop_assert_eq!(Manifest::decode(&bytes), Ok((manifest, crc)));
+    }
+}
+
+#[test]
+fn a_manifest_may_be_as_long_as_its_slot_and_no_longer() {
+    let of = |len_bytes| Manifest { journal_id: Uuid::nil(), sequence: 1, text: "x".repeat(len_bytes) };
+    let (bytes, crc) = of(MAX_MANIFEST_BYTES).encode().expect("fits");
+    assert_eq!(bytes.len(), journal::format::MANIFEST_SLOT_BYTES);
+    assert_eq!(Manifest::decode(&bytes), Ok((of(MAX_MANIFEST_BYTES), crc)));
+    let too_long = MAX_MANIFEST_BYTES + 1;
+    assert_eq!(of(too_long).encode(), Err(ManifestError::Length(too_long as u32)));
+}
