@@ -2,7 +2,7 @@
 //! footers have files of their own.
 
 use journal::format::manifest::{MAX_MANIFEST_BYTES, Manifest, ManifestError};
-use journal::format::superblock::ManifestPlace;
+use journal::format::superblock::PairPlace;
 use journal::format::{
     ChainPoint, JournalState, MAX_SLOT_BYTES, MAX_SLOTS, MIN_SLOT_BYTES, PAGE_BYTES, PageError,
     SegmentHeader, SegmentTrailer, Superblock, SuperblockError, VolumeState,
@@ -22,6 +22,10 @@ fn any_slot_len_bytes() -> impl Strategy<Value = u64> {
 
 fn any_point() -> impl Strategy<Value = ChainPoint> {
     (0..u64::MAX, any::<u32>()).prop_map(|(seq, batch_crc)| ChainPoint { seq, batch_crc })
+}
+
+fn any_place() -> impl Strategy<Value = PairPlace> {
+    (0..2_u32, any::<u32>()).prop_map(|(slot, crc)| PairPlace { slot, crc })
 }
 
 fn any_state() -> impl Strategy<Value = JournalState> {
@@ -45,12 +49,12 @@ prop_compose! {
         (slot_len_bytes, slot_count) in (any_slot_len_bytes(), 0..=MAX_SLOTS),
         (sequence, open_count, promotion_intent_seq, receive_time_us) in any::<(u64, u64, u64, u64)>(),
         (generation_first_seq, generation_fork_seq) in any::<(u64, u64)>(),
-        manifest in prop::option::of((0..2_u32, any::<u32>()).prop_map(|(slot, crc)| ManifestPlace { slot, crc })),
+        (manifest, bad_list) in (prop::option::of(any_place()), prop::option::of(any_place())),
         (low_water_segment, low_water, state) in (0..u64::MAX, any_point(), any_state()),
         volumes in prop::collection::vec(any_volume(), 0..=64),
     ) -> Superblock {
         Superblock {
-            sequence, journal_id, vm_id, vpg_id, slot_len_bytes, slot_count, open_count, manifest, low_water_segment,
+            sequence, journal_id, vm_id, vpg_id, slot_len_bytes, slot_count, open_count, manifest, bad_list, low_water_segment,
             low_water, state, promotion_intent_seq, tail_generation, parent_generation, generation_first_seq,
             generation_fork_seq, receive_time_us, volumes,
         }

@@ -1,5 +1,6 @@
 //! Beside a VRA that opens the journal anew: what it moves is found again, and what is damaged is still told.
 
+use journal::bad_ranges::BadRanges;
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, slot_offset_bytes};
 use journal::writer::Change;
 
@@ -195,7 +196,11 @@ fn a_walk_over_a_file_follows_what_a_writer_moves_and_promotes() {
         let closed: Vec<_> = journal.writer.closed_segments().cloned().collect();
         let through = closed[closed.len() - 1].last;
         journal.change(Change::AnnouncePromotion { through });
-        journal.change(Change::EndPromotion { through, size_bytes: vec![SIZE_BYTES] });
+        journal.change(Change::EndPromotion {
+            through,
+            size_bytes: vec![SIZE_BYTES],
+            bad_ranges: BadRanges::default(),
+        });
         for round in 0..20 {
             journal.random_changes(2000 + round, 30, 200);
         }

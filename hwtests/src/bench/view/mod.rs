@@ -1,6 +1,7 @@
 //! Views beside the raw file: random reads through one, and opening one.
 
 mod door;
+mod synthetic;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -33,7 +34,50 @@ const fn reads(name: &'static str, what: &'static str, pair: PairFn) -> Benchmar
 
 type PairFn = fn(&mut Context, u32) -> Result<Pair>;
 
+const fn opening(
+    name: &'static str,
+    what: &'static str,
+    peer: &'static str,
+    gate: Option<f64>,
+    pair: PairFn,
+) -> Benchmark {
+    let (unit, better, place) = ("s", Better::Lower, BenchPlace::Host);
+    Benchmark { name, what, peer, unit, better, gate, place, programs: &[], pair }
+}
+
 pub(super) const BENCHMARKS: &[Benchmark] = &[
+    opening(
+        "view-open",
+        "a view over 10 million records is opened once more",
+        "the limit",
+        Some(1.0),
+        |context, number| open_pair(context, number, 64 << 30, false),
+    ),
+    opening(
+        "view-open-cold",
+        "the same after the kernel has dropped its caches",
+        "the limit",
+        None,
+        |context, number| open_pair(context, number, 64 << 30, true),
+    ),
+    opening(
+        "view-open-64t",
+        "a view of a disk of 64 TiB over 10 million records",
+        "a disk of 64 GiB",
+        Some(0.9),
+        open_sizes_pair,
+    ),
+    Benchmark {
+        name: "view-memory",
+        what: "memory of a view per million records of 4 KiB",
+        peer: "their footers, on disk",
+        unit: "MiB",
+        better: Better::Lower,
+        gate: None,
+        place: BenchPlace::Host,
+        programs: &[],
+        pair: memory_pair,
+    },
     reads(
         "view-read-1m",
         "random 4 KiB reads through a view over 1 million records of 4 KiB",
@@ -78,6 +122,56 @@ impl Records {
 /// A place for each number below a power of two, each once, in no order.
 fn scattered(number: u64, count: u64) -> u64 {
     number.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(0x1234_5671) % count
+}
+
+/// Records of the journals that are only opened.
+const OPENED_COUNT: u64 = 10_000_000;
+/// How long an opening may take, in seconds.
+const OPEN_LIMIT_S: f64 = 1.0;
+
+fn open_pair(context: &mut Context, number: u32, disk_bytes: u64, cold: bool) -> Result<Pair> {
+    let path = context.path("synthetic");
+    if number == 0 {
+        synthetic::make(&path, OPENED_COUNT, disk_bytes)?;
+        open_view(&path)?;
+    }
+    if cold {
+        std::fs::write("/proc/sys/vm/drop_caches", "3").context("dropping caches needs root")?;
+    }
+    let (elapsed_s, _) = open_view(&path)?;
+    Ok(Pair { ours: elapsed_s, peer: OPEN_LIMIT_S })
+}
+
+fn open_sizes_pair(context: &mut Context, number: u32) -> Result<Pair> {
+    let (small, large) = (context.path("64g"), context.path("64t"));
+    if number == 0 {
+        synthetic::make(&small, OPENED_COUNT, 64 << 30)?;
+        synthetic::make(&large, OPENED_COUNT, 64 << 40)?;
+        open_view(&small)?;
+        open_view(&large)?;
+    }
+    in_turn(number, || Ok(open_view(&large)?.0), || Ok(open_view(&small)?.0))
+}
+
+fn memory_pair(context: &mut Context, number: u32) -> Result<Pair> {
+    let path = context.path("synthetic");
+    let footers_bytes = synthetic::make(&path, OPENED_COUNT + u64::from(number), 64 << 30)?;
+    let (_, memory_bytes) = open_view(&path)?;
+    let per_million = |bytes: u64| bytes as f64 / f64::from(1 << 20) / (OPENED_COUNT as f64 / 1e6);
+    Ok(Pair { ours: per_million(memory_bytes), peer: per_million(footers_bytes) })
+}
+
+/// Opens a view of the newest state: how long it took, in seconds, and the memory of its index, in bytes.
+fn open_view(path: &Path) -> Result<(f64, u64)> {
+    let began = Instant::now();
+    let mut storage = RingStorage::new(64)?;
+    let file = storage.add_file(DirectFile::open(path, Access::ReadOnly)?);
+    let reader = Reader::open(&mut storage, file, SurveyOptions::default())?;
+    let view = reader.view(reader.newest_seq())?;
+    let elapsed_s = began.elapsed().as_secs_f64();
+    let index = view.volume(0)?.index();
+    ensure!(index.pieces().len() as u64 >= OPENED_COUNT, "the view has {} pieces", index.pieces().len());
+    Ok((elapsed_s, index.memory_bytes() as u64))
 }
 
 fn read_pair(context: &mut Context, number: u32, records: &Records) -> Result<Pair> {
