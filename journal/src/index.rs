@@ -47,8 +47,10 @@ pub struct Index {
 /// Gathers one volume's extents, then makes the index.
 #[derive(Debug, Default)]
 pub struct IndexBuilder {
-    /// One for each extent, in any order.
+    /// One for each extent: in each run in the order of places.
     pieces: Vec<IndexPiece>,
+    /// Where runs begin.
+    runs: Vec<usize>,
     crcs: Vec<u32>,
 }
 
@@ -133,6 +135,11 @@ impl IndexPiece {
 }
 
 impl IndexBuilder {
+    /// With room for so many extents.
+    pub fn with_capacity(extent_count: usize) -> Self {
+        Self { pieces: Vec::with_capacity(extent_count), ..Self::default() }
+    }
+
     /// Takes the volume's extents with numbers above `base_seq` and up to `through_seq` from a segment's footer.
     pub fn add(
         &mut self,
@@ -144,10 +151,10 @@ impl IndexBuilder {
         through_seq: u64,
     ) {
         let slot_offset = slot_offset_bytes(slot, slot_len_bytes);
-        let first = footer.extents.partition_point(|extent| extent.volume.get() < volume);
-        let end = first + footer.extents[first..].partition_point(|extent| extent.volume.get() == volume);
-        self.pieces.reserve(end - first);
-        for extent in &footer.extents[first..end] {
+        let extents = footer.extents_of(volume);
+        self.pieces.reserve(extents.len());
+        self.runs.push(self.pieces.len());
+        for extent in extents {
             let seq = footer.base_seq + u64::from(extent.seq_delta.get());
             if seq <= base_seq || seq > through_seq {
                 continue;
@@ -174,9 +181,9 @@ impl IndexBuilder {
 
     /// The index. Takes time in proportion to the extents (and the logarithm of how many overlap).
     pub fn build(self) -> Index {
-        let Self { mut pieces, crcs } = self;
+        let Self { mut pieces, runs, crcs } = self;
         let mut spare = Vec::new();
-        order::sort_by_place(&mut pieces, &mut spare);
+        order::sort_by_place(&mut pieces, &runs, &mut spare);
         let sorted = pieces;
         let mut pieces = spare;
         pieces.reserve(sorted.len());

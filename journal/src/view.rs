@@ -11,7 +11,7 @@ use crate::catalogue::Catalogue;
 use crate::format::{Footer, FooterEvent, PAGE_BYTES, Superblock, SuperblockError, VolumeState};
 use crate::index::{Index, IndexBuilder, IndexPiece, Payload};
 use crate::planted::{Bug, planted};
-use crate::recovery::{OpenError, SegmentError, Survey, SurveyOptions, survey};
+use crate::recovery::{OpenError, SegmentError, Survey, SurveyOptions, each_footer, survey};
 use crate::storage::{AlignedBuf, Blocking, FileId, Purpose, Storage, StorageError};
 
 /// A journal opened to read, beside its writer if there is one. Nothing is written and no lock is needed.
@@ -123,9 +123,7 @@ impl Reader {
     pub fn of<S: Storage>(storage: &mut S, file: FileId, survey: Survey) -> Result<Self, ViewError> {
         let mut io = Blocking::new(storage, file, Purpose::View);
         let mut footers = Vec::with_capacity(survey.segments.len());
-        for segment in &survey.segments {
-            footers.push(segment.footer(&mut io, &survey.superblock)?);
-        }
+        each_footer(&survey.segments, &mut io, &survey.superblock, |footer| footers.push(footer))?;
         let catalogue =
             Catalogue::build(&survey.superblock, footers.iter().flat_map(|footer| &footer.events));
         Ok(Self { survey, footers, catalogue })
@@ -180,7 +178,8 @@ impl Reader {
 
     fn volume_view(&self, number: u16, state: &VolumeState, seq: u64) -> VolumeView {
         let slot_len_bytes = self.survey.superblock.slot_len_bytes;
-        let mut builder = IndexBuilder::default();
+        let extent_count = self.footers.iter().map(|footer| footer.extents_of(number).len()).sum();
+        let mut builder = IndexBuilder::with_capacity(extent_count);
         for (segment, footer) in self.survey.segments.iter().zip(&self.footers) {
             if footer.base_seq < seq {
                 builder.add(footer, segment.header.slot, slot_len_bytes, number, state.base_seq, seq);

@@ -114,6 +114,13 @@ pub enum FooterError {
 }
 
 impl Footer {
+    /// The extents of one volume.
+    pub fn extents_of(&self, volume: u16) -> &[ExtentEntry] {
+        let first = self.extents.partition_point(|extent| extent.volume.get() < volume);
+        let count = self.extents[first..].partition_point(|extent| extent.volume.get() == volume);
+        &self.extents[first..first + count]
+    }
+
     /// Reads a footer whose CRC the trailer names. `data_end_bytes` is where the slot's batches end.
     ///
     /// # Errors

@@ -1,43 +1,43 @@
-//! Brings pieces into the order of their places. A view of millions of records is opened while somebody waits, so this is a sample sort: it
-//! takes the same time whatever the places are, and all processors.
+//! Brings pieces into the order of their places. A view of millions of records is opened while somebody waits, so all processors sort, and what
+//! is sorted already in the footers that the pieces come from is made use of.
 
 use super::IndexPiece;
 
 /// Fewer are sorted at once, in the thread that asks.
 const PARALLEL_MIN: usize = 1 << 17;
 /// Pieces are spread over this many buckets, each sorted by itself.
-const BUCKETS: usize = 256;
+const BUCKETS: usize = 512;
 /// Pieces looked at for each border between buckets.
-const SAMPLES_PER_BUCKET: usize = 32;
+const SAMPLES_PER_BUCKET: usize = 16;
 const THREADS_MAX: usize = 8;
 
-/// Sorts by place; pieces at one place come in any order. `spare` is memory, empty before and after.
-pub(super) fn sort_by_place(pieces: &mut Vec<IndexPiece>, spare: &mut Vec<IndexPiece>) {
+/// Sorts by place; pieces at one place come in any order. Each of `runs` ends before the next one begins, and is in order. `spare` is memory,
+/// empty before and after.
+pub(super) fn sort_by_place(pieces: &mut Vec<IndexPiece>, runs: &[usize], spare: &mut Vec<IndexPiece>) {
     if pieces.len() < PARALLEL_MIN {
         pieces.sort_unstable_by_key(|piece| piece.offset_bytes);
         return;
     }
     let borders = borders(pieces);
-    // How many borders are at or below a place: a binary search without branches.
-    let bucket_of = |offset_bytes: u64| {
-        let (mut bucket, mut step) = (0, BUCKETS / 2);
-        while step > 0 {
-            bucket += if borders[bucket + step - 1] <= offset_bytes { step } else { 0 };
-            step /= 2;
-        }
-        bucket
+    let mut runs: Vec<&[IndexPiece]> = {
+        let ends = runs[1..].iter().copied().chain([pieces.len()]);
+        runs.iter().copied().zip(ends).map(|(begin, end)| &pieces[begin..end]).collect()
     };
-    let mut counts = [0_usize; BUCKETS];
-    pieces.iter().for_each(|piece| counts[bucket_of(piece.offset_bytes)] += 1);
-    let mut next = [0_usize; BUCKETS];
-    for bucket in 1..BUCKETS {
-        next[bucket] = next[bucket - 1] + counts[bucket - 1];
-    }
-    spare.resize(pieces.len(), IndexPiece::default());
-    for piece in pieces.iter() {
-        let place = &mut next[bucket_of(piece.offset_bytes)];
-        spare[*place] = *piece;
-        *place += 1;
+    // Bucket by bucket what each run has of it.
+    let mut counts = [0; BUCKETS];
+    spare.reserve(pieces.len());
+    for (bucket, count) in counts.iter_mut().enumerate() {
+        let before = spare.len();
+        for run in &mut runs {
+            let end = match borders.get(bucket) {
+                Some(border) => first_from(run, *border),
+                None => run.len(),
+            };
+            let (part, rest) = run.split_at(end);
+            spare.extend_from_slice(part);
+            *run = rest;
+        }
+        *count = spare.len() - before;
     }
     std::mem::swap(pieces, spare);
     spare.clear();
@@ -60,15 +60,25 @@ pub(super) fn sort_by_place(pieces: &mut Vec<IndexPiece>, spare: &mut Vec<IndexP
     });
 }
 
-/// Places that divide the pieces into buckets of about the same size, in order; one more than are needed.
-fn borders(pieces: &[IndexPiece]) -> [u64; BUCKETS] {
+/// How many pieces of a run are before a place. Looked for from its start on, since buckets are taken in order and have few pieces of a run.
+fn first_from(run: &[IndexPiece], place: u64) -> usize {
+    let is_before = |piece: &IndexPiece| piece.offset_bytes < place;
+    let mut reach = 8;
+    while reach < run.len() && is_before(&run[reach]) {
+        reach *= 2;
+    }
+    run[..run.len().min(reach)].partition_point(is_before)
+}
+
+/// Places that divide the pieces into buckets of about the same size, in order.
+fn borders(pieces: &[IndexPiece]) -> [u64; BUCKETS - 1] {
     let count = BUCKETS * SAMPLES_PER_BUCKET;
     let step = pieces.len() / count;
     // At no fixed distance, or what repeats in the pieces would repeat in the samples.
     let place = |number: usize| number * step + number.wrapping_mul(0x9e37_79b9) % step;
     let mut samples: Vec<u64> = (0..count).map(|number| pieces[place(number)].offset_bytes).collect();
     samples.sort_unstable();
-    std::array::from_fn(|bucket| samples.get((bucket + 1) * SAMPLES_PER_BUCKET).copied().unwrap_or(u64::MAX))
+    std::array::from_fn(|bucket| samples[(bucket + 1) * SAMPLES_PER_BUCKET])
 }
 
 #[cfg(test)]
@@ -93,8 +103,14 @@ mod tests {
             let piece =
                 |number| IndexPiece { offset_bytes: place(number), seq: number, ..IndexPiece::default() };
             let mut pieces: Vec<IndexPiece> = (0..count as u64).map(piece).collect();
+            // Runs of any length, one of them empty.
+            let runs = [0, 1, 1, 1000, 70_000, 70_007, 200_000];
+            for (at, begin) in runs.into_iter().enumerate() {
+                let end = runs.get(at + 1).copied().unwrap_or(count);
+                pieces[begin..end].sort_unstable_by_key(|piece| piece.offset_bytes);
+            }
             let mut expected = pieces.clone();
-            sort_by_place(&mut pieces, &mut Vec::new());
+            sort_by_place(&mut pieces, &runs, &mut Vec::new());
             assert!(pieces.is_sorted_by_key(|piece| piece.offset_bytes), "case {case}");
             let key = |piece: &IndexPiece| (piece.offset_bytes, piece.seq);
             expected.sort_unstable_by_key(key);

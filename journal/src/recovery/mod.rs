@@ -1,12 +1,14 @@
 //! Opening a journal: finding out what is there, read-only or as its next writer (C1).
 
 mod decide;
+mod footers;
 mod rebuild;
 mod survey;
 
 use bytes::Bytes;
 use uuid::Uuid;
 
+pub use footers::each_footer;
 pub use rebuild::{Rebuilt, newest_manifest, rebuild};
 pub(crate) use survey::read_superblock;
 pub use survey::{Content, Damage, Hidden, Segment, SegmentError, Survey, SurveyOptions, survey, survey_as};

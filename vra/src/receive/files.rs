@@ -1,6 +1,6 @@
 //! Making and opening a VM's files. All of it blocks: for threads that may.
 
-use journal::format::{DEFAULT_SLOT_BYTES, FooterEvent, VolumeState};
+use journal::format::{DEFAULT_SLOT_BYTES, Footer, FooterEvent, VolumeState};
 use journal::recovery::{NewJournal, OpenOptions, Opened};
 use journal::storage::ring::{Access, DirectFile, RingStorage};
 use journal::storage::{Blocking, Purpose};
@@ -148,12 +148,9 @@ pub(super) fn open(
     }
     let mut io = Blocking::new(&mut storage, file, Purpose::Survey);
     let mut events = Vec::new();
-    for segment in &opened.segments {
-        let footer = segment
-            .footer(&mut io, &opened.superblock)
-            .map_err(|source| TargetError::Segment { path: path.clone(), source })?;
-        events.extend(footer.events);
-    }
+    let take = |footer: Footer| events.extend(footer.events);
+    journal::recovery::each_footer(&opened.segments, &mut io, &opened.superblock, take)
+        .map_err(|source| TargetError::Segment { path: path.clone(), source })?;
     let journal = storage.remove_file(file).expect("added above");
     let Some(text) = opened.manifest.as_ref().map(|manifest| &manifest.text) else {
         return Err(TargetError::NoManifest { path });
