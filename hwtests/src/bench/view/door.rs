@@ -1,6 +1,6 @@
 //! A door that lives in this process: what ublk would do, without its kernel part.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -48,27 +48,27 @@ impl Door {
         Ok(Self { lane: disk.lane(Arc::new(NoBell)), io })
     }
 
-    /// Reads so often, at places that are asked for; gives how many reads were answered.
+    /// Reads so often, at places that are asked for; gives how many reads were answered. As a guest with many threads does, each answer is
+    /// followed by the next read at once: the disk has some to do while the answers of others are looked at.
     pub(super) fn read(&mut self, count: u64, len_bytes: u64, place: &mut dyn FnMut() -> u64) -> Result<u64> {
-        let (mut asked, mut answered, mut done) = (0, 0, Vec::<FileCompletion>::new());
-        while answered < count {
+        let (mut asked, mut answered) = (0, 0);
+        let mut done = VecDeque::<FileCompletion>::new();
+        let mut ended = Vec::new();
+        loop {
             while asked < count && asked - answered < self.io.depth as u64 {
                 let slot = self.io.arena.take().context("the door has run out of slots")?;
-                let request = Request {
-                    tag: asked,
-                    op: Asked::Read,
-                    offset_bytes: place(),
-                    len_bytes,
-                    fua: false,
-                    slot: Some(slot),
-                };
+                let (op, offset_bytes, slot) = (Asked::Read, place(), Some(slot));
+                let request = Request { tag: asked, op, offset_bytes, len_bytes, fua: false, slot };
                 self.lane.request(request, &mut self.io);
                 asked += 1;
             }
-            if self.io.answered.is_empty() {
-                self.io.storage.collect(true, &mut done)?;
+            if answered == count {
+                return Ok(answered);
             }
-            for FileCompletion { token, result } in done.drain(..) {
+            self.io.storage.collect(done.is_empty() && self.io.answered.is_empty(), &mut ended)?;
+            done.extend(ended.drain(..));
+            let now = done.len().min(TOGETHER);
+            for FileCompletion { token, result } in done.drain(..now) {
                 let FileIo { token, buffer_offset_bytes, mut buffer, .. } =
                     self.io.waiting.remove(&token).context("an end of nothing")?;
                 let result = match result {
@@ -87,9 +87,11 @@ impl Door {
                 answered += 1;
             }
         }
-        Ok(answered)
     }
 }
+
+/// Ends that are taken before new reads begin.
+const TOGETHER: usize = 4;
 
 impl Port for Io {
     fn submit(&mut self, io: FileIo) {
