@@ -65,7 +65,7 @@ impl PayloadPlace {
     fn new(file_offset_bytes: u64, len_bytes: u64) -> Self {
         // No payload is in the file's first sector.
         Self(
-            file_offset_bytes / SECTOR_BYTES << (2 * Self::LEN_BITS)
+            (file_offset_bytes / SECTOR_BYTES) << (2 * Self::LEN_BITS)
                 | (len_bytes / SECTOR_BYTES - 1) << Self::LEN_BITS,
         )
     }

@@ -154,6 +154,20 @@ pub(crate) enum CheckpointCommand {
         #[arg(long)]
         tagged: bool,
     },
+    /// Keep a checkpoint when it grows older than the history (at the target)
+    Lock {
+        /// The VPG's id or name
+        vpg: String,
+        /// The checkpoint's id
+        checkpoint: CheckpointId,
+    },
+    /// Let a locked checkpoint go with the history again (at the target)
+    Unlock {
+        /// The VPG's id or name
+        vpg: String,
+        /// The checkpoint's id
+        checkpoint: CheckpointId,
+    },
     /// Make a checkpoint now and name it (at the source)
     Tag {
         /// The VPG's id or name

@@ -9,8 +9,8 @@ use serde::Serialize;
 use vra::api::enroll::Token;
 use vra::api::view::ViewSubject;
 use vra::api::{
-    Attach, CloseView, Detach, ListCheckpoints, OpenView, Request, Response, TagCheckpoint, ViewMode, VmId,
-    VolumeId, VpgId,
+    Attach, CheckpointId, CloseView, Detach, ListCheckpoints, LockCheckpoint, OpenView, Request, Response,
+    TagCheckpoint, ViewMode, VmId, VolumeId, VpgId,
 };
 use vra::config::Config;
 use vra::control::{Client, ClientError};
@@ -165,6 +165,12 @@ impl Daemon<'_> {
                 };
                 self.show(&page, show::checkpoints)
             }
+            CheckpointCommand::Lock { vpg, checkpoint } => {
+                self.lock(&mut client, vpg, *checkpoint, true).await
+            }
+            CheckpointCommand::Unlock { vpg, checkpoint } => {
+                self.lock(&mut client, vpg, *checkpoint, false).await
+            }
             CheckpointCommand::Tag { vpg, tag } => {
                 let vpg = vpg_of(&mut client, vpg).await?;
                 let request = Request::TagCheckpoint(TagCheckpoint { vpg, tag: tag.clone() });
@@ -174,6 +180,21 @@ impl Daemon<'_> {
                 self.show(&checkpoint, |checkpoint| println!("{}", checkpoint.id))
             }
         }
+    }
+
+    async fn lock(
+        &self,
+        client: &mut Client,
+        vpg: &str,
+        checkpoint: CheckpointId,
+        locked: bool,
+    ) -> anyhow::Result<()> {
+        let vpg = vpg_of(client, vpg).await?;
+        let request = Request::LockCheckpoint(LockCheckpoint { vpg, checkpoint, locked });
+        let Response::Checkpoint(checkpoint) = client.call(request).await? else {
+            bail!(ClientError::Unexpected)
+        };
+        self.show(&checkpoint, |checkpoint| println!("{}", checkpoint.id))
     }
 
     async fn view(&self, command: &ViewCommand) -> anyhow::Result<()> {

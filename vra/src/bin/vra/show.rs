@@ -137,11 +137,12 @@ pub(crate) fn checkpoints(page: &CheckpointPage) {
                 checkpoint.time_us.to_string(),
                 checkpoint.id.to_string(),
                 if checkpoint.complete { "yes" } else { "no" }.to_owned(),
+                if checkpoint.locked { "yes" } else { "-" }.to_owned(),
                 checkpoint.tag.clone().unwrap_or_default(),
             ]
         })
         .collect();
-    print(&["TIME", "CHECKPOINT", "COMPLETE", "TAG"], &rows);
+    print(&["TIME", "CHECKPOINT", "COMPLETE", "LOCKED", "TAG"], &rows);
     println!("{} of {}", rows.len(), page.total);
 }
 
