@@ -348,8 +348,24 @@ pub struct JournalPart {
     pub seq: u64,
     units_skip_bytes: usize,
     units_len_bytes: usize,
-    crcs: Vec<u32>,
+    crcs: UnitCrcs,
     volume: u16,
+}
+
+/// The CRCs of a part's units; most parts have one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum UnitCrcs {
+    One(u32),
+    Many(Vec<u32>),
+}
+
+impl UnitCrcs {
+    fn as_slice(&self) -> &[u32] {
+        match self {
+            Self::One(crc) => std::slice::from_ref(crc),
+            Self::Many(crcs) => crcs,
+        }
+    }
 }
 
 impl From<JournalPart> for ReadPart {
@@ -396,7 +412,10 @@ impl JournalPart {
             seq: piece.seq,
             units_skip_bytes: (payload.file_offset_bytes + units.start - read.start) as usize,
             units_len_bytes,
-            crcs: (0..unit_count(units_len_bytes)).map(crc_of).collect(),
+            crcs: match unit_count(units_len_bytes) {
+                1 => UnitCrcs::One(crc_of(0)),
+                count => UnitCrcs::Many((0..count).map(crc_of).collect()),
+            },
             volume,
         }
     }
@@ -412,7 +431,10 @@ impl JournalPart {
 
     fn check_units(&self, units: &[u8]) -> Result<(), ViewError> {
         let good = planted(Bug::ViewWithoutChecksums)
-            || units.chunks(CRC_UNIT_BYTES).zip(&self.crcs).all(|(unit, crc)| unit_matches(unit, *crc));
+            || units
+                .chunks(CRC_UNIT_BYTES)
+                .zip(self.crcs.as_slice())
+                .all(|(unit, crc)| unit_matches(unit, *crc));
         if !good {
             let (seq, volume, offset_bytes) = (self.seq, self.volume, self.offset_bytes);
             return Err(ViewError::Corrupt { seq, volume, offset_bytes });
@@ -442,7 +464,7 @@ impl JournalPart {
         // Where the first unit begins on the volume.
         let begin = self.offset_bytes - (self.skip_bytes - self.units_skip_bytes) as u64;
         let places = (begin..).step_by(CRC_UNIT_BYTES);
-        let damaged = units.chunks(CRC_UNIT_BYTES).zip(&self.crcs).zip(places);
+        let damaged = units.chunks(CRC_UNIT_BYTES).zip(self.crcs.as_slice()).zip(places);
         let damaged = damaged.filter(|((unit, crc), _)| !unit_matches(unit, **crc));
         damaged.map(move |(_, place)| place.max(self.offset_bytes)..(place + CRC_UNIT_BYTES as u64).min(end))
     }

@@ -1,5 +1,8 @@
 //! Replays the fuzzers' corpora; see `fuzz/README.md`.
 
+#[path = "../../fuzz/harness/journal_bad_list.rs"]
+#[allow(unreachable_pub, reason = "shared with the fuzz target")]
+mod journal_bad_list;
 #[path = "../../fuzz/harness/journal_batch.rs"]
 #[allow(unreachable_pub, reason = "shared with the fuzz target")]
 mod journal_batch;
@@ -20,6 +23,11 @@ mod journal_superblock;
 mod replay;
 
 use replay::replay;
+
+#[test]
+fn journal_bad_list_corpus() {
+    replay("journal_bad_list", journal_bad_list::run);
+}
 
 #[test]
 fn journal_batch_corpus() {

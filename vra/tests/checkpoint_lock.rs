@@ -4,8 +4,10 @@ mod common;
 
 use std::time::Duration;
 
+use ::vra::api::status::SourceMode;
 use ::vra::api::{
     CheckpointId, CheckpointInfo, ErrorCode, LockCheckpoint, PointInTime, Request, Response, ViewMode, VpgId,
+    VraStatus,
 };
 use common::TestCa;
 use common::pair::{
@@ -88,17 +90,24 @@ async fn a_locked_checkpoint_stays_until_it_is_unlocked_or_the_journal_has_no_ro
     // A lock gives way to replication.
     let newer = newer.expect("there are checkpoints");
     assert!(lock(&target, vpg, newer.id, true).await.locked);
-    let mut given_up = false;
+    let mut is_locked = true;
     for round in 0..60_u8 {
         qemu_io(&door(&volumes[0]), &pattern(60 + round, 0, 12 << 10));
-        let status = target.status().await;
-        given_up = status.alerts.iter().any(|alert| alert.code == "lock-given-up");
-        if given_up {
+        // Not more than the source's memory holds.
+        let is_sent = |status: &VraStatus| {
+            status
+                .source_vms
+                .iter()
+                .all(|vm| vm.mode == SourceMode::Streaming && vm.durable_through == vm.last_sequence)
+        };
+        source.wait_for("sent", is_sent).await;
+        is_locked = checkpoints(&target, vpg).await.iter().any(|info| info.locked);
+        if !is_locked {
             break;
         }
     }
-    assert!(given_up, "the journal went on growing");
-    assert!(checkpoints(&target, vpg).await.iter().all(|info| !info.locked));
+    assert!(!is_locked, "the journal went on growing");
+    target.wait_for("told", |status| status.alerts.iter().any(|alert| alert.code == "lock-given-up")).await;
     let last = tag(&source, vpg, "last").await;
     wait_for_checkpoint(&target, vpg, last.id).await;
 }

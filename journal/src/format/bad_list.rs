@@ -41,8 +41,8 @@ pub enum BadListError {
     /// The checksum is wrong.
     #[error("the checksum of the list of bad ranges is wrong")]
     Crc,
-    /// A range is out of bounds although the checksum is right.
-    #[error("bad range {0} is out of bounds")]
+    /// A range is out of bounds, or overlaps another one, although the checksum is right.
+    #[error("bad range {0} is out of bounds, or overlaps another one")]
     Range(usize),
 }
 
@@ -105,10 +105,11 @@ impl BadList {
         for (number, entry) in entries.iter().enumerate() {
             let (offset_bytes, len_bytes) = (entry.offset_bytes.get(), entry.len_bytes.get());
             let end = offset_bytes.checked_add(len_bytes).filter(|end| *end <= MAX_VOLUME_BYTES);
-            if end.is_none() || len_bytes == 0 || usize::from(entry.volume.get()) >= MAX_VOLUMES {
+            let (volume, seq) = (entry.volume.get(), entry.seq.get());
+            let is_free = |end| ranges.first_in(volume, offset_bytes..end).is_none();
+            if !end.is_some_and(is_free) || len_bytes == 0 || usize::from(volume) >= MAX_VOLUMES {
                 return Err(BadListError::Range(number));
             }
-            let (volume, seq) = (entry.volume.get(), entry.seq.get());
             ranges.add(BadRange { volume, offset_bytes, len_bytes, seq });
         }
         let journal_id = Uuid::from_bytes(header.journal_id);

@@ -231,4 +231,37 @@ mod tests {
             assert_eq!(tagged.total, 1);
         }
     }
+
+    /// 30 days at one in five seconds (issue: any page within milliseconds). The limit is held to by `./test --long` alone.
+    #[test]
+    fn any_page_of_half_a_million_comes_at_once() {
+        const COUNT: u64 = 518_400;
+        let all: Vec<u64> = (1..=COUNT).collect();
+        let part: Vec<u64> = (COUNT / 3..=COUNT).collect();
+        let group = GroupCheckpoints::new(vec![list(&all), list(&all), list(&part)], BTreeSet::new());
+        let mut slowest = std::time::Duration::ZERO;
+        let mut timed = |what: &str, ask: &dyn Fn() -> u64, expected: u64| {
+            let began = std::time::Instant::now();
+            assert_eq!(ask(), expected, "{what}");
+            slowest = slowest.max(began.elapsed());
+            println!("{what}: {:?}", began.elapsed());
+        };
+        let first_of = |page: CheckpointPage| page.checkpoints[0].id.counter;
+        for after in [None, Some(1), Some(COUNT / 2), Some(COUNT - 1001)] {
+            let id = |counter| CheckpointId { nonce: 5, counter };
+            let asked = ListCheckpoints { after: after.map(id), ..ask(1000) };
+            timed("a page", &|| first_of(group.page(&asked)), after.unwrap_or_default() + 1);
+        }
+        let newest_first = ListCheckpoints { newest_first: true, ..ask(1000) };
+        timed("the newest page", &|| first_of(group.page(&newest_first)), COUNT);
+        let tagged = ListCheckpoints { tagged: true, ..ask(1000) };
+        timed("the tagged ones", &|| first_of(group.page(&tagged)), 3);
+        let until = || group.newest_until(TimeUs(COUNT * 500)).map_or(0, |info| info.id.counter);
+        timed("one by its time", &until, COUNT / 2);
+        let oldest = || group.find(CheckpointId { nonce: 5, counter: 2 }).map_or(0, |info| info.id.counter);
+        timed("one by its id", &oldest, 2);
+        timed("how many are complete", &|| group.complete_count(), COUNT - COUNT / 3 + 1);
+        let limit_ms = if std::env::var_os("HOLDFAST_LONG").is_some() { 250 } else { 5_000 };
+        assert!(slowest.as_millis() < limit_ms, "{slowest:?}");
+    }
 }

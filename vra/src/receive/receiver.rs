@@ -45,6 +45,8 @@ pub struct Receiver {
     base_sync: BaseSync,
     promoting: Promoting,
     pins: Pins,
+    /// A promotion may begin: others share the worker and its memory.
+    may_promote: bool,
     /// Manifests that are not durable yet.
     manifest_tickets: VecDeque<u64>,
     /// A receive time and the monotonic time that it belongs to, both in microseconds (C6).
@@ -111,6 +113,7 @@ impl Receiver {
             candidate: None,
             promoting: Promoting::new(reserved),
             pins: Pins::default(),
+            may_promote: true,
             manifest_tickets: VecDeque::new(),
             stamp_base: None,
             last_append_us: 0,
@@ -272,6 +275,16 @@ impl Receiver {
     /// What is still needed. A number that is below [`Self::oldest_seq`] comes too late.
     pub fn set_pins(&mut self, pins: Pins) {
         self.pins = pins;
+    }
+
+    /// Whether a promotion may begin now. One that the journal needs for room begins in any case.
+    pub fn set_may_promote(&mut self, may_promote: bool) {
+        self.may_promote = may_promote;
+    }
+
+    /// Whether a promotion is under way, with its memory.
+    pub fn is_promoting(&self) -> bool {
+        self.promoting.is_carrying()
     }
 
     /// Prepares a planned end: no promotion begins any more, and the open segment is sealed, so that the next opening has nothing to copy. To be

@@ -1,6 +1,6 @@
 //! The threads that do the target's I/O: each has one ring and serves many VMs' receivers.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -98,6 +98,8 @@ pub(super) struct WorkerThread {
     thread: Option<JoinHandle<()>>,
 }
 
+/// Promotions of one worker at a time, besides those that a journal needs for room: each takes up to 32 MiB of memory.
+const PROMOTIONS_MAX: usize = 4;
 /// Operations that one worker keeps in the kernel; more wait in the ring's backlog.
 const RING_DEPTH: u32 = 256;
 
@@ -129,6 +131,7 @@ impl WorkerThread {
             routes: HashMap::new(),
             next_route: 0,
             dirty: Vec::new(),
+            promoting: HashSet::new(),
         };
         let thread =
             std::thread::Builder::new().name(format!("journal-{number}")).spawn(move || state.run())?;
@@ -163,6 +166,8 @@ struct WorkerState {
     next_route: u64,
     /// VMs that something happened to.
     dirty: Vec<VmKey>,
+    /// VMs with a promotion under way.
+    promoting: HashSet<VmKey>,
 }
 
 struct Vm {
@@ -315,6 +320,8 @@ impl WorkerState {
     fn pump(&mut self) {
         for key in std::mem::take(&mut self.dirty) {
             let Some(vm) = self.vms.get_mut(&key) else { continue };
+            vm.receiver
+                .set_may_promote(self.promoting.contains(&key) || self.promoting.len() < PROMOTIONS_MAX);
             while let Some(output) = vm.receiver.poll(self.clock.now()) {
                 let (file, part, token, purpose, op) = match output {
                     ReceiverOutput::Journal(action) => {
@@ -365,6 +372,12 @@ impl WorkerState {
                 self.routes.insert(id, Route { vm: key, token, part });
                 self.storage.submit(file, id, purpose, op);
             }
+            // Those that wait for their turn are looked at with the next tick.
+            if vm.receiver.is_promoting() {
+                self.promoting.insert(key);
+            } else {
+                self.promoting.remove(&key);
+            }
             *vm.status.lock().unwrap_or_else(PoisonError::into_inner) = vm.receiver.status();
             let ends = vm.failed.is_some() || vm.detaching.is_some() && vm.receiver.is_idle();
             if ends && vm.in_flight == 0 {
@@ -376,6 +389,7 @@ impl WorkerState {
     /// Closes a VM's files; nothing of it is in flight.
     fn release(&mut self, key: VmKey) {
         let Some(mut vm) = self.vms.remove(&key) else { return };
+        self.promoting.remove(&key);
         for file in vm.disks.into_iter().chain([vm.journal]) {
             drop(self.storage.remove_file(file));
         }

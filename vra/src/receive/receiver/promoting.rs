@@ -65,6 +65,8 @@ struct Due {
 
 /// Segments that are promoted together: blocks that are written again and again are carried once.
 const MAX_SEGMENTS: usize = 8;
+/// What their footers may have together, in bytes: the worker that puts them in order does nothing else meanwhile, for some 20 ms.
+const MAX_FOOTERS_BYTES: u64 = 8 << 20;
 /// Disk content under way while the journal takes writes, in bytes: they go first.
 const BUSY_WINDOW_BYTES: u64 = 1 << 20;
 /// The same while it doesn't, and when it waits for room.
@@ -102,6 +104,7 @@ impl Receiver {
         if !self.promoting.is_idle()
             || self.failed
             || self.promoting.closing
+            || !self.may_promote && !self.is_pressed()
             || self.candidate.as_ref().is_some_and(|candidate| other_generation(&candidate.open))
         {
             return;
@@ -168,7 +171,7 @@ impl Receiver {
         let is_old = |end_us: u64| end_us.saturating_add(self.policy.history_us) <= stamp_us;
         let old = self.writer.closed_segments().take_while(|segment| is_old(segment.end_time_us())).count();
         let is_pressed = self.is_pressed();
-        let wanted = old.min(MAX_SEGMENTS).max(usize::from(is_pressed));
+        let wanted = old.min(self.segments_together()).max(usize::from(is_pressed));
         // One checkpoint stays, whatever happens; before a sync that goes through the journal it is the last one before that (B5).
         let Some(newest_cut) = self.history.newest_cut() else { return Due::default() };
         let pin = if is_planted(Planted::PromotionPastPin) { None } else { self.pins.lowest() };
@@ -182,6 +185,16 @@ impl Receiver {
                 && through(newest_cut) > 0
         });
         Due { count, shortens: count > old, lock_in_the_way }
+    }
+
+    /// How many of the oldest segments are promoted together at most.
+    fn segments_together(&self) -> usize {
+        let mut footers_bytes = 0;
+        let fits = |segment: &&ClosedSegment| {
+            footers_bytes += segment.trailer.as_ref().map_or(0, |trailer| trailer.footer_len_bytes);
+            footers_bytes <= MAX_FOOTERS_BYTES
+        };
+        self.writer.closed_segments().take(MAX_SEGMENTS).take_while(fits).count().max(1)
     }
 
     /// How many of the oldest segments can be promoted if need be.
