@@ -33,7 +33,7 @@ pub(super) fn survives(context: &mut Context, kills: u32) -> Result<()> {
             answered_is_there(stand, &device, kill)?;
         }
         load.finish(PATIENCE_S)?;
-        shown_as_running(stand, &device)?;
+        shown_as_running(context, stand, &device)?;
         stand.site.stop_test(VPG)?;
         stand.recovers("after")
     })
@@ -56,8 +56,13 @@ fn answered_is_there(stand: &mut Stand, device: &str, kill: u32) -> Result<()> {
     Ok(())
 }
 
-fn shown_as_running(stand: &Stand, device: &str) -> Result<()> {
-    let shown = stand.site.zvm_json(&["test", "show", VPG])?.to_string();
+fn shown_as_running(context: &Context, stand: &Stand, device: &str) -> Result<()> {
+    // The manager notices only after a while that the VRA it speaks to is another process.
+    let shown = || match stand.site.zvm_json(&["test", "show", VPG]) {
+        Ok(shown) => Ok(Some(shown.to_string())),
+        Err(_) => Ok(None),
+    };
+    let shown = context.wait_for("the manager's answer", PATIENCE_S, shown)?;
     ensure!(shown.contains(device) && shown.contains("running"), "the test is shown as {shown}");
     Ok(())
 }
