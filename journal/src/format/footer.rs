@@ -141,7 +141,7 @@ impl Footer {
                 .map_err(|_| FooterError::Length)?;
         let (crcs, mut rest) = <[U32]>::ref_from_prefix_with_elems(rest, header.crc_count.get() as usize)
             .map_err(|_| FooterError::Length)?;
-        check_extents(extents, crcs.len(), data_end_bytes)?;
+        check_extents(extents, crcs.len(), data_end_bytes, header.base_seq.get())?;
         let mut events = Vec::new();
         for _ in 0..header.event_count.get() {
             let (event, after) = take_event(rest)?;
@@ -330,7 +330,12 @@ fn event_len_bytes(payload_len_bytes: usize) -> usize {
     size_of::<EventHeader>() + payload_len_bytes.next_multiple_of(EVENT_ALIGN_BYTES)
 }
 
-fn check_extents(extents: &[ExtentEntry], crc_count: usize, data_end_bytes: u64) -> Result<(), FooterError> {
+fn check_extents(
+    extents: &[ExtentEntry],
+    crc_count: usize,
+    data_end_bytes: u64,
+    base_seq: u64,
+) -> Result<(), FooterError> {
     let mut last_key = None;
     for (index, extent) in extents.iter().enumerate() {
         let len_bytes = extent.len_bytes();
@@ -355,6 +360,7 @@ fn check_extents(extents: &[ExtentEntry], crc_count: usize, data_end_bytes: u64)
             && extent.offset_bytes.get().is_multiple_of(SECTOR_BYTES)
             && usize::from(extent.volume.get()) < MAX_VOLUMES
             && extent.reserved == [0; 5]
+            && base_seq.checked_add(extent.seq_delta.get().into()).is_some_and(|seq| seq < u64::MAX)
             && last_key.is_none_or(|last| last < key);
         if !good {
             return Err(FooterError::Extent(index));
