@@ -275,6 +275,7 @@ impl Receiver {
     /// What is still needed. A number that is below [`Self::oldest_seq`] comes too late.
     pub fn set_pins(&mut self, pins: Pins) {
         self.pins = pins;
+        self.pins_changed();
     }
 
     /// Whether a promotion may begin now. One that the journal needs for room begins in any case.

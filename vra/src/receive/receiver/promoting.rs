@@ -187,6 +187,11 @@ impl Receiver {
         Due { count, shortens: count > old, lock_in_the_way }
     }
 
+    /// A lock that was told to be in the way and is gone is told again should it come back.
+    pub(super) fn pins_changed(&mut self) {
+        self.promoting.told_lock = self.promoting.told_lock.filter(|cut| self.pins.lock == Some(*cut));
+    }
+
     /// How many of the oldest segments are promoted together at most.
     fn segments_together(&self) -> usize {
         let mut footers_bytes = 0;
