@@ -3,6 +3,7 @@
 pub mod bad_ranges;
 pub mod batch;
 pub mod catalogue;
+pub mod crypt;
 pub mod format;
 pub mod index;
 pub mod planted;

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::bad_ranges::{BadRange, BadRanges};
 use crate::batch::RecordKind;
 use crate::catalogue::Catalogue;
+use crate::crypt::Ciphers;
 use crate::format::{Footer, FooterEvent, Superblock, SuperblockError, VolumeState};
 use crate::index::{Index, IndexBuilder};
 use crate::planted::{Bug, planted};
@@ -92,7 +93,7 @@ impl Reader {
     pub fn open<S: Storage>(
         storage: &mut S,
         file: FileId,
-        options: SurveyOptions,
+        options: &SurveyOptions,
     ) -> Result<Self, ViewError> {
         let mut tries_left = 10;
         loop {
@@ -113,7 +114,7 @@ impl Reader {
     fn try_open<S: Storage>(
         storage: &mut S,
         file: FileId,
-        options: SurveyOptions,
+        options: &SurveyOptions,
     ) -> Result<Self, ViewError> {
         let survey = survey(storage, file, options)?;
         Self::of(storage, file, survey)
@@ -169,17 +170,18 @@ impl Reader {
         if !self.catalogue.is_consistent(seq) {
             return Err(ViewError::InsideSync { seq });
         }
+        let ciphers = self.survey.ciphers();
         let mut volumes = BTreeMap::new();
         for (number, state) in (0_u16..).zip(&superblock.volumes) {
             if state.base_seq > seq {
                 continue;
             }
-            volumes.insert(number, self.volume_view(number, state, seq));
+            volumes.insert(number, self.volume_view(number, state, seq, ciphers.clone()));
         }
         Ok(View { seq, volumes })
     }
 
-    fn volume_view(&self, number: u16, state: &VolumeState, seq: u64) -> VolumeView {
+    fn volume_view(&self, number: u16, state: &VolumeState, seq: u64, ciphers: Ciphers) -> VolumeView {
         let slot_len_bytes = self.survey.superblock.slot_len_bytes;
         let extent_count = self.footers.iter().map(|footer| footer.extents_of(number).len()).sum();
         let mut builder = IndexBuilder::with_capacity(extent_count);
@@ -194,7 +196,7 @@ impl Reader {
             record.kind == RecordKind::Resize && record.volume == number && record.seq <= seq
         });
         let size_bytes = resizes.last().map_or(state.size_bytes, |event| event.record.len_bytes);
-        VolumeView { number, size_bytes, index: builder.build(), promoted }
+        VolumeView { number, size_bytes, index: builder.build(), promoted, ciphers }
     }
 }
 
@@ -259,6 +261,7 @@ pub struct VolumeView {
     size_bytes: u64,
     index: Index,
     promoted: Promoted,
+    ciphers: Ciphers,
 }
 
 /// How far promotion has come since a view was opened, shared by all who must know. What it has promoted is read from the recovery
@@ -356,6 +359,11 @@ impl VolumeView {
         &self.index
     }
 
+    /// What decrypts the journal's part of a read.
+    pub fn ciphers(&self) -> &Ciphers {
+        &self.ciphers
+    }
+
     /// How far the promotion beneath the view has come.
     pub fn promoted(&self) -> &Promoted {
         &self.promoted
@@ -429,7 +437,8 @@ impl VolumeView {
                 ReadPart::RecoveryDisk { offset_bytes, .. } => read_disk(storage, offset_bytes, now)?,
                 ReadPart::Journal(part) => {
                     let mut io = Blocking::new(storage, journal, Purpose::View);
-                    let read: AlignedBuf = io.read(part.read_offset_bytes, part.read_len_bytes)?;
+                    let mut read: AlignedBuf = io.read(part.read_offset_bytes, part.read_len_bytes)?;
+                    self.ciphers.decrypt(part.read_offset_bytes, &mut read);
                     now.copy_from_slice(part.check(&read)?);
                 }
             }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use journal::batch::{BatchLink, BatchSealer, BatchView, Checkpoint, CheckpointKind, Epoch, Record};
+use journal::crypt::Encryption;
 use journal::format::{JournalState, VolumeState};
 use journal::recovery::{NewJournal, OpenError, OpenOptions, SurveyOptions, create, open};
 use journal::storage::ring::{Access, DirectFile, OpenFileError, RingStorage};
@@ -53,6 +54,7 @@ fn create_journal(path: &Path) {
         slot_count: 3,
         volumes: vec![volume],
         manifest: r#"{"vm":"test"}"#.into(),
+        encryption: Encryption::Never,
     };
     create(&mut storage, file, &new).expect("create");
 }
@@ -139,7 +141,7 @@ impl Target {
 
 fn reader(path: &Path) -> (RingStorage, FileId, Reader) {
     let (mut storage, file) = ring(path, Access::ReadOnly);
-    let reader = Reader::open(&mut storage, file, SurveyOptions::default()).expect("readable");
+    let reader = Reader::open(&mut storage, file, &SurveyOptions::default()).expect("readable");
     (storage, file, reader)
 }
 
@@ -321,7 +323,8 @@ fn refusals_name_the_reason() {
     assert!(matches!(busy, OpenFileError::Busy { .. }), "{busy}");
     drop(target);
     let (mut storage, file) = ring(&folder.journal(), Access::Exclusive);
-    let options = OpenOptions { vm_id: Some(Uuid::from_u128(99)), trusted_through: None };
+    let options =
+        OpenOptions { vm_id: Some(Uuid::from_u128(99)), trusted_through: None, ..OpenOptions::default() };
     let error = open(&mut storage, file, &options).expect_err("another VM's");
     assert!(matches!(error, OpenError::OtherVm { .. }), "{error}");
     drop(storage);

@@ -53,7 +53,7 @@ impl Fixture {
 
     fn read(&self) -> Result<Reader, ViewError> {
         let (mut storage, file) = ring(&self.path(), Access::ReadOnly);
-        Reader::open(&mut storage, file, SurveyOptions::default())
+        Reader::open(&mut storage, file, &SurveyOptions::default())
     }
 
     /// Read-only everything is as expected.

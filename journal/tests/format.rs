@@ -1,6 +1,7 @@
 //! Superblock, manifest, and a segment's first and last page: what is written comes back, and no flipped bit gets through. Batches and
 //! footers have files of their own.
 
+use journal::crypt::{Encryption, SegmentKey, WRAPPED_KEY_BYTES, WrappedKey};
 use journal::format::manifest::{MAX_MANIFEST_BYTES, Manifest, ManifestError};
 use journal::format::superblock::PairPlace;
 use journal::format::{
@@ -42,6 +43,18 @@ fn any_volume() -> impl Strategy<Value = VolumeState> {
     )
 }
 
+fn any_key() -> impl Strategy<Value = WrappedKey> {
+    (any_uuid(), any::<[u8; 32]>()).prop_map(|(key_id, random)| {
+        let mut bytes = [0; WRAPPED_KEY_BYTES];
+        bytes[..32].copy_from_slice(&random);
+        WrappedKey { key_id, bytes }
+    })
+}
+
+fn any_encryption() -> impl Strategy<Value = Encryption> {
+    prop_oneof![Just(Encryption::Never), Just(Encryption::Off), any_key().prop_map(Encryption::On)]
+}
+
 prop_compose! {
     fn any_superblock()(
         (journal_id, vm_id, vpg_id) in (any_uuid(), any_uuid(), any_uuid()),
@@ -51,12 +64,13 @@ prop_compose! {
         (generation_first_seq, generation_fork_seq) in any::<(u64, u64)>(),
         (manifest, bad_list) in (prop::option::of(any_place()), prop::option::of(any_place())),
         (low_water_segment, low_water, state) in (0..u64::MAX, any_point(), any_state()),
+        encryption in any_encryption(),
         volumes in prop::collection::vec(any_volume(), 0..=64),
     ) -> Superblock {
         Superblock {
             sequence, journal_id, vm_id, vpg_id, slot_len_bytes, slot_count, open_count, manifest, bad_list, low_water_segment,
             low_water, state, promotion_intent_seq, tail_generation, parent_generation, generation_first_seq,
-            generation_fork_seq, receive_time_us, volumes,
+            generation_fork_seq, receive_time_us, encryption, volumes,
         }
     }
 }
@@ -70,9 +84,12 @@ prop_compose! {
         journal_id in any_uuid(),
         (number, slot, after) in (1..u64::MAX, any::<u32>(), any_point()),
         (open_count, begin_time_us) in any::<(u64, u64)>(),
+        encryption in prop::option::of((any_key(), any::<[u8; 16]>()).prop_map(|(key, salt)| SegmentKey { key, salt })),
     ) -> SegmentHeader {
         let carried_end_bytes = carried_pages * PAGE;
-        SegmentHeader { journal_id, number, slot, open_count, after, carried_end_bytes, begin_time_us, slot_len_bytes }
+        SegmentHeader {
+            journal_id, number, slot, open_count, after, carried_end_bytes, begin_time_us, slot_len_bytes, encryption,
+        }
     }
 }
 

@@ -9,6 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
 use journal::bad_ranges::BadRanges;
 use journal::batch::{BatchLink, BatchSealer, BatchView, PushError, Record};
+use journal::crypt::Encryption;
 use journal::format::VolumeState;
 use journal::promotion::{Promotion, PromotionFile, TransferSizes};
 use journal::recovery::{NewJournal, OpenOptions, create, open};
@@ -199,6 +200,7 @@ impl Journal {
             slot_count,
             volumes: vec![volume],
             manifest: "{}".into(),
+            encryption: Encryption::Never,
         };
         create(&mut storage, file, &new)?;
         let limits = Limits { max_slots: slot_count, grow_slots: 4, group_bytes: 8 << 20 };

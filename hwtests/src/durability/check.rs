@@ -119,7 +119,7 @@ pub fn check(
     let folder = Load::folder(definition);
     let mut storage = RingStorage::new(RING_DEPTH).map_err(CheckError::Ring)?;
     let journal = storage.add_file(open(&folder.journal())?);
-    let reader = Reader::open(&mut storage, journal, SurveyOptions::default())?;
+    let reader = Reader::open(&mut storage, journal, &SurveyOptions::default())?;
     let through = reader.newest_seq();
     if through < acknowledged {
         return Err(CheckError::Lost { acknowledged, found_through: through });

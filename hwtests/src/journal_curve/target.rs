@@ -8,6 +8,7 @@ use bytes::Bytes;
 use journal::batch::{
     BatchLink, BatchSealer, Checkpoint, CheckpointKind, Epoch, MAX_RECORD_PAYLOAD, PushError, Record,
 };
+use journal::crypt::Encryption;
 use journal::format::VolumeState;
 use journal::promotion::{PromotionAction, PromotionFile, TransferSizes};
 use journal::recovery::{NewJournal, OpenOptions, SurveyOptions, create, open};
@@ -68,6 +69,7 @@ impl Target {
             slot_count: 4,
             volumes: vec![volume],
             manifest: "{}".into(),
+            encryption: Encryption::Never,
         };
         create(&mut storage, journal, &new)?;
         let opened = open(&mut storage, journal, &OpenOptions::default())?;
@@ -178,7 +180,7 @@ impl Target {
 
     /// Whether the last write is in a view of the newest checkpoint.
     pub(super) fn is_whole(&mut self) -> Result<bool> {
-        let reader = Reader::open(&mut self.storage, self.journal, SurveyOptions::default())?;
+        let reader = Reader::open(&mut self.storage, self.journal, &SurveyOptions::default())?;
         let newest = reader.catalogue().checkpoints().last().context("no checkpoint")?.checkpoint.cut;
         let view = reader.view(newest)?.take_volume(0)?;
         let (offset_bytes, expected) = &self.newest;

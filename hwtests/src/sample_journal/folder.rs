@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result};
 use journal::batch::{BatchHeader, RecordHeader};
+use journal::crypt::SiteKeys;
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, VolumeState};
 use journal::recovery::{SurveyOptions, rebuild, survey_as};
 use journal::storage::ring::{Access, DirectFile, RingStorage};
@@ -103,7 +104,7 @@ impl SampleFolder {
     pub fn reader(&self) -> Result<Reader> {
         let mut storage = RingStorage::new(64).context("io_uring")?;
         let file = storage.add_file(DirectFile::open(&self.journal(), Access::ReadOnly)?);
-        Ok(Reader::open(&mut storage, file, SurveyOptions::default())?)
+        Ok(Reader::open(&mut storage, file, &SurveyOptions::default())?)
     }
 
     /// The same after both superblocks were lost: made up from the segments.
@@ -117,8 +118,9 @@ impl SampleFolder {
             let size_bytes = fs::metadata(self.disk(number)).ok()?.len();
             Some(VolumeState { id: uuid::Uuid::nil(), base_seq: 0, size_bytes, fresh_image: false })
         };
-        let rebuilt = rebuild(&mut storage, file, None, (0..).map_while(volume).collect())?;
-        let survey = survey_as(&mut storage, file, rebuilt.superblock, SurveyOptions::default())?;
+        let rebuilt =
+            rebuild(&mut storage, file, None, (0..).map_while(volume).collect(), &SiteKeys::default())?;
+        let survey = survey_as(&mut storage, file, rebuilt.superblock, &SurveyOptions::default())?;
         Ok(Reader::of(&mut storage, file, survey)?)
     }
 

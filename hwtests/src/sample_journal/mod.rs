@@ -9,6 +9,7 @@ mod samples;
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use journal::batch::{BatchLink, BatchSealer, BatchView, Checkpoint, CheckpointKind, Epoch, Record};
+use journal::crypt::Encryption;
 use journal::format::VolumeState;
 use journal::recovery::{NewJournal, OpenOptions, create, open};
 use journal::storage::FileId;
@@ -73,6 +74,7 @@ impl<'a> SampleJournal<'a> {
             slot_count: 3,
             volumes,
             manifest: manifest.to_owned(),
+            encryption: Encryption::Never,
         };
         create(&mut storage, file, &new)?;
         let writer = Writer::new(open(&mut storage, file, &OpenOptions::default())?, LIMITS);

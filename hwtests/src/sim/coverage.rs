@@ -91,6 +91,10 @@ pub enum Happening {
     FailedWithGroupAhead,
     /// An opening copied an unsealed segment.
     Carried,
+    /// The copied segment is encrypted.
+    CarriedEncrypted,
+    /// An encrypted journal got another key.
+    KeyRotated,
     /// An opening failed and the next one went on.
     OpenedAgain,
     /// Segments were promoted to the recovery disks.
@@ -185,6 +189,8 @@ impl Happening {
         Self::DiedWithGroupAhead,
         Self::FailedWithGroupAhead,
         Self::Carried,
+        Self::CarriedEncrypted,
+        Self::KeyRotated,
         Self::OpenedAgain,
         Self::Promoted,
         Self::PromotionResumed,

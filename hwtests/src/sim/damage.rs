@@ -2,7 +2,7 @@
 
 use journal::format::FIRST_SLOT_OFFSET_BYTES;
 use journal::promotion::{Promoted, Promotion, PromotionFile, TransferSizes};
-use journal::recovery::{OpenOptions, SurveyOptions, open};
+use journal::recovery::open;
 use journal::storage::sim::{Crash, SimStorage};
 use journal::storage::{Completion, Storage};
 use journal::view::{ReadPart, Reader, ViewError};
@@ -39,7 +39,7 @@ pub(super) fn flip_a_bit(site: &TargetSite, ledger: &Ledger, env: &mut Env) -> R
 
 /// A byte of the journal's file that the newest checkpoint shows.
 fn place_of_a_payload(site: &TargetSite, env: &mut Env) -> Option<u64> {
-    let reader = Reader::open(&mut site.disk.storage(), site.journal, SurveyOptions::default()).ok()?;
+    let reader = Reader::open(&mut site.disk.storage(), site.journal, &site.survey_options()).ok()?;
     let cut = reader.catalogue().checkpoints().last()?.checkpoint.cut;
     let view = reader.view(cut).ok()?;
     let mut places = Vec::new();
@@ -56,7 +56,7 @@ fn place_of_a_payload(site: &TargetSite, env: &mut Env) -> Option<u64> {
 /// Every checkpoint is right, or says that it can't be read.
 fn look(site: &TargetSite, ledger: &Ledger, env: &mut Env) -> Result<(), String> {
     let mut storage = site.disk.storage();
-    let Ok(reader) = Reader::open(&mut storage, site.journal, SurveyOptions::default()) else {
+    let Ok(reader) = Reader::open(&mut storage, site.journal, &site.survey_options()) else {
         env.happened(Happening::FlipNoticed);
         return Ok(());
     };
@@ -80,12 +80,12 @@ fn promote_all(site: &TargetSite, env: &mut Env) -> Result<bool, String> {
     let told = |what: &str, error: &dyn std::fmt::Debug| format!("promoting over damage: {what}: {error:?}");
     let mut storage = site.disk.storage();
     // One whose footer a crash kept from being written can't be read at all then.
-    let Ok(reader) = Reader::open(&mut storage, site.journal, SurveyOptions::default()) else {
+    let Ok(reader) = Reader::open(&mut storage, site.journal, &site.survey_options()) else {
         return Ok(false);
     };
     let Some(newest) = reader.catalogue().checkpoints().last() else { return Ok(false) };
     // The last segment is scanned at an opening: what is damaged in it was never acknowledged, as far as the opener knows.
-    let Ok(opened) = open(&mut storage, site.journal, &OpenOptions::default()) else { return Ok(false) };
+    let Ok(opened) = open(&mut storage, site.journal, &site.open_options()) else { return Ok(false) };
     if opened.superblock.state.is_base_sync() {
         return Ok(false);
     }

@@ -1,7 +1,7 @@
 //! What can be recovered from a target's files, against what the ledger knows.
 
 use journal::batch::{Checkpoint, RecordKind};
-use journal::recovery::{OpenError, SurveyOptions};
+use journal::recovery::OpenError;
 use journal::storage::{Blocking, Purpose};
 use journal::view::{Reader, View, ViewError};
 use vra::api::{CheckpointId, TimeUs};
@@ -15,7 +15,7 @@ use super::target::{PinnedView, TargetSite};
 /// Reads one of the checkpoints while the target goes on.
 pub(super) fn compare_beside_writer(site: &TargetSite, ledger: &Ledger, env: &mut Env) -> Result<(), String> {
     let mut storage = site.disk.storage();
-    let reader = match Reader::open(&mut storage, site.journal, SurveyOptions::default()) {
+    let reader = match Reader::open(&mut storage, site.journal, &site.survey_options()) {
         Ok(reader) => reader,
         Err(_) if site.disk.is_dead(&storage) => return Ok(()),
         // What a dying or failing process leaves is only whole once an opener has put it right, but an armed read error is
@@ -75,7 +75,7 @@ pub(super) fn any_cut(site: &TargetSite, env: &mut Env) -> Option<u64> {
 /// Opens a view that stays open. What is armed for the target may meet it: then there is none.
 pub(super) fn open_pinned(site: &mut TargetSite, cut: u64) -> Result<(), String> {
     let mut storage = site.disk.storage();
-    let mut view = match Reader::open(&mut storage, site.journal, SurveyOptions::default()) {
+    let mut view = match Reader::open(&mut storage, site.journal, &site.survey_options()) {
         Ok(reader) => reader.view(cut).map_err(|error| format!("the pinned view at {cut}: {error:?}"))?,
         Err(_) if site.disk.is_dead(&storage) => return Ok(()),
         Err(ViewError::Open(OpenError::Storage(_)) | ViewError::Storage(_)) => return Ok(()),
@@ -101,7 +101,7 @@ pub(super) fn check_pinned(site: &TargetSite, ledger: &Ledger, env: &mut Env) ->
         Err(error) => return Err(format!("reading a view at {cut} that stayed open: {error:?}")),
     }
     let mut storage = site.disk.storage();
-    match Reader::open(&mut storage, site.journal, SurveyOptions::default()) {
+    match Reader::open(&mut storage, site.journal, &site.survey_options()) {
         Ok(reader) => {
             if compare_cut(site, &reader, *cut, ledger)? {
                 env.happened(Happening::PinnedViewCompared);
@@ -117,7 +117,7 @@ pub(super) fn check_pinned(site: &TargetSite, ledger: &Ledger, env: &mut Env) ->
 /// After the disaster: everything that must be there is, and is right. Gives the reader for what concerns the whole group.
 pub(super) fn compare_all(site: &TargetSite, ledger: &Ledger, env: &mut Env) -> Result<Reader, String> {
     let mut storage = site.disk.storage();
-    let reader = Reader::open(&mut storage, site.journal, SurveyOptions::default())
+    let reader = Reader::open(&mut storage, site.journal, &site.survey_options())
         .map_err(|error| format!("the journal cannot be read at the end: {error:?}"))?;
     check_listed(&reader, ledger, env)?;
     for entry in reader.catalogue().checkpoints() {

@@ -1,10 +1,13 @@
 //! A target: files on a datastore, and a process with the product's receiver.
 
 use journal::batch::BatchView;
+use journal::crypt::{Encryption, Keys, NewKey, SiteKey, SiteKeys};
 use journal::format::{FIRST_SLOT_OFFSET_BYTES, VolumeState};
 use journal::planted::{Bug, planted};
 use journal::promotion::{PromotionAction, PromotionFile, TransferSizes};
-use journal::recovery::{NewJournal, OpenError, OpenOptions, Opened, SegmentError, create, open};
+use journal::recovery::{
+    NewJournal, OpenError, OpenOptions, Opened, SegmentError, SurveyOptions, create, open,
+};
 use journal::storage::sim::{Crash, SimDisk, SimStorage};
 use journal::storage::{Blocking, FileId, Op, Purpose, Storage};
 use journal::view::{Promoted, View};
@@ -27,6 +30,7 @@ pub(super) struct TargetSite {
     pub(super) recovery_disks: Vec<FileId>,
     identity: VmIdentity,
     policy: ReceiverPolicy,
+    keys: Keys,
     /// The recovery disks' space stays reserved.
     reserved: bool,
     process: Option<Process>,
@@ -48,6 +52,20 @@ pub(super) struct PinnedView {
     /// How far promotion had come when it was opened.
     pub(super) promoted_seq: u64,
     pub(super) view: View,
+}
+
+/// The keys of the simulated site.
+fn site_keys() -> SiteKeys {
+    SiteKeys::new(vec![SiteKey::new([0x51; SiteKey::LEN_BYTES].into())])
+}
+
+fn any_encryption(identity: &VmIdentity, env: &mut Env) -> Encryption {
+    match (env.rng.one_in(4), site_keys().current()) {
+        (false, Some(site_key)) => {
+            Encryption::On(NewKey::seeded(env.rng.below(u64::MAX)).wrap(identity.journal.0, site_key))
+        }
+        _ => Encryption::Off,
+    }
 }
 
 struct Process {
@@ -107,12 +125,15 @@ impl TargetSite {
             give_up_history: env.rng.one_in(2),
             window_bytes: 1 << 20,
         };
+        // Some journals are encrypted from the start; others become so.
+        let encryption = if env.rng.one_in(3) { any_encryption(&identity, env) } else { Encryption::Never };
         let site = Self {
             disk,
             journal,
             recovery_disks,
             identity,
             policy,
+            keys: Keys::seeded(site_keys(), seed),
             reserved: env.rng.one_in(2),
             process: None,
             trusted_through: None,
@@ -121,11 +142,11 @@ impl TargetSite {
             slot_count: 0,
             promoted: Promoted::default(),
         };
-        site.create()?;
+        site.create(encryption)?;
         Ok(site)
     }
 
-    fn create(&self) -> Result<(), String> {
+    fn create(&self, encryption: Encryption) -> Result<(), String> {
         let mut storage = self.disk.storage();
         let volumes = self.identity.volumes.iter();
         let new = NewJournal {
@@ -143,6 +164,7 @@ impl TargetSite {
                 })
                 .collect(),
             manifest: "{}".into(),
+            encryption,
         };
         create(&mut storage, self.journal, &new).map_err(|error| format!("create: {error}"))?;
         for (file, volume) in self.recovery_disks.iter().zip(&self.identity.volumes) {
@@ -151,6 +173,16 @@ impl TargetSite {
             io.run(Op::Allocate { offset_bytes: 0, len_bytes }).map_err(|error| error.to_string())?;
         }
         Ok(())
+    }
+
+    /// For an opening by the next writer.
+    pub(super) fn open_options(&self) -> OpenOptions {
+        OpenOptions { keys: self.keys.clone(), ..OpenOptions::default() }
+    }
+
+    /// For a reader.
+    pub(super) fn survey_options(&self) -> SurveyOptions {
+        SurveyOptions { keys: self.keys.site().clone(), ..SurveyOptions::default() }
     }
 
     pub(super) fn is_up(&self) -> bool {
@@ -359,7 +391,7 @@ impl TargetSite {
             }
             let mut storage = self.disk.storage();
             let vm_id = Some(self.identity.vm.0);
-            let options = OpenOptions { vm_id, trusted_through: self.trusted_through };
+            let options = OpenOptions { vm_id, trusted_through: self.trusted_through, ..self.open_options() };
             match self.open_once(&mut storage, &options, ledger, env)? {
                 Some(receiver) => {
                     self.process = Some(Process {
@@ -416,8 +448,11 @@ impl TargetSite {
             Err(SegmentError::Storage(_)) => return Ok(None),
             Err(error) => return Err(format!("a segment cannot be read: {error:?}")),
         };
-        if opened.segments.last().is_some_and(|last| last.header.carried_end_bytes > 4096) {
+        if let Some(last) = opened.segments.last().filter(|last| last.header.carried_end_bytes > 4096) {
             env.happened(Happening::Carried);
+            if last.header.encryption.is_some() {
+                env.happened(Happening::CarriedEncrypted);
+            }
         }
         if opened.superblock.promotion_intent_seq > opened.superblock.low_water.seq {
             env.happened(Happening::PromotionResumed);
@@ -445,11 +480,18 @@ impl TargetSite {
     /// Another manifest, or the open segment is sealed.
     pub(super) fn change_something(&mut self, env: &mut Env) {
         let Some(process) = &mut self.process else { return };
-        if env.rng.one_in(3) {
-            process.receiver.seal();
-        } else {
-            // A journal that has failed refuses, and is looked after.
-            let _ = process.receiver.set_manifest(format!(r#"{{"made":{}}}"#, env.rng.next_u64()));
+        // A journal that has failed refuses, and is looked after.
+        match env.rng.below(6) {
+            0 | 1 => process.receiver.seal(),
+            2 => {
+                let was = process.receiver.writer().superblock().encryption;
+                let encryption = any_encryption(&self.identity, env);
+                if let (Encryption::On(_), Encryption::On(_)) = (was, encryption) {
+                    env.happened(Happening::KeyRotated);
+                }
+                let _ = process.receiver.set_encryption(encryption);
+            }
+            _ => _ = process.receiver.set_manifest(format!(r#"{{"made":{}}}"#, env.rng.next_u64())),
         }
     }
 }

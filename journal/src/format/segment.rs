@@ -6,6 +6,8 @@ use uuid::Uuid;
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
+use crate::crypt::{SALT_BYTES, SegmentKey, WRAPPED_KEY_BYTES, WrappedKey};
+
 use super::{ChainPoint, FORMAT_VERSION, MAX_SLOT_BYTES, MIN_SLOT_BYTES, PAGE_BYTES, page_crc};
 
 /// First eight bytes of a segment's first page.
@@ -13,8 +15,11 @@ pub const HEADER_MAGIC: [u8; 8] = *b"HFSEGHDR";
 /// First eight bytes of a sealed segment slot's last page.
 pub const TRAILER_MAGIC: [u8; 8] = *b"HFSEGEND";
 
+/// [`SegmentPage::encryption`]: AES-256-XTS.
+const ENCRYPTION_XTS: u32 = 1;
+
 /// A segment's first page, decoded. Batches follow at [`PAGE_BYTES`], one after the other.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SegmentHeader {
     /// The journal.
     pub journal_id: Uuid,
@@ -33,6 +38,8 @@ pub struct SegmentHeader {
     pub begin_time_us: u64,
     /// Length of a slot, in bytes: finds the other slots when no superblock is left.
     pub slot_len_bytes: u64,
+    /// What batches and footer are encrypted with, if they are.
+    pub encryption: Option<SegmentKey>,
 }
 
 /// A sealed segment's last page, decoded: written only after all its batches were durable, so that its presence
@@ -185,18 +192,20 @@ struct SegmentPage {
     footer_crc: U32,
     /// [`SegmentTrailer::end_time_us`].
     end_time_us: U64,
-    /// How the batches and the footer are encrypted: 0 not at all; others come with a required feature.
+    /// Of batches and footer: 0 none, [`ENCRYPTION_XTS`]. The superblock has the required feature then.
     encryption: U32,
     /// Zero.
     reserved_word: U32,
-    /// The key they are encrypted with; zero without encryption.
+    /// [`WrappedKey::key_id`]; zero without encryption.
     encryption_key_id: [u8; 16],
-    /// Random, so that no two segments are encrypted alike; zero without encryption.
-    encryption_salt: [u8; 16],
+    /// [`SegmentKey::salt`]; zero without encryption.
+    encryption_salt: [u8; SALT_BYTES],
     /// [`SegmentHeader::slot_len_bytes`].
     slot_len_bytes: U64,
+    /// [`WrappedKey::bytes`]; zero without encryption.
+    encryption_wrapped_key: [u8; WRAPPED_KEY_BYTES],
     /// Zero.
-    reserved: [u8; 3928],
+    reserved: [u8; 3832],
 }
 
 impl SegmentPage {
@@ -212,6 +221,12 @@ impl SegmentPage {
         self.carried_end_bytes = header.carried_end_bytes.into();
         self.begin_time_us = header.begin_time_us.into();
         self.slot_len_bytes = header.slot_len_bytes.into();
+        if let Some(SegmentKey { key, salt }) = &header.encryption {
+            self.encryption = ENCRYPTION_XTS.into();
+            self.encryption_key_id = *key.key_id.as_bytes();
+            self.encryption_salt = *salt;
+            self.encryption_wrapped_key = key.bytes;
+        }
     }
 
     fn seal(mut self) -> [u8; PAGE_BYTES] {
@@ -241,9 +256,15 @@ impl SegmentPage {
         {
             return Err(PageError::Field("carried_end_bytes"));
         }
-        if self.encryption.get() != 0 {
-            return Err(PageError::Field("encryption"));
-        }
+        let encryption = match self.encryption.get() {
+            0 => None,
+            ENCRYPTION_XTS => {
+                let key_id = Uuid::from_bytes(self.encryption_key_id);
+                let key = WrappedKey { key_id, bytes: self.encryption_wrapped_key };
+                Some(SegmentKey { key, salt: self.encryption_salt })
+            }
+            _ => return Err(PageError::Field("encryption")),
+        };
         if self.number.get() == 0 || self.number.get() == u64::MAX {
             return Err(PageError::Field("number"));
         }
@@ -260,6 +281,7 @@ impl SegmentPage {
             after: ChainPoint { seq: self.after_seq.get(), batch_crc: self.after_batch_crc.get() },
             carried_end_bytes,
             begin_time_us: self.begin_time_us.get(),
+            encryption,
         })
     }
 }
@@ -272,4 +294,5 @@ const _: () = {
     assert!(offset_of!(SegmentPage, data_end_bytes) == 80);
     assert!(offset_of!(SegmentPage, encryption) == 120);
     assert!(offset_of!(SegmentPage, slot_len_bytes) == 160);
+    assert!(offset_of!(SegmentPage, encryption_wrapped_key) == 168);
 };

@@ -11,6 +11,7 @@ use super::{
     MAX_SLOT_BYTES, MAX_SLOTS, MIN_SLOT_BYTES, PAGE_BYTES, page_crc,
 };
 use crate::batch::{MAX_VOLUME_BYTES, MAX_VOLUMES};
+use crate::crypt::{Encryption, WRAPPED_KEY_BYTES, WrappedKey};
 use crate::planted::{Bug, planted};
 
 /// First eight bytes of a superblock.
@@ -55,6 +56,8 @@ pub struct Superblock {
     pub generation_fork_seq: u64,
     /// Newest receive time known when this copy was written, µs since the Unix epoch (C6): never decreases.
     pub receive_time_us: u64,
+    /// Whether segments are encrypted that are begun from now on.
+    pub encryption: Encryption,
     /// The VM's volumes, by number.
     pub volumes: Vec<VolumeState>,
 }
@@ -160,11 +163,25 @@ impl Superblock {
             page.manifest_slot = manifest.slot.into();
             page.manifest_crc = manifest.crc.into();
         }
+        let mut features = 0;
         if let Some(bad_list) = self.bad_list {
-            page.required_features = FEATURE_BAD_RANGES.into();
+            features |= FEATURE_BAD_RANGES;
             page.bad_list_slot = bad_list.slot.into();
             page.bad_list_crc = bad_list.crc.into();
         }
+        match &self.encryption {
+            Encryption::Never => {}
+            Encryption::Off => page.encryption = ENCRYPTION_OFF.into(),
+            Encryption::On(key) => {
+                page.encryption = ENCRYPTION_XTS.into();
+                page.encryption_key_id = *key.key_id.as_bytes();
+                page.encryption_wrapped_key = key.bytes;
+            }
+        }
+        if self.encryption != Encryption::Never {
+            features |= FEATURE_ENCRYPTION;
+        }
+        page.required_features = features.into();
         page.low_water_segment = self.low_water_segment.into();
         page.low_water_seq = self.low_water.seq.into();
         page.low_water_batch_crc = self.low_water.batch_crc.into();
@@ -203,7 +220,7 @@ impl Superblock {
             return Err(SuperblockError::Crc);
         }
         let features = page.required_features.get();
-        if features & !FEATURE_BAD_RANGES != 0 {
+        if features & !(FEATURE_BAD_RANGES | FEATURE_ENCRYPTION) != 0 {
             return Err(SuperblockError::Features(features));
         }
         let check = |good: bool, field| if good { Ok(()) } else { Err(SuperblockError::Field(field)) };
@@ -233,6 +250,15 @@ impl Superblock {
         let bad_list = (features & FEATURE_BAD_RANGES != 0)
             .then(|| PairPlace { slot: page.bad_list_slot.get(), crc: page.bad_list_crc.get() });
         check(bad_list.is_none_or(|place| place.slot < 2), "bad_list_slot")?;
+        let encryption = match (features & FEATURE_ENCRYPTION != 0, page.encryption.get()) {
+            (false, 0) => Encryption::Never,
+            (true, ENCRYPTION_OFF) => Encryption::Off,
+            (true, ENCRYPTION_XTS) => Encryption::On(WrappedKey {
+                key_id: Uuid::from_bytes(page.encryption_key_id),
+                bytes: page.encryption_wrapped_key,
+            }),
+            _ => return Err(SuperblockError::Field("encryption")),
+        };
         let volume_count = page.volume_count.get() as usize;
         check(volume_count <= MAX_VOLUMES, "volume_count")?;
         let mut volumes = Vec::with_capacity(volume_count);
@@ -267,6 +293,7 @@ impl Superblock {
             generation_first_seq: page.generation_first_seq.get(),
             generation_fork_seq: page.generation_fork_seq.get(),
             receive_time_us: page.receive_time_us.get(),
+            encryption,
             volumes,
         })
     }
@@ -282,6 +309,12 @@ impl Superblock {
 
 /// Bit of [`SuperblockPage::required_features`]: parts of the recovery disks must not be read.
 const FEATURE_BAD_RANGES: u64 = 1;
+/// Bit of [`SuperblockPage::required_features`]: segments may be encrypted.
+const FEATURE_ENCRYPTION: u64 = 2;
+/// [`SuperblockPage::encryption`]: batches and footers of new segments under AES-256-XTS.
+const ENCRYPTION_XTS: u32 = 1;
+/// [`SuperblockPage::encryption`]: new segments are not, older ones may be.
+const ENCRYPTION_OFF: u32 = 2;
 /// [`VolumeEntry::flags`]: [`VolumeState::fresh_image`].
 const VOLUME_FRESH: u32 = 1;
 
@@ -341,14 +374,14 @@ struct SuperblockPage {
     generation_fork_seq: U64,
     /// [`Superblock::receive_time_us`].
     receive_time_us: U64,
-    /// How segments are encrypted: 0 not at all. Others come with a bit in `required_features`.
+    /// [`Superblock::encryption`]: 0 never, [`ENCRYPTION_XTS`] or [`ENCRYPTION_OFF`] with [`FEATURE_ENCRYPTION`].
     encryption: U32,
     /// [`Superblock::volumes`]'s count.
     volume_count: U32,
     /// The key that segments begun from now on are encrypted with; zero without encryption.
     encryption_key_id: [u8; 16],
     /// That key, wrapped by the site's; zero without encryption.
-    encryption_wrapped_key: [u8; 96],
+    encryption_wrapped_key: [u8; WRAPPED_KEY_BYTES],
     /// [`PairPlace::slot`] of the list of bad ranges; means nothing without [`FEATURE_BAD_RANGES`].
     bad_list_slot: U32,
     /// [`PairPlace::crc`] of the list of bad ranges.

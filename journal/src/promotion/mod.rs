@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::bad_ranges::{BadRange, BadRanges};
 use crate::batch::RecordKind;
+use crate::crypt::Ciphers;
 use crate::format::bad_list::MAX_BAD_RANGES;
 use crate::format::{ChainPoint, Footer, FooterEvent, PAGE_BYTES, Superblock, slot_offset_bytes};
 use crate::index::IndexBuilder;
@@ -102,6 +103,7 @@ pub struct Promotion {
     through: ChainPoint,
     superblock: Superblock,
     segments: Vec<ClosedSegment>,
+    ciphers: Ciphers,
     /// The images' space stays reserved where they read zeroes.
     reserved: Vec<bool>,
     sizes: TransferSizes,
@@ -186,10 +188,13 @@ impl Promotion {
         let skipped = usize::from(planted(Bug::PromotionSkipsSegment) && segments.len() > 1);
         let missing = segments.len() - skipped;
         let builders = std::iter::repeat_with(IndexBuilder::default).take(count).collect();
+        let ciphers = segments.iter().map(|segment| (segment.header.slot, &segment.cipher));
+        let ciphers = Ciphers::new(superblock.slot_len_bytes, ciphers);
         Self {
             through,
             superblock,
             segments,
+            ciphers,
             reserved,
             sizes,
             stage: Stage::Footers { next: skipped, missing, builders },
@@ -256,7 +261,9 @@ impl Promotion {
         match (doing, result) {
             (Doing::ReadFooter { segment }, result) => self.footer_read(segment, result.ok().flatten()),
             (Doing::ReadSlot { segment }, result) => {
-                let slot = result.map_err(PromotionError::Journal)?.expect("a read gives its buffer back");
+                let mut slot =
+                    result.map_err(PromotionError::Journal)?.expect("a read gives its buffer back");
+                self.segments[segment].cipher.decrypt_slot(&mut slot);
                 self.slot_read(segment, &slot)?;
             }
             (Doing::ReadChunk { read }, result) => self.chunk_read(read, result)?,
@@ -397,7 +404,8 @@ impl Promotion {
     fn footer_read(&mut self, segment: usize, bytes: Option<AlignedBuf>) {
         let trailer = self.segments[segment].trailer.as_ref();
         self.reading_bytes -= trailer.map_or(0, |trailer| trailer.footer_len_bytes);
-        let footer = bytes.zip(trailer).and_then(|(bytes, trailer)| {
+        let footer = bytes.zip(trailer).and_then(|(mut bytes, trailer)| {
+            self.segments[segment].cipher.decrypt(trailer.data_end_bytes, &mut bytes);
             Footer::decode(&bytes, trailer.footer_crc, trailer.data_end_bytes).ok()
         });
         match footer {
@@ -447,7 +455,9 @@ impl Promotion {
         match result {
             Ok(buffer) => {
                 self.reading_bytes -= range.end - range.start;
-                chunk.take(read, buffer.expect("a read gives its buffer back"));
+                let mut buffer = buffer.expect("a read gives its buffer back");
+                self.ciphers.decrypt(range.start, &mut buffer);
+                chunk.take(read, buffer);
             }
             Err(error) if error.is_medium() => {
                 // Page by page: only what can't be read is lost, and its checksums will tell.
@@ -472,7 +482,12 @@ impl Promotion {
         let Stage::Carrying(carrying) = &mut self.stage else { return Ok(()) };
         let Some(chunk) = &mut carrying.next else { return Ok(()) };
         match result {
-            Ok(page) => chunk.take_page(read, offset_bytes, page.as_deref()),
+            Ok(mut page) => {
+                if let Some(page) = &mut page {
+                    self.ciphers.decrypt(offset_bytes, page);
+                }
+                chunk.take_page(read, offset_bytes, page.as_deref());
+            }
             Err(error) if error.is_medium() => chunk.take_page(read, offset_bytes, None),
             Err(error) => return Err(PromotionError::Journal(error)),
         }

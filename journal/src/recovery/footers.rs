@@ -85,7 +85,8 @@ fn decode(chunk: &[Segment], reads: Vec<Read>) -> Decoded {
     let (mut reads, mut spare) = (reads.into_iter(), Vec::with_capacity(chunk.len()));
     let decode = |segment: &Segment| {
         let Content::Sealed(trailer) = &segment.content else { return Err(FooterError::Length) };
-        let bytes = reads.next().and_then(Result::ok).flatten().ok_or(FooterError::Length)?;
+        let mut bytes = reads.next().and_then(Result::ok).flatten().ok_or(FooterError::Length)?;
+        segment.cipher.decrypt(trailer.data_end_bytes, &mut bytes);
         let footer = Footer::decode(&bytes, trailer.footer_crc, trailer.data_end_bytes);
         spare.push(bytes);
         footer

@@ -14,6 +14,7 @@ pub(crate) use survey::read_superblock;
 pub use survey::{Content, Damage, Hidden, Segment, SegmentError, Survey, SurveyOptions, survey, survey_as};
 
 use crate::bad_ranges::BadRanges;
+use crate::crypt::{Cipher, Encryption, KeyError, Keyring, Keys, SALT_BYTES, SegmentKey};
 use crate::format::bad_list::BadListError;
 use crate::format::manifest::{Manifest, ManifestError};
 use crate::format::{
@@ -40,6 +41,8 @@ pub struct NewJournal {
     pub volumes: Vec<VolumeState>,
     /// JSON.
     pub manifest: String,
+    /// Whether segments are encrypted; another can be set later.
+    pub encryption: Encryption,
 }
 
 /// Why a journal cannot be opened.
@@ -83,6 +86,9 @@ pub enum OpenError {
         "the list of damaged parts of the recovery disks cannot be read: move the folder away and replicate anew"
     )]
     BadList(#[source] BadListError),
+    /// What is encrypted can't be read or written.
+    #[error(transparent)]
+    Key(#[from] KeyError),
     /// All slots are in use, even the one that is kept for recovery.
     #[error("no slot is free for recovery: the journal's file was not written by this software")]
     NoRecoverySlot,
@@ -119,6 +125,7 @@ pub fn create<S: Storage>(storage: &mut S, file: FileId, new: &NewJournal) -> Re
         generation_first_seq: 0,
         generation_fork_seq: 0,
         receive_time_us: 0,
+        encryption: new.encryption,
         volumes: new.volumes.clone(),
     };
     let mut io = Blocking::new(storage, file, Purpose::Create);
@@ -151,16 +158,22 @@ pub struct Opened {
     pub hidden: Option<Hidden>,
     /// Slots that hold nothing, lowest first.
     pub free_slots: Vec<u32>,
+    /// The journal's keys.
+    pub keyring: Keyring,
+    /// What the salts of this opening's segments begin with: no other opening has it.
+    pub salt: u64,
 }
 
 /// How to open for writing.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
     /// Refuse another VM's journal.
     pub vm_id: Option<Uuid>,
     /// After a failed write or sync in this process: the last number that was known to be durable. Nothing after it is
     /// believed (C1).
     pub trusted_through: Option<u64>,
+    /// For a journal that is encrypted, or is to be.
+    pub keys: Keys,
 }
 
 /// Opens a journal for writing. The caller holds the file's lock (A4). When this returns, all that it found is durable
@@ -170,9 +183,14 @@ pub struct OpenOptions {
 /// # Errors
 /// What is wrong with the file.
 pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) -> Result<Opened, OpenError> {
-    let look = SurveyOptions { trusted_through: options.trusted_through, skip_unreadable: false };
-    let Survey { mut superblock, mut segments, tail, damage, hidden, free_slots, manifest, bad_ranges } =
-        survey(storage, file, look)?;
+    let look = SurveyOptions {
+        trusted_through: options.trusted_through,
+        skip_unreadable: false,
+        keys: options.keys.site().clone(),
+    };
+    let found = survey(storage, file, &look)?;
+    let Survey { mut superblock, mut segments, tail, damage, hidden, free_slots, .. } = found;
+    let (manifest, bad_ranges, keyring) = (found.manifest, found.bad_ranges, found.keyring);
     if let Some(expected) = options.vm_id
         && expected != superblock.vm_id
     {
@@ -181,6 +199,10 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
     if let Some(damage) = damage {
         return Err(OpenError::Damaged(damage));
     }
+    if let Encryption::On(key) = &superblock.encryption {
+        keyring.check(key)?;
+    }
+    let salt = options.keys.opening_salt();
     let mut io = Blocking::new(storage, file, Purpose::Superblock);
     // What was read may not be durable, and the copy that is written next may be the durable one: the same bytes again,
     // synced, settle it.
@@ -223,14 +245,27 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
     {
         let slot = take_slot(io.purpose(Purpose::Reserve), &mut free_slots, superblock.slot_len_bytes)?;
         let old_slot = last.header.slot;
-        carry(io.purpose(Purpose::Carry), last, slot, &superblock)?;
+        let encryption = segment_key(&superblock, salt, last.header.number);
+        let header =
+            SegmentHeader { slot, open_count: superblock.open_count, encryption, ..last.header.clone() };
+        let cipher = keyring.cipher(&header)?;
+        carry(io.purpose(Purpose::Carry), last, header, cipher, superblock.slot_len_bytes)?;
         free_slots.push(old_slot);
         free_slots.sort_unstable();
     }
     if !planted(Bug::RecoveryWithoutSync) {
         io.purpose(Purpose::Carry).sync()?;
     }
-    Ok(Opened { superblock, segments, tail, manifest, bad_ranges, hidden, free_slots })
+    Ok(Opened { superblock, segments, tail, manifest, bad_ranges, hidden, free_slots, keyring, salt })
+}
+
+/// What a segment that begins now is encrypted with. An opening copies or begins a segment of one number once, so no two have one salt.
+pub(crate) fn segment_key(superblock: &Superblock, opening_salt: u64, number: u64) -> Option<SegmentKey> {
+    let Encryption::On(key) = superblock.encryption else { return None };
+    let mut salt = [0; SALT_BYTES];
+    salt[..8].copy_from_slice(&opening_salt.to_le_bytes());
+    salt[8..].copy_from_slice(&number.to_le_bytes());
+    Some(SegmentKey { key, salt })
 }
 
 /// The lowest free slot that has its space or gets it: that of some was given back to the datastore (C3).
@@ -251,25 +286,23 @@ fn take_slot<S: Storage>(
     Err(last_error)
 }
 
-/// Copies an unsealed segment into a free slot as this opening's own.
+/// Copies an unsealed segment into a free slot as this opening's own, under a header that says so.
 fn carry<S: Storage>(
     io: &mut Blocking<'_, S>,
     segment: &mut Segment,
-    slot: u32,
-    superblock: &Superblock,
+    mut header: SegmentHeader,
+    cipher: Cipher,
+    slot_len_bytes: u64,
 ) -> Result<(), OpenError> {
     let Content::Scanned(scan) = &segment.content else { return Ok(()) };
-    let slot_len_bytes = superblock.slot_len_bytes;
-    let old_offset_bytes = slot_offset_bytes(segment.header.slot, slot_len_bytes);
-    let header = SegmentHeader {
-        slot,
-        open_count: superblock.open_count,
-        carried_end_bytes: scan.end_bytes,
-        ..segment.header.clone()
-    };
-    let mut bytes = io.read(old_offset_bytes, scan.end_bytes as usize)?;
+    header.carried_end_bytes = scan.end_bytes;
+    let mut bytes =
+        io.read(slot_offset_bytes(segment.header.slot, slot_len_bytes), scan.end_bytes as usize)?;
+    segment.cipher.decrypt_slot(&mut bytes);
+    cipher.encrypt_slot(&mut bytes);
     bytes[..PAGE_BYTES].copy_from_slice(&header.encode());
-    io.write(slot_offset_bytes(slot, slot_len_bytes), bytes.into_bytes())?;
+    io.write(slot_offset_bytes(header.slot, slot_len_bytes), bytes.into_bytes())?;
     segment.header = header;
+    segment.cipher = cipher;
     Ok(())
 }

@@ -7,6 +7,7 @@ use uuid::Uuid;
 use super::OpenError;
 use super::survey::{Damage, SurveyOptions, survey_as};
 use crate::batch::RecordKind;
+use crate::crypt::{Encryption, SiteKeys};
 use crate::format::bad_list::BadList;
 use crate::format::manifest::Manifest;
 use crate::format::superblock::PairPlace;
@@ -60,6 +61,7 @@ pub fn rebuild<S: Storage>(
     file: FileId,
     manifest: Option<Manifest>,
     volumes: Vec<VolumeState>,
+    keys: &SiteKeys,
 ) -> Result<Rebuilt, OpenError> {
     let mut io = Blocking::new(storage, file, Purpose::Survey);
     let first = find_header(&mut io)?.ok_or(OpenError::NotAJournal)?;
@@ -90,13 +92,15 @@ pub fn rebuild<S: Storage>(
         // Every generation counts: the chain of batches tells what follows what.
         generation_fork_seq: u64::MAX,
         receive_time_us: 0,
+        // What the newest segment says: nothing is written by it.
+        encryption: newest.encryption.map_or(Encryption::Never, |encryption| Encryption::On(encryption.key)),
         volumes,
     };
     let survey = survey_as(
         storage,
         file,
         superblock.clone(),
-        SurveyOptions { skip_unreadable: true, ..SurveyOptions::default() },
+        &SurveyOptions { skip_unreadable: true, trusted_through: None, keys: keys.clone() },
     )?;
     if let Some(damage) = survey.damage {
         // Behind it there may be a newer intent.

@@ -6,6 +6,7 @@ use super::OpenError;
 use super::decide::{self, Choice, SegmentFacts, Verdict};
 use crate::bad_ranges::BadRanges;
 use crate::batch::{BATCH_MAGIC, BatchHeader};
+use crate::crypt::{Cipher, Ciphers, Keyring, SiteKeys};
 use crate::format::bad_list::{BadList, BadListError};
 use crate::format::manifest::Manifest;
 use crate::format::{
@@ -35,6 +36,16 @@ pub struct Survey {
     pub manifest: Option<Manifest>,
     /// What of the recovery disks can't be trusted (C5).
     pub bad_ranges: BadRanges,
+    /// The journal's keys.
+    pub keyring: Keyring,
+}
+
+impl Survey {
+    /// What decrypts the segments, by place in the file.
+    pub fn ciphers(&self) -> Ciphers {
+        let slots = self.segments.iter().map(|segment| (segment.header.slot, &segment.cipher));
+        Ciphers::new(self.superblock.slot_len_bytes, slots)
+    }
 }
 
 /// A segment that counts.
@@ -44,13 +55,15 @@ pub struct Segment {
     pub header: SegmentHeader,
     /// What it holds.
     pub content: Content,
+    /// What reads it.
+    pub cipher: Cipher,
 }
 
 /// What a segment holds.
 #[derive(Clone, Debug)]
 pub enum Content {
     /// It is full and has a footer.
-    Sealed(SegmentTrailer),
+    Sealed(Box<SegmentTrailer>),
     /// It has none; its batches were read.
     Scanned(Box<Scan>),
 }
@@ -94,7 +107,8 @@ impl Segment {
             Content::Sealed(trailer) => trailer,
         };
         let slot_offset = slot_offset_bytes(self.header.slot, superblock.slot_len_bytes);
-        let bytes = io.read(slot_offset + trailer.data_end_bytes, trailer.footer_len_bytes as usize)?;
+        let mut bytes = io.read(slot_offset + trailer.data_end_bytes, trailer.footer_len_bytes as usize)?;
+        self.cipher.decrypt(trailer.data_end_bytes, &mut bytes);
         let damaged = match Footer::decode(&bytes, trailer.footer_crc, trailer.data_end_bytes) {
             Ok(footer) => return Ok(footer),
             Err(error) => error,
@@ -122,7 +136,8 @@ impl Segment {
     ) -> Result<Scan, StorageError> {
         let slot_offset = slot_offset_bytes(self.header.slot, superblock.slot_len_bytes);
         // One page more than the batches, because a scan doesn't look at the slot's last page.
-        let bytes = io.read(slot_offset, self.data_end_bytes() as usize + PAGE_BYTES)?;
+        let mut bytes = io.read(slot_offset, self.data_end_bytes() as usize + PAGE_BYTES)?;
+        self.cipher.decrypt_slot(&mut bytes);
         Ok(scan(&bytes, &self.header, Ownership::of(superblock), None))
     }
 }
@@ -174,13 +189,15 @@ pub struct Hidden {
 }
 
 /// How to look.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct SurveyOptions {
     /// Nothing after this number is believed.
     pub trusted_through: Option<u64>,
     /// Pages that the disk can't give back count as empty instead of ending the survey: for tools that save what can be
     /// saved, never for a writer, who would take the history's end to be earlier than it is.
     pub skip_unreadable: bool,
+    /// For what is encrypted.
+    pub keys: SiteKeys,
 }
 
 /// Finds out what a journal's file holds.
@@ -190,7 +207,7 @@ pub struct SurveyOptions {
 pub fn survey<S: Storage>(
     storage: &mut S,
     file: FileId,
-    options: SurveyOptions,
+    options: &SurveyOptions,
 ) -> Result<Survey, OpenError> {
     let mut io = Blocking::new(storage, file, Purpose::Survey);
     let superblock = read_superblock(&mut io, options.skip_unreadable)?;
@@ -205,10 +222,11 @@ pub fn survey_as<S: Storage>(
     storage: &mut S,
     file: FileId,
     superblock: Superblock,
-    options: SurveyOptions,
+    options: &SurveyOptions,
 ) -> Result<Survey, OpenError> {
-    let SurveyOptions { trusted_through, skip_unreadable } = options;
+    let &SurveyOptions { trusted_through, skip_unreadable, ref keys } = options;
     let mut io = Blocking::new(storage, file, Purpose::Survey);
+    let keyring = Keyring::new(superblock.journal_id, keys.clone());
     let manifest = read_manifest(&mut io, &superblock)?;
     let bad_ranges = read_bad_list(&mut io, &superblock)?;
     let mut slots = read_slots(&mut io, &superblock, skip_unreadable)?;
@@ -222,14 +240,14 @@ pub fn survey_as<S: Storage>(
             if slot.header.number != wanted {
                 continue;
             }
-            slot.scan(&mut io, &superblock, ownership, trusted_through)?;
+            slot.scan(&mut io, &superblock, &keyring, ownership, trusted_through)?;
             if slot.judge(&superblock, wanted, tail) != Verdict::Use {
                 // Its copied part is damaged, if batches of its own opening follow: a copy is finished before it takes any.
                 broken = broken.or_else(|| slot.hidden(&superblock));
                 continue;
             }
             if next.as_ref().is_none_or(|next| next.header.open_count < slot.header.open_count) {
-                next = Some(slot.segment());
+                next = Some(slot.segment(keyring.cipher(&slot.header)?));
                 hidden = slot.hidden(&superblock);
             }
         }
@@ -262,7 +280,7 @@ pub fn survey_as<S: Storage>(
     }
     let in_use = |slot: &u32| segments.iter().any(|segment| segment.header.slot == *slot);
     let free_slots = (0..superblock.slot_count).filter(|slot| !in_use(slot)).collect();
-    Ok(Survey { superblock, segments, tail, damage, hidden, free_slots, manifest, bad_ranges })
+    Ok(Survey { superblock, segments, tail, damage, hidden, free_slots, manifest, bad_ranges, keyring })
 }
 
 /// A segment whose first page is gone, and that had no last page yet: its first batch tells that it was there.
@@ -307,6 +325,8 @@ fn find_headless<S: Storage>(
                 carried_end_bytes: PAGE_BYTES as u64,
                 begin_time_us: 0,
                 slot_len_bytes,
+                // Without its first page nobody knows the key of an encrypted one, and nothing of it is recognised.
+                encryption: None,
             };
             let end_bytes = slot_len_bytes - PAGE_BYTES as u64;
             if let Some((_, seq)) = resume(&slot_bytes, 0, end_bytes, &header, tail.seq) {
@@ -395,13 +415,16 @@ impl Slot {
         &mut self,
         io: &mut Blocking<'_, S>,
         superblock: &Superblock,
+        keyring: &Keyring,
         ownership: Ownership,
         trusted_through: Option<u64>,
-    ) -> Result<(), StorageError> {
+    ) -> Result<(), OpenError> {
         if self.trailer.is_none() && self.scan.is_none() {
             let slot_len_bytes = superblock.slot_len_bytes;
-            let bytes =
+            let cipher = keyring.cipher(&self.header)?;
+            let mut bytes =
                 io.read(slot_offset_bytes(self.header.slot, slot_len_bytes), slot_len_bytes as usize)?;
+            cipher.decrypt_slot(&mut bytes);
             let found = scan(&bytes, &self.header, ownership, trusted_through);
             if matches!(found.stop, ScanStop::Damaged(_) | ScanStop::End) {
                 let end_bytes = slot_len_bytes - PAGE_BYTES as u64;
@@ -435,13 +458,13 @@ impl Slot {
         (open_count == superblock.open_count).then_some(Hidden { segment, slot, after_seq, resumes_seq })
     }
 
-    fn segment(&self) -> Segment {
+    fn segment(&self, cipher: Cipher) -> Segment {
         let content = match (&self.trailer, &self.scan) {
-            (Some(trailer), _) => Content::Sealed(trailer.clone()),
+            (Some(trailer), _) => Content::Sealed(Box::new(trailer.clone())),
             (None, Some(scan)) => Content::Scanned(Box::new(scan.clone())),
             (None, None) => unreachable!("a slot is scanned before it is used"),
         };
-        Segment { header: self.header.clone(), content }
+        Segment { header: self.header.clone(), content, cipher }
     }
 }
 

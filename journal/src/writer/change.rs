@@ -3,6 +3,7 @@
 use uuid::Uuid;
 
 use crate::bad_ranges::BadRanges;
+use crate::crypt::{Encryption, KeyError};
 use crate::format::bad_list::{BadList, MAX_BAD_RANGES};
 use crate::format::manifest::{Manifest, ManifestError};
 use crate::format::superblock::PairPlace;
@@ -72,6 +73,8 @@ pub enum Change {
     SetVolumes(Vec<VolumeState>),
     /// The manifest's text.
     SetManifest(String),
+    /// Whether segments are encrypted from now on, and with which key. The open one is sealed; those that are there stay as they are.
+    SetEncryption(Encryption),
     /// Seal the open segment, so that the next opening has nothing to copy.
     Seal,
 }
@@ -130,6 +133,9 @@ pub enum ChangeError {
     /// The manifest doesn't fit.
     #[error("the manifest cannot be written")]
     Manifest(#[source] ManifestError),
+    /// Nothing could be encrypted with that key.
+    #[error("the journal cannot be encrypted so")]
+    Key(#[source] KeyError),
 }
 
 /// What follows when a change is durable.
@@ -187,7 +193,11 @@ impl Writer {
             Change::SetManifest(text) => {
                 self.manifest(text).encode().map(drop).map_err(ChangeError::Manifest)
             }
-            Change::Seal => Ok(()),
+            Change::SetEncryption(Encryption::On(key)) => self.keyring.check(key).map_err(ChangeError::Key),
+            Change::SetEncryption(Encryption::Never) => {
+                allowed(self.superblock.encryption == Encryption::Never)
+            }
+            Change::SetEncryption(Encryption::Off) | Change::Seal => Ok(()),
         }
     }
 
@@ -285,18 +295,25 @@ impl Writer {
                 before.push(vec![(Purpose::Manifest, write)]);
                 before.push(vec![(Purpose::Manifest, Op::Sync)]);
             }
-            Change::Seal => {
-                // One without batches of the stream, begun for an intent, would take up a slot for nothing.
-                if let Some(open) = self.open.take_if(|open| !open.is_empty()) {
-                    self.seal(open);
-                }
-                before.push(std::mem::take(&mut self.riders));
+            Change::SetEncryption(encryption) => {
+                before.push(self.seal_open());
+                next.encryption = *encryption;
             }
+            Change::Seal => before.push(self.seal_open()),
         }
         let then = AfterChange::Change { ticket, change: Box::new(change) };
         let mut step = self.superblock_step(before, next, then);
         after.into_iter().for_each(|phase| step.push_phase(phase));
         Some(step)
+    }
+
+    /// Seals the open segment and gives what is to be written. One without batches of the stream, begun for an intent, would take up a
+    /// slot for nothing.
+    fn seal_open(&mut self) -> Vec<(Purpose, Op)> {
+        if let Some(open) = self.open.take_if(|open| !open.is_empty()) {
+            self.seal(open);
+        }
+        std::mem::take(&mut self.riders)
     }
 
     /// Puts a list of bad ranges beside the one that counts, if it is another one.
@@ -409,6 +426,7 @@ impl Writer {
             | Change::Shrink { .. }
             | Change::SetVolumes(_)
             | Change::SetManifest(_)
+            | Change::SetEncryption(_)
             | Change::Seal => {}
         }
         self.events.push_back(Event::Changed { ticket });

@@ -4,6 +4,7 @@ use bytes::Bytes;
 
 use crate::format::{PAGE_BYTES, SegmentHeader, slot_offset_bytes};
 use crate::planted::{Bug, planted};
+use crate::recovery::segment_key;
 use crate::storage::{Op, Purpose};
 
 use super::segment::{self, OpenSegment};
@@ -73,18 +74,17 @@ impl Writer {
                 self.seal(open);
             }
         }
-        let mut pieces: Vec<Bytes> = Vec::new();
+        let mut first_page = None;
         if self.open.is_none() {
             let begin_time_us = self.queue.front()?.receive_time_us;
-            pieces.push(self.begin_segment(begin_time_us)?);
+            first_page = Some(self.begin_segment(begin_time_us)?);
         }
         if std::mem::take(&mut self.full) {
             self.events.push_back(Event::Room);
         }
         let slot_len_bytes = self.superblock.slot_len_bytes;
         let open = self.open.as_mut()?;
-        let begin_bytes = open.end_bytes() - pieces.iter().map(|piece| piece.len() as u64).sum::<u64>();
-        let (mut group_bytes, mut last) = (0, self.durable);
+        let (mut batches, mut group_bytes, mut last) = (Vec::new(), 0, self.durable);
         while let Some(front) = self.queue.front() {
             if group_bytes > 0 && group_bytes + front.batch.len() > self.limits.group_bytes
                 || !open.fits(&front.batch, slot_len_bytes)
@@ -95,17 +95,17 @@ impl Writer {
             open.add(&queued.batch, queued.last, queued.receive_time_us);
             group_bytes += queued.batch.len();
             last = queued.last;
-            pieces.push(queued.batch);
+            batches.push(queued.batch);
         }
         self.queued_bytes -= group_bytes;
-        let offset_bytes = slot_offset_bytes(open.header().slot, slot_len_bytes) + begin_bytes;
+        let write = open.write(first_page, batches, slot_len_bytes);
         if planted(Bug::SealedBeforeSync)
             && let Some(open) = self.open.take()
         {
             self.seal(open);
         }
         let mut writes = std::mem::take(&mut self.riders);
-        writes.push((Purpose::Append, Op::Write { offset_bytes, pieces }));
+        writes.push((Purpose::Append, write));
         let mut phases = vec![writes];
         if !planted(Bug::SkippedSyncBeforeAck) {
             phases.push(vec![(Purpose::Append, Op::Sync)]);
@@ -139,10 +139,12 @@ impl Writer {
             carried_end_bytes: PAGE_BYTES as u64,
             begin_time_us,
             slot_len_bytes: self.superblock.slot_len_bytes,
+            encryption: segment_key(&self.superblock, self.salt, self.next_number),
         };
+        let cipher = self.keyring.cipher(&header).expect("a key is opened before the superblock takes it");
         self.next_number += 1;
         let page = segment::page(&header.encode());
-        self.open = Some(OpenSegment::begin(header));
+        self.open = Some(OpenSegment::begin(header, cipher));
         Some(page)
     }
 

@@ -20,6 +20,7 @@ use uuid::Uuid;
 
 use crate::bad_ranges::BadRanges;
 use crate::batch::BatchView;
+use crate::crypt::{Cipher, Keyring};
 use crate::format::{ChainPoint, SegmentHeader, SegmentTrailer, Superblock};
 use crate::planted::{Bug, planted};
 use crate::recovery::{Content, Opened, Segment};
@@ -145,6 +146,9 @@ pub enum OfferError {
 #[derive(Debug)]
 pub struct Writer {
     superblock: Superblock,
+    keyring: Keyring,
+    /// What the salts of this opening's segments begin with.
+    salt: u64,
     bad_ranges: BadRanges,
     limits: Limits,
     free_slots: FreeSlots,
@@ -176,7 +180,7 @@ pub struct Writer {
 }
 
 /// A segment that takes no more batches.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct ClosedSegment {
     /// Its first page.
     pub header: SegmentHeader,
@@ -184,15 +188,18 @@ pub struct ClosedSegment {
     pub last: ChainPoint,
     /// Its last page; none if a crash kept its seal from being written.
     pub trailer: Option<SegmentTrailer>,
+    /// What reads it.
+    pub cipher: Cipher,
 }
 
 impl ClosedSegment {
     fn of(segment: &Segment) -> Self {
         let trailer = match &segment.content {
-            Content::Sealed(trailer) => Some(trailer.clone()),
+            Content::Sealed(trailer) => Some(SegmentTrailer::clone(trailer)),
             Content::Scanned(_) => None,
         };
-        Self { header: segment.header.clone(), last: segment.last(), trailer }
+        let (header, last, cipher) = (segment.header.clone(), segment.last(), segment.cipher.clone());
+        Self { header, last, trailer, cipher }
     }
 
     /// When its last batch was received, µs since the Unix epoch; when its first was, if more isn't known (C6).
@@ -211,21 +218,23 @@ struct Queued {
 impl Writer {
     /// Goes on where recovery ended.
     pub fn new(opened: Opened, limits: Limits) -> Self {
-        let Opened { superblock, segments, tail, free_slots, bad_ranges, .. } = opened;
+        let Opened { superblock, segments, tail, free_slots, bad_ranges, keyring, salt, .. } = opened;
         let next_number = segments.last().map_or(superblock.low_water_segment, |last| last.header.number + 1);
         let mut closed: VecDeque<ClosedSegment> = segments.iter().map(ClosedSegment::of).collect();
         let newest_us = closed.iter().map(ClosedSegment::end_time_us).max().unwrap_or_default();
         // The last segment is this opening's own copy if it isn't sealed: it takes more.
         let open = match segments.into_iter().next_back() {
-            Some(Segment { header, content: Content::Scanned(scan) }) => {
+            Some(Segment { header, content: Content::Scanned(scan), cipher }) => {
                 closed.pop_back();
-                Some(OpenSegment::resume(header, *scan))
+                Some(OpenSegment::resume(header, cipher, *scan))
             }
             _ => None,
         };
         let receive_time_us = superblock.receive_time_us.max(newest_us);
         Self {
             superblock,
+            keyring,
+            salt,
             bad_ranges,
             limits,
             free_slots: FreeSlots::unknown(free_slots),
@@ -423,6 +432,11 @@ impl Writer {
     /// What of the recovery disks can't be trusted (C5).
     pub fn bad_ranges(&self) -> &BadRanges {
         &self.bad_ranges
+    }
+
+    /// The journal's keys.
+    pub fn keyring(&self) -> &Keyring {
+        &self.keyring
     }
 
     /// The segments that take no more batches, oldest first.

@@ -70,21 +70,18 @@ impl Writer {
         let batch = self.intent_batch(through);
         let slot_len_bytes = self.superblock.slot_len_bytes;
         let mut writes = Vec::new();
-        let mut pieces: Vec<Bytes> = Vec::new();
+        let mut first_page = None;
         if !self.open.as_ref().is_some_and(|open| open.fits_local(&batch, slot_len_bytes)) {
             if let Some(open) = self.open.take() {
                 self.seal(open);
                 writes.append(&mut self.riders);
             }
-            pieces.push(self.begin_segment(self.receive_time_us)?);
+            first_page = Some(self.begin_segment(self.receive_time_us)?);
         }
         let last = self.durable;
         let open = self.open.as_mut()?;
-        let begin_bytes = open.end_bytes() - pieces.iter().map(|piece| piece.len() as u64).sum::<u64>();
         open.add(&batch, last, self.receive_time_us);
-        pieces.push(batch);
-        let offset_bytes = slot_offset_bytes(open.header().slot, slot_len_bytes) + begin_bytes;
-        writes.push((Purpose::Intent, Op::Write { offset_bytes, pieces }));
+        writes.push((Purpose::Intent, open.write(first_page, vec![batch], slot_len_bytes)));
         Some(writes)
     }
 

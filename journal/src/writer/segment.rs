@@ -3,6 +3,7 @@
 use bytes::Bytes;
 
 use crate::batch::BatchView;
+use crate::crypt::Cipher;
 use crate::format::{
     ChainPoint, FooterBuilder, PAGE_BYTES, SegmentHeader, SegmentTrailer, slot_offset_bytes,
 };
@@ -17,6 +18,7 @@ const LOCAL_ROOM_BYTES: u64 = 3 * PAGE_BYTES as u64;
 #[derive(Debug)]
 pub(super) struct OpenSegment {
     header: SegmentHeader,
+    cipher: Cipher,
     end_bytes: u64,
     last: ChainPoint,
     footer: FooterBuilder,
@@ -24,16 +26,16 @@ pub(super) struct OpenSegment {
 }
 
 impl OpenSegment {
-    pub(super) fn begin(header: SegmentHeader) -> Self {
+    pub(super) fn begin(header: SegmentHeader, cipher: Cipher) -> Self {
         let (last, end_time_us) = (header.after, header.begin_time_us);
         let footer = FooterBuilder::new(header.after.seq);
-        Self { header, end_bytes: PAGE_BYTES as u64, last, footer, end_time_us }
+        Self { header, cipher, end_bytes: PAGE_BYTES as u64, last, footer, end_time_us }
     }
 
     /// The segment as recovery copied it. When its last batch was received is not known until the next one comes.
-    pub(super) fn resume(header: SegmentHeader, scan: Scan) -> Self {
+    pub(super) fn resume(header: SegmentHeader, cipher: Cipher, scan: Scan) -> Self {
         let end_time_us = header.begin_time_us;
-        Self { header, end_bytes: scan.end_bytes, last: scan.last, footer: scan.footer, end_time_us }
+        Self { header, cipher, end_bytes: scan.end_bytes, last: scan.last, footer: scan.footer, end_time_us }
     }
 
     pub(super) fn header(&self) -> &SegmentHeader {
@@ -75,9 +77,26 @@ impl OpenSegment {
         self.end_time_us = self.end_time_us.max(receive_time_us);
     }
 
+    /// The write of batches that were added last, behind the segment's first page if that is new. Encrypted batches are copied, plain ones
+    /// are not.
+    pub(super) fn write(&self, first_page: Option<Bytes>, batches: Vec<Bytes>, slot_len_bytes: u64) -> Op {
+        let len = |pieces: &[Bytes]| pieces.iter().map(|piece| piece.len() as u64).sum::<u64>();
+        let place_bytes = self.end_bytes - len(&batches);
+        let batches = if self.cipher.is_plain() {
+            batches
+        } else {
+            let mut gathered = AlignedBuf::gather(&batches);
+            self.cipher.encrypt(place_bytes, &mut gathered);
+            vec![gathered.into_bytes()]
+        };
+        let begin_bytes = place_bytes - first_page.as_ref().map_or(0, |page| page.len() as u64);
+        let offset_bytes = slot_offset_bytes(self.header.slot, slot_len_bytes) + begin_bytes;
+        Op::Write { offset_bytes, pieces: first_page.into_iter().chain(batches).collect() }
+    }
+
     /// Closes it: footer and trailer to write.
     pub(super) fn seal(self, slot_len_bytes: u64) -> (ClosedSegment, Vec<(Purpose, Op)>) {
-        let footer = self.footer.finish().encode();
+        let mut footer = self.footer.finish().encode();
         let trailer = SegmentTrailer {
             header: self.header.clone(),
             data_end_bytes: self.end_bytes,
@@ -86,13 +105,15 @@ impl OpenSegment {
             last: self.last,
             end_time_us: self.end_time_us,
         };
+        self.cipher.encrypt(self.end_bytes, &mut footer);
         let slot_offset = slot_offset_bytes(self.header.slot, slot_len_bytes);
         let write = |offset_bytes, piece| (Purpose::Seal, Op::Write { offset_bytes, pieces: vec![piece] });
         let writes = vec![
             write(slot_offset + self.end_bytes, Bytes::from(footer)),
             write(slot_offset + slot_len_bytes - PAGE_BYTES as u64, page(&trailer.encode())),
         ];
-        (ClosedSegment { header: self.header, last: self.last, trailer: Some(trailer) }, writes)
+        let Self { header, last, cipher, .. } = self;
+        (ClosedSegment { header, last, trailer: Some(trailer), cipher }, writes)
     }
 }
 

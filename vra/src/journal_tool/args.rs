@@ -11,6 +11,9 @@ use super::moment::Moment;
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 pub(super) struct Args {
+    /// The site's keys, for journals that are encrypted: `zvm site-key show` prints them
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(super) key_file: Option<PathBuf>,
     #[command(subcommand)]
     pub(super) command: Command,
 }

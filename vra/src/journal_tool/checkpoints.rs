@@ -5,6 +5,8 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use journal::crypt::SiteKeys;
+
 use super::moment::id_of;
 use super::place::Journal;
 use super::text;
@@ -25,8 +27,8 @@ struct Entry<'a> {
 }
 
 /// Lists the checkpoints.
-pub(super) fn run(path: &Path, json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
-    let journal = Journal::open(path)?;
+pub(super) fn run(path: &Path, keys: &SiteKeys, json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+    let journal = Journal::open(path, keys)?;
     journal.warn_if_cut_short();
     let entries = journal.reader.catalogue().checkpoints().iter().map(|entry| Entry {
         cut: entry.checkpoint.cut,

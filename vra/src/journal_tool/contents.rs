@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use journal::batch::{BatchError, BatchView};
+use journal::crypt::{Keyring, SiteKeys};
 use journal::format::manifest::Manifest;
 use journal::format::{
     ChainPoint, MANIFEST_OFFSETS, MANIFEST_SLOT_BYTES, PAGE_BYTES, PageError, SUPERBLOCK_OFFSETS,
@@ -92,10 +93,11 @@ const MOVES_MAX: u32 = 16;
 const READS: u32 = 4;
 const READ_AGAIN_AFTER: Duration = Duration::from_millis(20);
 
-/// Goes through a journal's file.
-pub(super) fn visit(path: &Path, visitor: &mut impl Visitor) -> anyhow::Result<()> {
+/// Goes through a journal's file. `keys` are for what of it is encrypted.
+pub(super) fn visit(path: &Path, keys: &SiteKeys, visitor: &mut impl Visitor) -> anyhow::Result<()> {
     let (storage, file) = open_file(path)?;
-    let mut contents = Contents { path: path.to_owned(), storage, file, visitor, is_rebuilt: false };
+    let keys = keys.clone();
+    let mut contents = Contents { path: path.to_owned(), storage, file, keys, visitor, is_rebuilt: false };
     let superblock = contents.superblocks()?;
     contents.manifests(&superblock)?;
     contents.segments(superblock)
@@ -105,6 +107,7 @@ struct Contents<'a, V> {
     path: PathBuf,
     storage: RingStorage,
     file: FileId,
+    keys: SiteKeys,
     visitor: &'a mut V,
     /// No superblock is left.
     is_rebuilt: bool,
@@ -139,7 +142,7 @@ impl<V: Visitor> Contents<'_, V> {
         // Without them the segments tell.
         let made_up = match newest {
             Some(_) => None,
-            None => Some(rebuilt(&mut self.storage, self.file, &self.path)),
+            None => Some(rebuilt(&mut self.storage, self.file, &self.path, &self.keys)),
         };
         let (mut counting, mut last_error) = (None, None);
         for (number, copy) in copies.into_iter().enumerate() {
@@ -201,6 +204,7 @@ impl<V: Visitor> Contents<'_, V> {
 
     /// The segments of the history, and their batches.
     fn segments(&mut self, mut superblock: Superblock) -> anyhow::Result<()> {
+        let keyring = Keyring::new(superblock.journal_id, self.keys.clone());
         let mut found = self.find(&superblock, true)?;
         let (mut last, mut wanted) = (superblock.low_water, superblock.low_water_segment);
         let mut moves_left = if self.is_rebuilt { 0 } else { MOVES_MAX };
@@ -208,7 +212,7 @@ impl<V: Visitor> Contents<'_, V> {
             let is_newest = found.last_key_value().is_some_and(|(newest, _)| *newest == number);
             let offset_bytes = slot_offset_bytes(segment.header.slot, superblock.slot_len_bytes);
             let missing = number != wanted || segment.header.after.seq != last.seq;
-            let read = self.read(&segment, offset_bytes, superblock.slot_len_bytes);
+            let read = self.read(&segment, &keyring, offset_bytes, superblock.slot_len_bytes);
             let is_doubtful = missing
                 || read.as_ref().map_or(true, |(slot, walked)| {
                     // Another segment may be in the slot by now, and none of its batches be taken for this one's.
@@ -263,13 +267,16 @@ impl<V: Visitor> Contents<'_, V> {
     fn read(
         &mut self,
         segment: &Segment,
+        keyring: &Keyring,
         offset_bytes: u64,
         slot_len_bytes: u64,
     ) -> Result<(journal::storage::AlignedBuf, Walked), String> {
+        let cipher = keyring.cipher(&segment.header).map_err(|error| format!("cannot be read: {error}"))?;
         let mut before: Option<Walked> = None;
         for read in 1.. {
             let slot = self.io().read(offset_bytes, slot_len_bytes as usize);
-            let slot = slot.map_err(|error| format!("cannot be read: {error}"))?;
+            let mut slot = slot.map_err(|error| format!("cannot be read: {error}"))?;
+            cipher.decrypt_slot(&mut slot);
             let walked = walk(&slot, &segment.header, segment.trailer.as_ref(), &mut |_, _, _| Ok(()));
             let walked = walked.map_err(|error| format!("{error:#}"))?;
             let is_whole = walked.findings.is_empty() && walked.torn_tail.is_none();
@@ -325,9 +332,10 @@ impl<V: Visitor> Contents<'_, V> {
         for part in parts {
             self.visitor.visit(part)?;
         }
-        let options = SurveyOptions { skip_unreadable: true, ..SurveyOptions::default() };
+        let options =
+            SurveyOptions { skip_unreadable: true, keys: self.keys.clone(), ..SurveyOptions::default() };
         if !self.is_rebuilt
-            && let Ok(survey) = survey(&mut self.storage, self.file, options)
+            && let Ok(survey) = survey(&mut self.storage, self.file, &options)
         {
             // What a later opening passed over when it looked for the stream's end was never acknowledged.
             let counts = |slot: u32| survey.segments.iter().any(|segment| segment.header.slot == slot);

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::bail;
+use journal::crypt::SiteKeys;
 use journal::storage::ring::{Access, DirectFile};
 use journal::view::VolumeView;
 
@@ -30,6 +31,7 @@ pub(super) struct DiskAt {
     pub(super) journal: PathBuf,
     /// The recovery disk's.
     pub(super) recovery_disk: PathBuf,
+    keys: SiteKeys,
     logical_block_bytes: u32,
 }
 
@@ -57,6 +59,7 @@ impl DiskAt {
                 is_alone: journal.is_rebuilt,
                 journal: journal.path.clone(),
                 recovery_disk: journal.disk_path(number),
+                keys: journal.keys.clone(),
                 logical_block_bytes: journal.logical_block_bytes(number),
             })
         };
@@ -75,9 +78,9 @@ impl DiskAt {
 
     /// How to find out again where each byte was.
     pub(super) fn collect(&self) -> Collect {
-        let (path, seq, number) = (self.journal.clone(), self.seq, self.number);
+        let (path, keys, seq, number) = (self.journal.clone(), self.keys.clone(), self.seq, self.number);
         Box::new(move || {
-            let journal = Journal::open(&path)?;
+            let journal = Journal::open(&path, &keys)?;
             let volume = journal.reader.view(seq)?.take_volume(number)?;
             Ok((volume, Layout::of(&journal.reader.survey)))
         })

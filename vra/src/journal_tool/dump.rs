@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use journal::batch::{BatchError, BatchView, RecordKind, RecordView};
+use journal::crypt::SiteKeys;
 use journal::format::{
     JournalState, MANIFEST_OFFSETS, SUPERBLOCK_OFFSETS, SegmentHeader, Superblock, slot_offset_bytes,
 };
@@ -17,14 +18,14 @@ use super::text;
 use crate::api::CheckpointId;
 
 /// Prints what a journal's file holds, one JSON object a line. True if something is damaged.
-pub(super) fn run(path: &Path, records: bool, out: &mut dyn Write) -> anyhow::Result<bool> {
+pub(super) fn run(path: &Path, keys: &SiteKeys, records: bool, out: &mut dyn Write) -> anyhow::Result<bool> {
     let path = find_one(path)?;
-    let openable = Journal::open(&path).ok().map(|journal| {
+    let openable = Journal::open(&path, keys).ok().map(|journal| {
         let checkpoints = journal.reader.catalogue().checkpoints();
         checkpoints.iter().map(|entry| entry.seq).collect::<HashSet<u64>>()
     });
     let mut dump = Dump { out: BufWriter::new(out), records, openable, counts: Counts::default() };
-    visit(&path, &mut dump)?;
+    visit(&path, keys, &mut dump)?;
     let Counts { segments, batches, records, checkpoints, damage } = dump.counts;
     let end = json!({
         "type": "end", "segments": segments, "batches": batches, "records": records, "checkpoints": checkpoints,

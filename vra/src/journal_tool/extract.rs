@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use journal::crypt::SiteKeys;
+
 use super::args::{Extract, Format};
 use super::convert::Converter;
 use super::copy::Copy;
@@ -31,12 +33,12 @@ struct Past {
 }
 
 /// Writes disks as they were into images: all of them or none.
-pub(super) fn run(arguments: &Extract, out: &mut dyn Write) -> anyhow::Result<()> {
+pub(super) fn run(arguments: &Extract, keys: &SiteKeys, out: &mut dyn Write) -> anyhow::Result<()> {
     if arguments.format == Format::Qcow2 {
         Converter::check()?;
     }
     allow_many_files();
-    let Past { moment, disks } = find(arguments)?;
+    let Past { moment, disks } = find(arguments, keys)?;
     // From here on something is left if the process just ends; before any thread exists, so that all inherit the mask.
     let mut signals = Signals::to_look_for()?;
     let converter = match arguments.format {
@@ -122,11 +124,11 @@ fn publish(images: &mut [Image]) -> anyhow::Result<()> {
 }
 
 /// What is to be extracted.
-fn find(arguments: &Extract) -> anyhow::Result<Past> {
+fn find(arguments: &Extract, keys: &SiteKeys) -> anyhow::Result<Past> {
     if let Some(wanted) = &arguments.vpg {
-        return find_group(arguments, wanted);
+        return find_group(arguments, keys, wanted);
     }
-    let journal = Journal::open(&journal_path(arguments)?)?;
+    let journal = Journal::open(&journal_path(arguments, keys)?, keys)?;
     journal.warn_if_cut_short();
     let found = arguments.at.find(&journal.reader)?;
     let only = arguments.out.as_ref().map(|_| arguments.disk.unwrap_or(0));
@@ -141,14 +143,14 @@ fn find(arguments: &Extract) -> anyhow::Result<Past> {
 }
 
 /// The one journal that the arguments mean.
-fn journal_path(arguments: &Extract) -> anyhow::Result<PathBuf> {
+fn journal_path(arguments: &Extract, keys: &SiteKeys) -> anyhow::Result<PathBuf> {
     let Some(vm) = &arguments.vm else {
         let [path] = &arguments.journals[..] else {
             bail!("give one path, or say with --vpg or --vm what to extract from several datastores");
         };
         return find_one(path);
     };
-    let stock = Stock::of(&arguments.journals)?;
+    let stock = Stock::of(&arguments.journals, keys)?;
     match stock.journals_of_vm(vm)[..] {
         [told] => Ok(told.path.clone()),
         [] => bail!("there is no VM {vm:?} here; there are: {}", stock.vm_names().join(", ")),
@@ -160,15 +162,15 @@ fn journal_path(arguments: &Extract) -> anyhow::Result<PathBuf> {
     }
 }
 
-fn find_group(arguments: &Extract, wanted: &str) -> anyhow::Result<Past> {
-    let group = Stock::of(&arguments.journals)?.take(wanted)?;
+fn find_group(arguments: &Extract, keys: &SiteKeys, wanted: &str) -> anyhow::Result<Past> {
+    let group = Stock::of(&arguments.journals, keys)?.take(wanted)?;
     let (found, newer) = group.find(&arguments.at)?;
     if let Some(newer) = newer {
         eprintln!("note: {newer}, so it is not taken");
     }
     let mut disks = Vec::new();
     for (told, cut) in group.whole()?.into_iter().zip(&found.cuts) {
-        let journal = Journal::open(&told.path)?;
+        let journal = Journal::open(&told.path, keys)?;
         journal.warn_if_cut_short();
         let of_vm = DiskAt::of(&journal, *cut, None)
             .with_context(|| format!("checkpoint {} of VM {} cannot be opened", found.id, told.name))?;

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use journal::catalogue::CheckpointEntry;
+use journal::crypt::SiteKeys;
 
 use super::moment::{Moment, distance, id_of};
 use super::place::{Journal, Manifest, find_all};
@@ -97,7 +98,7 @@ pub(super) enum GroupError {
 
 impl Stock {
     /// What lies in these folders.
-    pub(super) fn of(folders: &[PathBuf]) -> anyhow::Result<Self> {
+    pub(super) fn of(folders: &[PathBuf], keys: &SiteKeys) -> anyhow::Result<Self> {
         let mut paths = Vec::new();
         for folder in folders {
             paths.extend(find_all(folder)?);
@@ -106,7 +107,7 @@ impl Stock {
         paths.dedup();
         let (mut by_vpg, mut unreadable) = (BTreeMap::<VpgId, Vec<Told>>::new(), Vec::new());
         for path in paths {
-            match Journal::open(&path) {
+            match Journal::open(&path, keys) {
                 Ok(journal) => by_vpg.entry(journal.vpg_id()).or_default().push(Told::by(&journal)),
                 Err(error) => unreadable.push((path, chain(error.as_ref()))),
             }

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
+use journal::crypt::SiteKeys;
 use journal::format::JournalState;
 use journal::recovery::Content;
 use serde::Serialize;
@@ -61,8 +62,8 @@ struct Segment {
 }
 
 /// Says what a journal is.
-pub(super) fn run(path: &Path, json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
-    let journal = Journal::open(path)?;
+pub(super) fn run(path: &Path, keys: &SiteKeys, json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+    let journal = Journal::open(path, keys)?;
     let facts = facts(&journal);
     if json {
         serde_json::to_writer_pretty(&mut *out, &facts)?;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::bail;
 use journal::catalogue::CheckpointEntry;
+use journal::crypt::SiteKeys;
 use serde::Serialize;
 
 use super::group::{Group, Stock, Told, words};
@@ -69,8 +70,13 @@ struct Unreadable {
 }
 
 /// Lists the VPGs and VMs of datastores. What cannot be opened is listed with its reason.
-pub(super) fn run(datastores: &[PathBuf], json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
-    let Stock { groups, unreadable } = Stock::of(datastores)?;
+pub(super) fn run(
+    datastores: &[PathBuf],
+    keys: &SiteKeys,
+    json: bool,
+    out: &mut dyn Write,
+) -> anyhow::Result<()> {
+    let Stock { groups, unreadable } = Stock::of(datastores, keys)?;
     if groups.is_empty() && unreadable.is_empty() && !json {
         let names: Vec<String> = datastores.iter().map(|path| path.display().to_string()).collect();
         bail!("there is no journal in {}; is it mounted?", names.join(", "));

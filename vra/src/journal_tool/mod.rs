@@ -24,9 +24,13 @@ mod verify;
 mod walk;
 
 use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::Parser;
+use journal::crypt::SiteKeys;
+use zeroize::Zeroizing;
 
 use self::args::{Args, Command};
 use crate::report::chain;
@@ -52,24 +56,31 @@ pub fn main() -> ExitCode {
 }
 
 fn run(args: &Args, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
+    let keys = args.key_file.as_deref().map(read_keys).transpose()?.unwrap_or_default();
     match &args.command {
-        Command::Ls { datastores, json } => list::run(datastores, *json, out)?,
-        Command::Inspect { journal, json } => inspect::run(journal, *json, out)?,
-        Command::Checkpoints { journal, json } => checkpoints::run(journal, *json, out)?,
+        Command::Ls { datastores, json } => list::run(datastores, &keys, *json, out)?,
+        Command::Inspect { journal, json } => inspect::run(journal, &keys, *json, out)?,
+        Command::Checkpoints { journal, json } => checkpoints::run(journal, &keys, *json, out)?,
         Command::Verify { journal, json } => {
-            if verify::run(journal, *json, out)? {
+            if verify::run(journal, &keys, *json, out)? {
                 return Ok(ExitCode::from(EXIT_DAMAGED));
             }
         }
         Command::Dump { journal, records } => {
-            if dump::run(journal, *records, out)? {
+            if dump::run(journal, &keys, *records, out)? {
                 return Ok(ExitCode::from(EXIT_DAMAGED));
             }
         }
-        Command::Extract(extract) => extract::run(extract, out)?,
-        Command::Serve(serve) => serve::run(serve, out)?,
+        Command::Extract(extract) => extract::run(extract, &keys, out)?,
+        Command::Serve(serve) => serve::run(serve, &keys, out)?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn read_keys(path: &Path) -> anyhow::Result<SiteKeys> {
+    let cannot = || format!("cannot read the site keys in {}", path.display());
+    let text = Zeroizing::new(std::fs::read_to_string(path).with_context(cannot)?);
+    SiteKeys::parse(&text).with_context(cannot)
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! Beside a VRA that opens the journal anew: what it moves is found again, and what is damaged is still told.
 
 use journal::bad_ranges::BadRanges;
+use journal::crypt::SiteKeys;
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, slot_offset_bytes};
 use journal::writer::Change;
 
@@ -19,13 +20,13 @@ use crate::view::test_journal::TestJournal;
 const SLOT_BYTES: u64 = 1 << 20;
 
 fn only_disk(journal: &TestJournal, seq: u64) -> DiskAt {
-    let opened = Journal::open(&journal.path()).expect("readable");
+    let opened = Journal::open(&journal.path(), &SiteKeys::default()).expect("readable");
     DiskAt::of(&opened, seq, Some(0)).expect("in the history").remove(0)
 }
 
 /// Where the newest segment is, and the bytes there.
 fn newest_slot(journal: &TestJournal) -> (u32, Vec<u8>) {
-    let opened = Journal::open(&journal.path()).expect("readable");
+    let opened = Journal::open(&journal.path(), &SiteKeys::default()).expect("readable");
     let slot = opened.reader.survey.segments.last().expect("a segment").header.slot;
     let place = slot_offset_bytes(slot, SLOT_BYTES) as usize + PAGE_BYTES;
     (slot, std::fs::read(journal.path()).expect("journal")[place..][..64 << 10].to_vec())
@@ -100,7 +101,7 @@ fn a_copy_that_began_in_the_middle_of_an_opening_goes_on() {
     std::fs::write(journal.path(), &opening).expect("written");
     let disk = only_disk(&journal, cut);
     std::fs::write(journal.path(), &after).expect("written");
-    let now = Journal::open(&journal.path()).expect("readable");
+    let now = Journal::open(&journal.path(), &SiteKeys::default()).expect("readable");
     let counts = |bytes: &[u8]| Superblock::decode(bytes).expect("valid").open_count;
     assert_eq!(counts(&opening), now.reader.survey.superblock.open_count, "nothing in the superblock tells");
     assert!(copied(disk, &journal).expect("readable") == model);
@@ -169,7 +170,7 @@ fn visited(journal: &mut TestJournal, act: impl FnOnce(&mut TestJournal)) -> (Ve
     let path = journal.path();
     let (damage, notes) = (Vec::new(), Vec::new());
     let mut meanwhile = Meanwhile { journal, act: Some(act), damage, notes, newest_seq: 0 };
-    visit(&path, &mut meanwhile).expect("readable");
+    visit(&path, &SiteKeys::default(), &mut meanwhile).expect("readable");
     let Meanwhile { act, damage, notes, newest_seq, .. } = meanwhile;
     assert!(act.is_none() && damage.is_empty(), "{damage:?}");
     (notes, newest_seq)
@@ -221,7 +222,7 @@ fn verify_beside_a_writer_finds_no_damage() {
     std::thread::scope(|scope| {
         let checker = scope.spawn(|| {
             loop {
-                let report = verify::check(&path).expect("readable");
+                let report = verify::check(&path, &SiteKeys::default()).expect("readable");
                 assert!(report.damage.is_empty(), "{report:?}");
                 if is_ended() {
                     return;

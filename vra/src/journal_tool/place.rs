@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use journal::crypt::SiteKeys;
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, VolumeState};
 use journal::recovery::{OpenError, Survey, SurveyOptions, newest_manifest, rebuild, survey_as};
 use journal::storage::ring::{Access, DirectFile, RingStorage};
@@ -45,21 +46,20 @@ pub(super) struct Journal {
     pub(super) cut_short: Option<String>,
     /// Both superblocks are lost: segments and manifest told what the file holds.
     pub(super) is_rebuilt: bool,
+    /// What opened what is encrypted.
+    pub(super) keys: SiteKeys,
 }
 
 /// How often a journal is read anew because a VRA opened it, or promoted, meanwhile.
 const OPEN_TRIES: u32 = 10;
 
-/// What can't be read is passed by.
-const LENIENT: SurveyOptions = SurveyOptions { trusted_through: None, skip_unreadable: true };
-
 impl Journal {
-    /// Opens a journal.
-    pub(super) fn open(path: &Path) -> anyhow::Result<Self> {
+    /// Opens a journal. `keys` are for what of it is encrypted.
+    pub(super) fn open(path: &Path, keys: &SiteKeys) -> anyhow::Result<Self> {
         let path = find_one(path)?;
         let mut tries_left = OPEN_TRIES;
         loop {
-            let mut journal = Self::open_once(&path)?;
+            let mut journal = Self::open_once(&path, keys)?;
             tries_left -= 1;
             // A VRA that opened it meanwhile may have moved what was being read.
             if tries_left == 0 || !journal.may_have_moved() {
@@ -68,15 +68,17 @@ impl Journal {
         }
     }
 
-    fn open_once(path: &Path) -> anyhow::Result<Self> {
+    fn open_once(path: &Path, keys: &SiteKeys) -> anyhow::Result<Self> {
         let path = path.to_owned();
         let (mut storage, file) = open_file(&path)?;
-        let opened = Reader::open(&mut storage, file, SurveyOptions::default());
+        let options = SurveyOptions { keys: keys.clone(), ..SurveyOptions::default() };
+        let opened = Reader::open(&mut storage, file, &options);
         let (reader, is_rebuilt) = match opened {
             Err(ViewError::Open(OpenError::SuperblocksDamaged(_) | OpenError::NotAJournal)) => {
-                match rebuilt(&mut storage, file, &path) {
+                match rebuilt(&mut storage, file, &path, keys) {
                     Ok(superblock) => {
-                        let mut survey = survey_as(&mut storage, file, superblock, LENIENT)?;
+                        let lenient = SurveyOptions { skip_unreadable: true, ..options };
+                        let mut survey = survey_as(&mut storage, file, superblock, &lenient)?;
                         survey.manifest = newest_manifest(&mut storage, file)?;
                         (Reader::of(&mut storage, file, survey), true)
                     }
@@ -90,7 +92,7 @@ impl Journal {
         let manifest = reader.survey.manifest.as_ref();
         let manifest = manifest.and_then(|manifest| serde_json::from_str(&manifest.text).ok());
         let cut_short = cut_short(&reader.survey);
-        Ok(Self { path, storage, file, reader, manifest, cut_short, is_rebuilt })
+        Ok(Self { path, storage, file, reader, manifest, cut_short, is_rebuilt, keys: keys.clone() })
     }
 
     fn may_have_moved(&mut self) -> bool {
@@ -173,7 +175,12 @@ impl Journal {
 }
 
 /// A superblock of what segments, manifest and recovery disks say of a journal that has lost both.
-pub(super) fn rebuilt(storage: &mut RingStorage, file: FileId, path: &Path) -> anyhow::Result<Superblock> {
+pub(super) fn rebuilt(
+    storage: &mut RingStorage,
+    file: FileId,
+    path: &Path,
+    keys: &SiteKeys,
+) -> anyhow::Result<Superblock> {
     let manifest = newest_manifest(storage, file)?;
     let definition: Option<Manifest> =
         manifest.as_ref().and_then(|manifest| serde_json::from_str(&manifest.text).ok());
@@ -185,7 +192,7 @@ pub(super) fn rebuilt(storage: &mut RingStorage, file: FileId, path: &Path) -> a
             .map(|metadata| volume(uuid::Uuid::nil(), metadata.len()))
             .collect(),
     };
-    let rebuilt = rebuild(storage, file, manifest, volumes);
+    let rebuilt = rebuild(storage, file, manifest, volumes, keys);
     let mut superblock = rebuilt.with_context(|| format!("cannot open {}", path.display()))?.superblock;
     if let Some(definition) = definition {
         (superblock.vm_id, superblock.vpg_id) = (definition.vm.0, definition.vpg.id.0);

@@ -2,6 +2,8 @@
 
 use std::io::Write;
 
+use journal::crypt::SiteKeys;
+
 use super::args::Serve;
 use super::disk::DiskAt;
 use super::export::Exports;
@@ -12,9 +14,9 @@ use super::text;
 use crate::view::ScratchFile;
 
 /// Serves disks as they were, until SIGINT or SIGTERM.
-pub(super) fn run(arguments: &Serve, out: &mut dyn Write) -> anyhow::Result<()> {
+pub(super) fn run(arguments: &Serve, keys: &SiteKeys, out: &mut dyn Write) -> anyhow::Result<()> {
     let mut signals = Signals::to_wait_for()?;
-    let journal = Journal::open(&arguments.journal)?;
+    let journal = Journal::open(&arguments.journal, keys)?;
     journal.warn_if_cut_short();
     let found = arguments.at.find(&journal.reader)?;
     let disks = DiskAt::of(&journal, found.seq, arguments.disk)?;

@@ -1,5 +1,6 @@
 use std::path::Path;
 
+use journal::crypt::SiteKeys;
 use journal::format::{PAGE_BYTES, slot_offset_bytes};
 use journal::writer::Change;
 use serde_json::{Value, json};
@@ -197,11 +198,11 @@ fn damage_before_the_newest_records_is_told_to_whoever_asks_for_the_latest() {
     journal.flush();
     let damaged_seq = journal.seq;
     let intact = std::fs::read(&path).expect("journal");
-    assert_eq!(place::Journal::open(&path).expect("whole").cut_short, None);
+    assert_eq!(place::Journal::open(&path, &SiteKeys::default()).expect("whole").cut_short, None);
 
     // Nothing was written after it: a batch like that may have been torn by a power cut.
     TestJournal::flip_bit(&path, &[0x22; 16384], 17);
-    assert_eq!(place::Journal::open(&path).expect("torn").cut_short, None);
+    assert_eq!(place::Journal::open(&path, &SiteKeys::default()).expect("torn").cut_short, None);
 
     std::fs::write(&path, &intact).expect("journal");
     journal.write(0, vec![0x33; 4096]);
@@ -209,7 +210,7 @@ fn damage_before_the_newest_records_is_told_to_whoever_asks_for_the_latest() {
     journal.flush();
     let later = std::fs::read(&path).expect("journal");
     TestJournal::flip_bit(&path, &[0x22; 16384], 17);
-    let damaged = place::Journal::open(&path).expect("damaged");
+    let damaged = place::Journal::open(&path, &SiteKeys::default()).expect("damaged");
     let why = damaged.cut_short.expect("told");
     assert!(why.contains(&format!("records {damaged_seq} to {damaged_seq} cannot be read")), "{why}");
     let store = store.to_string_lossy().into_owned();
@@ -223,7 +224,7 @@ fn damage_before_the_newest_records_is_told_to_whoever_asks_for_the_latest() {
     let head = headless[..payload].windows(8).rposition(|window| window == b"HFBATCH\0").expect("its batch");
     headless[head..head + 512].fill(0);
     std::fs::write(&path, &headless).expect("journal");
-    let why = place::Journal::open(&path).expect("damaged").cut_short.expect("told");
+    let why = place::Journal::open(&path, &SiteKeys::default()).expect("damaged").cut_short.expect("told");
     assert!(why.contains(&format!("records {damaged_seq} to {damaged_seq} cannot be read")), "{why}");
     let out = journal.folder.join("out.img").to_string_lossy().into_owned();
     let (text, _) =
@@ -232,12 +233,18 @@ fn damage_before_the_newest_records_is_told_to_whoever_asks_for_the_latest() {
 
     // The newest segment's first batch: nothing of the segment can be read.
     std::fs::write(&path, &later).expect("journal");
-    let newest = place::Journal::open(&path).expect("whole").reader.survey.segments.pop().expect("a segment");
+    let newest = place::Journal::open(&path, &SiteKeys::default())
+        .expect("whole")
+        .reader
+        .survey
+        .segments
+        .pop()
+        .expect("a segment");
     assert!(newest.data_end_bytes() > 16384, "it has more than one batch");
     let mut beheaded = later;
     beheaded[slot_offset_bytes(newest.header.slot, 1 << 20) as usize + PAGE_BYTES + 100] ^= 1;
     std::fs::write(&path, &beheaded).expect("journal");
-    let why = place::Journal::open(&path).expect("damaged").cut_short.expect("told");
+    let why = place::Journal::open(&path, &SiteKeys::default()).expect("damaged").cut_short.expect("told");
     assert!(why.starts_with("records ") && why.ends_with("cannot be read"), "{why}");
     let (text, _) = call(&["verify", &store]).expect("checked");
     assert!(text.contains("damaged"), "{text}");
@@ -256,14 +263,20 @@ fn records_of_a_segment_whose_beginning_is_gone_are_told_of() {
     journal.write(4096, vec![0x77; 4096]);
     journal.flush();
     let intact = std::fs::read(&path).expect("journal");
-    let newest = place::Journal::open(&path).expect("whole").reader.survey.segments.pop().expect("a segment");
+    let newest = place::Journal::open(&path, &SiteKeys::default())
+        .expect("whole")
+        .reader
+        .survey
+        .segments
+        .pop()
+        .expect("a segment");
     assert!(newest.header.carried_end_bytes > PAGE_BYTES as u64, "a part of it was copied");
     let begin = slot_offset_bytes(newest.header.slot, 1 << 20) as usize;
     for damaged in [begin + 20, begin + PAGE_BYTES + 100] {
         let mut bytes = intact.clone();
         bytes[damaged] ^= 1;
         std::fs::write(&path, &bytes).expect("journal");
-        let why = place::Journal::open(&path).expect("damaged").cut_short;
+        let why = place::Journal::open(&path, &SiteKeys::default()).expect("damaged").cut_short;
         assert!(why.is_some(), "byte {damaged} of the file, segment at {begin}");
     }
 }
@@ -282,7 +295,7 @@ fn a_journal_without_superblocks_is_read_by_its_segments() {
         bytes[offset_bytes as usize..offset_bytes as usize + PAGE_BYTES].fill(0x5a);
     }
     std::fs::write(&path, &bytes).expect("journal");
-    let opened = place::Journal::open(&path).expect("rebuilt");
+    let opened = place::Journal::open(&path, &SiteKeys::default()).expect("rebuilt");
     assert!(opened.is_rebuilt);
     let cuts: Vec<u64> = cuts.into_iter().chain([last]).collect();
     let listed = opened.reader.catalogue().checkpoints().iter().map(|entry| entry.checkpoint.cut);
@@ -370,7 +383,7 @@ fn the_newest_batch_may_be_torn_anywhere() {
     journal.flush();
     let path = journal.path();
     TestJournal::flip_bit(&path, &[0x22; 16384], 2 * 4096 + 17);
-    let found = verify::check(&path).expect("readable");
+    let found = verify::check(&path, &SiteKeys::default()).expect("readable");
     assert!(found.damage.is_empty(), "{found:?}");
     assert!(found.notes.iter().any(|note| note.contains("unit 2")), "{found:?}");
 }
@@ -387,16 +400,16 @@ fn verify_finds_every_flipped_bit_and_names_it() {
     journal.flush();
     let path = journal.path();
     let path_name = path.to_string_lossy().into_owned();
-    let whole = verify::check(&path).expect("readable");
+    let whole = verify::check(&path, &SiteKeys::default()).expect("readable");
     assert!(whole.damage.is_empty(), "{whole:?}");
     journal.change(Change::Seal);
-    let whole = verify::check(&path).expect("readable");
+    let whole = verify::check(&path, &SiteKeys::default()).expect("readable");
     assert!(whole.damage.is_empty(), "{whole:?}");
     let intact = std::fs::read(&path).expect("journal");
 
     // A payload, in its third unit.
     TestJournal::flip_bit(&path, &[0x22; 16384], 2 * 4096 + 17);
-    let damage = verify::check(&path).expect("readable").damage;
+    let damage = verify::check(&path, &SiteKeys::default()).expect("readable").damage;
     assert_eq!(damage.len(), 1, "{damage:?}");
     assert_eq!(damage[0].seq, Some(damaged_seq));
     assert!(damage[0].what.contains(&format!("disk 0 at {}", 65536 + 8192)), "{damage:?}");
@@ -411,7 +424,7 @@ fn verify_finds_every_flipped_bit_and_names_it() {
     let mut bytes = intact.clone();
     bytes[head + 40] ^= 1;
     std::fs::write(&path, &bytes).expect("journal");
-    let damage = verify::check(&path).expect("readable").damage;
+    let damage = verify::check(&path, &SiteKeys::default()).expect("readable").damage;
     assert!(damage.iter().any(|damage| damage.seq.is_some_and(|seq| seq <= damaged_seq)), "{damage:?}");
 
     // Superblock, manifest, and the segment's last page.
@@ -419,13 +432,13 @@ fn verify_finds_every_flipped_bit_and_names_it() {
         let mut bytes = intact.clone();
         bytes[place] ^= 1;
         std::fs::write(&path, &bytes).expect("journal");
-        let damage = verify::check(&path).expect("readable").damage;
+        let damage = verify::check(&path, &SiteKeys::default()).expect("readable").damage;
         assert!(damage.iter().any(|damage| damage.what.starts_with(name)), "{name}: {damage:?}");
     }
 
     std::fs::write(&path, &intact).expect("journal");
     std::fs::remove_file(journal.folder.join("disk-0.raw")).expect("disk");
-    let damage = verify::check(&path).expect("readable").damage;
+    let damage = verify::check(&path, &SiteKeys::default()).expect("readable").damage;
     assert!(damage[0].what.contains("disk-0.raw"), "{damage:?}");
 }
 

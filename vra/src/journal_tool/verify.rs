@@ -5,6 +5,8 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use journal::crypt::SiteKeys;
+
 use super::contents::{Damage, Part, Visitor, last_of, visit};
 use super::place::find_one;
 use super::text;
@@ -26,8 +28,8 @@ pub(super) struct Report {
 }
 
 /// Checks a journal. True if something is damaged.
-pub(super) fn run(path: &Path, json: bool, out: &mut dyn Write) -> anyhow::Result<bool> {
-    let report = check(&find_one(path)?)?;
+pub(super) fn run(path: &Path, keys: &SiteKeys, json: bool, out: &mut dyn Write) -> anyhow::Result<bool> {
+    let report = check(&find_one(path)?, keys)?;
     if json {
         serde_json::to_writer_pretty(&mut *out, &report)?;
         writeln!(out)?;
@@ -65,9 +67,9 @@ pub(super) fn run(path: &Path, json: bool, out: &mut dyn Write) -> anyhow::Resul
 }
 
 /// Checks every header, record and payload of a journal's file.
-pub(super) fn check(path: &Path) -> anyhow::Result<Report> {
+pub(super) fn check(path: &Path, keys: &SiteKeys) -> anyhow::Result<Report> {
     let mut report = Report { path: path.display().to_string(), ..Report::default() };
-    visit(path, &mut report)?;
+    visit(path, keys, &mut report)?;
     Ok(report)
 }
 

@@ -1,5 +1,6 @@
 //! Making and opening a VM's files. All of it blocks: for threads that may.
 
+use journal::crypt::{Encryption, Keys};
 use journal::format::{DEFAULT_SLOT_BYTES, Footer, FooterEvent, VolumeState};
 use journal::recovery::{NewJournal, OpenOptions, Opened};
 use journal::storage::ring::{Access, DirectFile, RingStorage};
@@ -114,6 +115,7 @@ pub(super) fn make(
             })
             .collect(),
         manifest: manifest.to_text(),
+        encryption: Encryption::Never,
     };
     let path = made.journal();
     let mut storage = ring()?;
@@ -134,7 +136,7 @@ pub(super) fn open(
     let failed = |source| TargetError::Journal { path: path.clone(), source };
     let mut storage = ring()?;
     let file = storage.add_file(DirectFile::open(&path, Access::Exclusive)?);
-    let options = OpenOptions { vm_id: Some(vm.0), trusted_through };
+    let options = OpenOptions { vm_id: Some(vm.0), trusted_through, keys: Keys::default() };
     let opened = journal::recovery::open(&mut storage, file, &options).map_err(failed)?;
     if let Some(hidden) = opened.hidden {
         tracing::info!(

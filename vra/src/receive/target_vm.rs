@@ -257,7 +257,7 @@ impl TargetVm {
             let mut storage = files::ring()?;
             let file = storage.add_file(DirectFile::open(&journal, Access::ReadOnly)?);
             let reader =
-                Reader::open(&mut storage, file, SurveyOptions::default()).map_err(TargetError::View)?;
+                Reader::open(&mut storage, file, &SurveyOptions::default()).map_err(TargetError::View)?;
             let mut view = reader.view(seq).map_err(TargetError::View)?;
             view.follow(&promoted);
             let journal = storage.remove_file(file).expect("added above");

@@ -190,10 +190,13 @@ impl ViewLane {
     }
 
     fn read_done(&mut self, index: u32, part: u32, result: Result<(), Errno>, buffer: IoBuffer) {
-        let (Some(Job::Read(job)), IoBuffer::Owned(slot)) = (self.jobs.get(index), buffer) else { return };
+        let (Some(Job::Read(job)), IoBuffer::Owned(mut slot)) = (self.jobs.get(index), buffer) else {
+            return;
+        };
         job.out -= 1;
-        if let Err(errno) = result {
-            job.error.get_or_insert(errno);
+        match result {
+            Ok(()) => job.decrypt(part, &mut slot),
+            Err(errno) => _ = job.error.get_or_insert(errno),
         }
         if part == PART_DIRECT {
             let checked = job.plan.direct.as_ref().map(|direct| direct.check(&slot, job.offset_bytes));
@@ -460,6 +463,15 @@ impl Drop for ViewLane {
 }
 
 impl ReadJob {
+    fn decrypt(&self, part: u32, read: &mut [u8]) {
+        let ciphers = self.shown.volume.ciphers();
+        match (part, &self.plan.direct) {
+            (PART_DIRECT, Some(direct)) => direct.decrypt(ciphers, read, self.offset_bytes),
+            (PART_DIRECT, None) => {}
+            _ => self.plan.fetches[part as usize].decrypt(ciphers, read),
+        }
+    }
+
     fn apply(&mut self, number: u32, fetched: &[u8]) {
         let Some(slot) = &mut self.slot else { return };
         if self.error.is_some() {

@@ -3,6 +3,7 @@
 
 use std::ops::Range;
 
+use journal::crypt::Ciphers;
 use journal::view::{JournalPart, ReadPart, ViewError, VolumeView};
 use ublk::serve::FileId;
 
@@ -59,6 +60,15 @@ pub(super) struct Direct {
 }
 
 impl Direct {
+    /// Decrypts what was read of the journal into `memory`, whose first byte is `memory_offset_bytes` on the disk.
+    pub(super) fn decrypt(&self, ciphers: &Ciphers, memory: &mut [u8], memory_offset_bytes: u64) {
+        if self.file == JOURNAL_FILE {
+            let begin = (self.range.start - memory_offset_bytes) as usize;
+            let len_bytes = (self.range.end - self.range.start) as usize;
+            ciphers.decrypt(self.file_offset_bytes, &mut memory[begin..begin + len_bytes]);
+        }
+    }
+
     /// Checks what was read into `memory`, whose first byte is `memory_offset_bytes` on the disk.
     ///
     /// # Errors
@@ -93,6 +103,13 @@ enum Use {
 }
 
 impl Fetch {
+    /// Decrypts what was fetched of the journal.
+    pub(super) fn decrypt(&self, ciphers: &Ciphers, fetched: &mut [u8]) {
+        if self.file == JOURNAL_FILE {
+            ciphers.decrypt(self.offset_bytes, &mut fetched[..self.len_bytes as usize]);
+        }
+    }
+
     /// Copies what is wanted of `fetched` into `into`, whose first byte is `into_offset_bytes` on the disk.
     ///
     /// # Errors

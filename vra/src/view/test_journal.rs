@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use journal::batch::{BatchLink, BatchSealer, BatchView, Checkpoint, CheckpointKind, Epoch, Record};
+use journal::crypt::Encryption;
 use journal::format::VolumeState;
 use journal::recovery::{NewJournal, OpenOptions, SurveyOptions, create, open};
 use journal::storage::FileId;
@@ -66,6 +67,7 @@ impl TestJournal {
             slot_count: 4,
             volumes: vec![volume],
             manifest: manifest.to_owned(),
+            encryption: Encryption::Never,
         };
         create(&mut storage, file, &new).expect("journal");
         let opened = open(&mut storage, file, &OpenOptions::default()).expect("open");
@@ -186,7 +188,7 @@ impl TestJournal {
     pub(crate) fn view(&self, seq: u64) -> Result<VolumeView, ViewError> {
         let mut storage = RingStorage::new(64).expect("io_uring");
         let file = storage.add_file(DirectFile::open(&self.path(), Access::ReadOnly).expect("open"));
-        Reader::open(&mut storage, file, SurveyOptions::default())?.view(seq)?.take_volume(0)
+        Reader::open(&mut storage, file, &SurveyOptions::default())?.view(seq)?.take_volume(0)
     }
 
     /// Flips a bit in the journal's file where `needle` first occurs, `at` bytes into it.

@@ -299,7 +299,7 @@ fn a_view_finds_segments_again_that_another_process_moved() {
             let file =
                 journal::storage::ring::DirectFile::open(&path, journal::storage::ring::Access::ReadOnly)?;
             let file = storage.add_file(file);
-            let reader = journal::view::Reader::open(&mut storage, file, Default::default())?;
+            let reader = journal::view::Reader::open(&mut storage, file, &Default::default())?;
             Ok((reader.view(seq)?.take_volume(0)?, Layout::of(&reader.survey)))
         }
     };

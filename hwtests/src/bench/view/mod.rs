@@ -166,7 +166,7 @@ fn open_view(path: &Path) -> Result<(f64, u64)> {
     let began = Instant::now();
     let mut storage = RingStorage::new(64)?;
     let file = storage.add_file(DirectFile::open(path, Access::ReadOnly)?);
-    let reader = Reader::open(&mut storage, file, SurveyOptions::default())?;
+    let reader = Reader::open(&mut storage, file, &SurveyOptions::default())?;
     let view = reader.view(reader.newest_seq())?;
     let elapsed_s = began.elapsed().as_secs_f64();
     let index = view.volume(0)?.index();
@@ -208,7 +208,7 @@ fn view_reads(folder: &Path, disk_bytes: u64) -> Result<f64> {
     let paths = [folder.join(JOURNAL_NAME), folder.join(DISK_NAME)];
     let mut storage = RingStorage::new(64)?;
     let file = storage.add_file(DirectFile::open(&paths[0], Access::ReadOnly)?);
-    let reader = Reader::open(&mut storage, file, SurveyOptions::default())?;
+    let reader = Reader::open(&mut storage, file, &SurveyOptions::default())?;
     let mut view = reader.view(reader.newest_seq())?;
     let open = |path: &PathBuf| -> Result<File> {
         Ok(DirectFile::open(path, Access::ReadOnly)?.file().try_clone()?)

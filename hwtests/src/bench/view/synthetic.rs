@@ -6,6 +6,7 @@ use std::path::Path;
 
 use anyhow::Result;
 use journal::batch::RecordKind;
+use journal::crypt::Encryption;
 use journal::format::{
     ChainPoint, ExtentEntry, Footer, JournalState, PAGE_BYTES, SUPERBLOCK_OFFSETS, SegmentHeader,
     SegmentTrailer, Superblock, VolumeState, slot_offset_bytes,
@@ -42,6 +43,7 @@ pub(super) fn make(path: &Path, record_count: u64, disk_bytes: u64) -> Result<u6
             carried_end_bytes: PAGE_BYTES as u64,
             begin_time_us: 1,
             slot_len_bytes: SLOT_BYTES,
+            encryption: None,
         };
         let mut extents: Vec<ExtentEntry> = (after_seq + 1..=last_seq)
             .map(|seq| {
@@ -91,6 +93,7 @@ pub(super) fn make(path: &Path, record_count: u64, disk_bytes: u64) -> Result<u6
         generation_first_seq: 1,
         generation_fork_seq: 0,
         receive_time_us: 1,
+        encryption: Encryption::Never,
         volumes: vec![VolumeState { id, base_seq: 0, size_bytes: disk_bytes, fresh_image: true }],
     };
     SUPERBLOCK_OFFSETS.iter().try_for_each(|place| file.write_all_at(&superblock.encode(), *place))?;
