@@ -172,6 +172,10 @@ pub enum Request {
         /// At most so many.
         limit: u32,
     },
+    /// Names of the site's keys, for encrypted journals. Answer: [`Response::SiteKeys`].
+    SiteKeyList,
+    /// Makes a new one, which is used from now on. Answer: [`Response::SiteKeys`].
+    SiteKeyRotate,
 }
 
 /// An answer.
@@ -204,6 +208,17 @@ pub enum Response {
     Events(Vec<Event>),
     /// To [`Request::AlertList`].
     Alerts(Vec<Alert>),
+    /// To [`Request::SiteKeyList`] and [`Request::SiteKeyRotate`].
+    SiteKeys(SiteKeyList),
+}
+
+/// The site's keys, without their secrets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SiteKeyList {
+    /// The file that has them, at the manager.
+    pub file: PathBuf,
+    /// Their names, the one in use first.
+    pub ids: Vec<String>,
 }
 
 /// A group to be created, as the user describes it.
@@ -240,6 +255,9 @@ pub struct VpgSpec {
     /// Give up old checkpoints rather than stop replicating when a full sync does not fit the journal.
     #[serde(default = "defaults::give_up_history")]
     pub give_up_history: bool,
+    /// Encrypt journals and scratch at rest.
+    #[serde(default)]
+    pub encrypt: bool,
     /// The VMs.
     pub vms: Vec<VmSpec>,
 }

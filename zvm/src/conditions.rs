@@ -170,6 +170,7 @@ impl Look<'_> {
             let name = self.desired.vras.get(vra).map_or_else(|| vra.to_string(), |vra| vra.name.clone());
             let (entity, what) = match subject {
                 Subject::Trust => (Entity::vra(*vra), "the list of revoked certificates".to_owned()),
+                Subject::SiteKeys => (Entity::vra(*vra), "the keys of encrypted journals".to_owned()),
                 Subject::Apply(vpg) => {
                     (Entity::vpg(*vpg), format!("the definition of VPG {}", self.vpg_name(*vpg)))
                 }

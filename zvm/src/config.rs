@@ -121,6 +121,11 @@ impl Config {
         self.state_dir.join("pki")
     }
 
+    /// Keys of encrypted journals.
+    pub fn site_key_path(&self) -> PathBuf {
+        self.state_dir.join("site-keys")
+    }
+
     fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         toml::from_str(text).map_err(|error| ConfigError::Parse {
             path: path.into(),

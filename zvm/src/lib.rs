@@ -14,5 +14,6 @@ pub mod model;
 pub mod reconcile;
 pub mod remote;
 pub mod serve;
+pub mod site_key_file;
 pub mod store;
 pub mod units;

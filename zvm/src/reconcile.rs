@@ -17,7 +17,7 @@ use crate::model::test_run::{TestRun, TestState};
 use crate::model::vpg::{Vpg, VpgState};
 
 pub use plan::{Action, ActionKind, ActionOutcome, Failure, Plan, Progress, Subject, Transition};
-pub use world::{Desired, LastStatus, Leftover, Observed, Seen};
+pub use world::{Desired, LastStatus, Leftover, Observed, Seen, SiteKeyWish};
 
 /// How long a test may take to open before it is rolled back, microseconds.
 pub const TEST_START_LIMIT_US: u64 = 120_000_000;
@@ -69,6 +69,7 @@ impl Reconciler {
         self.forget(desired);
         self.ended.retain(|_, ended_us| now_us.saturating_sub(*ended_us) < REMEMBER_ENDED_US);
         self.plan_trust(desired, observed, &mut plan);
+        plan_site_keys(desired, observed, &mut plan);
         for vpg in &desired.vpgs {
             match vpg.state {
                 VpgState::Active => self.plan_apply(vpg, desired, observed, &mut plan),
@@ -135,6 +136,8 @@ impl Reconciler {
             ActionKind::SetTrust { trust, run_us } => {
                 self.trusted.insert(action.vra, (trust.version, *run_us));
             }
+            // The VRA's next status tells.
+            ActionKind::SetSiteKeys(_) => {}
             ActionKind::ApplyVpg(definition) => {
                 self.applied.insert((action.vra, definition.id), (definition.revision, now_us));
             }
@@ -165,7 +168,7 @@ impl Reconciler {
         self.failures.retain(|(vra, subject), _| {
             known(vra)
                 && match subject {
-                    Subject::Trust => true,
+                    Subject::Trust | Subject::SiteKeys => true,
                     Subject::Apply(vpg) => {
                         desired.vpgs.iter().any(|v| v.id == *vpg && v.state == VpgState::Active)
                     }
@@ -200,6 +203,10 @@ impl Reconciler {
         let targets = vpg.targets();
         let a_target_is_missing = missing.iter().any(|vra| targets.contains(vra));
         for vra in &missing {
+            // The keys go first.
+            if vpg.settings.encrypt && targets.contains(vra) && !has_site_keys(vra, observed) {
+                continue;
+            }
             // A source that streams to a target that doesn't know the group would be refused: targets go first.
             if targets.contains(vra) || !a_target_is_missing {
                 plan.actions.push(Action { vra: *vra, kind: ActionKind::ApplyVpg(definition.clone()) });
@@ -403,6 +410,25 @@ impl Reconciler {
             .collect();
         format!("waiting for {} {what}", reasons.join(", "))
     }
+}
+
+/// The keys go to those VRAs alone that keep encrypted journals, or are to.
+fn plan_site_keys(desired: &Desired, observed: &Observed, plan: &mut Plan) {
+    for vra in desired.vras.keys() {
+        let Some(last) = observed.get(vra).and_then(|seen| seen.last.as_ref()) else { continue };
+        let is_to_encrypt =
+            desired.vpgs.iter().any(|vpg| vpg.settings.encrypt && vpg.targets().contains(vra));
+        let encrypts = last.status.target_vms.iter().any(|vm| vm.site_key.is_some());
+        if (is_to_encrypt || encrypts) && last.status.site_keys != desired.site_keys.ids {
+            let kind = ActionKind::SetSiteKeys(desired.site_keys.request.clone());
+            plan.actions.push(Action { vra: *vra, kind });
+        }
+    }
+}
+
+fn has_site_keys(vra: &VraId, observed: &Observed) -> bool {
+    let last = observed.get(vra).and_then(|seen| seen.last.as_ref());
+    last.is_some_and(|last| !last.status.site_keys.is_empty())
 }
 
 fn percent(done: usize, all: usize) -> u8 {

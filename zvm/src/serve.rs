@@ -199,6 +199,8 @@ async fn answer(manager: &Manager, request: Request) -> Result<Response, ApiErro
         Request::TaskList { limit } => Response::Tasks(manager.list_tasks(limit).await?),
         Request::TaskShow { task } => Response::Task(manager.show_task(task).await?),
         Request::EventList { limit } => Response::Events(manager.list_events(limit).await?),
+        Request::SiteKeyList => Response::SiteKeys(manager.list_site_keys()),
+        Request::SiteKeyRotate => Response::SiteKeys(manager.rotate_site_key().await?),
         Request::AlertList { all, limit } => Response::Alerts(manager.list_alerts(all, limit).await?),
     })
 }

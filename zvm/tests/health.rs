@@ -301,6 +301,7 @@ impl Group {
             write_rate_bytes_per_s: 0,
             reachable_history_s: None,
             limit_reached_in_s: None,
+            site_key: None,
             received_bytes: 0,
             folder: "/srv/db".into(),
         };

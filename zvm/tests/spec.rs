@@ -130,6 +130,7 @@ fn spec(vms: &[&str]) -> VpgSpec {
         hold_deadline_ms: defaults::hold_deadline_ms(),
         rpo_target_s: defaults::rpo_target_s(),
         give_up_history: true,
+        encrypt: false,
         vms: vms.iter().map(vm).collect(),
     }
 }

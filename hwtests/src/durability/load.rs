@@ -191,6 +191,7 @@ impl Load {
             member_set_version: 1,
             checkpoint_interval_ms: 1000,
             hold_deadline_ms: 100,
+            encrypt: false,
             vms: vec![vm],
         }
     }

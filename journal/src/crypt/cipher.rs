@@ -4,6 +4,10 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use ring::rand::{SecureRandom, SystemRandom};
+use zeroize::Zeroizing;
+
+use super::NoRandom;
 use crate::format::{FIRST_SLOT_OFFSET_BYTES, PAGE_BYTES, slot_offset_bytes};
 
 use super::xts::{SECTOR_BYTES, Xts};
@@ -20,6 +24,16 @@ impl Cipher {
 
     pub(super) fn of(xts: Xts) -> Self {
         Self(Some(Arc::new(xts)))
+    }
+
+    /// With a random key that nobody keeps: for a file that ends with the process.
+    ///
+    /// # Errors
+    /// The system gives no random numbers.
+    pub fn passing() -> Result<Self, NoRandom> {
+        let mut key = Zeroizing::new([0; Xts::KEY_BYTES]);
+        SystemRandom::new().fill(&mut *key).map_err(|_| NoRandom)?;
+        Ok(Self::of(Xts::new(&key)))
     }
 
     /// Whether bytes stay as they are.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use ring::rand::{SecureRandom, SystemRandom};
@@ -11,8 +11,8 @@ use zeroize::Zeroizing;
 
 use super::site_key::derive;
 use super::{
-    Cipher, KeyError, SALT_BYTES, SegmentKey, SiteKey, SiteKeyId, SiteKeys, WRAPPED_KEY_BYTES, WrappedKey,
-    Xts,
+    Cipher, KeyError, NoRandom, SALT_BYTES, SegmentKey, SiteKey, SiteKeyId, SiteKeys, WRAPPED_KEY_BYTES,
+    WrappedKey, Xts,
 };
 use crate::format::SegmentHeader;
 
@@ -65,12 +65,12 @@ impl NewKey {
     ///
     /// # Errors
     /// It gives none.
-    pub fn random() -> Result<Self, ring::error::Unspecified> {
+    pub fn random() -> Result<Self, NoRandom> {
         let mut new =
             Self { id: Uuid::new_v4(), secret: Zeroizing::new([0; KEY_BYTES]), nonce: [0; NONCE_LEN] };
         let random = SystemRandom::new();
-        random.fill(&mut *new.secret)?;
-        random.fill(&mut new.nonce)?;
+        random.fill(&mut *new.secret).map_err(|_| NoRandom)?;
+        random.fill(&mut new.nonce).map_err(|_| NoRandom)?;
         Ok(new)
     }
 
@@ -129,19 +129,19 @@ pub struct Keyring(Arc<Inner>);
 
 struct Inner {
     journal_id: Uuid,
-    site: SiteKeys,
+    site: RwLock<SiteKeys>,
     opened: Mutex<BTreeMap<Uuid, Zeroizing<[u8; KEY_BYTES]>>>,
 }
 
 impl Keyring {
     /// Of a journal whose keys these site keys open.
     pub fn new(journal_id: Uuid, site: SiteKeys) -> Self {
-        Self(Arc::new(Inner { journal_id, site, opened: Mutex::default() }))
+        Self(Arc::new(Inner { journal_id, site: RwLock::new(site), opened: Mutex::default() }))
     }
 
-    /// The site's keys.
-    pub fn site(&self) -> &SiteKeys {
-        &self.0.site
+    /// Other site keys. What was opened with the former ones stays open.
+    pub fn set_site(&self, site: SiteKeys) {
+        *self.0.site.write().unwrap_or_else(PoisonError::into_inner) = site;
     }
 
     /// What reads and writes a segment.
@@ -183,7 +183,8 @@ impl Keyring {
         if let Some(secret) = opened.get(&key.key_id) {
             return Ok(secret.clone());
         }
-        let site_key = self.0.site.find(key.site_key_id()).ok_or(KeyError::Missing(key.site_key_id()))?;
+        let site = self.0.site.read().unwrap_or_else(PoisonError::into_inner);
+        let site_key = site.find(key.site_key_id()).ok_or(KeyError::Missing(key.site_key_id()))?;
         let mut sealed = Zeroizing::new([0; SEALED_BYTES]);
         sealed.copy_from_slice(&key.bytes[SEALED_AT..SEALED_AT + SEALED_BYTES]);
         let nonce =
@@ -200,7 +201,10 @@ impl Keyring {
 
 impl std::fmt::Debug for Keyring {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Keyring").field("journal_id", &self.0.journal_id).field("site", &self.0.site).finish()
+        f.debug_struct("Keyring")
+            .field("journal_id", &self.0.journal_id)
+            .field("site", &self.0.site.read())
+            .finish()
     }
 }
 

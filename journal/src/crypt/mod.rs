@@ -63,6 +63,11 @@ pub enum Encryption {
     On(WrappedKey),
 }
 
+/// A key could not be made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the system gives no random numbers for a key")]
+pub struct NoRandom;
+
 /// Why what is encrypted cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {

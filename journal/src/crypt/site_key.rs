@@ -6,6 +6,8 @@ use std::sync::Arc;
 use ring::hkdf;
 use zeroize::Zeroizing;
 
+use super::NoRandom;
+
 /// Names a site key without telling it: the first bytes of a hash of it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SiteKeyId(pub [u8; Self::LEN_BYTES]);
@@ -49,9 +51,10 @@ impl SiteKey {
     ///
     /// # Errors
     /// The system gives no random numbers.
-    pub fn random() -> Result<Self, ring::error::Unspecified> {
+    pub fn random() -> Result<Self, NoRandom> {
         let mut secret = Zeroizing::new([0; Self::LEN_BYTES]);
-        ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut *secret)?;
+        let filled = ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut *secret);
+        filled.map_err(|_| NoRandom)?;
         Ok(Self::new(secret))
     }
 

@@ -3,7 +3,7 @@
 use uuid::Uuid;
 
 use crate::bad_ranges::BadRanges;
-use crate::crypt::{Encryption, KeyError};
+use crate::crypt::{Encryption, KeyError, NoRandom};
 use crate::format::bad_list::{BadList, MAX_BAD_RANGES};
 use crate::format::manifest::{Manifest, ManifestError};
 use crate::format::superblock::PairPlace;
@@ -136,6 +136,9 @@ pub enum ChangeError {
     /// Nothing could be encrypted with that key.
     #[error("the journal cannot be encrypted so")]
     Key(#[source] KeyError),
+    /// There is no key to be had.
+    #[error(transparent)]
+    NoRandom(#[from] NoRandom),
 }
 
 /// What follows when a change is durable.

@@ -12,6 +12,7 @@ pub mod door;
 pub mod enroll;
 pub mod error;
 pub mod ids;
+pub mod site_keys;
 pub mod status;
 pub mod view;
 pub mod volume;
@@ -23,6 +24,7 @@ pub use ids::{
     BadId, BadTime, CheckpointId, CheckpointIdError, GenerationId, JournalId, TimeUs, ViewId, VmId, VolumeId,
     VpgId, VraId, ZvmId,
 };
+pub use site_keys::{MAX_SITE_KEYS, SetSiteKeys, SiteKeyLine};
 pub use status::{Alert, DoctorReport, Severity, VraStatus};
 pub use view::{OpenView, PointInTime, ViewInfo, ViewMode};
 pub use volume::{Attach, Detach, VolumeInfo};
@@ -103,6 +105,8 @@ pub enum Request {
     ListViews,
     /// Replaces the list of revoked certificates. Answer: [`Response::Done`].
     SetTrust(SetTrust),
+    /// Replaces the site's keys. Answer: [`Response::Done`].
+    SetSiteKeys(SetSiteKeys),
 }
 
 /// An answer.
@@ -224,6 +228,7 @@ mod tests {
             revoked_serials: vec!["1f".to_owned()],
             revoked_vras: vec![VraId::random()],
         }));
+        same_after_json(&Request::SetSiteKeys(SetSiteKeys { keys: vec![SiteKeyLine("k".to_owned())] }));
         same_after_json(&ResponseFrame { id: 1, outcome: Outcome::Ok(Response::Done) });
         same_after_json(&ResponseFrame {
             id: 1,

@@ -23,6 +23,9 @@ pub struct VraStatus {
     pub host: HostInfo,
     /// The site it belongs to; none before enrolment.
     pub site: Option<SiteInfo>,
+    /// Names of the site keys that it has, the one that wraps new keys first.
+    #[serde(default)]
+    pub site_keys: Vec<String>,
     /// Attached volumes.
     pub volumes: Vec<VolumeInfo>,
     /// VPGs it has a part in.
@@ -224,6 +227,9 @@ pub struct TargetVmStatus {
     /// When history will have to be shortened for room at that rate, in seconds from now; none if it won't.
     #[serde(default)]
     pub limit_reached_in_s: Option<u64>,
+    /// What is written to the journal now is encrypted with a key that this site key wraps; none if it isn't encrypted.
+    #[serde(default)]
+    pub site_key: Option<String>,
     /// Bytes received since the start.
     pub received_bytes: u64,
     /// The VM's folder in the datastore.

@@ -30,6 +30,9 @@ pub struct VpgDefinition {
     pub checkpoint_interval_ms: u32,
     /// Longest time that a checkpoint may hold the guests' writes, in milliseconds: 10 to 1000.
     pub hold_deadline_ms: u32,
+    /// Target: encrypt journals and scratch at rest.
+    #[serde(default)]
+    pub encrypt: bool,
     /// The VMs.
     pub vms: Vec<VmDefinition>,
 }

@@ -87,6 +87,8 @@ pub struct TargetConfig {
     pub memory_mib: u32,
     /// Space that a view's writes may use on the datastore, for each disk, in MiB: 1 to 1,048,576. Reserved when the view is opened.
     pub scratch_mib: u32,
+    /// A file of site keys, for journals that are encrypted, on a host without a ZVM or to start without it; the ZVM's replace them.
+    pub site_key_file: Option<PathBuf>,
 }
 
 impl Default for Config {
@@ -127,7 +129,7 @@ impl Default for DoorConfig {
 
 impl Default for TargetConfig {
     fn default() -> Self {
-        Self { journal_threads: 2, memory_mib: 512, scratch_mib: 1024 }
+        Self { journal_threads: 2, memory_mib: 512, scratch_mib: 1024, site_key_file: None }
     }
 }
 

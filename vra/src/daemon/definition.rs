@@ -153,6 +153,7 @@ mod tests {
             member_set_version: 1,
             checkpoint_interval_ms: 5000,
             hold_deadline_ms: 100,
+            encrypt: false,
             vms: vec![vm],
         }
     }

@@ -40,6 +40,14 @@ pub enum DaemonError {
         /// The state folder.
         path: PathBuf,
     },
+    /// The file of the site's keys.
+    #[error("cannot take the site's keys from {}, which `target.site_key_file` names", path.display())]
+    SiteKeys {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
     /// Threads that write journals.
     #[error("cannot start the threads that write journals")]
     Targets(#[from] crate::receive::TargetError),

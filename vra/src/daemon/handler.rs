@@ -1,7 +1,13 @@
 //! Answers the control protocol.
 
+use journal::crypt::{SiteKey, SiteKeys};
+use zeroize::Zeroizing;
+
 use super::{Daemon, LocalIdentity, lock};
-use crate::api::{ApiError, ErrorCode, Hello, HelloReply, PROTOCOL_VERSION, Request, Response, SetTrust};
+use crate::api::{
+    ApiError, ErrorCode, Hello, HelloReply, MAX_SITE_KEYS, PROTOCOL_VERSION, Request, Response, SetSiteKeys,
+    SetTrust,
+};
 use crate::control::{Caller, Handler};
 
 impl Handler for Daemon {
@@ -22,6 +28,7 @@ impl Handler for Daemon {
             Request::TagCheckpoint(tag) => self.tag_checkpoint(tag).await.map(Response::Checkpoint),
             Request::LockCheckpoint(lock) => self.lock_checkpoint(lock).await.map(Response::Checkpoint),
             Request::SetTrust(list) => self.set_trust(list).await.map(|()| Response::Done),
+            Request::SetSiteKeys(keys) => self.set_site_keys(&keys).await.map(|()| Response::Done),
             Request::ListCheckpoints(list) => self.list_checkpoints(list).await.map(Response::Checkpoints),
             Request::OpenView(open) => self.open_view(open).await.map(Response::View),
             Request::CloseView(close) => self.close_view(close).await.map(|()| Response::Done),
@@ -60,6 +67,24 @@ impl Daemon {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             features: Vec::new(),
         })
+    }
+
+    async fn set_site_keys(&self, given: &SetSiteKeys) -> Result<(), ApiError> {
+        if given.keys.len() > MAX_SITE_KEYS {
+            let message = format!("{} site keys are more than {MAX_SITE_KEYS}", given.keys.len());
+            return Err(ApiError::new(ErrorCode::BadRequest, message));
+        }
+        let lines: Vec<&str> = given.keys.iter().map(|line| line.0.as_str()).collect();
+        let text = Zeroizing::new(lines.join("\n"));
+        let keys = SiteKeys::parse(&text)
+            .map_err(|error| ApiError::new(ErrorCode::BadRequest, format!("not site keys: {error}")))?;
+        let ids: Vec<_> = keys.iter().map(SiteKey::id).collect();
+        if ids != self.targets.keys().ids() {
+            tracing::info!(?ids, "took the site's keys");
+            self.targets.set_keys(keys).await;
+            self.retry_targets().await;
+        }
+        Ok(())
     }
 
     async fn set_trust(&self, list: SetTrust) -> Result<(), ApiError> {

@@ -31,15 +31,19 @@ pub use identity::LocalIdentity;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use journal::crypt::SiteKeys;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
 use ublk::arena::Arena;
 use ublk::process::ProcessSettings;
 use ublk::reactor::{ReactorSettings, Reactors};
+use zeroize::Zeroizing;
 
 use self::doors::Doors;
 use self::linking::SharedLink;
@@ -155,6 +159,9 @@ impl Daemon {
             memory_bytes: (config.target.memory_mib as usize) << 20,
             ..TargetSettings::STANDARD
         })?;
+        if let Some(path) = &config.target.site_key_file {
+            targets.keys().set(read_site_keys(path)?);
+        }
         let checkpointer = Checkpointer::start(sources::incarnation())
             .map_err(|source| DaemonError::System { action: "start the checkpointer", source })?;
         let doors = Doors::open(config, Arc::new(reactors), arena)?;
@@ -213,6 +220,16 @@ impl Daemon {
 /// A lock that is good even when a thread panicked while it had it: what it guards is changed in single steps.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn read_site_keys(path: &Path) -> Result<SiteKeys, DaemonError> {
+    let failed = |source| DaemonError::SiteKeys { path: path.to_owned(), source };
+    let mode = std::fs::metadata(path).map_err(failed)?.permissions().mode();
+    if mode & 0o077 != 0 {
+        return Err(failed(std::io::Error::other("others can read it: chmod 600")));
+    }
+    let text = Zeroizing::new(std::fs::read_to_string(path).map_err(failed)?);
+    SiteKeys::parse(&text).map_err(|error| failed(std::io::Error::other(error)))
 }
 
 fn lock_state(config: &Config) -> Result<Flock<File>, DaemonError> {

@@ -18,6 +18,7 @@ impl Daemon {
             started_us: self.started_us,
             host: self.host_info(),
             site,
+            site_keys: self.targets.keys().ids().iter().map(ToString::to_string).collect(),
             volumes: self.volume_infos(),
             vpgs,
             source_vms: self.source_statuses(),

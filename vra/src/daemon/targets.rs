@@ -3,6 +3,8 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use journal::recovery::OpenError;
+
 use super::state::State;
 use super::{Daemon, Finding, lock};
 use crate::api::status::TargetVmStatus;
@@ -130,6 +132,9 @@ impl From<TargetError> for ApiError {
                 FolderError::OrphanDisks { .. } => ErrorCode::Conflict,
                 _ => ErrorCode::Io,
             },
+            TargetError::NoSiteKey | TargetError::Journal { source: OpenError::Key(_), .. } => {
+                ErrorCode::NotReady
+            }
             TargetError::Journal { .. }
             | TargetError::Segment { .. }
             | TargetError::Manifest { .. }

@@ -20,8 +20,8 @@ use crate::api::{
 use crate::receive::TargetVm;
 use crate::report::chain;
 use crate::view::{
-    Freshness, ScratchError, ScratchFile, ScratchOwner, ViewDisk, ViewDiskError, ViewSettings, ViewSource,
-    remove_scratch,
+    Freshness, ScratchError, ScratchFile, ScratchKeys, ScratchOwner, ViewDisk, ViewDiskError, ViewSettings,
+    ViewSource, remove_scratch,
 };
 
 /// Most views that are open at once.
@@ -343,6 +343,7 @@ impl Daemon {
             seq: opened.view.seq(),
             journal: &opened.journal,
             disks: &opened.disks,
+            keys: ScratchKeys { keyring: &opened.keyring, encryption: opened.encryption },
             view: &mut opened.view,
             pin: &pin,
         };
@@ -396,10 +397,10 @@ impl Daemon {
         let live = self.live_map_path(record.info.view, wanted.vm, wanted.number);
         let scratch = match (&wanted.scratch, scratch) {
             (None, _) => None,
-            (Some(path), ScratchFrom::Former) => Some(ScratchFile::open(path, &live, &owner)?),
+            (Some(path), ScratchFrom::Former) => Some(ScratchFile::open(path, &live, &owner, &opened.keys)?),
             (Some(path), ScratchFrom::New) => {
                 let limit_bytes = u64::from(self.config.target.scratch_mib) << 20;
-                Some(ScratchFile::make(path, &live, &owner, limit_bytes)?)
+                Some(ScratchFile::make(path, &live, &owner, &opened.keys, limit_bytes)?)
             }
         };
         let settings =
@@ -430,6 +431,7 @@ struct Opened<'a> {
     view: &'a mut View,
     journal: &'a DirectFile,
     disks: &'a [DirectFile],
+    keys: ScratchKeys<'a>,
     pin: &'a Arc<dyn std::any::Any + Send + Sync>,
 }
 

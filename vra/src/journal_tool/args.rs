@@ -11,7 +11,7 @@ use super::moment::Moment;
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 pub(super) struct Args {
-    /// The site's keys, for journals that are encrypted: `zvm site-key show` prints them
+    /// The site's keys, for journals that are encrypted: a copy of the file that `zvm site-key list` names
     #[arg(long, global = true, value_name = "FILE")]
     pub(super) key_file: Option<PathBuf>,
     #[command(subcommand)]

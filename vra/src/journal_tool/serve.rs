@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use journal::crypt::SiteKeys;
+use journal::crypt::{Encryption, SiteKeys};
 
 use super::args::Serve;
 use super::disk::DiskAt;
@@ -21,6 +21,7 @@ pub(super) fn run(arguments: &Serve, keys: &SiteKeys, out: &mut dyn Write) -> an
     let found = arguments.at.find(&journal.reader)?;
     let disks = DiskAt::of(&journal, found.seq, arguments.disk)?;
     let exports = Exports::new()?;
+    let is_encrypted = matches!(journal.reader.survey.superblock.encryption, Encryption::On(_));
     let moment = found.checkpoint.as_ref().map_or_else(
         || format!("record {}", found.seq),
         |checkpoint| format!("checkpoint {}", describe(checkpoint)),
@@ -31,7 +32,7 @@ pub(super) fn run(arguments: &Serve, keys: &SiteKeys, out: &mut dyn Write) -> an
         let size = text::bytes(disk.size_bytes());
         let scratch = arguments.scratch.as_ref().map(|folder| {
             let name = format!("vra-journal-scratch-{}-{number}", std::process::id());
-            ScratchFile::create(&folder.join(name), arguments.scratch_gib << 30)
+            ScratchFile::create(&folder.join(name), arguments.scratch_gib << 30, is_encrypted)
         });
         let name = format!("disk-{number}");
         exports.add(&name, format!("{} at {moment}", disk.name()), disk.served(scratch.transpose()?)?)?;

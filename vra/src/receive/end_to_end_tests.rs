@@ -194,6 +194,7 @@ fn definition(datastore: &std::path::Path, volumes: u16) -> VpgDefinition {
         member_set_version: 1,
         checkpoint_interval_ms: 1000,
         hold_deadline_ms: 100,
+        encrypt: false,
         vms: vec![VmDefinition {
             id: VmId::random(),
             name: "machine".into(),
@@ -452,7 +453,7 @@ impl Source {
 }
 
 async fn compare(vm: &Arc<TargetVm>, at: PointInTime, expected: &Disks) {
-    let OpenedView { view, journal, disks, pin } = vm.open_view(at).await.expect("opened");
+    let OpenedView { view, journal, disks, pin, .. } = vm.open_view(at).await.expect("opened");
     let mut storage = RingStorage::new(16).expect("io_uring");
     let journal = storage.add_file(journal);
     let disks: Vec<_> = disks.into_iter().map(|disk| storage.add_file(disk)).collect();

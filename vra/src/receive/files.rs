@@ -1,6 +1,6 @@
 //! Making and opening a VM's files. All of it blocks: for threads that may.
 
-use journal::crypt::{Encryption, Keys};
+use journal::crypt::{Encryption, Keys, NewKey};
 use journal::format::{DEFAULT_SLOT_BYTES, Footer, FooterEvent, VolumeState};
 use journal::recovery::{NewJournal, OpenOptions, Opened};
 use journal::storage::ring::{Access, DirectFile, RingStorage};
@@ -87,8 +87,17 @@ pub(super) fn make(
     folder: &VmFolder,
     vpg: &VpgDefinition,
     definition: &VmDefinition,
+    keys: &Keys,
 ) -> Result<(), TargetError> {
     let identity = identity(definition)?;
+    let encryption = match (vpg.encrypt, keys.site().current()) {
+        (false, _) => Encryption::Never,
+        (true, None) => return Err(TargetError::NoSiteKey),
+        (true, Some(site_key)) => {
+            let key = NewKey::random().map_err(|error| host("making a key", std::io::Error::other(error)))?;
+            Encryption::On(key.wrap(definition.journal.0, site_key))
+        }
+    };
     let slot_len_bytes = slot_bytes(definition.journal_limit_bytes);
     let first_bytes = u64::from(FIRST_SLOTS) * slot_len_bytes;
     if definition.journal_limit_bytes < first_bytes {
@@ -115,7 +124,7 @@ pub(super) fn make(
             })
             .collect(),
         manifest: manifest.to_text(),
-        encryption: Encryption::Never,
+        encryption,
     };
     let path = made.journal();
     let mut storage = ring()?;
@@ -131,12 +140,13 @@ pub(super) fn open(
     folder: &VmFolder,
     vm: VmId,
     trusted_through: Option<u64>,
+    keys: Keys,
 ) -> Result<VmFiles, TargetError> {
     let path = folder.journal();
     let failed = |source| TargetError::Journal { path: path.clone(), source };
     let mut storage = ring()?;
     let file = storage.add_file(DirectFile::open(&path, Access::Exclusive)?);
-    let options = OpenOptions { vm_id: Some(vm.0), trusted_through, keys: Keys::default() };
+    let options = OpenOptions { vm_id: Some(vm.0), trusted_through, keys };
     let opened = journal::recovery::open(&mut storage, file, &options).map_err(failed)?;
     if let Some(hidden) = opened.hidden {
         tracing::info!(

@@ -5,13 +5,13 @@
 
 mod base_sync;
 mod claim;
+mod encrypting;
 mod promoting;
 
 use std::collections::VecDeque;
 
 use bytes::Bytes;
 use journal::batch::BatchView;
-use journal::crypt::Encryption;
 use journal::format::{ChainPoint, FooterEvent, JournalState};
 use journal::storage::{AlignedBuf, Op, Purpose, StorageError};
 use journal::writer::{Action, Change, ChangeError, Event, OfferError, RESERVED_SLOTS, Writer};
@@ -265,17 +265,6 @@ impl Receiver {
         let ticket = self.writer.change(Change::SetManifest(text))?;
         self.manifest_tickets.push_back(ticket);
         Ok(ticket)
-    }
-
-    /// Whether segments are encrypted from now on, and with which key.
-    ///
-    /// # Errors
-    /// The journal has failed, or the key can't be opened.
-    pub fn set_encryption(&mut self, encryption: Encryption) -> Result<(), ChangeError> {
-        if self.writer.superblock().encryption != encryption {
-            self.writer.change(Change::SetEncryption(encryption))?;
-        }
-        Ok(())
     }
 
     /// Other limits, from a changed definition. Batches that found no room may find some.

@@ -1,4 +1,5 @@
 use journal::bad_ranges::BadRanges;
+use journal::crypt::{Encryption, SiteKeyId};
 use journal::format::JournalState;
 use journal::promotion::{PromotionAction, PromotionError, TransferSizes};
 use journal::storage::StorageError;
@@ -157,6 +158,8 @@ pub struct ReceiverStatus {
     pub journal_used_bytes: u64,
     /// Most that it may use.
     pub journal_limit_bytes: u64,
+    /// The site key that wraps the key of what is written now; none if it isn't encrypted.
+    pub site_key: Option<SiteKeyId>,
     /// Bytes received since the receiver was made.
     pub received_bytes: u64,
     /// When the last batch came, by the system's clock, in microseconds since the Unix epoch.
@@ -228,6 +231,10 @@ impl ReceiverStatus {
             slot_bytes: superblock.slot_len_bytes,
             journal_used_bytes: used_slots as u64 * superblock.slot_len_bytes,
             journal_limit_bytes: u64::from(max_slots) * superblock.slot_len_bytes,
+            site_key: match &superblock.encryption {
+                Encryption::On(key) => Some(key.site_key_id()),
+                Encryption::Never | Encryption::Off => None,
+            },
             received_bytes: observed.received_bytes,
             last_receive_wall_us: observed.last_receive_wall_us,
             forecast: Forecast::default(),

@@ -27,6 +27,11 @@ pub enum TargetError {
         #[source]
         source: OpenError,
     },
+    /// The group wants encryption.
+    #[error(
+        "the VPG's journals are to be encrypted, and this VRA has no site key: it comes from the ZVM, or from `target.site_key_file`"
+    )]
+    NoSiteKey,
     /// A segment of the journal can't be read.
     #[error("journal {} can't be read", path.display())]
     Segment {

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use journal::crypt::SiteKeys;
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock};
 use quinn::{RecvStream, SendStream};
 use tokio::runtime::Handle;
@@ -16,6 +17,7 @@ use super::folder::VmFolder;
 use super::memory::ReceiveMemory;
 use super::outbox::Outbox;
 use super::receiver_types::StreamId;
+use super::shared_keys::SharedKeys;
 use super::stream;
 use super::target_error::TargetError;
 use super::target_vm::TargetVm;
@@ -42,6 +44,7 @@ impl TargetSettings {
 /// All VMs that this VRA is target of.
 pub struct TargetHost {
     settings: TargetSettings,
+    keys: SharedKeys,
     memory: ReceiveMemory,
     vms: Mutex<HashMap<VmId, Arc<TargetVm>>>,
     /// What views need of VMs whose files are not open yet.
@@ -79,6 +82,7 @@ impl TargetHost {
         });
         Ok(Self {
             settings,
+            keys: SharedKeys::default(),
             memory: ReceiveMemory::new(settings.memory_bytes),
             vms: Mutex::default(),
             awaited: Mutex::default(),
@@ -99,6 +103,7 @@ impl TargetHost {
         let _changing = self.changing.lock().await;
         if let Some(target) = self.vm(vm) {
             target.redefine(vpg)?;
+            target.follow_encryption()?;
             return Ok(target);
         }
         let Some(definition) = vpg.vms.iter().find(|candidate| candidate.id == vm) else {
@@ -108,11 +113,12 @@ impl TargetHost {
             VmFolder::of(&definition.datastore, (&vpg.name, vpg.id), (&definition.name, vm))
         });
         let (making, owned, wanted) = (folder.clone(), vpg.clone(), definition.clone());
+        let keys = self.keys.keys();
         let opening = tokio::task::spawn_blocking(move || {
             if !making.is_complete() {
-                files::make(&making, &owned, &wanted)?;
+                files::make(&making, &owned, &wanted, &keys)?;
             }
-            files::open(&making, vm, None)
+            files::open(&making, vm, None, keys)
         });
         let opened = opening
             .await
@@ -129,17 +135,35 @@ impl TargetHost {
             opened,
             self.next_worker().clone(),
             self.settings.window_bytes,
+            self.keys.clone(),
             awaited.clone(),
             next_key,
         );
         self.lock().insert(vm, target.clone());
-        if let Err(error) = target.redefine(vpg) {
+        if let Err(error) = target.redefine(vpg).and_then(|()| target.follow_encryption()) {
             self.lock().remove(&vm);
             target.close().await;
             self.lock_awaited().insert(vm, awaited);
             return Err(error);
         }
         Ok(target)
+    }
+
+    /// The site's keys.
+    pub fn keys(&self) -> &SharedKeys {
+        &self.keys
+    }
+
+    /// Puts other site keys in force: journals whose keys the former one wrapped get new keys. Those that couldn't be opened for want of a
+    /// key are to be tried again.
+    pub async fn set_keys(&self, keys: SiteKeys) {
+        let _changing = self.changing.lock().await;
+        self.keys.set(keys);
+        for vm in self.vms() {
+            if let Err(error) = vm.follow_encryption() {
+                tracing::warn!(vm = %vm.id(), error = %super::error_chain(&error), "the journal's encryption doesn't follow");
+            }
+        }
     }
 
     /// Keeps a VM's history from a number on, from the very opening of its files on (C3), until [`TargetHost::stop_awaiting`]. To be called

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
+use journal::crypt::{Encryption, Keyring};
 use journal::promotion::TransferSizes;
 use journal::recovery::SurveyOptions;
 use journal::storage::ring::{Access, DirectFile};
@@ -21,6 +22,7 @@ use super::folder::VmFolder;
 use super::manifest::Manifest;
 use super::receiver::Receiver;
 use super::receiver_types::{Pins, ReceiverPolicy, ReceiverStatus};
+use super::shared_keys::SharedKeys;
 use super::target_error::TargetError;
 use super::worker::{Attached, Input, VmKey, Worker};
 use crate::api::{
@@ -37,6 +39,7 @@ pub struct TargetVm {
     worker: Worker,
     runtime: Handle,
     window_bytes: u32,
+    keys: SharedKeys,
     /// What open views follow.
     promoted: Promoted,
     inner: Mutex<Inner>,
@@ -66,6 +69,10 @@ pub struct OpenedView {
     pub journal: DirectFile,
     /// The recovery disks, to read, by volume number.
     pub disks: Vec<DirectFile>,
+    /// The journal's keys.
+    pub keyring: Keyring,
+    /// Whether it encrypts: then what is written to the view is encrypted too.
+    pub encryption: Encryption,
     /// Keeps the history.
     pub pin: Pin,
 }
@@ -86,6 +93,7 @@ impl TargetVm {
         files: VmFiles,
         worker: Worker,
         window_bytes: u32,
+        keys: SharedKeys,
         awaited: Vec<u64>,
         mut next_key: Box<dyn FnMut() -> VmKey + Send>,
     ) -> Arc<Self> {
@@ -111,7 +119,7 @@ impl TargetVm {
                 not_open: None,
             };
             let promoted = Promoted::new(&bad_ranges);
-            Self { vm, folder, worker, runtime, window_bytes, promoted, inner: Mutex::new(inner) }
+            Self { vm, folder, worker, runtime, window_bytes, keys, promoted, inner: Mutex::new(inner) }
         });
         target.tell_bad_ranges(&bad_ranges);
         target
@@ -171,6 +179,7 @@ impl TargetVm {
             write_rate_bytes_per_s: status.forecast.write_rate_bytes_per_s,
             reachable_history_s: status.forecast.reachable_history_s,
             limit_reached_in_s: status.forecast.limit_reached_in_s,
+            site_key: status.site_key.map(|id| id.to_string()),
             received_bytes: status.received_bytes,
             folder: self.folder.path().to_owned(),
         }
@@ -236,6 +245,22 @@ impl TargetVm {
         Ok(())
     }
 
+    /// Makes the journal encrypt, or not, as the group's definition says, with the site keys as they are now.
+    ///
+    /// # Errors
+    /// Encryption is wanted, and there is no site key.
+    pub(super) fn follow_encryption(&self) -> Result<(), TargetError> {
+        let (inner, site) = (self.lock(), self.keys.site());
+        let wanted = inner.manifest.vpg.encrypt;
+        if wanted && site.is_empty() {
+            return Err(TargetError::NoSiteKey);
+        }
+        if let Some(vm) = inner.key {
+            self.worker.tell(Input::SetEncryption { vm, wanted, site });
+        }
+        Ok(())
+    }
+
     /// Opens the disks as they were. Replication goes on.
     ///
     /// # Errors
@@ -250,19 +275,27 @@ impl TargetVm {
             return Err(TargetError::View(ViewError::Gone { seq, oldest_seq, newest_seq }));
         }
         pin.needs(seq);
+        let options = SurveyOptions { keys: self.keys.site(), ..SurveyOptions::default() };
         let promoted = self.promoted.clone();
         let (journal, disks) = (self.folder.journal(), self.definition().volumes.len() as u16);
         let disks: Vec<_> = (0..disks).map(|volume| self.folder.disk(volume)).collect();
         let open = move || {
             let mut storage = files::ring()?;
             let file = storage.add_file(DirectFile::open(&journal, Access::ReadOnly)?);
-            let reader =
-                Reader::open(&mut storage, file, &SurveyOptions::default()).map_err(TargetError::View)?;
+            let reader = Reader::open(&mut storage, file, &options).map_err(TargetError::View)?;
             let mut view = reader.view(seq).map_err(TargetError::View)?;
             view.follow(&promoted);
             let journal = storage.remove_file(file).expect("added above");
             let disks = disks.iter().map(|path| DirectFile::open(path, Access::ReadOnly));
-            Ok(OpenedView { view, journal, disks: disks.collect::<Result<_, _>>()?, pin })
+            let (keyring, encryption) = (reader.survey.keyring.clone(), reader.survey.superblock.encryption);
+            Ok(OpenedView {
+                view,
+                journal,
+                disks: disks.collect::<Result<_, _>>()?,
+                keyring,
+                encryption,
+                pin,
+            })
         };
         let opened = self.runtime.spawn_blocking(open).await;
         opened.unwrap_or_else(|error| Err(files::host("opening a view", std::io::Error::other(error))))
@@ -362,9 +395,9 @@ impl TargetVm {
     /// Opens the files again after a failure, until it works or the VM is closed.
     async fn reopen(self: Arc<Self>, trusted_through: u64) {
         loop {
-            let (folder, vm) = (self.folder.clone(), self.vm);
-            let opened =
-                self.runtime.spawn_blocking(move || files::open(&folder, vm, Some(trusted_through))).await;
+            let (folder, vm, keys) = (self.folder.clone(), self.vm, self.keys.keys());
+            let opening = move || files::open(&folder, vm, Some(trusted_through), keys);
+            let opened = self.runtime.spawn_blocking(opening).await;
             let opened = opened
                 .unwrap_or_else(|error| Err(files::host("opening the files", std::io::Error::other(error))));
             if self.attach_again(opened) {

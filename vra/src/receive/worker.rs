@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use bytes::Bytes;
+use journal::crypt::SiteKeys;
 use journal::promotion::{PromotionAction, PromotionFile};
 use journal::storage::ring::{DirectFile, RingStorage, RingWaker};
 use journal::storage::{Completion, FileId, Purpose, Storage};
@@ -60,6 +61,12 @@ pub(super) enum Input {
         text: String,
         /// Told when it is durable.
         answer: Option<oneshot::Sender<()>>,
+    },
+    /// Whether the journal is encrypted from now on.
+    SetEncryption {
+        vm: VmKey,
+        wanted: bool,
+        site: SiteKeys,
     },
     SetPolicy {
         vm: VmKey,
@@ -227,6 +234,7 @@ impl WorkerState {
             | Input::Batch { vm, .. }
             | Input::Closed { vm, .. }
             | Input::SetManifest { vm, .. }
+            | Input::SetEncryption { vm, .. }
             | Input::SetPolicy { vm, .. }
             | Input::SetPins { vm, .. }
             | Input::Checkpoints { vm, .. }
@@ -251,6 +259,11 @@ impl WorkerState {
                         tracing::warn!(error = %super::error_chain(&error), "the manifest of a journal was not written");
                     }
                 },
+                Input::SetEncryption { wanted, site, .. } => {
+                    if let Err(error) = vm.receiver.follow_encryption(wanted, &site) {
+                        tracing::warn!(error = %super::error_chain(&error), "the journal's encryption doesn't follow");
+                    }
+                }
                 Input::SetPolicy { policy, .. } => vm.receiver.set_policy(policy),
                 Input::SetPins { pins, answer, .. } => {
                     vm.receiver.set_pins(pins);

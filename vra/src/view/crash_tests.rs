@@ -169,7 +169,11 @@ fn pattern(request: u64, sector: usize) -> Sector {
 
 impl World {
     fn new(seed: u64, is_honest: bool) -> Self {
-        let mut journal = TestJournal::new("crash", DISK_BYTES, "{}");
+        // Every other one is encrypted.
+        let mut journal = match seed % 2 {
+            0 => TestJournal::new("crash", DISK_BYTES, "{}"),
+            _ => TestJournal::encrypted("crash", DISK_BYTES, "{}"),
+        };
         journal.random_changes(seed, 40, 60);
         let owner = ScratchOwner {
             vra: Uuid::from_u128(1),
@@ -201,9 +205,14 @@ impl World {
         }
     }
 
+    fn keys(&self) -> ScratchKeys<'_> {
+        let writer = &self.journal.writer;
+        ScratchKeys { keyring: writer.keyring(), encryption: writer.superblock().encryption }
+    }
+
     fn run(&mut self, crashes: usize, limit_bytes: u64) -> Result<[usize; 2], String> {
         let boot = Uuid::from_u128(self.boot);
-        let made = ScratchFile::make_in(boot, &self.path, &self.live, &self.owner, limit_bytes);
+        let made = ScratchFile::make_in(boot, &self.path, &self.live, &self.owner, &self.keys(), limit_bytes);
         let mut process = self.process(made.expect("made"));
         let mut ends = [0; 2];
         for _ in 0..crashes {
@@ -230,7 +239,7 @@ impl World {
                 self.crash(process, end);
             }
             let boot = Uuid::from_u128(self.boot);
-            let opened = ScratchFile::open_in(boot, &self.path, &self.live, &self.owner);
+            let opened = ScratchFile::open_in(boot, &self.path, &self.live, &self.owner, &self.keys());
             process = self.process(opened.map_err(|error| error.to_string())?);
             self.compare(&mut process, end)?;
         }

@@ -195,7 +195,7 @@ impl ViewLane {
         };
         job.out -= 1;
         match result {
-            Ok(()) => job.decrypt(part, &mut slot),
+            Ok(()) => job.decrypt(part, &mut slot, self.disk.scratch.as_ref()),
             Err(errno) => _ = job.error.get_or_insert(errno),
         }
         if part == PART_DIRECT {
@@ -348,6 +348,13 @@ impl ViewLane {
         // What overlaps waits, so that this stays so until the write has landed.
         let dsync = fua && state.map.is_in_place(offset_bytes, len_bytes);
         drop(state);
+        let mut slot = slot;
+        for run in &runs {
+            if let Place::Scratch(from) = run.place {
+                let begin = (run.offset_bytes - offset_bytes) as usize;
+                scratch.cipher.encrypt(from, &mut slot[begin..begin + run.len_bytes as usize]);
+            }
+        }
         let slot = slot.share();
         let out = runs.len() as u32;
         let job =
@@ -463,12 +470,16 @@ impl Drop for ViewLane {
 }
 
 impl ReadJob {
-    fn decrypt(&self, part: u32, read: &mut [u8]) {
+    fn decrypt(&self, part: u32, read: &mut [u8], scratch: Option<&Scratch>) {
         let ciphers = self.shown.volume.ciphers();
         match (part, &self.plan.direct) {
             (PART_DIRECT, Some(direct)) => direct.decrypt(ciphers, read, self.offset_bytes),
             (PART_DIRECT, None) => {}
-            _ => self.plan.fetches[part as usize].decrypt(ciphers, read),
+            _ => self.plan.fetches[part as usize].decrypt(
+                ciphers,
+                scratch.map(|scratch| &scratch.cipher),
+                read,
+            ),
         }
     }
 

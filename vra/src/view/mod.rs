@@ -16,6 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use journal::crypt::Cipher;
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock};
 use journal::storage::AlignedBuf;
 use journal::view::{VolumeView, still_there};
@@ -26,7 +27,7 @@ use ublk::serve::{Allocation, Disk, Extent, Geometry, Lane, Waker, ZeroLimits};
 pub use self::layout::Layout;
 use self::plan::PlanLimits;
 use self::scratch::commit::{Commits, PAGES_AT_ONCE};
-pub use self::scratch::file::{ScratchError, ScratchFile, remove as remove_scratch};
+pub use self::scratch::file::{ScratchError, ScratchFile, ScratchKeys, remove as remove_scratch};
 pub use self::scratch::format::{ScratchFormatError, ScratchOwner};
 use self::scratch::gate::Gate;
 pub use self::scratch::map::MapDamage;
@@ -144,6 +145,8 @@ struct Scratch {
     state: Mutex<ScratchState>,
     /// A sync or a write of the map has failed: what was written before it may be lost, and a later sync would not say so.
     poisoned: AtomicBool,
+    /// What reads and writes the data.
+    cipher: Cipher,
     /// Where pages of the map are put to be written: for one commit at a time.
     pages: Arena,
 }
@@ -187,9 +190,10 @@ impl ViewDisk {
                 let map = file.take_map(volume.size_bytes())?;
                 let pages = Arena::new(PAGES_AT_ONCE as usize * PAGE_BYTES, 1);
                 let pages = pages.map_err(|errno| ViewDiskError::Memory(errno.into()))?;
+                let cipher = file.cipher.clone();
                 let state = ScratchState { map, gate: Gate::default(), commits: Commits::default(), file };
                 let poisoned = AtomicBool::new(false);
-                Some(Scratch { state: Mutex::new(state), poisoned, pages })
+                Some(Scratch { state: Mutex::new(state), poisoned, cipher, pages })
             }
         };
         let layout = match &freshness {

@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use journal::crypt::Ciphers;
+use journal::crypt::{Cipher, Ciphers};
 use journal::view::{JournalPart, ReadPart, ViewError, VolumeView};
 use ublk::serve::FileId;
 
@@ -103,10 +103,13 @@ enum Use {
 }
 
 impl Fetch {
-    /// Decrypts what was fetched of the journal.
-    pub(super) fn decrypt(&self, ciphers: &Ciphers, fetched: &mut [u8]) {
-        if self.file == JOURNAL_FILE {
-            ciphers.decrypt(self.offset_bytes, &mut fetched[..self.len_bytes as usize]);
+    /// Decrypts what was fetched of the journal or the scratch.
+    pub(super) fn decrypt(&self, ciphers: &Ciphers, scratch: Option<&Cipher>, fetched: &mut [u8]) {
+        let fetched = &mut fetched[..self.len_bytes as usize];
+        match (self.file, scratch) {
+            (JOURNAL_FILE, _) => ciphers.decrypt(self.offset_bytes, fetched),
+            (SCRATCH_FILE, Some(scratch)) => scratch.decrypt(self.offset_bytes, fetched),
+            _ => {}
         }
     }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use journal::batch::{BatchLink, BatchSealer, BatchView, Checkpoint, CheckpointKind, Epoch, Record};
-use journal::crypt::Encryption;
+use journal::crypt::{Encryption, Keys, NewKey, SiteKey, SiteKeys};
 use journal::format::VolumeState;
 use journal::recovery::{NewJournal, OpenOptions, SurveyOptions, create, open};
 use journal::storage::FileId;
@@ -30,6 +30,7 @@ pub(crate) struct TestJournal {
     storage: RingStorage,
     file: FileId,
     pub(crate) writer: Writer,
+    keys: Keys,
     sealer: BatchSealer,
     crc: u32,
     /// The recovery disk, and what each record did to the volume.
@@ -40,13 +41,29 @@ pub(crate) struct TestJournal {
 impl TestJournal {
     /// A journal whose first sync has ended, in a fresh folder; `manifest` is its text.
     pub(crate) fn new(name: &str, size_bytes: u64, manifest: &str) -> Self {
+        Self::in_folder(Self::fresh_folder(name), size_bytes, manifest)
+    }
+
+    /// The same, encrypted with a site key of its own.
+    pub(crate) fn encrypted(name: &str, size_bytes: u64, manifest: &str) -> Self {
+        let site_key = SiteKey::random().expect("random");
+        let key = NewKey::random().expect("random").wrap(JOURNAL_ID, &site_key);
+        let keys = Keys::new(SiteKeys::new(vec![site_key]));
+        Self::make(Self::fresh_folder(name), size_bytes, manifest, keys, Encryption::On(key))
+    }
+
+    fn fresh_folder(name: &str) -> PathBuf {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let name = format!("holdfast-view-{name}-{}-{count}", std::process::id());
-        Self::in_folder(std::env::temp_dir().join(name), size_bytes, manifest)
+        std::env::temp_dir().join(name)
     }
 
     pub(crate) fn in_folder(folder: PathBuf, size_bytes: u64, manifest: &str) -> Self {
+        Self::make(folder, size_bytes, manifest, Keys::default(), Encryption::Never)
+    }
+
+    fn make(folder: PathBuf, size_bytes: u64, manifest: &str, keys: Keys, encryption: Encryption) -> Self {
         let _ = std::fs::remove_dir_all(&folder);
         std::fs::create_dir_all(&folder).expect("folder");
         let mut base = vec![0; size_bytes as usize];
@@ -67,14 +84,14 @@ impl TestJournal {
             slot_count: 4,
             volumes: vec![volume],
             manifest: manifest.to_owned(),
-            encryption: Encryption::Never,
+            encryption,
         };
         create(&mut storage, file, &new).expect("journal");
-        let opened = open(&mut storage, file, &OpenOptions::default()).expect("open");
-        let writer = Writer::new(opened, LIMITS);
+        let options = OpenOptions { keys: keys.clone(), ..OpenOptions::default() };
+        let writer = Writer::new(open(&mut storage, file, &options).expect("open"), LIMITS);
         let (sealer, changes) = (BatchSealer::new(), Vec::new());
         let mut journal =
-            Self { folder, size_bytes, seq: 0, storage, file, writer, sealer, crc: 0, base, changes };
+            Self { folder, size_bytes, seq: 0, storage, file, writer, keys, sealer, crc: 0, base, changes };
         journal.change(Change::Claim { generation: GENERATION, parent: Uuid::nil(), first_seq: 1 });
         journal.crc = journal.writer.durable().batch_crc;
         journal.change(Change::BeginBaseSync { sync_id: 9 });
@@ -93,8 +110,8 @@ impl TestJournal {
 
     /// Opens the journal for writing once more, as after the death of its writer.
     pub(crate) fn reopen(&mut self) {
-        let opened = open(&mut self.storage, self.file, &OpenOptions::default()).expect("open");
-        self.writer = Writer::new(opened, LIMITS);
+        let options = OpenOptions { keys: self.keys.clone(), ..OpenOptions::default() };
+        self.writer = Writer::new(open(&mut self.storage, self.file, &options).expect("open"), LIMITS);
     }
 
     pub(crate) fn change(&mut self, change: Change) {
@@ -188,7 +205,8 @@ impl TestJournal {
     pub(crate) fn view(&self, seq: u64) -> Result<VolumeView, ViewError> {
         let mut storage = RingStorage::new(64).expect("io_uring");
         let file = storage.add_file(DirectFile::open(&self.path(), Access::ReadOnly).expect("open"));
-        Reader::open(&mut storage, file, &SurveyOptions::default())?.view(seq)?.take_volume(0)
+        let options = SurveyOptions { keys: self.keys.site().clone(), ..SurveyOptions::default() };
+        Reader::open(&mut storage, file, &options)?.view(seq)?.take_volume(0)
     }
 
     /// Flips a bit in the journal's file where `needle` first occurs, `at` bytes into it.

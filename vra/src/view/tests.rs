@@ -147,10 +147,44 @@ fn view(journal: &TestJournal, seq: u64, scratch_bytes: u64) -> Arc<ViewDisk> {
     view_that(journal, seq, scratch_bytes, Freshness::Superblock)
 }
 
+#[test]
+fn an_encrypted_view_reads_what_was_written_and_neither_file_shows_it() {
+    let mut journal = TestJournal::encrypted("encrypted", SIZE_BYTES, "{}");
+    let secret = |number: u8| [b"no one else may read this ", &[number; 486][..]].concat();
+    journal.random_changes(1, 200, 400);
+    journal.write(0, secret(1));
+    journal.flush();
+    for seq in [2, 3, 40, 150, journal.seq] {
+        Guest::new(&view(&journal, seq, 0), 2, seq).compare(&journal.model(seq));
+    }
+    let path = journal.folder.join("scratch-0.raw");
+    let scratch = ScratchFile::create(&path, 1 << 20, true).expect("scratch");
+    let settings = ViewSettings { logical_block_bytes: 512, look_for_holes: true };
+    let source = view_source(&journal, journal.seq, Freshness::Superblock);
+    let disk = ViewDisk::new(source, settings, Some(scratch)).expect("view");
+    let mut guest = Guest::new(&disk, 2, 7);
+    let mut model = journal.model(journal.seq);
+    for (number, offset_bytes) in [(2, 512_u64), (3, 70_000 / 512 * 512), (4, 512)] {
+        let bytes = secret(number);
+        let mut slot = Arena::new(SLOT_BYTES, 1).expect("arena").take().expect("slot");
+        slot[..bytes.len()].copy_from_slice(&bytes);
+        guest.start(Op::Write, offset_bytes, bytes.len() as u64, Some(slot));
+        guest.finish();
+        model[offset_bytes as usize..][..bytes.len()].copy_from_slice(&bytes);
+    }
+    guest.compare(&model);
+    let needle = b"no one else may read this";
+    for path in [journal.path(), path] {
+        let bytes = std::fs::read(&path).expect("file");
+        assert!(!bytes.windows(needle.len()).any(|window| window == needle), "{} shows it", path.display());
+    }
+}
+
 fn view_that(journal: &TestJournal, seq: u64, scratch_bytes: u64, freshness: Freshness) -> Arc<ViewDisk> {
     let settings = ViewSettings { logical_block_bytes: 512, look_for_holes: true };
-    let scratch = (scratch_bytes > 0)
-        .then(|| ScratchFile::create(&journal.folder.join("scratch-0.raw"), scratch_bytes).expect("scratch"));
+    let scratch = (scratch_bytes > 0).then(|| {
+        ScratchFile::create(&journal.folder.join("scratch-0.raw"), scratch_bytes, false).expect("scratch")
+    });
     ViewDisk::new(view_source(journal, seq, freshness), settings, scratch).expect("view")
 }
 

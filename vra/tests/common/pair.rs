@@ -45,6 +45,7 @@ pub fn definition(source: &Vra, target: &Vra, volumes: &[VolumeInfo]) -> VpgDefi
         member_set_version: 1,
         checkpoint_interval_ms: 1000,
         hold_deadline_ms: 500,
+        encrypt: false,
         vms: vec![vm],
     }
 }

@@ -233,6 +233,15 @@ pub(super) enum AlertCommand {
     },
 }
 
+/// Keys of encrypted journals.
+#[derive(Debug, Subcommand)]
+pub(super) enum SiteKeyCommand {
+    /// Their names, the one in use first, and the file that has them.
+    List,
+    /// Make a new one. Encrypted journals use it from their next segment on; the former ones are still needed for older history.
+    Rotate,
+}
+
 /// How to ask and how to show.
 #[derive(Debug)]
 pub(super) struct Ask<'a> {
@@ -257,6 +266,8 @@ impl<'a> Ask<'a> {
             Command::Task(TaskCommand::List { limit }) => self.print(Request::TaskList { limit }).await,
             Command::Task(TaskCommand::Show { task }) => self.print(Request::TaskShow { task }).await,
             Command::Event(EventCommand::List { limit }) => self.print(Request::EventList { limit }).await,
+            Command::SiteKey(SiteKeyCommand::List) => self.print(Request::SiteKeyList).await,
+            Command::SiteKey(SiteKeyCommand::Rotate) => self.print(Request::SiteKeyRotate).await,
             Command::Alert(AlertCommand::List { all, limit }) => {
                 self.print(Request::AlertList { all, limit }).await
             }

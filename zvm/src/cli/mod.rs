@@ -79,6 +79,9 @@ enum Command {
     /// What is wrong.
     #[command(subcommand)]
     Alert(ask::AlertCommand),
+    /// Keys of encrypted journals.
+    #[command(subcommand)]
+    SiteKey(ask::SiteKeyCommand),
 }
 
 /// Why a command failed.

@@ -46,6 +46,10 @@ pub struct VpgFile {
     #[arg(long)]
     #[serde(default)]
     pub keep_history: bool,
+    /// Encrypt journals and scratch on the datastore.
+    #[arg(long)]
+    #[serde(default)]
+    pub encrypt: bool,
     /// Name or UUID of a VM in the inventory; once for each.
     #[arg(long = "vm", value_name = "VM")]
     #[serde(default)]
@@ -94,6 +98,7 @@ impl VpgFile {
             hold_deadline: self.hold_deadline.or(other.hold_deadline),
             rpo_target: self.rpo_target.or(other.rpo_target),
             keep_history: self.keep_history || other.keep_history,
+            encrypt: self.encrypt || other.encrypt,
             vms: if self.vms.is_empty() { other.vms } else { self.vms },
             vm: if self.vm.is_empty() { other.vm } else { self.vm },
         }
@@ -152,6 +157,7 @@ impl VpgFile {
                 None => defaults::rpo_target_s(),
             },
             give_up_history: !self.keep_history,
+            encrypt: self.encrypt,
             vms,
         })
     }

@@ -7,7 +7,9 @@ use serde::Serialize;
 use vra::api::{CheckpointInfo, TimeUs};
 
 use super::table::Table;
-use crate::api::{InventoryState, NewToken, Response, Status, TestShown, VpgDetails, VraDetails, VraState};
+use crate::api::{
+    InventoryState, NewToken, Response, SiteKeyList, Status, TestShown, VpgDetails, VraDetails, VraState,
+};
 use crate::model::alert::Alert;
 use crate::model::event::Event;
 use crate::model::status::VpgReport;
@@ -31,6 +33,7 @@ pub(super) fn response(response: &Response, json: bool) -> io::Result<()> {
         Response::Task(task) => out(task, json, |task| tasks_table(std::slice::from_ref(task))),
         Response::Tasks(tasks) => out(tasks, json, |tasks| tasks_table(tasks)),
         Response::Events(events) => out(events, json, |events| events_table(events)),
+        Response::SiteKeys(list) => out(list, json, site_keys_text),
         Response::Alerts(alerts) => out(alerts, json, |alerts| alerts_table(alerts)),
     }
 }
@@ -51,6 +54,18 @@ fn out<T: Serialize>(value: &T, json: bool, text: impl Fn(&T) -> String) -> io::
     let mut stdout = io::stdout().lock();
     stdout.write_all(text.as_bytes())?;
     stdout.flush()
+}
+
+fn site_keys_text(list: &SiteKeyList) -> String {
+    let mut table = Table::new(["SITE KEY", "USE"]);
+    for (at, id) in list.ids.iter().enumerate() {
+        table.row([id.clone(), if at == 0 { "new segments" } else { "older history" }.to_owned()]);
+    }
+    format!(
+        "{}\nThe keys are in {}: keep a copy away from the datastores.\n",
+        table.render(),
+        list.file.display()
+    )
 }
 
 fn status_text(status: &Status) -> String {

@@ -110,6 +110,7 @@ impl Engine {
             ActionKind::SetTrust { trust, .. } => {
                 (Request::SetTrust(trust.clone()), self.manager.request_timeout())
             }
+            ActionKind::SetSiteKeys(keys) => (Request::SetSiteKeys(keys.clone()), SLOW_ACTION_LIMIT),
             ActionKind::ApplyVpg(definition) => (Request::ApplyVpg(definition.clone()), SLOW_ACTION_LIMIT),
             ActionKind::RemoveVpg { vpg, keep_files } => {
                 (Request::RemoveVpg(RemoveVpg { vpg: *vpg, keep_files: *keep_files }), SLOW_ACTION_LIMIT)

@@ -6,6 +6,7 @@ pub mod engine;
 pub mod enrolment;
 pub mod inventory_watch;
 pub mod listings;
+pub mod site_keys;
 pub mod spec;
 pub mod test_runs;
 pub mod vpgs;
@@ -33,8 +34,9 @@ use crate::model::status::VpgReport;
 use crate::model::task::{Task, TaskKind, TaskState};
 use crate::model::vpg::Vpg;
 use crate::model::vra::{Vra, VraState};
-use crate::reconcile::{Desired, Observed};
+use crate::reconcile::{Desired, Observed, SiteKeyWish};
 use crate::remote::Remote;
+use crate::site_key_file::{SiteKeyError, SiteKeyFile};
 use crate::store::{self, Connection, Store, StoreError};
 
 /// Everything that the parts of the manager share.
@@ -44,6 +46,7 @@ pub struct Manager {
     clock: Clock,
     store: Store,
     authority: Authority,
+    site_keys: SiteKeyFile,
     credentials: Credentials,
     zvm: ZvmId,
     site_name: String,
@@ -74,6 +77,9 @@ pub enum StartError {
     /// The database.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Keys of encrypted journals.
+    #[error(transparent)]
+    SiteKeys(#[from] SiteKeyError),
     /// The database is not that of these keys.
     #[error(
         "the database in {state_dir} belongs to another manager than the keys there: restore both from one backup"
@@ -121,6 +127,7 @@ impl Manager {
         let clock = Clock::new();
         let authority = Authority::open(&config.pki_dir())?;
         let credentials = authority.open_identity(&config.pki_dir(), clock.now_us())?;
+        let site_keys = SiteKeyFile::open(&config.site_key_path())?;
         let store = Store::open(&config.database_path()).await?;
         let mixed = || StartError::Mixed { state_dir: config.state_dir.clone() };
         let site = store::site::get(&mut *store.read().await?).await?.ok_or_else(mixed)?;
@@ -131,6 +138,7 @@ impl Manager {
             clock,
             store,
             authority,
+            site_keys,
             credentials,
             zvm,
             site_name: site.name,
@@ -192,6 +200,7 @@ impl Manager {
             tests: store::test_runs::list(&mut db).await?,
             leftovers: store::leftovers::list(&mut db).await?,
             trust: store::certificates::trust(&mut db, self.now_us()).await?,
+            site_keys: SiteKeyWish { ids: self.site_keys.ids(), request: self.site_keys.request() },
         })
     }
 

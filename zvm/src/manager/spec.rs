@@ -104,6 +104,7 @@ impl Resolved<'_> {
                 history_s: spec.history_s,
                 rpo_target_s: spec.rpo_target_s,
                 give_up_history: spec.give_up_history,
+                encrypt: spec.encrypt,
                 vms,
             },
             removal: None,

@@ -85,6 +85,8 @@ named! {
         InventoryRead = "InventoryRead",
         /// A VRA's address was changed.
         AddressChanged = "AddressChanged",
+        /// A new key for encrypted journals is in use.
+        SiteKeyRotated = "SiteKeyRotated",
     }
 }
 

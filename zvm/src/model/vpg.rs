@@ -50,6 +50,9 @@ pub struct VpgSettings {
     pub rpo_target_s: u64,
     /// Give up old checkpoints rather than stop replicating when a full sync does not fit the journal.
     pub give_up_history: bool,
+    /// Encrypt journals and scratch at rest.
+    #[serde(default)]
+    pub encrypt: bool,
     /// The VMs.
     pub vms: Vec<Member>,
 }
@@ -150,6 +153,7 @@ impl Vpg {
             member_set_version: settings.member_set_version,
             checkpoint_interval_ms: settings.checkpoint_interval_ms,
             hold_deadline_ms: settings.hold_deadline_ms,
+            encrypt: settings.encrypt,
             vms,
         })
     }

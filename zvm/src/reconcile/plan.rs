@@ -1,7 +1,7 @@
 //! What the reconciler answers: requests to VRAs, and changes of the manager's own state.
 
 use uuid::Uuid;
-use vra::api::{ApiError, OpenView, SetTrust, ViewId, VpgDefinition, VpgId, VraId};
+use vra::api::{ApiError, OpenView, SetSiteKeys, SetTrust, ViewId, VpgDefinition, VpgId, VraId};
 
 use super::world::Leftover;
 use crate::model::task::TaskKind;
@@ -25,6 +25,8 @@ pub enum ActionKind {
         /// The run of the VRA that takes it (its start time).
         run_us: u64,
     },
+    /// Take the keys for encrypted journals.
+    SetSiteKeys(SetSiteKeys),
     /// Take a group's definition.
     ApplyVpg(VpgDefinition),
     /// End a group.
@@ -142,6 +144,8 @@ pub struct Plan {
 pub enum Subject {
     /// The list of revoked certificates.
     Trust,
+    /// The keys for encrypted journals.
+    SiteKeys,
     /// A group's definition.
     Apply(VpgId),
     /// A group's end.
@@ -168,6 +172,7 @@ impl ActionKind {
     pub fn subject(&self) -> Subject {
         match self {
             Self::SetTrust { .. } => Subject::Trust,
+            Self::SetSiteKeys(_) => Subject::SiteKeys,
             Self::ApplyVpg(definition) => Subject::Apply(definition.id),
             Self::RemoveVpg { vpg, .. } => Subject::Remove(*vpg),
             Self::OpenView { open, .. } => Subject::Open(open.view.unwrap_or(ViewId(Uuid::nil()))),

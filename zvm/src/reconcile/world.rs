@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use vra::api::{SetTrust, VpgId, VraId, VraStatus};
+use vra::api::{SetSiteKeys, SetTrust, VpgId, VraId, VraStatus};
 
 use crate::model::test_run::TestRun;
 use crate::model::vpg::Vpg;
@@ -21,6 +21,23 @@ pub struct Desired {
     pub leftovers: Vec<Leftover>,
     /// Certificates that VRAs must not trust.
     pub trust: SetTrust,
+    /// Keys for VRAs that keep encrypted journals.
+    pub site_keys: SiteKeyWish,
+}
+
+/// The site's keys as they should be at a VRA.
+#[derive(Debug, Clone)]
+pub struct SiteKeyWish {
+    /// Their names, as a VRA's status tells them.
+    pub ids: Vec<String>,
+    /// What is sent.
+    pub request: SetSiteKeys,
+}
+
+impl Default for SiteKeyWish {
+    fn default() -> Self {
+        Self { ids: Vec::new(), request: SetSiteKeys { keys: Vec::new() } }
+    }
 }
 
 /// A part of a group that was deleted by force while its VRA could not be reached.

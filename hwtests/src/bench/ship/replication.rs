@@ -271,6 +271,7 @@ fn definition(folder: &Path, source: VraId, target: VraEndpoint) -> VpgDefinitio
         member_set_version: 1,
         checkpoint_interval_ms: 1000,
         hold_deadline_ms: 100,
+        encrypt: false,
         vms: vec![vm],
     }
 }

@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use journal::crypt::{Cipher, Encryption, KeyError, Keyring, NoRandom, SegmentKey, WrappedKey};
 use journal::storage::AlignedBuf;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -97,6 +98,17 @@ pub enum ScratchError {
         /// What is wrong.
         source: MapDamage,
     },
+    /// The key.
+    #[error("the scratch file {}", path.display())]
+    Key {
+        /// The file.
+        path: PathBuf,
+        /// Why it can't be read or written.
+        source: KeyError,
+    },
+    /// A key could not be made.
+    #[error(transparent)]
+    NoRandom(#[from] NoRandom),
     /// The file is another view's.
     #[error("the scratch file {} belongs to another view or disk: put the right one back, or close the view", path.display())]
     Other {
@@ -121,8 +133,36 @@ pub enum ScratchError {
 #[derive(Debug)]
 pub struct ScratchFile {
     pub(in crate::view) file: File,
+    /// What reads and writes the data.
+    pub(in crate::view) cipher: Cipher,
     path: PathBuf,
     kind: Kind,
+}
+
+/// How the journal of the view's VM is encrypted: its scratch is so too.
+#[derive(Clone, Copy, Debug)]
+pub struct ScratchKeys<'a> {
+    /// The journal's keys.
+    pub keyring: &'a Keyring,
+    /// Whether it encrypts now.
+    pub encryption: Encryption,
+}
+
+impl ScratchKeys<'_> {
+    fn key(&self) -> Option<WrappedKey> {
+        match self.encryption {
+            Encryption::On(key) => Some(key),
+            Encryption::Never | Encryption::Off => None,
+        }
+    }
+
+    /// What reads and writes the data of a file with this header.
+    fn cipher(&self, header: &Header, path: &Path) -> Result<Cipher, ScratchError> {
+        let Some(key) = header.key else { return Ok(Cipher::plain()) };
+        let cipher =
+            self.keyring.cipher_of(&SegmentKey { key, salt: header.file_id.into_bytes() }, b"scratch");
+        cipher.map_err(|source| ScratchError::Key { path: path.into(), source })
+    }
 }
 
 #[derive(Debug)]
@@ -142,11 +182,13 @@ struct Lasting {
 
 impl ScratchFile {
     /// Makes a scratch file that holds up to `len_bytes` (rounded up to [`CHUNK_BYTES`]) of written data and ends with this process, with
-    /// its space reserved if the filesystem can. A file of that name, left by a process that was killed, is replaced.
+    /// its space reserved if the filesystem can. A file of that name, left by a process that was killed, is replaced. The data is encrypted
+    /// if asked for, with a key that nobody keeps.
     ///
     /// # Errors
-    /// [`ScratchError::Io`] or [`ScratchError::Space`].
-    pub fn create(path: &Path, len_bytes: u64) -> Result<Self, ScratchError> {
+    /// [`ScratchError::Io`], [`ScratchError::Space`] or [`ScratchError::NoRandom`].
+    pub fn create(path: &Path, len_bytes: u64, is_encrypted: bool) -> Result<Self, ScratchError> {
+        let cipher = if is_encrypted { Cipher::passing()? } else { Cipher::plain() };
         let len_bytes = len_bytes.max(1).next_multiple_of(CHUNK_BYTES);
         match std::fs::remove_file(path) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => {
@@ -155,13 +197,14 @@ impl ScratchFile {
             _ => {}
         }
         let file = open_file(path, true).map_err(io_error("make", path))?;
-        let scratch = Self { file, path: path.into(), kind: Kind::Passing(len_bytes) };
+        let scratch = Self { file, cipher, path: path.into(), kind: Kind::Passing(len_bytes) };
         reserve(&scratch.file, path, len_bytes)?;
         Ok(scratch)
     }
 
     /// Makes a scratch file that outlives this process, for up to `limit_bytes` of written data, with all of its space reserved if the
-    /// filesystem can. `live` is where the map lies while a process has it: a file in memory, of this host.
+    /// filesystem can. `live` is where the map lies while a process has it: a file in memory, of this host. The data is encrypted if the
+    /// journal is.
     ///
     /// # Errors
     /// [`ScratchError`]; the file is gone again then.
@@ -169,9 +212,10 @@ impl ScratchFile {
         path: &Path,
         live: &Path,
         owner: &ScratchOwner,
+        keys: &ScratchKeys<'_>,
         limit_bytes: u64,
     ) -> Result<Self, ScratchError> {
-        Self::make_in(this_boot(), path, live, owner, limit_bytes)
+        Self::make_in(this_boot(), path, live, owner, keys, limit_bytes)
     }
 
     /// As [`ScratchFile::make`], in a given run of the kernel.
@@ -180,6 +224,7 @@ impl ScratchFile {
         path: &Path,
         live: &Path,
         owner: &ScratchOwner,
+        keys: &ScratchKeys<'_>,
         limit_bytes: u64,
     ) -> Result<Self, ScratchError> {
         if owner.disk_bytes > DISK_MAX_BYTES {
@@ -187,7 +232,9 @@ impl ScratchFile {
         }
         let shape = Shape::new(owner.disk_bytes, limit_bytes);
         let file_id = Uuid::new_v4();
-        let header = Header { sequence: 1, file_id, boot, owner: *owner, shape };
+        let key = keys.key();
+        let header = Header { sequence: 1, file_id, boot, owner: *owner, shape, key };
+        let cipher = keys.cipher(&header, path)?;
         let file = open_file(path, true).map_err(io_error("make", path))?;
         let made = (|| {
             lock(&file, path)?;
@@ -203,7 +250,9 @@ impl ScratchFile {
             Ok(Lasting { header, live: live.into(), parts: Some((words, pages)) })
         })();
         match made {
-            Ok(lasting) => Ok(Self { file, path: path.into(), kind: Kind::Lasting(Box::new(lasting)) }),
+            Ok(lasting) => {
+                Ok(Self { file, cipher, path: path.into(), kind: Kind::Lasting(Box::new(lasting)) })
+            }
             Err(error) => {
                 let _ = remove(path, live);
                 Err(error)
@@ -216,8 +265,13 @@ impl ScratchFile {
     ///
     /// # Errors
     /// [`ScratchError`]; the file is as it was.
-    pub fn open(path: &Path, live: &Path, owner: &ScratchOwner) -> Result<Self, ScratchError> {
-        Self::open_in(this_boot(), path, live, owner)
+    pub fn open(
+        path: &Path,
+        live: &Path,
+        owner: &ScratchOwner,
+        keys: &ScratchKeys<'_>,
+    ) -> Result<Self, ScratchError> {
+        Self::open_in(this_boot(), path, live, owner, keys)
     }
 
     /// As [`ScratchFile::open`], in a given run of the kernel.
@@ -226,6 +280,7 @@ impl ScratchFile {
         path: &Path,
         live: &Path,
         owner: &ScratchOwner,
+        keys: &ScratchKeys<'_>,
     ) -> Result<Self, ScratchError> {
         let file = open_file(path, false).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => ScratchError::Missing { path: path.into() },
@@ -236,6 +291,7 @@ impl ScratchFile {
         if header.owner != *owner {
             return Err(ScratchError::Other { path: path.into() });
         }
+        let cipher = keys.cipher(&header, path)?;
         let Header { file_id, shape, .. } = header;
         let mut settled = vec![0; shape.words()];
         let versions = read_pages(&file, file_id, shape, &mut settled, path)?;
@@ -253,6 +309,7 @@ impl ScratchFile {
         let parts = Some((words, pages));
         let mut scratch = Self {
             file,
+            cipher,
             path: path.into(),
             kind: Kind::Lasting(Box::new(Lasting { header, live: live.into(), parts })),
         };

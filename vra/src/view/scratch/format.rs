@@ -2,6 +2,7 @@
 
 use std::mem::offset_of;
 
+use journal::crypt::{WRAPPED_KEY_BYTES, WrappedKey};
 use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -12,6 +13,8 @@ use super::{CHUNK_BYTES, ENTRY_WORDS};
 pub(in crate::view) const PAGE_BYTES: usize = 4096;
 /// Version of the format.
 const VERSION: u32 = 1;
+/// Version of the header of a file whose data is encrypted: those who know only the first refuse it.
+const VERSION_ENCRYPTED: u32 = 2;
 const HEADER_MAGIC: [u8; 8] = *b"HFSCRATC";
 const PAGE_MAGIC: [u8; 8] = *b"HFSCRMAP";
 /// Where the two copies of the header are, in bytes.
@@ -136,6 +139,8 @@ pub(super) struct Header {
     pub(super) owner: ScratchOwner,
     /// How long its parts are.
     pub(super) shape: Shape,
+    /// What the key of its data comes from, if that is encrypted; the salt is the file's id.
+    pub(super) key: Option<WrappedKey>,
 }
 
 /// Why bytes are no header or no page of the map.
@@ -145,7 +150,9 @@ pub enum ScratchFormatError {
     #[error("it does not begin as a scratch file does")]
     Magic,
     /// A newer format.
-    #[error("its format version {0} is not known, only {VERSION}: a newer release wrote it, use that one")]
+    #[error(
+        "its format version {0} is not known, only {VERSION_ENCRYPTED} and older: a newer release wrote it, use that one"
+    )]
     Version(u32),
     /// The checksum is wrong.
     #[error("a checksum is wrong")]
@@ -176,7 +183,9 @@ struct HeaderPage {
     disk_bytes: U64,
     places: U32,
     entries: U32,
-    unused: [u8; 3928],
+    encryption_key_id: [u8; 16],
+    encryption_wrapped_key: [u8; WRAPPED_KEY_BYTES],
+    unused: [u8; 3816],
 }
 const _: () = assert!(size_of::<HeaderPage>() == PAGE_BYTES);
 
@@ -185,7 +194,7 @@ impl Header {
     pub(super) fn encode(&self) -> [u8; PAGE_BYTES] {
         let mut page = HeaderPage::new_zeroed();
         page.magic = HEADER_MAGIC;
-        page.version = VERSION.into();
+        page.version = if self.key.is_some() { VERSION_ENCRYPTED } else { VERSION }.into();
         page.sequence = self.sequence.into();
         page.file_id = self.file_id.into_bytes();
         page.boot = self.boot.into_bytes();
@@ -200,6 +209,10 @@ impl Header {
         page.disk_bytes = self.shape.disk_bytes.into();
         page.places = self.shape.places.into();
         page.entries = self.shape.entries.into();
+        if let Some(key) = &self.key {
+            page.encryption_key_id = key.key_id.into_bytes();
+            page.encryption_wrapped_key = key.bytes;
+        }
         page.crc = page_crc(page.as_bytes(), offset_of!(HeaderPage, crc)).into();
         zerocopy::transmute!(page)
     }
@@ -210,9 +223,11 @@ impl Header {
         if page.magic != HEADER_MAGIC {
             return Err(ScratchFormatError::Magic);
         }
-        if page.version.get() != VERSION {
-            return Err(ScratchFormatError::Version(page.version.get()));
-        }
+        let is_encrypted = match page.version.get() {
+            VERSION => false,
+            VERSION_ENCRYPTED => true,
+            other => return Err(ScratchFormatError::Version(other)),
+        };
         if page.crc.get() != page_crc(page.as_bytes(), offset_of!(HeaderPage, crc)) {
             return Err(ScratchFormatError::Crc);
         }
@@ -240,7 +255,11 @@ impl Header {
             logical_block_bytes,
         };
         let (file_id, boot) = (Uuid::from_bytes(page.file_id), Uuid::from_bytes(page.boot));
-        Ok(Self { sequence: page.sequence.get(), file_id, boot, owner, shape })
+        let key = is_encrypted.then(|| WrappedKey {
+            key_id: Uuid::from_bytes(page.encryption_key_id),
+            bytes: page.encryption_wrapped_key,
+        });
+        Ok(Self { sequence: page.sequence.get(), file_id, boot, owner, shape, key })
     }
 }
 
@@ -329,11 +348,17 @@ pub(super) mod tests {
             disk_bytes in 1..=DISK_MAX_BYTES,
             limit_bytes in any::<u64>(),
             logical_block_bytes in prop::sample::select(vec![512, 4096]),
+            key in prop::option::of((any::<u128>(), any::<[u8; 32]>())),
         ) -> Header {
             let [file_id, boot, vra, view, vm, journal, volume] = ids.map(Uuid::from_u128);
             let owner =
                 ScratchOwner { vra, view, vm, journal, volume, number, seq, disk_bytes, logical_block_bytes };
-            Header { sequence, file_id, boot, owner, shape: Shape::new(disk_bytes, limit_bytes) }
+            let key = key.map(|(id, random)| {
+                let mut bytes = [0; WRAPPED_KEY_BYTES];
+                bytes[..32].copy_from_slice(&random);
+                WrappedKey { key_id: Uuid::from_u128(id), bytes }
+            });
+            Header { sequence, file_id, boot, owner, shape: Shape::new(disk_bytes, limit_bytes), key }
         }
     }
 

@@ -1,0 +1,28 @@
+//! The keys of the site, for journals that are encrypted.
+
+use std::fmt;
+
+pub use journal::crypt::{KeyFileError, NoRandom, SiteKey, SiteKeyId, SiteKeys};
+use serde::{Deserialize, Serialize};
+
+/// The keys that wrap the journals' keys. Replaces the former ones. A VRA keeps them in memory alone: after a start it has none until the
+/// ZVM gives them again, or a file of its own has them (`target.site_key_file`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SetSiteKeys {
+    /// At most [`MAX_SITE_KEYS`], the one that wraps new keys first.
+    pub keys: Vec<SiteKeyLine>,
+}
+
+/// Most keys of a site at one time.
+pub const MAX_SITE_KEYS: usize = 64;
+
+/// A site key as a key file has it, `holdfast-site-key-1 <64 hex digits>`. Not in its debug output.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct SiteKeyLine(pub String);
+
+impl fmt::Debug for SiteKeyLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SiteKeyLine(hidden)")
+    }
+}
