@@ -12,4 +12,5 @@ pub mod recovery;
 pub mod scan;
 pub mod storage;
 pub mod view;
+pub mod walk;
 pub mod writer;

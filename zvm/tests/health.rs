@@ -302,6 +302,7 @@ impl Group {
             reachable_history_s: None,
             limit_reached_in_s: None,
             site_key: None,
+            scrub: None,
             received_bytes: 0,
             folder: "/srv/db".into(),
         };

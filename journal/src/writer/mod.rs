@@ -444,6 +444,14 @@ impl Writer {
         self.closed.iter()
     }
 
+    /// The oldest segment that takes no more batches and has a number above this one.
+    pub fn closed_segment_after(&self, number: u64) -> Option<&ClosedSegment> {
+        let first = self.closed.front()?.header.number;
+        let index = (number + 1).saturating_sub(first);
+        // Their numbers have no gap.
+        self.closed.get(usize::try_from(index).ok()?)
+    }
+
     /// How far the open segment is filled, in bytes; 0 without one.
     pub fn open_fill_bytes(&self) -> u64 {
         self.open.as_ref().map_or(0, OpenSegment::end_bytes)

@@ -230,10 +230,26 @@ pub struct TargetVmStatus {
     /// What is written to the journal now is encrypted with a key that this site key wraps; none if it isn't encrypted.
     #[serde(default)]
     pub site_key: Option<String>,
+    /// What the scrub of the journal does; none before its first segment.
+    #[serde(default)]
+    pub scrub: Option<ScrubStatus>,
     /// Bytes received since the start.
     pub received_bytes: u64,
     /// The VM's folder in the datastore.
     pub folder: PathBuf,
+}
+
+/// The scrub of one journal: sealed segments are read again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScrubStatus {
+    /// When this pass began.
+    pub pass_began_us: TimeUs,
+    /// When the last one ended.
+    pub last_pass_ended_us: Option<TimeUs>,
+    /// Segments that this pass has read.
+    pub segments: u64,
+    /// Segments of the history that are damaged.
+    pub damaged_segments: u64,
 }
 
 /// What a target VM is doing.

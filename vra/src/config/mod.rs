@@ -42,6 +42,8 @@ pub struct Config {
     pub doors: DoorConfig,
     /// Replication target.
     pub target: TargetConfig,
+    /// The scrub of journals.
+    pub scrub: ScrubConfig,
 }
 
 /// `[reactors]`
@@ -91,6 +93,24 @@ pub struct TargetConfig {
     pub site_key_file: Option<PathBuf>,
 }
 
+/// `[scrub]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ScrubConfig {
+    /// How fast it reads, all journals together, in MiB per second, up to 65,536; 0: not at all.
+    pub mib_per_s: u32,
+    /// How long a segment must have been full, in seconds.
+    pub cold_after_s: u32,
+    /// From the beginning of one pass over a journal to that of the next, in seconds, at least 1.
+    pub pass_every_s: u32,
+}
+
+impl Default for ScrubConfig {
+    fn default() -> Self {
+        Self { mib_per_s: 16, cold_after_s: 600, pass_every_s: 7 * 86_400 }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -105,6 +125,7 @@ impl Default for Config {
             memory: MemoryConfig::default(),
             doors: DoorConfig::default(),
             target: TargetConfig::default(),
+            scrub: ScrubConfig::default(),
         }
     }
 }
@@ -213,6 +234,8 @@ impl Config {
             ((1..=64).contains(&self.target.journal_threads), "target.journal_threads", "1 to 64"),
             ((32..=1 << 20).contains(&self.target.memory_mib), "target.memory_mib", "32 to 1048576"),
             ((1..=1 << 20).contains(&self.target.scratch_mib), "target.scratch_mib", "1 to 1048576"),
+            (self.scrub.mib_per_s <= 1 << 16, "scrub.mib_per_s", "0 to 65536"),
+            (self.scrub.pass_every_s > 0, "scrub.pass_every_s", "at least 1"),
         ];
         rules.into_iter().find(|(holds, _, _)| !holds).map(|(_, key, must)| (key, must))
     }

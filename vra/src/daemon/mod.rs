@@ -57,7 +57,7 @@ use crate::checkpoint::Checkpointer;
 use crate::config::Config;
 use crate::control::UnixServer;
 use crate::pki::Trust;
-use crate::receive::{TargetHost, TargetSettings};
+use crate::receive::{ScrubSettings, TargetHost, TargetSettings};
 
 /// Time between two looks for what is wrong.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -157,6 +157,11 @@ impl Daemon {
         let targets = TargetHost::start(TargetSettings {
             worker_count: config.target.journal_threads,
             memory_bytes: (config.target.memory_mib as usize) << 20,
+            scrub: ScrubSettings {
+                bytes_per_s: u64::from(config.scrub.mib_per_s) << 20,
+                cold_after: Duration::from_secs(config.scrub.cold_after_s.into()),
+                pass_every: Duration::from_secs(config.scrub.pass_every_s.into()),
+            },
             ..TargetSettings::STANDARD
         })?;
         if let Some(path) = &config.target.site_key_file {

@@ -2,6 +2,7 @@
 //! it does not need to hold in memory it doesn't: one segment at a time.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -15,10 +16,10 @@ use journal::format::{
 use journal::recovery::{OpenError, SurveyOptions, survey};
 use journal::storage::ring::RingStorage;
 use journal::storage::{Blocking, FileId, Purpose};
+use journal::walk::{Walked, walk};
 use serde::Serialize;
 
 use super::place::{open_file, read_superblock, rebuilt};
-use super::walk::{Walked, walk};
 
 /// Something that cannot be read any more.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -277,8 +278,8 @@ impl<V: Visitor> Contents<'_, V> {
             let slot = self.io().read(offset_bytes, slot_len_bytes as usize);
             let mut slot = slot.map_err(|error| format!("cannot be read: {error}"))?;
             cipher.decrypt_slot(&mut slot);
-            let walked = walk(&slot, &segment.header, segment.trailer.as_ref(), &mut |_, _, _| Ok(()));
-            let walked = walked.map_err(|error| format!("{error:#}"))?;
+            let Ok(walked) =
+                walk::<Infallible>(&slot, &segment.header, segment.trailer.as_ref(), &mut |_, _, _| Ok(()));
             let is_whole = walked.findings.is_empty() && walked.torn_tail.is_none();
             let is_same = before.as_ref().is_some_and(|before| before.findings == walked.findings);
             if is_whole || segment.trailer.is_some() || is_same || read == READS {

@@ -21,7 +21,6 @@ mod serve;
 mod signals;
 mod text;
 mod verify;
-mod walk;
 
 use std::io::Write;
 use std::path::Path;

@@ -158,8 +158,12 @@ async fn ids_that_begin_alike_are_told_apart() {
     assert_eq!(again.folder().path(), place.path());
 }
 
-const SETTINGS: TargetSettings =
-    TargetSettings { worker_count: 1, memory_bytes: 64 << 20, window_bytes: 16 << 20 };
+const SETTINGS: TargetSettings = TargetSettings {
+    worker_count: 1,
+    memory_bytes: 64 << 20,
+    window_bytes: 16 << 20,
+    scrub: super::ScrubSettings::OFF,
+};
 
 struct Datastore(PathBuf);
 

@@ -17,6 +17,7 @@ mod outbox;
 mod overlay;
 mod receiver;
 mod receiver_types;
+mod scrub;
 mod shared_keys;
 mod stream;
 mod target_error;
@@ -40,6 +41,7 @@ pub use receiver_types::{
     Failure, HistorySpan, Pins, ReceiverEvent, ReceiverOutput, ReceiverPolicy, ReceiverStatus, StreamId,
     VmIdentity,
 };
+pub use scrub::ScrubSettings;
 pub use shared_keys::SharedKeys;
 pub use target_error::TargetError;
 pub use target_host::{TargetHost, TargetSettings};

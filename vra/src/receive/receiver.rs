@@ -25,6 +25,7 @@ use super::receiver_types::{
     Failure, Observed, Pins, ReceiverEvent, ReceiverOutput, ReceiverPolicy, ReceiverStatus, StreamId,
     VmIdentity,
 };
+use super::scrub::Sealed;
 use crate::clock::Now;
 use base_sync::BaseSync;
 use promoting::Promoting;
@@ -324,6 +325,16 @@ impl Receiver {
         let mut checkpoints = self.history.checkpoints().clone();
         checkpoints.forget_below(self.oldest_seq());
         checkpoints
+    }
+
+    /// The first sealed segment after a number, if it has been full for `cold_us`.
+    pub(super) fn sealed_segment(&self, after_number: u64, cold_us: u64) -> Option<Sealed> {
+        let oldest_number = self.writer.superblock().low_water_segment;
+        let segment = self.writer.closed_segment_after(after_number)?;
+        let is_cold = segment.trailer.is_some()
+            && segment.end_time_us().saturating_add(cold_us) <= self.writer.receive_time_us();
+        let slot_len_bytes = self.writer.superblock().slot_len_bytes;
+        is_cold.then(|| Sealed { segment: segment.clone(), oldest_number, slot_len_bytes })
     }
 
     /// The journal's writer, to look at.

@@ -17,6 +17,7 @@ use super::folder::VmFolder;
 use super::memory::ReceiveMemory;
 use super::outbox::Outbox;
 use super::receiver_types::StreamId;
+use super::scrub::{ScrubSettings, ScrubThread, TargetVms};
 use super::shared_keys::SharedKeys;
 use super::stream;
 use super::target_error::TargetError;
@@ -34,11 +35,14 @@ pub struct TargetSettings {
     pub memory_bytes: usize,
     /// The same of one VM, in bytes; at least the longest batch.
     pub window_bytes: u32,
+    /// The scrub of the journals.
+    pub scrub: ScrubSettings,
 }
 
 impl TargetSettings {
     /// What the product uses if nothing else is said.
-    pub const STANDARD: Self = Self { worker_count: 2, memory_bytes: 512 << 20, window_bytes: 16 << 20 };
+    pub const STANDARD: Self =
+        Self { worker_count: 2, memory_bytes: 512 << 20, window_bytes: 16 << 20, scrub: ScrubSettings::OFF };
 }
 
 /// All VMs that this VRA is target of.
@@ -46,7 +50,7 @@ pub struct TargetHost {
     settings: TargetSettings,
     keys: SharedKeys,
     memory: ReceiveMemory,
-    vms: Mutex<HashMap<VmId, Arc<TargetVm>>>,
+    vms: TargetVms,
     /// What views need of VMs whose files are not open yet.
     awaited: Mutex<HashMap<VmId, Vec<u64>>>,
     /// Held while a VM's files are made, opened, closed or removed.
@@ -54,6 +58,8 @@ pub struct TargetHost {
     next_stream: AtomicU64,
     next_key: Arc<AtomicU64>,
     next_worker: AtomicU64,
+    /// Before the threads that it asks.
+    _scrub: ScrubThread,
     // Last: the threads end when everything else has gone.
     threads: Vec<WorkerThread>,
 }
@@ -80,11 +86,15 @@ impl TargetHost {
                 }
             }
         });
+        let vms = TargetVms::default();
+        let scrub = ScrubThread::start(settings.scrub, vms.clone());
+        let scrub = scrub.map_err(|source| files::host("starting the scrub's thread", source))?;
         Ok(Self {
             settings,
+            _scrub: scrub,
             keys: SharedKeys::default(),
             memory: ReceiveMemory::new(settings.memory_bytes),
-            vms: Mutex::default(),
+            vms,
             awaited: Mutex::default(),
             changing: tokio::sync::Mutex::new(()),
             next_stream: AtomicU64::new(1),

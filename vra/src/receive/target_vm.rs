@@ -2,6 +2,7 @@
 
 mod events;
 mod locks;
+mod scrubbing;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -12,6 +13,7 @@ use journal::promotion::TransferSizes;
 use journal::recovery::SurveyOptions;
 use journal::storage::ring::{Access, DirectFile};
 use journal::view::{Promoted, Reader, View, ViewError};
+use journal::walk::Finding;
 use journal::writer::Writer;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
@@ -27,7 +29,7 @@ use super::target_error::TargetError;
 use super::worker::{Attached, Input, VmKey, Worker};
 use crate::api::{
     JournalId, TimeUs, VmId, VraId,
-    status::{Alert, TargetState, TargetVmStatus},
+    status::{Alert, ScrubStatus, TargetState, TargetVmStatus},
     view::PointInTime,
     vpg::{VmDefinition, VpgDefinition},
 };
@@ -52,6 +54,9 @@ struct Inner {
     next_key: Box<dyn FnMut() -> VmKey + Send>,
     status: Arc<Mutex<ReceiverStatus>>,
     alerts: BTreeMap<&'static str, Alert>,
+    /// What the scrub told last, and what it found.
+    scrub: Option<ScrubStatus>,
+    scrub_damage: BTreeMap<u64, Vec<Finding>>,
     /// What open views need at least, by the pins' own count.
     pins: BTreeMap<u64, u64>,
     next_pin: u64,
@@ -112,6 +117,8 @@ impl TargetVm {
                 next_key,
                 status,
                 alerts: BTreeMap::new(),
+                scrub: None,
+                scrub_damage: BTreeMap::new(),
                 next_pin: awaited.len() as u64,
                 pins,
                 awaited,
@@ -180,6 +187,7 @@ impl TargetVm {
             reachable_history_s: status.forecast.reachable_history_s,
             limit_reached_in_s: status.forecast.limit_reached_in_s,
             site_key: status.site_key.map(|id| id.to_string()),
+            scrub: inner.scrub,
             received_bytes: status.received_bytes,
             folder: self.folder.path().to_owned(),
         }

@@ -17,6 +17,7 @@ use super::checkpoint_list::CheckpointList;
 use super::outbox::Outbox;
 use super::receiver::Receiver;
 use super::receiver_types::{Pins, ReceiverEvent, ReceiverOutput, ReceiverPolicy, ReceiverStatus, StreamId};
+use super::scrub::Sealed;
 use crate::clock::Clock;
 use crate::wire::{Frame, Open, Refuse, RefuseCode};
 
@@ -67,6 +68,13 @@ pub(super) enum Input {
         vm: VmKey,
         wanted: bool,
         site: SiteKeys,
+    },
+    /// The first sealed segment after a number, if it has been full for so long; for the scrub.
+    SealedSegment {
+        vm: VmKey,
+        after_number: u64,
+        cold_us: u64,
+        answer: oneshot::Sender<Option<Sealed>>,
     },
     SetPolicy {
         vm: VmKey,
@@ -235,6 +243,7 @@ impl WorkerState {
             | Input::Closed { vm, .. }
             | Input::SetManifest { vm, .. }
             | Input::SetEncryption { vm, .. }
+            | Input::SealedSegment { vm, .. }
             | Input::SetPolicy { vm, .. }
             | Input::SetPins { vm, .. }
             | Input::Checkpoints { vm, .. }
@@ -263,6 +272,10 @@ impl WorkerState {
                     if let Err(error) = vm.receiver.follow_encryption(wanted, &site) {
                         tracing::warn!(error = %super::error_chain(&error), "the journal's encryption doesn't follow");
                     }
+                }
+                Input::SealedSegment { after_number, cold_us, answer, .. } => {
+                    // Nobody may wait for it any more.
+                    let _ = answer.send(vm.receiver.sealed_segment(after_number, cold_us));
                 }
                 Input::SetPolicy { policy, .. } => vm.receiver.set_policy(policy),
                 Input::SetPins { pins, answer, .. } => {

@@ -69,6 +69,13 @@ impl Vra {
         }
     }
 
+    /// Adds to the configuration, for the next start.
+    pub fn add_config(&self, text: &str) {
+        let path = self.path("vra.toml");
+        let config = std::fs::read_to_string(&path).expect("configuration");
+        std::fs::write(path, config + text).expect("configuration");
+    }
+
     /// `kill -9`.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {

@@ -1,46 +1,50 @@
-//! Walks a segment's bytes batch by batch, over damage if need be: without I/O.
+//! Walks a segment's bytes batch by batch, over damage if need be, and says all that is wrong: for tools and the scrub. No I/O.
 
-use journal::batch::{BatchError, BatchView, RecordKind};
-use journal::format::{ChainPoint, Footer, FooterBuilder, PAGE_BYTES, SegmentHeader, SegmentTrailer};
-use journal::scan::resume;
+use crate::batch::{BatchError, BatchView, RecordKind};
+use crate::format::{ChainPoint, Footer, FooterBuilder, PAGE_BYTES, SegmentHeader, SegmentTrailer};
+use crate::scan::resume;
 
 /// Something that cannot be read any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Finding {
+pub struct Finding {
     /// The record, where one is to blame; of a stretch the first.
-    pub(super) seq: Option<u64>,
+    pub seq: Option<u64>,
     /// Place in the slot, in bytes.
-    pub(super) slot_offset_bytes: u64,
+    pub slot_offset_bytes: u64,
     /// What is wrong.
-    pub(super) what: String,
+    pub what: String,
 }
 
 /// What a segment holds.
 #[derive(Debug, Default)]
-pub(super) struct Walked {
-    pub(super) batches: u64,
-    pub(super) records: u64,
-    pub(super) payload_bytes: u64,
+pub struct Walked {
+    /// Batches that could be read.
+    pub batches: u64,
+    /// Records in them.
+    pub records: u64,
+    /// Bytes of payload in them.
+    pub payload_bytes: u64,
     /// The stream's place after it.
-    pub(super) last: ChainPoint,
-    pub(super) findings: Vec<Finding>,
+    pub last: ChainPoint,
+    /// What is wrong, in the order of the bytes.
+    pub findings: Vec<Finding>,
     /// Set if an unsealed segment ends in something that was never written to its end.
-    pub(super) torn_tail: Option<String>,
+    pub torn_tail: Option<String>,
 }
 
 /// Is told of a batch, of what is wrong with its payloads, and of its place in the slot, in bytes.
-type OnBatch<'a> = &'a mut dyn FnMut(&BatchView<'_>, &[BatchError], u64) -> anyhow::Result<()>;
+type OnBatch<'a, E> = &'a mut dyn FnMut(&BatchView<'_>, &[BatchError], u64) -> Result<(), E>;
 
 /// Walks a segment. `slot` is all of its slot.
 ///
 /// # Errors
 /// Those of `on_batch`.
-pub(super) fn walk(
+pub fn walk<E>(
     slot: &[u8],
     header: &SegmentHeader,
     trailer: Option<&SegmentTrailer>,
-    on_batch: OnBatch<'_>,
-) -> anyhow::Result<Walked> {
+    on_batch: OnBatch<'_, E>,
+) -> Result<Walked, E> {
     let data_end = trailer.map_or(slot.len() - PAGE_BYTES, |trailer| {
         (trailer.data_end_bytes as usize).min(slot.len() - PAGE_BYTES)
     });
@@ -128,10 +132,10 @@ impl Walked {
         for error in damage {
             let BatchError::PayloadCrc { seq, unit } = *error else { continue };
             let Some(record) = batch.records().find(|record| record.seq() == seq) else { continue };
-            let in_batch = record.payload_offset_bytes() + unit * journal::batch::CRC_UNIT_BYTES;
+            let in_batch = record.payload_offset_bytes() + unit * crate::batch::CRC_UNIT_BYTES;
             let place = match record.kind() {
                 RecordKind::Write | RecordKind::SyncData => {
-                    let from = record.offset_bytes() + (unit * journal::batch::CRC_UNIT_BYTES) as u64;
+                    let from = record.offset_bytes() + (unit * crate::batch::CRC_UNIT_BYTES) as u64;
                     format!("record {seq}: checksum of disk {} at {from} is wrong", record.volume())
                 }
                 kind => format!("record {seq}: checksum of its {kind:?} is wrong"),
