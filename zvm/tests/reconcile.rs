@@ -29,6 +29,41 @@ fn a_group_reaches_its_target_first_then_its_source_then_is_applied() {
 }
 
 #[test]
+fn an_encrypted_group_has_its_keys_at_the_target_alone_and_before_anything_else() {
+    let mut world = World::new();
+    let (source, target) = (world.add_vra("a"), world.add_vra("b"));
+    world.add_vpg(source, target);
+    world.settle_trust();
+    world.desired.vpgs[0].settings.encrypt = true;
+    let wish = |id: &str| SiteKeyWish {
+        ids: vec![id.to_owned()],
+        request: SetSiteKeys { keys: vec![SiteKeyLine(id.to_owned())] },
+    };
+    world.desired.site_keys = wish("first");
+    let keys_to = |plan: &Plan| {
+        pick(plan, |action| matches!(action.kind, ActionKind::SetSiteKeys(_)).then_some(action.vra))
+    };
+    let first = world.plan();
+    assert_eq!(keys_to(&first), [target]);
+    assert!(applies(&first).is_empty(), "without the keys it would be refused");
+    world.finish_all(&first, ActionOutcome::Done);
+    world.see(target, world.now_us, |status| status.site_keys = vec!["first".to_owned()]);
+    let second = world.plan();
+    assert_eq!((keys_to(&second), applies(&second)), (vec![], vec![target]));
+    world.finish_all(&second, ActionOutcome::Done);
+    world.settle();
+
+    // A VRA that was restarted has none; other keys go out by themselves.
+    world.see(target, world.now_us, |status| status.site_keys.clear());
+    assert_eq!(keys_to(&world.plan()), [target]);
+    let mut world = World { core: Reconciler::new(RETRY_MIN_US, RETRY_MAX_US), ..world };
+    world.desired.site_keys = wish("second");
+    world.see(target, world.now_us, |status| status.site_keys = vec!["first".to_owned()]);
+    let turned = world.plan();
+    assert_eq!(keys_to(&turned), [target]);
+}
+
+#[test]
 fn nothing_is_sent_twice_at_once_and_failures_wait_longer_each_time() {
     let mut world = World::new();
     let (source, target) = (world.add_vra("a"), world.add_vra("b"));

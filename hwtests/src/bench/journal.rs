@@ -9,12 +9,13 @@ use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
 use journal::bad_ranges::BadRanges;
 use journal::batch::{BatchLink, BatchSealer, BatchView, PushError, Record};
-use journal::crypt::Encryption;
+use journal::crypt::{Encryption, Keys, NewKey, SiteKey, SiteKeys};
 use journal::format::VolumeState;
 use journal::promotion::{Promotion, PromotionFile, TransferSizes};
-use journal::recovery::{NewJournal, OpenOptions, create, open};
+use journal::recovery::{NewJournal, OpenOptions, SurveyOptions, create, open};
 use journal::storage::ring::{Access, DirectFile, RingStorage};
 use journal::storage::{AlignedBuf, Completion, FileId, Storage};
+use journal::view::Reader;
 use journal::writer::{Change, Limits, Writer, drive};
 use nix::fcntl::{FallocateFlags, fallocate};
 use uuid::Uuid;
@@ -51,6 +52,28 @@ pub(super) const BENCHMARKS: &[Benchmark] = &[
     append("append-4k", "the same with records of 4 KiB", None, |context, number| {
         append_pair(context, number, 4 << 10)
     }),
+    Benchmark {
+        name: "append-64k-encrypted",
+        what: "records of 64 KiB appended to used slots of an encrypted journal",
+        peer: "the same, plain",
+        unit: "MiB/s",
+        better: Better::Higher,
+        gate: None,
+        place: BenchPlace::Host,
+        programs: &[],
+        pair: encrypted_pair,
+    },
+    Benchmark {
+        name: "journal-memory",
+        what: "memory of a writer that has taken records of 4 KiB, per million",
+        peer: "an index of a view of them",
+        unit: "MiB",
+        better: Better::Lower,
+        gate: None,
+        place: BenchPlace::Host,
+        programs: &[],
+        pair: memory_pair,
+    },
     append(
         "promote",
         "random 16 KiB blocks from the journal to the recovery disk, synced",
@@ -77,11 +100,50 @@ const BLOCK_BYTES: u64 = 16 << 10;
 const BLOCKS: u64 = 16 << 10;
 
 fn append_pair(context: &mut Context, number: u32, record_bytes: usize) -> Result<Pair> {
-    in_turn(number, || append_run(context, record_bytes), || fio_append(context))
+    in_turn(number, || append_run(context, record_bytes, false), || fio_append(context))
 }
 
-fn append_run(context: &Context, record_bytes: usize) -> Result<f64> {
+fn encrypted_pair(context: &mut Context, number: u32) -> Result<Pair> {
+    in_turn(number, || append_run(context, 64 << 10, true), || append_run(context, 64 << 10, false))
+}
+
+/// Records of one run of `journal-memory`.
+const MEMORY_COUNT: u64 = 250_000;
+
+fn memory_pair(context: &mut Context, _number: u32) -> Result<Pair> {
+    let folder = context.path("memory");
+    let before_bytes = heap_bytes();
+    let mut journal = Journal::create(&folder, 1 << 40, SLOT_COUNT)?;
+    let mut left = MEMORY_COUNT;
+    while left > 0 {
+        let count = left.min(50_000);
+        let batches =
+            journal.batches(count, 4096, |seq| seq.wrapping_mul(0x9e37_79b9_7f4a_7c15) % (1 << 28) * 4096)?;
+        journal.append(&batches)?;
+        left -= count;
+    }
+    let while_ingesting_bytes = heap_bytes().saturating_sub(before_bytes);
+    let mut storage = RingStorage::new(64)?;
+    let file = storage.add_file(DirectFile::open(&folder.join(JOURNAL_NAME), Access::ReadOnly)?);
+    let reader = Reader::open(&mut storage, file, &SurveyOptions::default())?;
+    let view_bytes = reader.view(reader.newest_seq())?.volume(0)?.index().memory_bytes();
+    journal.remove()?;
+    let per_million = |bytes: u64| bytes as f64 / f64::from(1 << 20) / (MEMORY_COUNT as f64 / 1e6);
+    Ok(Pair { ours: per_million(while_ingesting_bytes), peer: per_million(view_bytes as u64) })
+}
+
+/// What the allocator has given out, in bytes.
+fn heap_bytes() -> u64 {
+    // SAFETY: it only reads the allocator's own counts (mallinfo2(3)).
+    let heap = unsafe { libc::mallinfo2() };
+    (heap.uordblks + heap.hblkhd) as u64
+}
+
+fn append_run(context: &Context, record_bytes: usize, is_encrypted: bool) -> Result<f64> {
     let mut journal = Journal::create(&context.path("append"), DISK_BYTES, SLOT_COUNT)?;
+    if is_encrypted {
+        journal.encrypt()?;
+    }
     let places = |seq: u64| seq * record_bytes as u64 % DISK_BYTES;
     let count = RUN_BYTES / record_bytes as u64;
     let first = journal.batches(count, record_bytes, places)?;
@@ -167,6 +229,10 @@ fn rate(bytes: u64, elapsed: Duration) -> f64 {
     bytes as f64 / f64::from(1 << 20) / elapsed.as_secs_f64()
 }
 
+fn site_key() -> SiteKey {
+    SiteKey::new([7; SiteKey::LEN_BYTES].into())
+}
+
 /// A recovery disk with its space reserved.
 fn reserved_disk(path: &Path) -> Result<()> {
     let file = File::create(path)?;
@@ -204,7 +270,9 @@ impl Journal {
         };
         create(&mut storage, file, &new)?;
         let limits = Limits { max_slots: slot_count, grow_slots: 4, group_bytes: 8 << 20 };
-        let writer = Writer::new(open(&mut storage, file, &OpenOptions::default())?, limits);
+        let options =
+            OpenOptions { keys: Keys::new(SiteKeys::new(vec![site_key()])), ..OpenOptions::default() };
+        let writer = Writer::new(open(&mut storage, file, &options)?, limits);
         let link = BatchLink { journal_id: ID, generation: ID, open_count: 1, prev_batch_crc: 0 };
         let mut journal = Self { folder: folder.to_owned(), storage, file, writer, link, seq: 2 };
         journal.change(Change::Claim { generation: ID, parent: Uuid::nil(), first_seq: 1 })?;
@@ -216,6 +284,12 @@ impl Journal {
         let through = journal.writer.accept_for_base(&BatchView::parse(&batch)?, 1)?;
         journal.change(Change::AdvanceBase { through, end: true })?;
         Ok(journal)
+    }
+
+    /// From now on it is encrypted.
+    fn encrypt(&mut self) -> Result<()> {
+        let key = NewKey::random()?.wrap(self.link.journal_id, &site_key());
+        self.change(Change::SetEncryption(Encryption::On(key)))
     }
 
     /// What comes next from the source, in memory as it is received.

@@ -66,6 +66,8 @@ pub struct TargetHost {
 
 /// How often VMs are looked at that nothing happens to: their history gets older all the same.
 const TICK: Duration = Duration::from_secs(1);
+/// How often datastores with thin recovery disks are looked at, in ticks.
+const SPACE_EVERY_TICKS: u64 = 30;
 
 impl TargetHost {
     /// Starts the threads. To be called within a tokio runtime.
@@ -77,16 +79,25 @@ impl TargetHost {
             (0..settings.worker_count.max(1)).map(WorkerThread::start).collect::<Result<Vec<_>, _>>();
         let threads = threads.map_err(|source| files::host("starting the journal threads", source))?;
         let workers: Vec<_> = threads.iter().map(|thread| thread.worker().clone()).collect();
+        let vms = TargetVms::default();
         // Ends with the workers.
+        let looked_at = vms.clone();
         Handle::current().spawn(async move {
-            loop {
+            for tick in 1_u64.. {
                 tokio::time::sleep(TICK).await;
                 if !workers.iter().all(|worker| worker.tell(Input::Tick)) {
                     return;
                 }
+                if tick % SPACE_EVERY_TICKS == 0 {
+                    let vms = looked_at.clone();
+                    tokio::task::spawn_blocking(move || {
+                        let vms: Vec<_> =
+                            vms.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+                        vms.iter().for_each(|vm| vm.look_at_space());
+                    });
+                }
             }
         });
-        let vms = TargetVms::default();
         let scrub = ScrubThread::start(settings.scrub, vms.clone());
         let scrub = scrub.map_err(|source| files::host("starting the scrub's thread", source))?;
         Ok(Self {

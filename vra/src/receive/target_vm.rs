@@ -3,6 +3,7 @@
 mod events;
 mod locks;
 mod scrubbing;
+mod space;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
