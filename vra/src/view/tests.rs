@@ -7,6 +7,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, RngExt, SeedableRng};
 use ublk::arena::Slot;
 use ublk::serve::{Completion, FileIo, FileOp, IoBuffer, Op, Port, Request, Wake};
+use uuid::Uuid;
 
 use super::test_journal::TestJournal;
 use super::*;
@@ -21,6 +22,8 @@ struct Guest {
     port: QueuePort,
     rng: StdRng,
     tag: u64,
+    /// I/O that fails.
+    fails: fn(&FileIo) -> bool,
 }
 
 #[derive(Default)]
@@ -60,12 +63,25 @@ impl Guest {
         };
         let port = QueuePort { lane: 0, io: Vec::new(), done: BTreeMap::new() };
         let lanes = (0..lanes).map(|_| lane()).collect();
-        Self { disk: Arc::clone(disk), lanes, port, rng: StdRng::seed_from_u64(seed), tag: 0 }
+        let rng = StdRng::seed_from_u64(seed);
+        Self { disk: Arc::clone(disk), lanes, port, rng, tag: 0, fails: |_| false }
     }
 
     fn start(&mut self, op: Op, offset_bytes: u64, len_bytes: u64, slot: Option<Slot>) -> u64 {
+        let fua = self.rng.random();
+        self.start_with(op, fua, offset_bytes, len_bytes, slot)
+    }
+
+    fn start_with(
+        &mut self,
+        op: Op,
+        fua: bool,
+        offset_bytes: u64,
+        len_bytes: u64,
+        slot: Option<Slot>,
+    ) -> u64 {
         self.tag += 1;
-        let request = Request { tag: self.tag, op, offset_bytes, len_bytes, fua: self.rng.random(), slot };
+        let request = Request { tag: self.tag, op, offset_bytes, len_bytes, fua, slot };
         self.port.lane = self.rng.random_range(0..self.lanes.len());
         self.lanes[self.port.lane].0.request(request, &mut self.port);
         self.tag
@@ -84,7 +100,9 @@ impl Guest {
         let (lane, mut io) = self.port.io.swap_remove(self.rng.random_range(0..self.port.io.len()));
         let file = &self.disk.files()[io.file.0 as usize];
         let range = io.buffer_offset_bytes as usize..io.buffer_offset_bytes as usize + io.len_bytes as usize;
+        let fails = (self.fails)(&io);
         let result = match (io.op, &mut io.buffer) {
+            _ if fails => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
             (FileOp::Read, IoBuffer::Owned(slot)) => file.read_exact_at(&mut slot[range], io.offset_bytes),
             (FileOp::Write { .. }, IoBuffer::Shared(slot)) => {
                 file.write_all_at(&slot[range], io.offset_bytes)
@@ -113,6 +131,36 @@ impl Guest {
         let completion = &self.port.done[&tag];
         completion.result.map_err(|errno| errno.0)?;
         Ok(completion.slot.as_ref().expect("slot")[..len_bytes as usize].to_vec())
+    }
+
+    /// A change at once; the errno if it failed. A slot that went comes back.
+    fn change(&mut self, op: Op, fua: bool, offset_bytes: u64, fill: u8) -> Result<(), i32> {
+        let arena = Arena::new(SLOT_BYTES, 1).expect("arena");
+        let slot = (op == Op::Write).then(|| {
+            let mut slot = arena.take().expect("slot");
+            slot.fill(fill);
+            slot
+        });
+        let len_bytes = if op == Op::Flush { 0 } else { 4096 };
+        let tag = self.start_with(op, fua, offset_bytes, len_bytes, slot);
+        self.finish();
+        let completion = &self.port.done[&tag];
+        assert_eq!(completion.slot.is_some(), op == Op::Write, "the slot of {op:?} is lost");
+        completion.result.map_err(|errno| errno.0)
+    }
+
+    /// Nothing can be changed any more, and everything reads as it did.
+    fn is_failed_but_readable(&mut self, model: &[u8]) {
+        self.fails = |_| false;
+        assert!(self.disk.is_scratch_failed());
+        for _ in 0..2 {
+            for op in [Op::Write, Op::Flush, Op::Discard, Op::WriteZeroes { unmap: true }] {
+                for fua in [false, op != Op::Flush] {
+                    assert_eq!(self.change(op, fua, 0, 0xEE), Err(libc::EIO), "{op:?}");
+                }
+            }
+        }
+        self.compare(model);
     }
 
     /// Compares the whole disk with the model, in reads of all lengths.
@@ -262,6 +310,76 @@ fn a_full_scratch_file_is_enospc_and_what_was_written_stays() {
     assert_eq!(results, [Ok(()), Ok(()), Err(libc::ENOSPC)]);
     assert_eq!(guest.read(CHUNK_BYTES, 512).expect("readable"), [2; 512]);
     assert_eq!(disk.scratch_used_bytes(), Some(2 * CHUNK_BYTES));
+}
+
+#[test]
+fn after_a_failed_sync_changes_are_refused_with_their_slots_and_reads_go_on() {
+    let mut journal = TestJournal::new("sync-fails", SIZE_BYTES, "{}");
+    journal.random_changes(10, 20, 50);
+    let mut model = journal.model(journal.seq);
+    let disk = view(&journal, journal.seq, SIZE_BYTES);
+    let mut guest = Guest::new(&disk, 2, 5);
+    assert_eq!(guest.change(Op::Write, false, 8192, 0x11), Ok(()));
+    assert_eq!(guest.change(Op::Flush, false, 0, 0), Ok(()));
+    model[8192..12288].fill(0x11);
+    guest.fails = |io| io.op == FileOp::Sync;
+    assert_eq!(guest.change(Op::Write, false, 16384, 0x22), Ok(()), "it asks for no sync");
+    model[16384..20480].fill(0x22);
+    assert_eq!(guest.change(Op::Flush, false, 0, 0), Err(libc::EIO));
+    guest.is_failed_but_readable(&model);
+}
+
+#[test]
+fn a_failed_write_is_its_own_and_a_failed_durable_one_is_the_last() {
+    let mut journal = TestJournal::new("write-fails", SIZE_BYTES, "{}");
+    journal.random_changes(11, 20, 50);
+    let mut model = journal.model(journal.seq);
+    let disk = view(&journal, journal.seq, SIZE_BYTES);
+    let mut guest = Guest::new(&disk, 2, 6);
+    guest.fails = |io| matches!(io.op, FileOp::Write { .. });
+    assert_eq!(guest.change(Op::Write, false, 8192, 0x11), Err(libc::ENOSPC));
+    assert!(!disk.is_scratch_failed());
+    guest.fails = |_| false;
+    guest.compare(&model);
+    for fua in [false, true] {
+        assert_eq!(guest.change(Op::Write, fua, 8192, 0x22), Ok(()));
+    }
+    model[8192..12288].fill(0x22);
+    guest.fails = |io| matches!(io.op, FileOp::Write { .. });
+    assert_eq!(guest.change(Op::Write, true, 8192, 0x33), Err(libc::ENOSPC));
+    guest.is_failed_but_readable(&model);
+}
+
+/// The write of a page of the map, in a scratch that outlives its process.
+#[test]
+fn after_a_failed_write_of_the_map_changes_are_refused_with_their_slots() {
+    let mut journal = TestJournal::new("map-fails", SIZE_BYTES, "{}");
+    journal.random_changes(12, 20, 50);
+    let mut model = journal.model(journal.seq);
+    let owner = ScratchOwner {
+        vra: Uuid::from_u128(1),
+        view: Uuid::from_u128(2),
+        vm: Uuid::from_u128(3),
+        journal: Uuid::from_u128(4),
+        volume: Uuid::from_u128(5),
+        number: 0,
+        seq: journal.seq,
+        disk_bytes: SIZE_BYTES,
+        logical_block_bytes: 512,
+    };
+    let (path, live) = (journal.folder.join("scratch-0.raw"), journal.folder.join("scratch-0.map"));
+    let scratch = ScratchFile::make(&path, &live, &owner, SIZE_BYTES).expect("scratch");
+    let settings = ViewSettings { logical_block_bytes: 512, look_for_holes: false };
+    let source = view_source(&journal, journal.seq, Freshness::Superblock);
+    let disk = ViewDisk::new(source, settings, Some(scratch)).expect("view");
+    let mut guest = Guest::new(&disk, 2, 7);
+    assert_eq!(guest.change(Op::Write, true, 8192, 0x11), Ok(()));
+    guest.fails = |io| io.op == FileOp::Write { dsync: true };
+    assert_eq!(guest.change(Op::Write, true, 16384, 0x22), Err(libc::EIO));
+    // What it wrote has landed; that it may be lost is what the error says.
+    model[8192..12288].fill(0x11);
+    model[16384..20480].fill(0x22);
+    guest.is_failed_but_readable(&model);
 }
 
 #[test]
