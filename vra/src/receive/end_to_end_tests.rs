@@ -18,10 +18,13 @@ use super::*;
 use crate::api::vpg::{VmDefinition, VolumeDefinition, VpgDefinition, VraEndpoint};
 use crate::api::{CheckpointId, GenerationId, JournalId, VmId, VolumeId, VpgId, VraId, view::PointInTime};
 use crate::link::transport_config;
+use crate::receive::worker::Input;
 use crate::ship::shell::{ConnectError, DataConnector, Shipper, ShipperParts};
 use crate::ship::{
     Doorbell, GenerationStart, Phase, PlainRing, Retained, Sender, SenderEvent, SenderLimits, StreamIdentity,
 };
+use crate::view::test_guest::Guest;
+use crate::view::{Freshness, ViewDisk, ViewSettings, ViewSource};
 
 const DISK_BYTES: u64 = 8 << 20;
 const NONCE: u128 = 0xfeed;
@@ -158,6 +161,58 @@ async fn ids_that_begin_alike_are_told_apart() {
     assert_eq!(again.folder().path(), place.path());
 }
 
+/// A failure of the storage makes the journal move its newest segment, and the places that it lay in are used again while the view is open.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_view_outlives_a_failure_of_the_storage() {
+    let datastore = Datastore::new("view-failure");
+    let vpg = definition(&datastore.0, 1);
+    let target = Target::start(&vpg).await;
+    let mut source = Source::start(&vpg, target.address);
+    source.full_sync(1);
+    for _ in 0..50 {
+        source.random_write();
+    }
+    source.checkpoint();
+    source.wait_durable(source.published_through()).await;
+
+    let checkpoint = CheckpointId { nonce: NONCE, counter: 1 };
+    let opened = target.vm().open_view(PointInTime::Checkpoint { checkpoint }).await.expect("opened");
+    let (disk, pin) = view_disk(opened);
+    pin.shows(&disk).expect("nothing has failed");
+    let as_it_was = &source.checkpoints[&1][0].clone();
+    Guest::new(&disk, 2, 1).compare(as_it_was);
+
+    // One that is being opened meanwhile is not served by places that may be old.
+    let between = target.vm().open_view(PointInTime::Checkpoint { checkpoint }).await.expect("opened");
+    target.fail_storage().await;
+    let (late, late_pin) = view_disk(between);
+    let refused = late_pin.shows(&late).expect_err("the journal was opened anew meanwhile");
+    assert!(matches!(refused, TargetError::NotOpen { .. }), "{refused}");
+    // More than all slots that there were.
+    for _ in 0..1500 {
+        source.random_write();
+    }
+    source.wait_durable(source.published_through()).await;
+    Guest::new(&disk, 2, 2).compare(as_it_was);
+    assert_eq!((disk.first_damage(), disk.is_gone()), (None, false));
+}
+
+fn view_disk(opened: OpenedView) -> (Arc<ViewDisk>, Arc<Pin>) {
+    let OpenedView { mut view, journal, mut disks, pin } = opened;
+    let pin = Arc::new(pin);
+    let file = |file: &journal::storage::ring::DirectFile| file.file().try_clone().expect("a descriptor");
+    let source = ViewSource {
+        seq: view.seq(),
+        volume: view.take_volume(0).expect("it was there"),
+        journal: file(&journal),
+        recovery_disk: file(&disks.remove(0)),
+        freshness: Freshness::Superblock,
+        keep: Box::new(Arc::clone(&pin)),
+    };
+    let settings = ViewSettings { logical_block_bytes: 512, look_for_holes: false };
+    (ViewDisk::new(source, settings, None).expect("a view"), pin)
+}
+
 const SETTINGS: TargetSettings =
     TargetSettings { worker_count: 1, memory_bytes: 64 << 20, window_bytes: 16 << 20 };
 
@@ -240,6 +295,20 @@ impl Target {
         for connection in self.connections.lock().expect("no panic").drain(..) {
             connection.close(0_u32.into(), b"cut");
         }
+    }
+
+    /// Lets the storage fail, and waits until the files are open again.
+    async fn fail_storage(&self) {
+        let vm = self.vm();
+        let key = vm.key().expect("open");
+        vm.worker().tell(Input::Fail { vm: key });
+        for _ in 0..600 {
+            if vm.key().is_some_and(|now| now != key) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("the files are not open again");
     }
 
     async fn restart(&mut self) {

@@ -505,6 +505,13 @@ impl Receiver {
         self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::Failed { failure, durable_through }));
     }
 
+    /// As when an operation on the journal fails.
+    #[cfg(test)]
+    pub(super) fn fail_storage(&mut self) {
+        let (verb, purpose, errno) = ("write", Purpose::Append, nix::errno::Errno::EIO);
+        self.fail(Failure::Journal(StorageError { verb, purpose, offset_bytes: 0, errno }));
+    }
+
     /// Gives back the memory of batches that find no room: other VMs' streams share it. They are sent again on the next stream.
     fn drop_waiting(&mut self) {
         let superblock = self.writer.superblock();

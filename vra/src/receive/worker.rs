@@ -82,6 +82,11 @@ pub(super) enum Input {
         vm: VmKey,
         answer: oneshot::Sender<()>,
     },
+    /// The storage fails.
+    #[cfg(test)]
+    Fail {
+        vm: VmKey,
+    },
 }
 
 /// A handle on a worker thread. Cheap to clone.
@@ -231,6 +236,8 @@ impl WorkerState {
             | Input::SetPins { vm, .. }
             | Input::Checkpoints { vm, .. }
             | Input::Detach { vm, .. } => *vm,
+            #[cfg(test)]
+            Input::Fail { vm } => *vm,
         };
         if let Input::Attach(attached) = input {
             self.attach(*attached);
@@ -267,6 +274,8 @@ impl WorkerState {
                     vm.receiver.close();
                     vm.detaching = Some(answer);
                 }
+                #[cfg(test)]
+                Input::Fail { .. } => vm.receiver.fail_storage(),
                 Input::Attach(_) | Input::Tick => {}
             }
         } else if let Input::Open { outbox, .. } = input {
