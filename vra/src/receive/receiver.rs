@@ -282,12 +282,18 @@ impl Receiver {
     pub fn set_policy(&mut self, policy: ReceiverPolicy) {
         self.writer.retry(policy.limits);
         self.policy = policy;
+        // It may be to be given up now.
+        self.tell_lock(None);
     }
 
     /// What is still needed. A number that is below [`Self::oldest_seq`] comes too late.
     pub fn set_pins(&mut self, pins: Pins) {
         self.pins = pins;
-        self.pins_changed();
+    }
+
+    /// Checkpoints were locked or unlocked, whether or not that changes what is needed: one that is still in the way is told again.
+    pub fn locks_changed(&mut self) {
+        self.tell_lock(None);
     }
 
     /// Whether a promotion may begin now. One that the journal needs for room begins in any case.

@@ -8,18 +8,19 @@ mod reopen;
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use journal::bad_ranges::BadRanges;
 use journal::promotion::TransferSizes;
 use journal::recovery::SurveyOptions;
 use journal::storage::ring::{Access, DirectFile};
 use journal::view::{Promoted, Reader, View, ViewError};
-use journal::writer::Writer;
+use journal::writer::{ChangeError, Writer};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
 use super::checkpoint_list::CheckpointList;
 use super::files::{self, VmFiles};
 use super::folder::VmFolder;
-use super::manifest::Manifest;
+use super::manifest::{LockedCheckpoint, Manifest};
 use super::receiver::Receiver;
 use super::receiver_types::{Pins, ReceiverPolicy, ReceiverStatus};
 use super::target_error::TargetError;
@@ -44,6 +45,8 @@ pub struct TargetVm {
     window_bytes: u32,
     /// What open views follow.
     promoted: Promoted,
+    /// Held while locks change: who takes one back must not take back what another request was promised.
+    locking: tokio::sync::Mutex<()>,
     inner: Mutex<Inner>,
 }
 
@@ -55,6 +58,10 @@ struct Inner {
     status: Arc<Mutex<ReceiverStatus>>,
     alerts: BTreeMap<&'static str, Alert>,
     pins: PinBook,
+    /// Locks that are in the manifest no more, but may be in the file still: what they keep stays until they aren't.
+    releasing: Vec<LockedCheckpoint>,
+    /// What was last told of the recovery disks.
+    told_bad_ranges: BadRanges,
     /// How often the files were opened again.
     reopenings: u64,
     closed: bool,
@@ -85,11 +92,13 @@ impl TargetVm {
     ) -> Arc<Self> {
         let key = next_key();
         let pins = PinBook::awaiting(awaited);
-        let (manifest, vm) = (files.manifest.clone(), files.identity.vm);
+        let (mut manifest, vm) = (files.manifest.clone(), files.identity.vm);
+        manifest.forget_stale_locks(&files.opened.superblock);
+        let is_noted = manifest == files.manifest;
         let runtime = Handle::current();
         let bad_ranges = files.opened.bad_ranges.clone();
         let target = Arc::new_cyclic(|weak| {
-            let needed = pins.needed(&manifest);
+            let needed = pins.needed(&manifest.locked);
             let status = attach_files(&worker, key, files, window_bytes, needed, weak.clone());
             let inner = Inner {
                 manifest,
@@ -98,13 +107,20 @@ impl TargetVm {
                 status,
                 alerts: BTreeMap::new(),
                 pins,
+                releasing: Vec::new(),
+                told_bad_ranges: BadRanges::default(),
                 reopenings: 0,
                 closed: false,
                 not_open: None,
             };
             let promoted = Promoted::new(&bad_ranges);
-            Self { vm, folder, worker, runtime, window_bytes, promoted, inner: Mutex::new(inner) }
+            let (locking, inner) = (tokio::sync::Mutex::default(), Mutex::new(inner));
+            Self { vm, folder, worker, runtime, window_bytes, promoted, locking, inner }
         });
+        if !is_noted {
+            // Nobody waits for it: should it be lost, it is found out again.
+            target.write_manifest(&target.lock());
+        }
         target.tell_bad_ranges(&bad_ranges);
         target
     }
@@ -217,15 +233,22 @@ impl TargetVm {
         }
         inner.manifest.vpg = vpg.clone();
         if let Some(vm) = inner.key {
-            let text = inner.manifest.to_text();
             let slot_bytes = inner.status.lock().unwrap_or_else(PoisonError::into_inner).slot_bytes;
             self.worker.tell(Input::SetPolicy {
                 vm,
                 policy: policy(vpg, definition, slot_bytes, self.window_bytes),
             });
-            self.worker.tell(Input::SetManifest { vm, text, answer: None });
+            // Nobody waits for it: should it be lost with the files, it is written when they are open again.
+            self.write_manifest(&inner);
         }
         Ok(())
+    }
+
+    /// Writes the manifest. None if the files are closed; what comes fails if they fail before it is durable.
+    fn write_manifest(&self, inner: &Inner) -> Option<oneshot::Receiver<Result<(), ChangeError>>> {
+        let (answer, written) = oneshot::channel();
+        let (vm, text) = (inner.key?, inner.manifest.to_text());
+        self.worker.tell(Input::SetManifest { vm, text, answer: Some(answer) }).then_some(written)
     }
 
     /// Opens the disks as they were. Replication goes on.
@@ -374,3 +397,6 @@ fn attach_files(
     })));
     status
 }
+
+#[cfg(test)]
+mod tests;

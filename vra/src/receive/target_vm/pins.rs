@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 use tokio::sync::oneshot;
 
 use super::{Inner, TargetVm};
-use crate::receive::manifest::Manifest;
+use crate::receive::manifest::LockedCheckpoint;
 use crate::receive::receiver_types::Pins;
 use crate::receive::target_error::TargetError;
 use crate::receive::worker::Input;
@@ -49,11 +49,11 @@ impl PinBook {
         self.pins.len()
     }
 
-    /// What is still needed, with the locks of a manifest.
-    pub(super) fn needed(&self, manifest: &Manifest) -> Pins {
+    /// What is still needed, with these locks.
+    pub(super) fn needed<'a>(&self, locks: impl IntoIterator<Item = &'a LockedCheckpoint>) -> Pins {
         Pins {
             view: self.pins.values().map(|pinned| pinned.seq).min(),
-            lock: manifest.locked.iter().map(|locked| locked.cut).min(),
+            lock: locks.into_iter().map(|locked| locked.cut).min(),
         }
     }
 
@@ -89,9 +89,22 @@ impl TargetVm {
 
     pub(super) fn tell_pins(&self, inner: &Inner, answer: Option<oneshot::Sender<u64>>) {
         if let Some(vm) = inner.key {
-            let pins = inner.pins.needed(&inner.manifest);
-            self.worker.tell(Input::SetPins { vm, pins, answer });
+            self.worker.tell(Input::SetPins { vm, pins: inner.needed(), locks_changed: false, answer });
         }
+    }
+
+    /// The same, after checkpoints were locked or unlocked.
+    pub(super) fn tell_locks(&self, inner: &Inner) {
+        if let Some(vm) = inner.key {
+            self.worker.tell(Input::SetPins { vm, pins: inner.needed(), locks_changed: true, answer: None });
+        }
+    }
+}
+
+impl Inner {
+    /// What is still needed.
+    pub(super) fn needed(&self) -> Pins {
+        self.pins.needed(self.manifest.locked.iter().chain(&self.releasing))
     }
 }
 

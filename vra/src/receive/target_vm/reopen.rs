@@ -80,12 +80,17 @@ impl TargetVm {
         let bad_ranges = self.promoted.reopened(superblock.low_water.seq, &files.opened.bad_ranges);
         let key = (inner.next_key)();
         // Before the worker does anything with the files (C2).
-        let pins = inner.pins.needed(&inner.manifest);
+        inner.manifest.forget_stale_locks(superblock);
+        let is_noted = inner.manifest == files.manifest;
+        let pins = inner.needed();
         inner.status = attach_files(&self.worker, key, files, self.window_bytes, pins, Arc::downgrade(self));
         (inner.key, inner.not_open) = (Some(key), None);
         inner.reopenings += 1;
         inner.alerts.remove("storage-failed");
-        self.tell_pins(&inner, None);
+        if !is_noted {
+            // What was to be written when the storage failed.
+            self.write_manifest(&inner);
+        }
         drop(inner);
         self.tell_bad_ranges(&bad_ranges);
         tracing::info!(vm = %self.vm, "the journal is open again");
