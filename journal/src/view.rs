@@ -1,12 +1,12 @@
 //! A VM's disks as they were at a sequence number: recovery disks and the journal up to it.
 
 mod part;
+mod promoted;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::ops::Range;
 
-use crate::bad_ranges::{BadRange, BadRanges};
+use crate::bad_ranges::BadRange;
 use crate::batch::RecordKind;
 use crate::catalogue::Catalogue;
 use crate::crypt::Ciphers;
@@ -17,6 +17,7 @@ use crate::recovery::{OpenError, SegmentError, Survey, SurveyOptions, each_foote
 use crate::storage::{AlignedBuf, Blocking, FileId, Purpose, Storage, StorageError};
 
 pub use part::JournalPart;
+pub use promoted::Promoted;
 
 /// A journal opened to read, beside its writer if there is one. Nothing is written and no lock is needed.
 #[derive(Debug)]
@@ -264,56 +265,6 @@ pub struct VolumeView {
     ciphers: Ciphers,
 }
 
-/// How far promotion has come since a view was opened, shared by all who must know. What it has promoted is read from the recovery
-/// disk: the slots are used again (C3).
-#[derive(Clone, Debug, Default)]
-pub struct Promoted(Arc<PromotedState>);
-
-#[derive(Debug, Default)]
-struct PromotedState {
-    through_seq: AtomicU64,
-    /// There are bad ranges: only then anybody takes the lock.
-    has_bad: AtomicBool,
-    bad_ranges: Mutex<Arc<BadRanges>>,
-}
-
-impl Promoted {
-    /// Of recovery disks of which this can't be trusted (C5).
-    pub fn new(bad_ranges: &BadRanges) -> Self {
-        let promoted = Self::default();
-        promoted.advance(0, bad_ranges);
-        promoted
-    }
-
-    /// The recovery disks hold everything up to here, durably, but for the bad ranges. To be noted before the slots are freed.
-    pub fn advance(&self, through_seq: u64, bad_ranges: &BadRanges) {
-        if self.0.has_bad.load(Ordering::Acquire) || !bad_ranges.is_empty() {
-            *self.0.bad_ranges.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(bad_ranges.clone());
-            self.0.has_bad.store(!bad_ranges.is_empty(), Ordering::Release);
-        }
-        self.0.through_seq.fetch_max(through_seq, Ordering::AcqRel);
-    }
-
-    /// The same as far as a superblock tells. Bad ranges are those that were known when the view was opened: what was damaged since is
-    /// among the view's own records.
-    pub fn raise(&self, through_seq: u64) {
-        self.0.through_seq.fetch_max(through_seq, Ordering::AcqRel);
-    }
-
-    /// Everything up to here is read from the recovery disks.
-    pub fn through_seq(&self) -> u64 {
-        self.0.through_seq.load(Ordering::Acquire)
-    }
-
-    /// What of the recovery disks can't be trusted, if anything can't.
-    fn bad_ranges(&self) -> Option<Arc<BadRanges>> {
-        if !self.0.has_bad.load(Ordering::Acquire) || planted(Bug::BadRangesIgnored) {
-            return None;
-        }
-        Some(Arc::clone(&self.0.bad_ranges.lock().unwrap_or_else(PoisonError::into_inner)))
-    }
-}
-
 /// A part of a read: where it comes from. Parts are in order and cover the range asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReadPart {
@@ -369,9 +320,13 @@ impl VolumeView {
         &self.promoted
     }
 
+    /// The first part of a range of the recovery disk that can't be trusted (C5).
+    pub fn first_bad(&self, range: Range<u64>) -> Option<BadRange> {
+        self.promoted.snapshot().1?.first_in(self.number, range)
+    }
+
     /// How to read a range, in parts. If a checksum is wrong and promotion has come further since, what was read is not what the record
     /// wrote: it is to be planned and read again.
-    ///
     ///
     /// # Errors
     /// The range is outside of the disk.
@@ -379,8 +334,8 @@ impl VolumeView {
         let end_bytes = offset_bytes.checked_add(len_bytes).filter(|end| *end <= self.size_bytes);
         let end_bytes = end_bytes.ok_or(ViewError::Range)?;
         let (mut parts, mut at) = (Vec::new(), offset_bytes);
-        let bad_ranges = self.promoted.bad_ranges();
-        let promoted_seq = if planted(Bug::ViewNotRepointed) { 0 } else { self.promoted.through_seq() };
+        let (promoted_seq, bad_ranges) = self.promoted.snapshot();
+        let promoted_seq = if planted(Bug::ViewNotRepointed) { 0 } else { promoted_seq };
         let gap = |parts: &mut Vec<ReadPart>, mut from: u64, until: u64| {
             while from < until {
                 let bad = bad_ranges.as_ref().and_then(|bad| bad.first_in(self.number, from..until));

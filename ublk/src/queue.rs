@@ -110,8 +110,8 @@ impl QueueSource {
 
     fn commit_answers(&mut self, ring: &mut SourceRing<'_>) {
         let (commands, queue, tags) = (self.commands, self.queue, &mut self.tags);
-        for completion in self.host.completions() {
-            push(commands, queue, uapi::IO_COMMIT_AND_FETCH_REQ, tags.complete(completion), ring);
+        for commit in self.host.completions().filter_map(|completion| tags.complete(completion)) {
+            push(commands, queue, uapi::IO_COMMIT_AND_FETCH_REQ, commit, ring);
         }
     }
 }

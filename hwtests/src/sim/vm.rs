@@ -466,7 +466,10 @@ impl Vm {
             ReceiverEvent::HistoryShortened { .. } => env.happened(Happening::HistoryShortened),
             ReceiverEvent::PromotionStuck { .. } => env.happened(Happening::PromotionStuck),
             ReceiverEvent::LockInTheWay { .. } => env.happened(Happening::LockGivenUp),
-            ReceiverEvent::Granted { .. } | ReceiverEvent::Room | ReceiverEvent::HistoryFits => {}
+            ReceiverEvent::Granted { .. }
+            | ReceiverEvent::Room
+            | ReceiverEvent::HistoryFits
+            | ReceiverEvent::LockOutOfTheWay => {}
         }
     }
 }

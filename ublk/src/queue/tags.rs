@@ -7,6 +7,9 @@ use crate::uapi::{self, IoDesc};
 /// The tags of one queue.
 pub(super) struct Tags {
     tags: Box<[Tag]>,
+    /// Where a lost slot is replaced from.
+    arena: Arena,
+    told_lost_slot: bool,
     ended: usize,
     size_bytes: u64,
     block_mask: u64,
@@ -47,6 +50,8 @@ impl Tags {
         let tags = (0..depth).map(|_| arena.take().map(Tag::Driver)).collect::<Option<_>>()?;
         Some(Self {
             tags,
+            arena: arena.clone(),
+            told_lost_slot: false,
             ended: 0,
             size_bytes: geometry.size_bytes,
             block_mask: u64::from(geometry.logical_block_bytes) - 1,
@@ -106,20 +111,34 @@ impl Tags {
     }
 
     /// Takes the lane's answer; the tag and the answer's slot are the driver's from now on.
-    pub(super) fn complete(&mut self, completion: Completion) -> Commit {
+    ///
+    /// A lane that keeps a slot breaks its contract, but the other disks of the process must not pay for that: the request fails and the tag
+    /// gets another slot. None when there is none either: then the request stays unanswered.
+    pub(super) fn complete(&mut self, completion: Completion) -> Option<Commit> {
         let tag = completion.tag as u16;
         let place = &mut self.tags[usize::from(tag)];
         let Tag::Lane { slot: kept, answer_bytes } = std::mem::replace(place, Tag::Ended) else {
             panic!("a lane answers each request once (tag {tag})");
         };
-        let slot = kept.or(completion.slot).expect("a request that brought a slot takes one back");
         let result = match completion.result {
             Ok(()) => answer_bytes,
             Err(Errno(errno)) => -errno,
         };
+        let (slot, result) = match kept.or(completion.slot) {
+            Some(slot) => (slot, result),
+            None => {
+                if !std::mem::replace(&mut self.told_lost_slot, true) {
+                    tracing::error!(
+                        tag,
+                        "a request was answered without its buffer: it fails with an I/O error"
+                    );
+                }
+                (self.arena.take()?, -libc::EIO)
+            }
+        };
         let address = slot.as_ptr() as u64;
         *place = Tag::Driver(slot);
-        Commit { tag, result, address }
+        Some(Commit { tag, result, address })
     }
 
     /// The driver gave the tag back and takes no more of it.
@@ -181,7 +200,7 @@ mod tests {
         let fresh = arena.take().expect("the third slot");
         let address = fresh.as_ptr() as u64;
         let commit = tags.complete(Completion { tag: request.tag, result: Ok(()), slot: Some(fresh) });
-        assert_eq!(commit, Commit { tag: 1, result: 8192, address });
+        assert_eq!(commit, Some(Commit { tag: 1, result: 8192, address }));
         assert_ne!(address, lent);
         drop(kept);
         assert_eq!(arena.free_count(), 1, "the lane's slot is free, both tags hold theirs");
@@ -204,8 +223,25 @@ mod tests {
             assert_eq!(request.op, op);
             assert!(request.slot.is_none());
             let answer = Completion { tag: 0, result: Err(Errno(libc::EIO)), slot: None };
-            assert_eq!(tags.complete(answer), Commit { tag: 0, result: -libc::EIO, address: lent });
+            assert_eq!(tags.complete(answer), Some(Commit { tag: 0, result: -libc::EIO, address: lent }));
         }
+    }
+
+    #[test]
+    fn an_answer_without_its_slot_fails_the_request_and_no_more() {
+        let arena = Arena::new(8192, 2).expect("arena");
+        let mut tags = Tags::new(1, &geometry(), &arena).expect("slots");
+        for op_flags in [uapi::IO_OP_WRITE, uapi::IO_OP_READ] {
+            drop(serve(tags.arrived(0, desc(op_flags, 8, 16))).slot);
+            let commit =
+                tags.complete(Completion { tag: 0, result: Ok(()), slot: None }).expect("a free slot");
+            assert_eq!((commit.tag, commit.result), (0, -libc::EIO));
+            assert_eq!(arena.free_count(), 1, "the tag has a slot again");
+        }
+        let request = serve(tags.arrived(0, desc(uapi::IO_OP_WRITE, 8, 16)));
+        let other = arena.take();
+        assert_eq!(tags.complete(Completion { tag: 0, result: Ok(()), slot: None }), None, "no slot is free");
+        drop((request, other));
     }
 
     #[test]

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use super::Daemon;
 use super::group_checkpoints::GroupCheckpoints;
 use crate::api::status::{LastCheckpoint, VpgStatus};
+use crate::api::vpg::VmDefinition;
 use crate::api::{
-    ApiError, CheckpointInfo, CheckpointPage, ErrorCode, ListCheckpoints, LockCheckpoint,
+    ApiError, CheckpointId, CheckpointInfo, CheckpointPage, ErrorCode, ListCheckpoints, LockCheckpoint,
     MAX_CHECKPOINTS_PER_PAGE, PointInTime, TimeUs, VmId, VpgDefinition,
 };
 use crate::receive::{TargetVm, error_chain};
@@ -32,36 +33,80 @@ impl Daemon {
         Ok(group_checkpoints(&vms).await?.page(&list))
     }
 
-    /// Locks or unlocks a checkpoint in all journals of its group, or in none.
+    /// Locks a checkpoint in all journals of its group, or in none; or unlocks it wherever it is locked.
     pub(super) async fn lock_checkpoint(&self, lock: LockCheckpoint) -> Result<CheckpointInfo, ApiError> {
         let vpg = self.vpg(lock.vpg)?;
+        if !lock.locked {
+            return self.unlock_checkpoint(&vpg, lock.checkpoint).await;
+        }
         let vms = self.target_vms_of(&vpg)?;
         let found =
             self.group_checkpoint_at(&vms, PointInTime::Checkpoint { checkpoint: lock.checkpoint }).await?;
-        for (number, vm) in vms.iter().enumerate() {
-            let Err(error) = vm.set_lock(lock.checkpoint, lock.locked).await else { continue };
-            for vm in vms[..number].iter().filter(|_| lock.locked && !found.locked) {
-                if let Err(undoing) = vm.set_lock(lock.checkpoint, false).await {
-                    tracing::warn!(vm = %vm.id(), error = %error_chain(&undoing), "a checkpoint stays locked in one journal alone");
+        let mut done: Vec<&Arc<TargetVm>> = Vec::new();
+        for vm in &vms {
+            let had = vm.locked_checkpoints().iter().any(|locked| locked.checkpoint == lock.checkpoint);
+            match vm.lock_checkpoint(lock.checkpoint).await {
+                Ok(()) if had => {}
+                Ok(()) => done.push(vm),
+                Err(error) => {
+                    for vm in done {
+                        if let Err(undoing) = vm.unlock_checkpoint(lock.checkpoint).await {
+                            tracing::warn!(vm = %vm.id(), error = %error_chain(&undoing), "a checkpoint stays locked in one journal alone");
+                        }
+                    }
+                    return Err(error.into());
                 }
             }
-            return Err(error.into());
         }
-        Ok(CheckpointInfo { locked: lock.locked, ..found })
+        Ok(CheckpointInfo { locked: true, ..found })
     }
 
-    /// The target VMs of a VPG at this VRA.
+    /// Unlocks a checkpoint in every journal that has it locked. It need not be complete any more, nor listed: VMs may have joined the group
+    /// since, and a journal without room may have given up its own lock.
+    async fn unlock_checkpoint(
+        &self,
+        vpg: &VpgDefinition,
+        checkpoint: CheckpointId,
+    ) -> Result<CheckpointInfo, ApiError> {
+        let vms = self.targets_here(vpg)?;
+        let open: Vec<_> = vms.iter().filter_map(|(_, vm)| vm.clone()).collect();
+        let listed = group_checkpoints(&open).await.ok().and_then(|group| group.find(checkpoint));
+        let (mut unlocked, mut result) = (None, Ok(()));
+        for (definition, vm) in vms {
+            match vm {
+                Some(vm) => match vm.unlock_checkpoint(checkpoint).await {
+                    Ok(released) => unlocked = unlocked.or(released),
+                    Err(error) => result = result.and(Err(error.into())),
+                },
+                None => result = result.and(Err(not_open(definition))),
+            }
+        }
+        result?;
+        let unlisted = unlocked.map(|locked| CheckpointInfo {
+            id: checkpoint,
+            time_us: locked.time_us,
+            tag: None,
+            member_set_version: 0,
+            complete: false,
+            locked: false,
+            vms: Vec::new(),
+        });
+        listed
+            .map(|listed| CheckpointInfo { locked: false, ..listed })
+            .or(unlisted)
+            .ok_or_else(|| no_checkpoint(checkpoint))
+    }
+
+    /// The VMs of a VPG with this VRA as target, and what is open of them.
     ///
     /// # Errors
-    /// There is none, or one of them isn't open.
-    pub(super) fn target_vms_of(&self, vpg: &VpgDefinition) -> Result<Vec<Arc<TargetVm>>, ApiError> {
-        let mut vms = Vec::new();
-        for vm in vpg.vms.iter().filter(|vm| vm.target.id == self.vra) {
-            vms.push(self.targets.vm(vm.id).ok_or_else(|| {
-                ApiError::new(ErrorCode::NotReady, format!("the journal of VM {} is not open", vm.name))
-                    .remedy("`vra status` shows what is in the way")
-            })?);
-        }
+    /// There is none.
+    fn targets_here<'a>(
+        &self,
+        vpg: &'a VpgDefinition,
+    ) -> Result<Vec<(&'a VmDefinition, Option<Arc<TargetVm>>)>, ApiError> {
+        let here = vpg.vms.iter().filter(|vm| vm.target.id == self.vra);
+        let vms: Vec<_> = here.map(|vm| (vm, self.targets.vm(vm.id))).collect();
         if vms.is_empty() {
             return Err(ApiError::new(
                 ErrorCode::BadRequest,
@@ -70,6 +115,15 @@ impl Daemon {
             .remedy("ask the VPG's target VRA"));
         }
         Ok(vms)
+    }
+
+    /// The target VMs of a VPG at this VRA.
+    ///
+    /// # Errors
+    /// There is none, or one of them isn't open.
+    pub(super) fn target_vms_of(&self, vpg: &VpgDefinition) -> Result<Vec<Arc<TargetVm>>, ApiError> {
+        let vms = self.targets_here(vpg)?.into_iter();
+        vms.map(|(definition, vm)| vm.ok_or_else(|| not_open(definition))).collect()
     }
 
     /// The complete checkpoint that a moment stands for.
@@ -81,10 +135,7 @@ impl Daemon {
         let group = group_checkpoints(vms).await?;
         match at {
             PointInTime::Checkpoint { checkpoint } => {
-                let found = group.find(checkpoint).ok_or_else(|| {
-                    ApiError::new(ErrorCode::NotFound, format!("there is no checkpoint {checkpoint}"))
-                        .remedy("see the list of checkpoints; an older one may be gone")
-                })?;
+                let found = group.find(checkpoint).ok_or_else(|| no_checkpoint(checkpoint))?;
                 if found.complete {
                     return Ok(found);
                 }
@@ -138,9 +189,19 @@ async fn group_checkpoints(vms: &[Arc<TargetVm>]) -> Result<GroupCheckpoints, Ap
     let (mut lists, mut locked) = (Vec::with_capacity(vms.len()), BTreeSet::new());
     for vm in vms {
         lists.push((vm.id(), vm.checkpoints().await?));
-        locked.extend(vm.locked_checkpoints());
+        locked.extend(vm.locked_checkpoints().iter().map(|locked| locked.checkpoint));
     }
     Ok(GroupCheckpoints::new(lists, locked))
+}
+
+fn no_checkpoint(checkpoint: CheckpointId) -> ApiError {
+    ApiError::new(ErrorCode::NotFound, format!("there is no checkpoint {checkpoint}"))
+        .remedy("see the list of checkpoints; an older one may be gone")
+}
+
+fn not_open(vm: &VmDefinition) -> ApiError {
+    ApiError::new(ErrorCode::NotReady, format!("the journal of VM {} is not open", vm.name))
+        .remedy("`vra status` shows what is in the way")
 }
 
 fn not_here(vm: VmId, vpg: &VpgDefinition) -> ApiError {

@@ -147,6 +147,7 @@ impl From<TargetError> for ApiError {
                 ErrorCode::NotFound
             }
             TargetError::InUse { .. } => ErrorCode::Busy,
+            TargetError::TooManyLocks { .. } => ErrorCode::Exhausted,
             _ => ErrorCode::Io,
         };
         Self::new(code, chain(&error))

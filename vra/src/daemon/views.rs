@@ -17,7 +17,7 @@ use crate::api::{
     ApiError, CheckpointInfo, CloseView, DoorAddress, DoorRequest, ErrorCode, OpenView, PointInTime, TimeUs,
     ViewId, ViewInfo, ViewMode, VmId, VpgId,
 };
-use crate::receive::TargetVm;
+use crate::receive::{Pin, TargetVm};
 use crate::report::chain;
 use crate::view::{
     Freshness, ScratchError, ScratchFile, ScratchKeys, ScratchOwner, ViewDisk, ViewDiskError, ViewSettings,
@@ -337,7 +337,7 @@ impl Daemon {
         scratch: ScratchFrom,
     ) -> Result<Vec<Result<ReadyDisk, ApiError>>, ApiError> {
         let mut opened = vm.open_view(at).await?;
-        let pin: Arc<dyn std::any::Any + Send + Sync> = Arc::new(opened.pin);
+        let pin = Arc::new(opened.pin);
         let mut opened = Opened {
             definition: vm.definition(),
             seq: opened.view.seq(),
@@ -415,7 +415,9 @@ impl Daemon {
             // Stands until the door is open.
             door: DoorAddress::NbdUnix { path: PathBuf::new(), export: String::new() },
         };
-        Ok(ReadyDisk { info, disk: ViewDisk::new(source, settings, scratch)? })
+        let disk = ViewDisk::new(source, settings, scratch)?;
+        opened.pin.shows(&disk)?;
+        Ok(ReadyDisk { info, disk })
     }
 
     /// Where the map of a scratch file lies while the daemon has it: in memory, and for a daemon that follows a killed one.
@@ -432,7 +434,7 @@ struct Opened<'a> {
     journal: &'a DirectFile,
     disks: &'a [DirectFile],
     keys: ScratchKeys<'a>,
-    pin: &'a Arc<dyn std::any::Any + Send + Sync>,
+    pin: &'a Arc<Pin>,
 }
 
 impl From<ViewDiskError> for ApiError {

@@ -112,9 +112,9 @@ impl CheckpointList {
 
     /// The newest one at or before a time by the coordinator's clock (D4).
     pub fn newest_until(&self, time_us: TimeUs) -> Option<&ListedCheckpoint> {
-        let last_of_time = (time_us, CheckpointId { nonce: u128::MAX, counter: u64::MAX });
-        let entry = self.get(last_of_time);
-        entry.or_else(|| self.iter_back_from(self.count_before(last_of_time)).next())
+        let first_later = |end| (TimeUs(end), CheckpointId { nonce: 0, counter: 0 });
+        let end = time_us.0.checked_add(1).map_or(self.len, |end| self.count_before(first_later(end)));
+        self.iter_back_from(end).next()
     }
 
     pub(crate) fn push(&mut self, entry: ListedCheckpoint) {
@@ -128,7 +128,9 @@ impl CheckpointList {
             self.len += 1;
             return;
         }
-        self.is_disordered = true;
+        // A source that has lost its stream sends the newest one again, mostly with the same cut.
+        self.is_disordered |=
+            newest.is_none_or(|newest| (newest.key(), newest.cut) != (entry.key(), entry.cut));
         let at = self.chunk_of(entry.key());
         let chunk = Arc::make_mut(&mut self.chunks[at]);
         match chunk.binary_search_by_key(&entry.key(), ListedCheckpoint::key) {

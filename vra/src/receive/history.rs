@@ -1,3 +1,5 @@
+//! Checkpoints and syncs of a journal that is being written.
+
 use std::collections::{BTreeSet, VecDeque};
 
 use journal::batch::{BatchView, Checkpoint, RecordKind};

@@ -1,3 +1,6 @@
+//! What a journal says of its VM.
+
+use journal::format::Superblock;
 use serde::{Deserialize, Serialize};
 
 use crate::api::{
@@ -85,6 +88,12 @@ impl Manifest {
     /// Its text.
     pub fn to_text(&self) -> String {
         serde_json::to_string_pretty(self).expect("ids, names and numbers always have a JSON form")
+    }
+
+    /// Forgets locks of checkpoints that can't be opened any more: the history was given up and that could not be noted here.
+    pub fn forget_stale_locks(&mut self, superblock: &Superblock) {
+        let has_history = !superblock.state.is_base_sync();
+        self.locked.retain(|locked| has_history && locked.cut >= superblock.oldest_seq());
     }
 
     /// The VM's definition.

@@ -272,12 +272,18 @@ impl Receiver {
     pub fn set_policy(&mut self, policy: ReceiverPolicy) {
         self.writer.retry(policy.limits);
         self.policy = policy;
+        // It may be to be given up now.
+        self.tell_lock(None);
     }
 
     /// What is still needed. A number that is below [`Self::oldest_seq`] comes too late.
     pub fn set_pins(&mut self, pins: Pins) {
         self.pins = pins;
-        self.pins_changed();
+    }
+
+    /// Checkpoints were locked or unlocked, whether or not that changes what is needed: one that is still in the way is told again.
+    pub fn locks_changed(&mut self) {
+        self.tell_lock(None);
     }
 
     /// Whether a promotion may begin now. One that the journal needs for room begins in any case.
@@ -503,6 +509,13 @@ impl Receiver {
         self.end_stream(RefuseCode::Storage, text);
         let durable_through = self.writer.durable().seq;
         self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::Failed { failure, durable_through }));
+    }
+
+    /// As when an operation on the journal fails.
+    #[cfg(test)]
+    pub(super) fn fail_storage(&mut self) {
+        let (verb, purpose, errno) = ("write", Purpose::Append, nix::errno::Errno::EIO);
+        self.fail(Failure::Journal(StorageError { verb, purpose, offset_bytes: 0, errno }));
     }
 
     /// Gives back the memory of batches that find no room: other VMs' streams share it. They are sent again on the next stream.

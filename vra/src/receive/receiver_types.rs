@@ -1,3 +1,5 @@
+//! What goes into a receiver and comes out of it.
+
 use journal::bad_ranges::BadRanges;
 use journal::crypt::{Encryption, SiteKeyId};
 use journal::format::JournalState;
@@ -34,7 +36,8 @@ pub struct ReceiverPolicy {
     pub history_us: u64,
     /// How promotions divide what they do.
     pub promotion: TransferSizes,
-    /// When a full sync doesn't fit into the journal, the history is given up for it (C5).
+    /// What is kept gives way to replication (C5): the history when a full sync doesn't fit into the journal, and locked checkpoints when
+    /// nothing else can be promoted.
     pub give_up_history: bool,
     /// Told to the source: how much is kept in memory before the stream is no longer read, in bytes.
     pub window_bytes: u32,
@@ -113,11 +116,14 @@ pub enum ReceiverEvent {
         /// Why.
         error: PromotionError,
     },
-    /// A locked checkpoint is in the way of a journal that has no more room: nothing is promoted until it is unlocked (C5).
+    /// A locked checkpoint is in the way of a journal that has no more room: nothing is promoted until it is unlocked (C5). If history may be
+    /// given up, that is expected of whoever is told.
     LockInTheWay {
         /// Its cut.
         cut: u64,
     },
+    /// After [`Self::LockInTheWay`]: it is not any more, or it will be told again.
+    LockOutOfTheWay,
     /// The storage failed. The receiver does nothing any more: its files are to be opened again, trusting the journal only as far as it was
     /// known to be durable (C1), and it is to be replaced.
     Failed {

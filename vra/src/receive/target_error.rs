@@ -1,8 +1,11 @@
+//! Why something could not be done to a VM at its target.
+
 use std::path::PathBuf;
 
 use journal::recovery::OpenError;
 use journal::storage::ring::OpenFileError;
 use journal::view::ViewError;
+use journal::writer::ChangeError;
 
 use super::folder::FolderError;
 use super::manifest::ManifestError;
@@ -133,6 +136,23 @@ pub enum TargetError {
         vm: VmId,
         /// The checkpoint.
         checkpoint: CheckpointId,
+    },
+    /// More locks than the journal's manifest is meant for.
+    #[error("{most} checkpoints of VM {vm} are locked, the most that are possible: unlock some")]
+    TooManyLocks {
+        /// The VM.
+        vm: VmId,
+        /// How many there may be.
+        most: usize,
+    },
+    /// What the journal says of its VM stays as it was.
+    #[error("the manifest of journal {} was not written: if it is too long, unlock checkpoints", path.display())]
+    ManifestNotWritten {
+        /// The journal's file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: ChangeError,
     },
     /// The journal has no checkpoint yet, or none that old.
     #[error("VM {vm} has no checkpoint {which}")]

@@ -2,32 +2,38 @@
 
 mod events;
 mod locks;
+mod pins;
+mod reopen;
 mod scrubbing;
 mod space;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
 
+use journal::bad_ranges::BadRanges;
 use journal::crypt::{Encryption, Keyring};
 use journal::promotion::TransferSizes;
 use journal::recovery::SurveyOptions;
 use journal::storage::ring::{Access, DirectFile};
 use journal::view::{Promoted, Reader, View, ViewError};
 use journal::walk::Finding;
-use journal::writer::Writer;
+use journal::writer::{ChangeError, Writer};
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
 use super::checkpoint_list::CheckpointList;
 use super::files::{self, VmFiles};
 use super::folder::VmFolder;
-use super::manifest::Manifest;
+use super::manifest::{LockedCheckpoint, Manifest};
 use super::receiver::Receiver;
 use super::receiver_types::{Pins, ReceiverPolicy, ReceiverStatus};
 use super::shared_keys::SharedKeys;
 use super::target_error::TargetError;
 use super::worker::{Attached, Input, VmKey, Worker};
+use pins::PinBook;
+
+pub use pins::Pin;
+
 use crate::api::{
     JournalId, TimeUs, VmId, VraId,
     status::{Alert, ScrubStatus, TargetState, TargetVmStatus},
@@ -45,6 +51,8 @@ pub struct TargetVm {
     keys: SharedKeys,
     /// What open views follow.
     promoted: Promoted,
+    /// Held while locks change: who takes one back must not take back what another request was promised.
+    locking: tokio::sync::Mutex<()>,
     inner: Mutex<Inner>,
 }
 
@@ -58,11 +66,13 @@ struct Inner {
     /// What the scrub told last, and what it found.
     scrub: Option<ScrubStatus>,
     scrub_damage: BTreeMap<u64, Vec<Finding>>,
-    /// What open views need at least, by the pins' own count.
-    pins: BTreeMap<u64, u64>,
-    next_pin: u64,
-    /// Pins of views that are to be open again: number of the pin and what it keeps.
-    awaited: Vec<(u64, u64)>,
+    pins: PinBook,
+    /// Locks that are in the manifest no more, but may be in the file still: what they keep stays until they aren't.
+    releasing: Vec<LockedCheckpoint>,
+    /// What was last told of the recovery disks.
+    told_bad_ranges: BadRanges,
+    /// How often the files were opened again.
+    reopenings: u64,
     closed: bool,
     not_open: Option<String>,
 }
@@ -83,15 +93,6 @@ pub struct OpenedView {
     pub pin: Pin,
 }
 
-/// Keeps a VM's history, from a number on, from being given up or promoted.
-pub struct Pin {
-    vm: Arc<TargetVm>,
-    id: u64,
-}
-
-/// Wait between attempts to open a VM's files again after a failure.
-const REOPEN_WAIT: Duration = Duration::from_secs(5);
-
 impl TargetVm {
     /// Attaches opened files to a worker, which keeps the history from the lowest of `awaited` on.
     pub(super) fn attach(
@@ -104,13 +105,14 @@ impl TargetVm {
         mut next_key: Box<dyn FnMut() -> VmKey + Send>,
     ) -> Arc<Self> {
         let key = next_key();
-        let awaited: Vec<(u64, u64)> = (0..).zip(awaited).collect();
-        let pins: BTreeMap<u64, u64> = awaited.iter().copied().collect();
-        let (manifest, vm) = (files.manifest.clone(), files.identity.vm);
+        let pins = PinBook::awaiting(awaited);
+        let (mut manifest, vm) = (files.manifest.clone(), files.identity.vm);
+        manifest.forget_stale_locks(&files.opened.superblock);
+        let is_noted = manifest == files.manifest;
         let runtime = Handle::current();
         let bad_ranges = files.opened.bad_ranges.clone();
         let target = Arc::new_cyclic(|weak| {
-            let needed = Pins { view: pins.values().min().copied(), lock: lowest_lock(&manifest) };
+            let needed = pins.needed(&manifest.locked);
             let status = attach_files(&worker, key, files, window_bytes, needed, weak.clone());
             let inner = Inner {
                 manifest,
@@ -120,15 +122,21 @@ impl TargetVm {
                 alerts: BTreeMap::new(),
                 scrub: None,
                 scrub_damage: BTreeMap::new(),
-                next_pin: awaited.len() as u64,
                 pins,
-                awaited,
+                releasing: Vec::new(),
+                told_bad_ranges: BadRanges::default(),
+                reopenings: 0,
                 closed: false,
                 not_open: None,
             };
             let promoted = Promoted::new(&bad_ranges);
-            Self { vm, folder, worker, runtime, window_bytes, keys, promoted, inner: Mutex::new(inner) }
+            let (locking, inner) = (tokio::sync::Mutex::default(), Mutex::new(inner));
+            Self { vm, folder, worker, runtime, window_bytes, keys, promoted, locking, inner }
         });
+        if !is_noted {
+            // Nobody waits for it: should it be lost, it is found out again.
+            target.write_manifest(&target.lock());
+        }
         target.tell_bad_ranges(&bad_ranges);
         target
     }
@@ -243,13 +251,13 @@ impl TargetVm {
         }
         inner.manifest.vpg = vpg.clone();
         if let Some(vm) = inner.key {
-            let text = inner.manifest.to_text();
             let slot_bytes = inner.status.lock().unwrap_or_else(PoisonError::into_inner).slot_bytes;
             self.worker.tell(Input::SetPolicy {
                 vm,
                 policy: policy(vpg, definition, slot_bytes, self.window_bytes),
             });
-            self.worker.tell(Input::SetManifest { vm, text, answer: None });
+            // Nobody waits for it: should it be lost with the files, it is written when they are open again.
+            self.write_manifest(&inner);
         }
         Ok(())
     }
@@ -268,6 +276,13 @@ impl TargetVm {
             self.worker.tell(Input::SetEncryption { vm, wanted, site });
         }
         Ok(())
+    }
+
+    /// Writes the manifest. None if the files are closed; what comes fails if they fail before it is durable.
+    fn write_manifest(&self, inner: &Inner) -> Option<oneshot::Receiver<Result<(), ChangeError>>> {
+        let (answer, written) = oneshot::channel();
+        let (vm, text) = (inner.key?, inner.manifest.to_text());
+        self.worker.tell(Input::SetManifest { vm, text, answer: Some(answer) }).then_some(written)
     }
 
     /// Opens the disks as they were. Replication goes on.
@@ -308,26 +323,6 @@ impl TargetVm {
         };
         let opened = self.runtime.spawn_blocking(open).await;
         opened.unwrap_or_else(|error| Err(files::host("opening a view", std::io::Error::other(error))))
-    }
-
-    /// Keeps all of the history until the pin is dropped, or told what it needs.
-    pub fn pin(self: &Arc<Self>) -> Pin {
-        let mut inner = self.lock();
-        let id = inner.next_pin;
-        inner.next_pin += 1;
-        inner.pins.insert(id, 0);
-        self.tell_pins(&inner, None);
-        drop(inner);
-        Pin { vm: self.clone(), id }
-    }
-
-    /// What was kept for a view before the files were open is kept no longer: the view has a pin of its own, or is closed.
-    pub fn stop_awaiting(self: &Arc<Self>, seq: u64) {
-        let mut inner = self.lock();
-        let Some(index) = inner.awaited.iter().position(|(_, awaited)| *awaited == seq) else { return };
-        let (id, _) = inner.awaited.swap_remove(index);
-        drop(inner);
-        drop(Pin { vm: self.clone(), id });
     }
 
     /// The lowest number that can be opened, asked after all pins are known to the worker.
@@ -380,7 +375,7 @@ impl TargetVm {
 
     /// How many views are open.
     pub(super) fn pin_count(&self) -> usize {
-        self.lock().pins.len()
+        self.lock().pins.count()
     }
 
     pub(super) fn key(&self) -> Option<VmKey> {
@@ -394,80 +389,6 @@ impl TargetVm {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    fn tell_pins(&self, inner: &Inner, answer: Option<oneshot::Sender<u64>>) {
-        if let Some(vm) = inner.key {
-            self.worker.tell(Input::SetPins { vm, pins: inner.needed(), answer });
-        }
-    }
-
-    /// Opens the files again after a failure, until it works or the VM is closed.
-    async fn reopen(self: Arc<Self>, trusted_through: u64) {
-        loop {
-            let (folder, vm, keys) = (self.folder.clone(), self.vm, self.keys.keys());
-            let opening = move || files::open(&folder, vm, Some(trusted_through), keys);
-            let opened = self.runtime.spawn_blocking(opening).await;
-            let opened = opened
-                .unwrap_or_else(|error| Err(files::host("opening the files", std::io::Error::other(error))));
-            if self.attach_again(opened) {
-                return;
-            }
-            tokio::time::sleep(REOPEN_WAIT).await;
-        }
-    }
-
-    /// Goes on with files that were opened again. False when it should be tried once more.
-    fn attach_again(self: &Arc<Self>, opened: Result<VmFiles, TargetError>) -> bool {
-        let mut inner = self.lock();
-        if inner.closed {
-            return true;
-        }
-        let files = match opened {
-            Ok(files) => files,
-            Err(error) => {
-                inner.not_open = Some(super::error_chain(&error));
-                return false;
-            }
-        };
-        self.promoted.advance(0, &files.opened.bad_ranges);
-        let key = (inner.next_key)();
-        // Before the worker does anything with the files (C2).
-        let pins = inner.needed();
-        inner.status = attach_files(&self.worker, key, files, self.window_bytes, pins, Arc::downgrade(self));
-        (inner.key, inner.not_open) = (Some(key), None);
-        inner.alerts.remove("storage-failed");
-        self.tell_pins(&inner, None);
-        tracing::info!(vm = %self.vm, "the journal is open again");
-        true
-    }
-}
-
-impl Inner {
-    /// What is still needed.
-    fn needed(&self) -> Pins {
-        Pins { view: self.pins.values().min().copied(), lock: lowest_lock(&self.manifest) }
-    }
-}
-
-impl Pin {
-    /// Only what is needed to read at this number is kept.
-    fn needs(&self, seq: u64) {
-        let mut inner = self.vm.lock();
-        inner.pins.insert(self.id, seq);
-        self.vm.tell_pins(&inner, None);
-    }
-}
-
-impl Drop for Pin {
-    fn drop(&mut self) {
-        let mut inner = self.vm.lock();
-        inner.pins.remove(&self.id);
-        self.vm.tell_pins(&inner, None);
-    }
-}
-
-fn lowest_lock(manifest: &Manifest) -> Option<u64> {
-    manifest.locked.iter().map(|locked| locked.cut).min()
 }
 
 fn policy(
@@ -518,3 +439,6 @@ fn attach_files(
     })));
     status
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,6 +11,7 @@ use journal::crypt::SiteKeys;
 use journal::promotion::{PromotionAction, PromotionFile};
 use journal::storage::ring::{DirectFile, RingStorage, RingWaker};
 use journal::storage::{Completion, FileId, Purpose, Storage};
+use journal::writer::ChangeError;
 use tokio::sync::oneshot;
 
 use super::checkpoint_list::CheckpointList;
@@ -60,8 +61,8 @@ pub(super) enum Input {
     SetManifest {
         vm: VmKey,
         text: String,
-        /// Told when it is durable.
-        answer: Option<oneshot::Sender<()>>,
+        /// Told when it is durable, or why it can't be written; dropped when the storage fails meanwhile.
+        answer: Option<oneshot::Sender<Result<(), ChangeError>>>,
     },
     /// Whether the journal is encrypted from now on.
     SetEncryption {
@@ -84,6 +85,8 @@ pub(super) enum Input {
     SetPins {
         vm: VmKey,
         pins: Pins,
+        /// Checkpoints were locked or unlocked.
+        locks_changed: bool,
         answer: Option<oneshot::Sender<u64>>,
     },
     /// Time has passed.
@@ -96,6 +99,12 @@ pub(super) enum Input {
     Detach {
         vm: VmKey,
         answer: oneshot::Sender<()>,
+    },
+    /// The storage fails, at once or when a manifest is written next.
+    #[cfg(test)]
+    Fail {
+        vm: VmKey,
+        at_manifest: bool,
     },
 }
 
@@ -194,10 +203,30 @@ struct Vm {
     on_event: Box<dyn FnMut(ReceiverEvent) + Send>,
     status: Arc<Mutex<ReceiverStatus>>,
     /// Who waits for manifests to be durable.
-    manifests: HashMap<u64, oneshot::Sender<()>>,
+    manifests: HashMap<u64, oneshot::Sender<Result<(), ChangeError>>>,
     detaching: Option<oneshot::Sender<()>>,
     /// The failure to tell once nothing is in flight.
     failed: Option<ReceiverEvent>,
+    /// The storage fails when a manifest is written next.
+    #[cfg(test)]
+    fails_at_manifest: bool,
+}
+
+impl Vm {
+    fn set_manifest(&mut self, text: String, answer: Option<oneshot::Sender<Result<(), ChangeError>>>) {
+        match (self.receiver.set_manifest(text), answer) {
+            (Ok(ticket), answer) => self.manifests.extend(answer.map(|answer| (ticket, answer))),
+            // Nobody may wait for it any more.
+            (Err(error), Some(answer)) => drop(answer.send(Err(error))),
+            (Err(error), None) => {
+                tracing::warn!(error = %super::error_chain(&error), "the manifest of a journal was not written");
+            }
+        }
+        #[cfg(test)]
+        if std::mem::take(&mut self.fails_at_manifest) {
+            self.receiver.fail_storage();
+        }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -248,6 +277,8 @@ impl WorkerState {
             | Input::SetPins { vm, .. }
             | Input::Checkpoints { vm, .. }
             | Input::Detach { vm, .. } => *vm,
+            #[cfg(test)]
+            Input::Fail { vm, .. } => *vm,
         };
         if let Input::Attach(attached) = input {
             self.attach(*attached);
@@ -262,12 +293,7 @@ impl WorkerState {
                     vm.outboxes.remove(&stream);
                     vm.receiver.closed(stream);
                 }
-                Input::SetManifest { text, answer, .. } => match vm.receiver.set_manifest(text) {
-                    Ok(ticket) => vm.manifests.extend(answer.map(|answer| (ticket, answer))),
-                    Err(error) => {
-                        tracing::warn!(error = %super::error_chain(&error), "the manifest of a journal was not written");
-                    }
-                },
+                Input::SetManifest { text, answer, .. } => vm.set_manifest(text, answer),
                 Input::SetEncryption { wanted, site, .. } => {
                     if let Err(error) = vm.receiver.follow_encryption(wanted, &site) {
                         tracing::warn!(error = %super::error_chain(&error), "the journal's encryption doesn't follow");
@@ -278,8 +304,11 @@ impl WorkerState {
                     let _ = answer.send(vm.receiver.sealed_segment(after_number, cold_us));
                 }
                 Input::SetPolicy { policy, .. } => vm.receiver.set_policy(policy),
-                Input::SetPins { pins, answer, .. } => {
+                Input::SetPins { pins, locks_changed, answer, .. } => {
                     vm.receiver.set_pins(pins);
+                    if locks_changed {
+                        vm.receiver.locks_changed();
+                    }
                     if let Some(answer) = answer {
                         // Nobody may wait for it any more.
                         let _ = answer.send(vm.receiver.oldest_seq());
@@ -293,6 +322,10 @@ impl WorkerState {
                     vm.receiver.close();
                     vm.detaching = Some(answer);
                 }
+                #[cfg(test)]
+                Input::Fail { at_manifest: true, .. } => vm.fails_at_manifest = true,
+                #[cfg(test)]
+                Input::Fail { at_manifest: false, .. } => vm.receiver.fail_storage(),
                 Input::Attach(_) | Input::Tick => {}
             }
         } else if let Input::Open { outbox, .. } = input {
@@ -319,6 +352,8 @@ impl WorkerState {
             manifests: HashMap::new(),
             detaching: None,
             failed: None,
+            #[cfg(test)]
+            fails_at_manifest: false,
         };
         self.vms.insert(key, vm);
     }
@@ -379,7 +414,7 @@ impl WorkerState {
                     ReceiverOutput::ManifestWritten { ticket } => {
                         if let Some(answer) = vm.manifests.remove(&ticket) {
                             // Nobody may wait for it any more.
-                            let _ = answer.send(());
+                            let _ = answer.send(Ok(()));
                         }
                         continue;
                     }

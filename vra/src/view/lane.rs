@@ -315,7 +315,8 @@ impl ViewLane {
         let Request { tag, op, offset_bytes, len_bytes, fua, slot } = request;
         let mut state = scratch.lock();
         let slot = match (op, slot) {
-            _ if scratch.poisoned.load(Ordering::Acquire) => Err((EIO, None)),
+            // The slot goes back with the refusal: whoever brought it can't go on without.
+            (_, slot) if scratch.poisoned.load(Ordering::Acquire) => Err((EIO, slot)),
             (Op::Write, Some(slot)) => Ok(slot),
             (Op::Write, None) => Err((Errno(libc::EINVAL), None)),
             (_, slot) => {

@@ -100,7 +100,7 @@ pub enum ViewDiskError {
     /// The filesystem does not say how it can be read.
     #[error("cannot find out the unit of direct I/O of the recovery disk")]
     Alignment(#[source] io::Error),
-    /// No memory for what lanes fetch.
+    /// Requests go to the disk in units that it doesn't take.
     #[error("the recovery disk's unit of direct I/O, {0} bytes, is longer than 4096")]
     AlignmentTooLong(u32),
     /// No memory.
@@ -263,6 +263,18 @@ impl ViewDisk {
         Arc::clone(&self.shown.read().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Which volume of its VM it shows.
+    pub fn number(&self) -> u16 {
+        self.number
+    }
+
+    /// The journal's owner, in this process, has moved segments and is about to use their places again: these are the new ones. A read that
+    /// is under way by the old ones and finds something else there is done again.
+    pub fn repoint(&self, volume: VolumeView) {
+        let found = Arc::new(Shown { volume, layout: None });
+        *self.shown.write().unwrap_or_else(PoisonError::into_inner) = found;
+    }
+
     /// How long the recovery disk is, in bytes, as far as a read up to `end_bytes` must know.
     fn recovery_disk_len(&self, end_bytes: u64) -> u64 {
         let known = self.recovery_disk_len.load(Ordering::Acquire);
@@ -299,7 +311,7 @@ impl ViewDisk {
     }
 
     /// Notes that the history is gone.
-    fn set_gone(&self) {
+    pub(crate) fn set_gone(&self) {
         if !self.gone.swap(true, Ordering::AcqRel) {
             let (seq, volume) = (self.seq, self.number);
             tracing::error!(
@@ -379,13 +391,23 @@ impl ViewDisk {
 
     /// What was never written in the view, from the start of the range on.
     fn extent_below(&self, offset_bytes: u64, len_bytes: u64) -> Extent {
-        match self.shown().volume.index().overlapping(offset_bytes, len_bytes).next() {
+        let shown = self.shown();
+        match shown.volume.index().overlapping(offset_bytes, len_bytes).next() {
             Some(piece) if piece.offset_bytes <= offset_bytes => {
                 let allocation = if piece.is_zeroes() { Allocation::Hole } else { Allocation::Data };
                 Extent { len_bytes: len_bytes.min(piece.end_bytes() - offset_bytes), allocation }
             }
-            Some(piece) => self.recovery_disk_extent(offset_bytes, piece.offset_bytes - offset_bytes),
-            None => self.recovery_disk_extent(offset_bytes, len_bytes),
+            next => {
+                let end_bytes = next.map_or(offset_bytes + len_bytes, |piece| piece.offset_bytes);
+                match shown.volume.first_bad(offset_bytes..end_bytes) {
+                    // A hole would be read as zeroes, without the error that tells that something is lost.
+                    Some(bad) if bad.offset_bytes <= offset_bytes => {
+                        Extent { len_bytes: bad.len_bytes, allocation: Allocation::Data }
+                    }
+                    Some(bad) => self.recovery_disk_extent(offset_bytes, bad.offset_bytes - offset_bytes),
+                    None => self.recovery_disk_extent(offset_bytes, end_bytes - offset_bytes),
+                }
+            }
         }
     }
 }
@@ -469,6 +491,8 @@ impl Disk for ViewDisk {
 
 #[cfg(test)]
 mod crash_tests;
+#[cfg(test)]
+pub(crate) mod test_guest;
 #[cfg(test)]
 pub(crate) mod test_journal;
 #[cfg(test)]

@@ -1,131 +1,17 @@
-use std::collections::BTreeMap;
 use std::fs::OpenOptions;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 
+use journal::bad_ranges::{BadRange, BadRanges};
 use journal::writer::Change;
-use rand::rngs::StdRng;
-use rand::{Rng, RngExt, SeedableRng};
-use ublk::arena::Slot;
-use ublk::serve::{Completion, FileIo, FileOp, IoBuffer, Op, Port, Request, Wake};
+use rand::{Rng, RngExt};
+use ublk::serve::{FileOp, Op};
+use uuid::Uuid;
 
+use super::test_guest::{Guest, SLOT_BYTES};
 use super::test_journal::TestJournal;
 use super::*;
 
 const SIZE_BYTES: u64 = 2 << 20;
-const SLOT_BYTES: usize = 128 << 10;
-
-/// Lanes of a view whose file I/O is done by this thread, one by one in a random order.
-struct Guest {
-    disk: Arc<ViewDisk>,
-    lanes: Vec<(Box<dyn Lane>, Arc<Bell>)>,
-    port: QueuePort,
-    rng: StdRng,
-    tag: u64,
-}
-
-#[derive(Default)]
-struct Bell(AtomicBool);
-
-impl Wake for Bell {
-    fn wake(&self) {
-        self.0.store(true, Ordering::SeqCst);
-    }
-}
-
-struct QueuePort {
-    lane: usize,
-    io: Vec<(usize, FileIo)>,
-    done: BTreeMap<u64, Completion>,
-}
-
-impl Port for QueuePort {
-    fn submit(&mut self, io: FileIo) {
-        self.io.push((self.lane, io));
-    }
-
-    fn complete(&mut self, completion: Completion) {
-        assert!(self.done.insert(completion.tag, completion).is_none(), "completed twice");
-    }
-
-    fn take_slot(&mut self) -> Option<Slot> {
-        None
-    }
-}
-
-impl Guest {
-    fn new(disk: &Arc<ViewDisk>, lanes: usize, seed: u64) -> Self {
-        let lane = || {
-            let bell = Arc::new(Bell::default());
-            (Arc::clone(disk).lane(Arc::clone(&bell) as _), bell)
-        };
-        let port = QueuePort { lane: 0, io: Vec::new(), done: BTreeMap::new() };
-        let lanes = (0..lanes).map(|_| lane()).collect();
-        Self { disk: Arc::clone(disk), lanes, port, rng: StdRng::seed_from_u64(seed), tag: 0 }
-    }
-
-    fn start(&mut self, op: Op, offset_bytes: u64, len_bytes: u64, slot: Option<Slot>) -> u64 {
-        self.tag += 1;
-        let request = Request { tag: self.tag, op, offset_bytes, len_bytes, fua: self.rng.random(), slot };
-        self.port.lane = self.rng.random_range(0..self.lanes.len());
-        self.lanes[self.port.lane].0.request(request, &mut self.port);
-        self.tag
-    }
-
-    fn step(&mut self) -> bool {
-        for (index, (lane, bell)) in self.lanes.iter_mut().enumerate() {
-            if bell.0.swap(false, Ordering::SeqCst) {
-                self.port.lane = index;
-                lane.wake(&mut self.port);
-            }
-        }
-        if self.port.io.is_empty() {
-            return false;
-        }
-        let (lane, mut io) = self.port.io.swap_remove(self.rng.random_range(0..self.port.io.len()));
-        let file = &self.disk.files()[io.file.0 as usize];
-        let range = io.buffer_offset_bytes as usize..io.buffer_offset_bytes as usize + io.len_bytes as usize;
-        let result = match (io.op, &mut io.buffer) {
-            (FileOp::Read, IoBuffer::Owned(slot)) => file.read_exact_at(&mut slot[range], io.offset_bytes),
-            (FileOp::Write { .. }, IoBuffer::Shared(slot)) => {
-                file.write_all_at(&slot[range], io.offset_bytes)
-            }
-            (FileOp::Sync, IoBuffer::None) => file.sync_data(),
-            (op, buffer) => panic!("{op:?} with {buffer:?}"),
-        };
-        let result = result.map_err(|error| ublk::serve::Errno(error.raw_os_error().unwrap_or(libc::EIO)));
-        self.port.lane = lane;
-        self.lanes[lane].0.file_done(io.token, result, io.buffer, &mut self.port);
-        true
-    }
-
-    fn finish(&mut self) {
-        while self.step() {}
-        assert_eq!(self.port.done.len() as u64, self.tag, "a request was forgotten");
-    }
-
-    /// Reads a range at once; the errno if it failed.
-    fn read(&mut self, offset_bytes: u64, len_bytes: u64) -> Result<Vec<u8>, i32> {
-        let arena = Arena::new(SLOT_BYTES, 1).expect("arena");
-        let mut slot = arena.take().expect("slot");
-        slot.fill(0xA5);
-        let tag = self.start(Op::Read, offset_bytes, len_bytes, Some(slot));
-        self.finish();
-        let completion = &self.port.done[&tag];
-        completion.result.map_err(|errno| errno.0)?;
-        Ok(completion.slot.as_ref().expect("slot")[..len_bytes as usize].to_vec())
-    }
-
-    /// Compares the whole disk with the model, in reads of all lengths.
-    fn compare(&mut self, model: &[u8]) {
-        let mut at = 0;
-        while at < SIZE_BYTES {
-            let len = (self.rng.random_range(1..=256_u64) * 512).min(SIZE_BYTES - at);
-            let read = self.read(at, len).expect("readable");
-            assert!(read == model[at as usize..(at + len) as usize], "different in {at}+{len}");
-            at += len;
-        }
-    }
-}
 
 pub(super) fn view_source(journal: &TestJournal, seq: u64, freshness: Freshness) -> ViewSource {
     let direct = |name: &str| {
@@ -299,6 +185,78 @@ fn a_full_scratch_file_is_enospc_and_what_was_written_stays() {
 }
 
 #[test]
+fn after_a_failed_sync_changes_are_refused_with_their_slots_and_reads_go_on() {
+    let mut journal = TestJournal::new("sync-fails", SIZE_BYTES, "{}");
+    journal.random_changes(10, 20, 50);
+    let mut model = journal.model(journal.seq);
+    let disk = view(&journal, journal.seq, SIZE_BYTES);
+    let mut guest = Guest::new(&disk, 2, 5);
+    assert_eq!(guest.change(Op::Write, false, 8192, 0x11), Ok(()));
+    assert_eq!(guest.change(Op::Flush, false, 0, 0), Ok(()));
+    model[8192..12288].fill(0x11);
+    guest.fails = |io| io.op == FileOp::Sync;
+    assert_eq!(guest.change(Op::Write, false, 16384, 0x22), Ok(()), "it asks for no sync");
+    model[16384..20480].fill(0x22);
+    assert_eq!(guest.change(Op::Flush, false, 0, 0), Err(libc::EIO));
+    guest.is_failed_but_readable(&model);
+}
+
+#[test]
+fn a_failed_write_is_its_own_and_a_failed_durable_one_is_the_last() {
+    let mut journal = TestJournal::new("write-fails", SIZE_BYTES, "{}");
+    journal.random_changes(11, 20, 50);
+    let mut model = journal.model(journal.seq);
+    let disk = view(&journal, journal.seq, SIZE_BYTES);
+    let mut guest = Guest::new(&disk, 2, 6);
+    guest.fails = |io| matches!(io.op, FileOp::Write { .. });
+    assert_eq!(guest.change(Op::Write, false, 8192, 0x11), Err(libc::ENOSPC));
+    assert!(!disk.is_scratch_failed());
+    guest.fails = |_| false;
+    guest.compare(&model);
+    for fua in [false, true] {
+        assert_eq!(guest.change(Op::Write, fua, 8192, 0x22), Ok(()));
+    }
+    model[8192..12288].fill(0x22);
+    guest.fails = |io| matches!(io.op, FileOp::Write { .. });
+    assert_eq!(guest.change(Op::Write, true, 8192, 0x33), Err(libc::ENOSPC));
+    guest.is_failed_but_readable(&model);
+}
+
+/// The write of a page of the map, in a scratch that outlives its process.
+#[test]
+fn after_a_failed_write_of_the_map_changes_are_refused_with_their_slots() {
+    let mut journal = TestJournal::new("map-fails", SIZE_BYTES, "{}");
+    journal.random_changes(12, 20, 50);
+    let mut model = journal.model(journal.seq);
+    let owner = ScratchOwner {
+        vra: Uuid::from_u128(1),
+        view: Uuid::from_u128(2),
+        vm: Uuid::from_u128(3),
+        journal: Uuid::from_u128(4),
+        volume: Uuid::from_u128(5),
+        number: 0,
+        seq: journal.seq,
+        disk_bytes: SIZE_BYTES,
+        logical_block_bytes: 512,
+    };
+    let (path, live) = (journal.folder.join("scratch-0.raw"), journal.folder.join("scratch-0.map"));
+    let keys =
+        ScratchKeys { keyring: journal.writer.keyring(), encryption: journal.writer.superblock().encryption };
+    let scratch = ScratchFile::make(&path, &live, &owner, &keys, SIZE_BYTES).expect("scratch");
+    let settings = ViewSettings { logical_block_bytes: 512, look_for_holes: false };
+    let source = view_source(&journal, journal.seq, Freshness::Superblock);
+    let disk = ViewDisk::new(source, settings, Some(scratch)).expect("view");
+    let mut guest = Guest::new(&disk, 2, 7);
+    assert_eq!(guest.change(Op::Write, true, 8192, 0x11), Ok(()));
+    guest.fails = |io| io.op == FileOp::Write { dsync: true };
+    assert_eq!(guest.change(Op::Write, true, 16384, 0x22), Err(libc::EIO));
+    // What it wrote has landed; that it may be lost is what the error says.
+    model[8192..12288].fill(0x11);
+    model[16384..20480].fill(0x22);
+    guest.is_failed_but_readable(&model);
+}
+
+#[test]
 fn damage_is_eio_where_it_is_and_nowhere_else() {
     let mut journal = TestJournal::new("damage", SIZE_BYTES, "{}");
     journal.write(0, vec![0x11; 16384]);
@@ -339,14 +297,12 @@ fn a_view_finds_segments_again_that_another_process_moved() {
     };
     let (_, layout) = collect().map_err(|error: anyhow::Error| error.to_string()).expect("readable");
     let found = view_that(&journal, seq, 0, Freshness::Collected { layout, collect: Box::new(collect) });
-    let lost = view(&journal, seq, 0);
     journal.reopen();
     for round in 0..40 {
         journal.random_changes(100 + round, 30, 200);
     }
     Guest::new(&found, 2, 3).compare(&model);
     assert_eq!(found.first_damage(), None);
-    assert_eq!(Guest::new(&lost, 1, 3).read(0, 65536), Err(libc::EIO), "the old place was used again");
 
     // What is damaged is damaged wherever it lies.
     TestJournal::flip_bit(&path, &[0x5a; 16384], 5000);
@@ -355,6 +311,34 @@ fn a_view_finds_segments_again_that_another_process_moved() {
     assert_eq!(guest.read(8192, 4096).expect("whole"), [0x5a; 4096]);
     assert_eq!(found.first_damage().map(|(record, _)| record), Some(seq));
     assert!(!found.is_gone());
+}
+
+/// This process opens the journal anew after its storage failed, which moves the newest segment too: the owner tells the view.
+#[test]
+fn a_view_that_is_repointed_outlives_the_places_that_it_read_from() {
+    let mut journal = TestJournal::new("repointed", SIZE_BYTES, "{}");
+    journal.random_changes(8, 10, 10);
+    journal.change(Change::Seal);
+    journal.write(0, vec![0x5a; 65536]);
+    journal.flush();
+    let seq = journal.seq;
+    let model = journal.model(seq);
+    let disk = view(&journal, seq, SIZE_BYTES);
+    let mut guest = Guest::new(&disk, 2, 3);
+    let arena = Arena::new(SLOT_BYTES, 1).expect("arena");
+    // Planned by the old places and carried out when they are gone.
+    let tag = guest.start(Op::Read, 4096, 8192, arena.take());
+    journal.reopen();
+    disk.repoint(journal.view(seq).expect("in the history"));
+    for round in 0..40 {
+        journal.random_changes(100 + round, 30, 200);
+    }
+    guest.finish();
+    let late = &guest.port.done[&tag];
+    assert_eq!(late.result, Ok(()));
+    assert_eq!(late.slot.as_ref().expect("slot")[..8192], [0x5a; 8192]);
+    guest.compare(&model);
+    assert_eq!((disk.first_damage(), disk.is_gone()), (None, false));
 }
 
 #[test]
@@ -396,4 +380,25 @@ fn extents_say_where_nothing_is() {
         .map(|extent| extent.len_bytes)
         .sum();
     assert!(data <= SIZE_BYTES / 2 + 65536, "the hole of the recovery disk was not seen: {extents:?}");
+}
+
+/// A client that skips holes must come to the error that says that something is lost there.
+#[test]
+fn what_is_lost_is_no_hole() {
+    let mut journal = TestJournal::new("bad-extents", SIZE_BYTES, "{}");
+    journal.random_changes(13, 2, 2);
+    let disk = view(&journal, journal.seq, 0);
+    let lost = BadRange { volume: 0, offset_bytes: SIZE_BYTES - 65536, len_bytes: 8192, seq: 1 };
+    let mut bad_ranges = BadRanges::default();
+    bad_ranges.add(lost);
+    disk.shown().volume.promoted().advance(0, &bad_ranges);
+    let extents = disk.extents(SIZE_BYTES - 131_072, 131_072, 100);
+    let told: Vec<_> = extents.iter().map(|extent| (extent.len_bytes, extent.allocation)).collect();
+    assert_eq!(
+        told,
+        [(65536, Allocation::Hole), (8192, Allocation::Data), (57344, Allocation::Hole)],
+        "the recovery disk is a hole there"
+    );
+    let mut guest = Guest::new(&disk, 1, 1);
+    assert_eq!(guest.read(lost.offset_bytes, 512), Err(libc::EIO));
 }

@@ -1,7 +1,7 @@
 //! Checkpoints of a group: listed at its targets, named at its source.
 
 use vra::api::{
-    ApiError, CheckpointId, CheckpointInfo, CheckpointPage, ErrorCode, ListCheckpoints, LockCheckpoint,
+    ApiError, CheckpointId, CheckpointInfo, CheckpointPage, ErrorCode, ListCheckpoints,
     MAX_CHECKPOINTS_PER_PAGE, Request, Response, TagCheckpoint, TimeUs, VraId,
 };
 
@@ -14,7 +14,7 @@ use crate::model::vra::Vra;
 use crate::store::{self, StoreError};
 
 /// Pages that a search for one checkpoint reads at most.
-const MAX_SEARCH_PAGES: usize = 1_000;
+pub(super) const MAX_SEARCH_PAGES: usize = 1_000;
 
 impl Manager {
     /// A group's checkpoints, newest first, at most `limit`. One counts as complete when all targets say so.
@@ -99,45 +99,6 @@ impl Manager {
         result
     }
 
-    /// Locks a checkpoint at all targets of its group, or at none; or unlocks it.
-    pub async fn lock_checkpoint(
-        &self,
-        name: &str,
-        at: &At,
-        locked: bool,
-    ) -> Result<CheckpointInfo, ApiError> {
-        let vpg = self.find_vpg(name).await?;
-        let found = self.find_checkpoint(&vpg, at).await?;
-        let targets = self.targets(&vpg).await?;
-        let request =
-            |locked| Request::LockCheckpoint(LockCheckpoint { vpg: vpg.id, checkpoint: found.id, locked });
-        for (number, target) in targets.iter().enumerate() {
-            let result = self.remote.call(&target.endpoint(), request(locked), self.request_timeout()).await;
-            let Err(error) = result else { continue };
-            for former in targets[..number].iter().filter(|_| locked && !found.locked) {
-                let undone =
-                    self.remote.call(&former.endpoint(), request(false), self.request_timeout()).await;
-                if let Err(error) = undone {
-                    tracing::warn!(vra = %former.name, %error, "a checkpoint stays locked at one target alone");
-                }
-            }
-            return Err(error.into_api_error(&target.name));
-        }
-        let (kind, what) = match locked {
-            true => (EventKind::LockCheckpoint, "locked"),
-            false => (EventKind::UnlockCheckpoint, "unlocked"),
-        };
-        let description =
-            format!("checkpoint {} of {} of VPG {} was {what}", found.id, found.time_us, vpg.name);
-        let save = async {
-            let mut tx = self.store.begin().await?;
-            self.note(&mut tx, kind, true, Entity::vpg(vpg.id), description, None).await?;
-            Ok::<_, StoreError>(tx.commit().await?)
-        };
-        save.await.map_err(internal)?;
-        Ok(CheckpointInfo { locked, ..found })
-    }
-
     /// The complete checkpoint that a user means.
     pub(super) async fn find_checkpoint(&self, vpg: &Vpg, at: &At) -> Result<CheckpointInfo, ApiError> {
         let targets = self.targets(vpg).await?;
@@ -181,7 +142,7 @@ impl Manager {
         Err(no_such(vpg, at))
     }
 
-    async fn targets(&self, vpg: &Vpg) -> Result<Vec<Vra>, ApiError> {
+    pub(super) async fn targets(&self, vpg: &Vpg) -> Result<Vec<Vra>, ApiError> {
         let vras = self.desired().await.map_err(internal)?.vras;
         vpg.targets()
             .into_iter()
@@ -206,7 +167,11 @@ impl Manager {
         Ok(page.checkpoints.iter().any(|at| at.id == checkpoint.id && at.complete))
     }
 
-    async fn page(&self, target: &Vra, query: ListCheckpoints) -> Result<CheckpointPage, ApiError> {
+    pub(super) async fn page(
+        &self,
+        target: &Vra,
+        query: ListCheckpoints,
+    ) -> Result<CheckpointPage, ApiError> {
         let request = Request::ListCheckpoints(query);
         match self.remote.call(&target.endpoint(), request, self.request_timeout()).await {
             Ok(Response::Checkpoints(page)) => Ok(page),
@@ -216,7 +181,7 @@ impl Manager {
     }
 }
 
-fn newest_of(vpg: &Vpg) -> ListCheckpoints {
+pub(super) fn newest_of(vpg: &Vpg) -> ListCheckpoints {
     ListCheckpoints {
         vpg: vpg.id,
         vm: None,
@@ -235,7 +200,7 @@ fn split<'a>(targets: &'a [Vra], vpg: &Vpg) -> Result<(&'a Vra, &'a [Vra]), ApiE
         .ok_or_else(|| ApiError::new(ErrorCode::NotReady, format!("VPG {} has no VMs", vpg.name)))
 }
 
-fn no_such(vpg: &Vpg, at: &At) -> ApiError {
+pub(super) fn no_such(vpg: &Vpg, at: &At) -> ApiError {
     let what = match at {
         At::Latest => {
             return ApiError::new(

@@ -61,3 +61,26 @@ fn a_copy_stays_as_it_was() {
     assert_eq!(copy.first().map(|entry| entry.cut), Some(0));
     assert_eq!(list.first().map(|entry| entry.cut), Some(700));
 }
+
+#[test]
+fn the_newest_one_sent_again_leaves_the_list_in_order() {
+    let mut list = CheckpointList::default();
+    for number in 0..10 {
+        list.push(checkpoint(number, number));
+    }
+    list.push(checkpoint(9, 9));
+    assert_eq!((list.len(), list.is_disordered), (10, false));
+    list.push(checkpoint(4, 4));
+    assert_eq!((list.len(), list.is_disordered), (10, true));
+}
+
+#[test]
+fn the_newest_one_until_a_time_is_that_of_the_time_itself_if_there_is_one() {
+    let mut list = CheckpointList::default();
+    for number in [10, 20, 30] {
+        list.push(checkpoint(number, number));
+    }
+    let cut = |time_us| list.newest_until(TimeUs(time_us)).map(|entry| entry.cut);
+    assert_eq!([cut(9), cut(10), cut(29), cut(30)], [None, Some(10), Some(20), Some(30)]);
+    assert_eq!(cut(u64::MAX), Some(30));
+}

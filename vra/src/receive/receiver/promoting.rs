@@ -111,15 +111,11 @@ impl Receiver {
         }
         let stamp_us = self.stamp_us(now);
         let due = self.due(stamp_us);
+        self.tell_lock(due.lock_in_the_way);
         if due.count == 0 {
-            if let Some(cut) = due.lock_in_the_way
-                && self.promoting.told_lock.replace(cut) != Some(cut)
-            {
-                self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::LockInTheWay { cut }));
-                if self.policy.give_up_history {
-                    // It is unlocked before anybody is told that the journal is full.
-                    return;
-                }
+            if due.lock_in_the_way.is_some() && self.policy.give_up_history {
+                // It is given up before anybody is told that the journal is full.
+                return;
             }
             self.tell_full();
             return self.shrink(usize::MAX, now);
@@ -187,9 +183,12 @@ impl Receiver {
         Due { count, shortens: count > old, lock_in_the_way }
     }
 
-    /// A lock that was told to be in the way and is gone is told again should it come back.
-    pub(super) fn pins_changed(&mut self) {
-        self.promoting.told_lock = self.promoting.told_lock.filter(|cut| self.pins.lock == Some(*cut));
+    /// Tells which locked checkpoint is in the way, or that none is any more.
+    pub(super) fn tell_lock(&mut self, cut: Option<u64>) {
+        if std::mem::replace(&mut self.promoting.told_lock, cut) != cut {
+            let event = cut.map_or(ReceiverEvent::LockOutOfTheWay, |cut| ReceiverEvent::LockInTheWay { cut });
+            self.outputs.push_back(ReceiverOutput::Event(event));
+        }
     }
 
     /// How many of the oldest segments are promoted together at most.

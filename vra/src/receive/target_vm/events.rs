@@ -23,7 +23,8 @@ impl TargetVm {
                 self.lock().alerts.remove("history-given-up");
             }
             ReceiverEvent::HistoryGivenUp { checkpoints } => {
-                self.forget_locks();
+                // The journal's changes are made in their order: the manifest is not written before the history has gone.
+                self.give_up_locks(|_| true);
                 let message =
                     format!("{checkpoints} checkpoints were given up so that a full sync can go on");
                 let remedy = "wait for the sync's end: until then nothing can be recovered";
@@ -42,7 +43,6 @@ impl TargetVm {
                 let mut inner = self.lock();
                 inner.alerts.remove("journal-full");
                 inner.alerts.remove("datastore-full");
-                inner.alerts.remove("lock-in-the-way");
             }
             ReceiverEvent::Promoted { through_seq, written_bytes, bad_ranges } => {
                 self.promoted.advance(through_seq, &bad_ranges);
@@ -73,6 +73,7 @@ impl TargetVm {
                 self.alert("promotion-stuck", Severity::Critical, message, remedy);
             }
             ReceiverEvent::LockInTheWay { cut } => self.lock_in_the_way(cut),
+            ReceiverEvent::LockOutOfTheWay => drop(self.lock().alerts.remove("lock-in-the-way")),
             ReceiverEvent::Failed { failure, durable_through } => {
                 let reason = error_chain(&failure);
                 let message = format!("the storage in {} failed: {reason}", self.folder.path().display());
@@ -88,7 +89,13 @@ impl TargetVm {
 
     /// Says what of the recovery disks can't be trusted, or nothing any more.
     pub(super) fn tell_bad_ranges(&self, bad_ranges: &BadRanges) {
-        self.lock().alerts.remove("recovery-disk-damaged");
+        let mut inner = self.lock();
+        if inner.told_bad_ranges == *bad_ranges {
+            return;
+        }
+        inner.told_bad_ranges = bad_ranges.clone();
+        inner.alerts.remove("recovery-disk-damaged");
+        drop(inner);
         let Some(first) = bad_ranges.iter().next() else { return };
         let all_bytes: u64 = bad_ranges.iter().map(|bad| bad.len_bytes).sum();
         let message = format!(
@@ -104,9 +111,10 @@ impl TargetVm {
         self.alert("recovery-disk-damaged", Severity::Critical, message, remedy);
     }
 
+    /// Raises an alert, unless it is there with the same message.
     pub(super) fn alert(&self, code: &'static str, severity: Severity, message: String, remedy: &str) {
         let mut inner = self.lock();
-        if inner.alerts.contains_key(code) {
+        if inner.alerts.get(code).is_some_and(|alert| alert.message == message) {
             return;
         }
         tracing::warn!(vm = %self.vm, code, remedy, "{message}");

@@ -1,0 +1,139 @@
+//! What keeps a VM's history: open views, and locked checkpoints.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Weak};
+
+use tokio::sync::oneshot;
+
+use super::{Inner, TargetVm};
+use crate::receive::manifest::LockedCheckpoint;
+use crate::receive::receiver_types::Pins;
+use crate::receive::target_error::TargetError;
+use crate::receive::worker::Input;
+use crate::view::ViewDisk;
+
+/// Keeps a VM's history, from a number on, from being given up or promoted.
+pub struct Pin {
+    vm: Arc<TargetVm>,
+    id: u64,
+    /// The VM's, when this was made.
+    reopenings: u64,
+}
+
+/// The pins that there are, by their own count.
+#[derive(Default)]
+pub(super) struct PinBook {
+    pins: BTreeMap<u64, Pinned>,
+    next: u64,
+    /// Of views that are to be open again: number of the pin and what it keeps.
+    awaited: Vec<(u64, u64)>,
+}
+
+/// What one pin keeps, and for whom.
+#[derive(Default)]
+struct Pinned {
+    /// Everything from here on.
+    seq: u64,
+    disks: Vec<Weak<ViewDisk>>,
+}
+
+impl PinBook {
+    /// With pins for views that are to be open again.
+    pub(super) fn awaiting(seqs: Vec<u64>) -> Self {
+        let awaited: Vec<(u64, u64)> = (0..).zip(seqs).collect();
+        let pinned = |&(id, seq): &(u64, u64)| (id, Pinned { seq, disks: Vec::new() });
+        Self { pins: awaited.iter().map(pinned).collect(), next: awaited.len() as u64, awaited }
+    }
+
+    pub(super) fn count(&self) -> usize {
+        self.pins.len()
+    }
+
+    /// What is still needed, with these locks.
+    pub(super) fn needed<'a>(&self, locks: impl IntoIterator<Item = &'a LockedCheckpoint>) -> Pins {
+        Pins {
+            view: self.pins.values().map(|pinned| pinned.seq).min(),
+            lock: locks.into_iter().map(|locked| locked.cut).min(),
+        }
+    }
+
+    /// The disks of each open view, with the number that it shows.
+    pub(super) fn views(&self) -> Vec<(u64, Vec<Arc<ViewDisk>>)> {
+        let disks = |pinned: &Pinned| pinned.disks.iter().filter_map(Weak::upgrade).collect();
+        let views = self.pins.values().map(|pinned| (pinned.seq, disks(pinned)));
+        views.filter(|(_, disks): &(u64, Vec<_>)| !disks.is_empty()).collect()
+    }
+}
+
+impl TargetVm {
+    /// Keeps all of the history until the pin is dropped, or told what it needs.
+    pub fn pin(self: &Arc<Self>) -> Pin {
+        let mut inner = self.lock();
+        let id = inner.pins.next;
+        inner.pins.next += 1;
+        inner.pins.pins.insert(id, Pinned::default());
+        self.tell_pins(&inner, None);
+        Pin { vm: self.clone(), id, reopenings: inner.reopenings }
+    }
+
+    /// What was kept for a view before the files were open is kept no longer: the view has a pin of its own, or is closed.
+    pub fn stop_awaiting(self: &Arc<Self>, seq: u64) {
+        let mut inner = self.lock();
+        let awaited = &mut inner.pins.awaited;
+        let Some(index) = awaited.iter().position(|(_, awaited)| *awaited == seq) else { return };
+        let (id, _) = awaited.swap_remove(index);
+        let reopenings = inner.reopenings;
+        drop(inner);
+        drop(Pin { vm: self.clone(), id, reopenings });
+    }
+
+    pub(super) fn tell_pins(&self, inner: &Inner, answer: Option<oneshot::Sender<u64>>) {
+        if let Some(vm) = inner.key {
+            self.worker.tell(Input::SetPins { vm, pins: inner.needed(), locks_changed: false, answer });
+        }
+    }
+
+    /// The same, after checkpoints were locked or unlocked.
+    pub(super) fn tell_locks(&self, inner: &Inner) {
+        if let Some(vm) = inner.key {
+            self.worker.tell(Input::SetPins { vm, pins: inner.needed(), locks_changed: true, answer: None });
+        }
+    }
+}
+
+impl Inner {
+    /// What is still needed.
+    pub(super) fn needed(&self) -> Pins {
+        self.pins.needed(self.manifest.locked.iter().chain(&self.releasing))
+    }
+}
+
+impl Pin {
+    /// Only what is needed to read at this number is kept.
+    pub(super) fn needs(&self, seq: u64) {
+        let mut inner = self.vm.lock();
+        inner.pins.pins.entry(self.id).or_default().seq = seq;
+        self.vm.tell_pins(&inner, None);
+    }
+
+    /// A disk of the view that this pin is for is served: should the journal's segments be moved, it is told.
+    ///
+    /// # Errors
+    /// The files failed since the view was opened: where its bytes are is not known for certain.
+    pub fn shows(&self, disk: &Arc<ViewDisk>) -> Result<(), TargetError> {
+        let mut inner = self.vm.lock();
+        if inner.key.is_none() || inner.reopenings != self.reopenings {
+            return Err(TargetError::NotOpen { vm: self.vm.vm, reason: inner.not_open.clone() });
+        }
+        inner.pins.pins.entry(self.id).or_default().disks.push(Arc::downgrade(disk));
+        Ok(())
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        let mut inner = self.vm.lock();
+        inner.pins.pins.remove(&self.id);
+        self.vm.tell_pins(&inner, None);
+    }
+}

@@ -1,0 +1,99 @@
+//! A VM's files opened again after a failure, beneath the views that are open.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use journal::recovery::SurveyOptions;
+use journal::storage::ring::{Access, DirectFile};
+use journal::view::{Reader, ViewError};
+
+use super::{TargetVm, attach_files};
+use crate::receive::files::{self, VmFiles};
+use crate::receive::target_error::TargetError;
+
+/// Wait between attempts to open a VM's files again after a failure.
+const REOPEN_WAIT: Duration = Duration::from_secs(5);
+
+impl TargetVm {
+    /// Opens the files again after a failure, until it works or the VM is closed.
+    pub(super) async fn reopen(self: Arc<Self>, trusted_through: u64) {
+        loop {
+            let vm = self.clone();
+            let opened = self.runtime.spawn_blocking(move || {
+                let files = files::open(&vm.folder, vm.vm, Some(trusted_through), vm.keys.keys())?;
+                vm.repoint_views()?;
+                Ok(files)
+            });
+            let opened = opened
+                .await
+                .unwrap_or_else(|error| Err(files::host("opening the files", std::io::Error::other(error))));
+            if self.attach_again(opened) {
+                return;
+            }
+            tokio::time::sleep(REOPEN_WAIT).await;
+        }
+    }
+
+    /// An opening moves the journal's newest segment, whatever is pinned, and whoever writes next uses its old place again: open views
+    /// are told before that (C3). No view is added meanwhile, since [`super::Pin::shows`] refuses that as long as the files are not open.
+    fn repoint_views(&self) -> Result<(), TargetError> {
+        let views = self.lock().pins.views();
+        if views.is_empty() {
+            return Ok(());
+        }
+        let mut storage = files::ring()?;
+        let file = storage.add_file(DirectFile::open(&self.folder.journal(), Access::ReadOnly)?);
+        let options = SurveyOptions { keys: self.keys.site(), ..SurveyOptions::default() };
+        let reader = Reader::open(&mut storage, file, &options).map_err(TargetError::View)?;
+        for (seq, disks) in views {
+            let mut view = match reader.view(seq) {
+                Ok(view) => view,
+                // It was not durable when the storage failed.
+                Err(ViewError::Gone { .. } | ViewError::NoHistory) => {
+                    disks.iter().for_each(|disk| disk.set_gone());
+                    continue;
+                }
+                Err(error) => return Err(TargetError::View(error)),
+            };
+            view.follow(&self.promoted);
+            for disk in disks {
+                disk.repoint(view.take_volume(disk.number()).map_err(TargetError::View)?);
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes on with files that were opened again. False when it should be tried once more.
+    fn attach_again(self: &Arc<Self>, opened: Result<VmFiles, TargetError>) -> bool {
+        let mut inner = self.lock();
+        if inner.closed {
+            return true;
+        }
+        let files = match opened {
+            Ok(files) => files,
+            Err(error) => {
+                inner.not_open = Some(crate::receive::error_chain(&error));
+                return false;
+            }
+        };
+        let superblock = &files.opened.superblock;
+        let bad_ranges = self.promoted.reopened(superblock.low_water.seq, &files.opened.bad_ranges);
+        let key = (inner.next_key)();
+        // Before the worker does anything with the files (C2).
+        inner.manifest.forget_stale_locks(superblock);
+        let is_noted = inner.manifest == files.manifest;
+        let pins = inner.needed();
+        inner.status = attach_files(&self.worker, key, files, self.window_bytes, pins, Arc::downgrade(self));
+        (inner.key, inner.not_open) = (Some(key), None);
+        inner.reopenings += 1;
+        inner.alerts.remove("storage-failed");
+        if !is_noted {
+            // What was to be written when the storage failed.
+            self.write_manifest(&inner);
+        }
+        drop(inner);
+        self.tell_bad_ranges(&bad_ranges);
+        tracing::info!(vm = %self.vm, "the journal is open again");
+        true
+    }
+}
