@@ -294,8 +294,8 @@ impl Promoted {
         self.0.through_seq.fetch_max(through_seq, Ordering::AcqRel);
     }
 
-    /// The same as far as a superblock tells. Bad ranges are those that were known when the view was opened: what was damaged since is
-    /// among the view's own records.
+    /// The same as far as a superblock tells, if that names the list of bad ranges that is known here: what it promoted damaged is in a
+    /// newer list, and the recovery disk has wrong bytes there (C5).
     pub fn raise(&self, through_seq: u64) {
         self.0.through_seq.fetch_max(through_seq, Ordering::AcqRel);
     }
@@ -367,6 +367,12 @@ impl VolumeView {
     /// How far the promotion beneath the view has come.
     pub fn promoted(&self) -> &Promoted {
         &self.promoted
+    }
+
+    /// The first part of a range that the recovery disk has lost (C5).
+    pub fn first_bad(&self, offset_bytes: u64, len_bytes: u64) -> Option<BadRange> {
+        let range = offset_bytes..offset_bytes.saturating_add(len_bytes);
+        self.promoted.bad_ranges()?.first_in(self.number, range)
     }
 
     /// How to read a range, in parts. If a checksum is wrong and promotion has come further since, what was read is not what the record

@@ -3,7 +3,7 @@
 use std::fs::File;
 
 use anyhow::Context;
-use journal::format::PAGE_BYTES;
+use journal::format::{PAGE_BYTES, Superblock};
 use journal::storage::ring::{Access, DirectFile, RingStorage};
 use journal::storage::{Blocking, FileId, Purpose, StorageError};
 use journal::view::{ReadPart, still_there};
@@ -101,29 +101,43 @@ impl Copy {
         }
     }
 
-    /// Recovery disks change only after the superblock has said so (C2).
-    fn check_still_there(&mut self) -> anyhow::Result<()> {
+    /// Recovery disks change only after the superblock has said so (C2). Whether the disk was looked for anew, since what of its recovery
+    /// disk can't be trusted has changed (C5).
+    fn check_still_there(&mut self) -> anyhow::Result<bool> {
         if self.from.is_alone {
-            return Ok(());
+            return Ok(false);
         }
-        let superblock = read_superblock(&mut self.storage, self.journal)
-            .context("the journal's superblocks cannot be read any more")?;
+        let superblock = self.superblock()?;
         still_there(&superblock, self.from.seq)
             .context("the checkpoint went away while it was copied; choose a newer one")?;
-        self.from.volume.promoted().raise(superblock.low_water.seq);
-        Ok(())
+        let is_known = self.from.layout.knows_bad_ranges(&superblock);
+        if is_known {
+            self.from.volume.promoted().raise(superblock.low_water.seq);
+        } else {
+            self.collect()?;
+        }
+        Ok(!is_known)
     }
 
     /// After something could not be read: finds the segments again if they may lie elsewhere. Whether they do.
     fn look_again(&mut self) -> anyhow::Result<bool> {
-        self.check_still_there()?;
+        if self.check_still_there()? {
+            return Ok(true);
+        }
         if self.from.is_alone {
             return Ok(false);
         }
-        let now = read_superblock(&mut self.storage, self.journal);
-        if !now.is_some_and(|now| self.from.layout.may_have_changed(&now)) {
-            return Ok(false);
-        }
+        let now = self.superblock()?;
+        if self.from.layout.may_have_changed(&now) { self.collect() } else { Ok(false) }
+    }
+
+    fn superblock(&mut self) -> anyhow::Result<Superblock> {
+        read_superblock(&mut self.storage, self.journal)
+            .context("the journal's superblocks cannot be read any more")
+    }
+
+    /// Finds out anew where each byte was. Whether that is another place.
+    fn collect(&mut self) -> anyhow::Result<bool> {
         let (volume, layout) =
             self.from.collect()().context("the journal changed and cannot be read again")?;
         let moved = layout != self.from.layout;

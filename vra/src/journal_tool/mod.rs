@@ -90,4 +90,6 @@ mod group_tests;
 #[cfg(test)]
 mod moved_tests;
 #[cfg(test)]
+mod promoted_tests;
+#[cfg(test)]
 mod tests;

@@ -9,9 +9,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use journal::batch::{BatchLink, BatchSealer, BatchView, Checkpoint, CheckpointKind, Epoch, Record};
 use journal::crypt::Encryption;
 use journal::format::VolumeState;
+use journal::promotion::{Promotion, PromotionFile, TransferSizes};
 use journal::recovery::{NewJournal, OpenOptions, SurveyOptions, create, open};
-use journal::storage::FileId;
 use journal::storage::ring::{Access, DirectFile, RingStorage};
+use journal::storage::{Blocking, FileId};
 use journal::view::{Reader, ViewError, VolumeView};
 use journal::writer::{Change, Limits, Writer, drive};
 use rand::rngs::StdRng;
@@ -171,6 +172,32 @@ impl TestJournal {
         self.writer.offer(batch.clone(), &view, 1000 + self.seq).expect("offered");
         drive(&mut self.writer, &mut self.storage, self.file).expect("drive");
         assert_eq!(self.writer.durable().seq, self.seq);
+    }
+
+    /// Promotes all sealed segments onto the recovery disk.
+    pub(crate) fn promote(&mut self) {
+        let segments: Vec<_> = self.writer.closed_segments().cloned().collect();
+        let through = segments.last().expect("a sealed segment").last;
+        self.change(Change::AnnouncePromotion { through });
+        let disk = DirectFile::open(&self.folder.join("disk-0.raw"), Access::Exclusive).expect("disk");
+        let disk = self.storage.add_file(disk);
+        let sizes =
+            TransferSizes { run_max_bytes: 16 << 10, punch_min_bytes: 8 << 10, chunk_bytes: 32 << 10 };
+        let superblock = self.writer.superblock().clone();
+        let mut promotion =
+            Promotion::new(superblock, self.writer.bad_ranges().clone(), segments, vec![false], sizes);
+        while let Some(action) = promotion.poll_action(1 << 20) {
+            let file = match action.file {
+                PromotionFile::Journal => self.file,
+                PromotionFile::Disk(_) => disk,
+            };
+            let result = Blocking::new(&mut self.storage, file, action.purpose).run(action.op);
+            promotion.done(action.token, result).expect("it goes on over damage");
+        }
+        let promoted = promotion.promoted().expect("it has ended");
+        let (size_bytes, bad_ranges) = (promoted.size_bytes, promoted.bad_ranges);
+        self.change(Change::EndPromotion { through, size_bytes, bad_ranges });
+        self.storage.remove_file(disk);
     }
 
     /// The volume at a record.
