@@ -249,6 +249,7 @@ fn a_full_scratch_file_is_enospc_and_what_was_written_stays() {
     let mut journal = TestJournal::new("full", SIZE_BYTES, "{}");
     journal.random_changes(4, 10, 10);
     let disk = view(&journal, journal.seq, 2 * CHUNK_BYTES);
+    assert!(!journal.folder.join("scratch-0.raw").exists(), "a process that is killed would leave it behind");
     let arena = Arena::new(SLOT_BYTES, 4).expect("arena");
     let mut guest = Guest::new(&disk, 1, 5);
     let mut results = Vec::new();
