@@ -3,16 +3,36 @@
 use journal::batch::{BatchError, BatchView, RecordKind};
 use journal::format::{ChainPoint, Footer, FooterBuilder, PAGE_BYTES, SegmentHeader, SegmentTrailer};
 use journal::scan::resume;
+use serde::Serialize;
 
 /// Something that cannot be read any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Finding {
     /// The record, where one is to blame; of a stretch the first.
     pub(super) seq: Option<u64>,
+    /// Where the record wrote what is damaged, if that is known.
+    pub(super) place: Option<DiskPlace>,
     /// Place in the slot, in bytes.
     pub(super) slot_offset_bytes: u64,
     /// What is wrong.
     pub(super) what: String,
+}
+
+impl Finding {
+    /// A page that the disk can't give back.
+    pub(super) fn unreadable(slot_offset_bytes: u64) -> Self {
+        let what = format!("the disk cannot give {PAGE_BYTES} bytes back");
+        Self { seq: None, place: None, slot_offset_bytes, what }
+    }
+}
+
+/// A part of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct DiskPlace {
+    /// The disk's number.
+    pub(super) volume: u16,
+    pub(super) offset_bytes: u64,
+    pub(super) len_bytes: u64,
 }
 
 /// What a segment holds.
@@ -73,6 +93,7 @@ pub(super) fn walk(
                 };
                 walked.findings.push(Finding {
                     seq: Some(first),
+                    place: None,
                     slot_offset_bytes: at as u64,
                     what: format!("records {first} to {until} cannot be read: {wrong}"),
                 });
@@ -129,18 +150,21 @@ impl Walked {
             let BatchError::PayloadCrc { seq, unit } = *error else { continue };
             let Some(record) = batch.records().find(|record| record.seq() == seq) else { continue };
             let in_batch = record.payload_offset_bytes() + unit * journal::batch::CRC_UNIT_BYTES;
-            let place = match record.kind() {
+            let (place, what) = match record.kind() {
                 RecordKind::Write | RecordKind::SyncData => {
-                    let from = record.offset_bytes() + (unit * journal::batch::CRC_UNIT_BYTES) as u64;
-                    format!("record {seq}: checksum of disk {} at {from} is wrong", record.volume())
+                    let unit_bytes = journal::batch::CRC_UNIT_BYTES as u64;
+                    let from = record.offset_bytes() + unit as u64 * unit_bytes;
+                    let end = record.offset_bytes() + record.len_bytes();
+                    let len_bytes = unit_bytes.min(end.saturating_sub(from));
+                    let place = DiskPlace { volume: record.volume(), offset_bytes: from, len_bytes };
+                    let what =
+                        format!("record {seq}: checksum of disk {} at {from} is wrong", record.volume());
+                    (Some(place), what)
                 }
-                kind => format!("record {seq}: checksum of its {kind:?} is wrong"),
+                kind => (None, format!("record {seq}: checksum of its {kind:?} is wrong")),
             };
-            self.findings.push(Finding {
-                seq: Some(seq),
-                slot_offset_bytes: batch_offset_bytes + in_batch as u64,
-                what: place,
-            });
+            let slot_offset_bytes = batch_offset_bytes + in_batch as u64;
+            self.findings.push(Finding { seq: Some(seq), place, slot_offset_bytes, what });
         }
     }
 
@@ -160,7 +184,8 @@ impl Walked {
             }
             Ok(_) => return,
         };
-        self.findings.push(Finding { seq: None, slot_offset_bytes: trailer.data_end_bytes, what });
+        let slot_offset_bytes = trailer.data_end_bytes;
+        self.findings.push(Finding { seq: None, place: None, slot_offset_bytes, what });
     }
 }
 

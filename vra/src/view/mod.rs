@@ -254,6 +254,11 @@ impl ViewDisk {
         self.reported.lock().unwrap_or_else(PoisonError::into_inner).first().copied()
     }
 
+    /// Whether a place, in bytes, is lost on the recovery disk (C5).
+    pub fn is_lost(&self, offset_bytes: u64) -> bool {
+        self.shown().volume.first_bad(offset_bytes, 1).is_some()
+    }
+
     /// Where the bytes are, as last found out.
     fn shown(&self) -> Arc<Shown> {
         Arc::clone(&self.shown.read().unwrap_or_else(PoisonError::into_inner))

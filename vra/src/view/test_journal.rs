@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use journal::batch::{BatchLink, BatchSealer, BatchView, Checkpoint, CheckpointKind, Epoch, Record};
-use journal::crypt::Encryption;
+use journal::crypt::{Encryption, Keys, NewKey, SiteKey, SiteKeys};
 use journal::format::VolumeState;
 use journal::promotion::{Promotion, PromotionFile, TransferSizes};
 use journal::recovery::{NewJournal, OpenOptions, SurveyOptions, create, open};
@@ -33,6 +33,7 @@ pub(crate) struct TestJournal {
     pub(crate) writer: Writer,
     sealer: BatchSealer,
     crc: u32,
+    keys: Keys,
     /// The recovery disk, and what each record did to the volume.
     base: Vec<u8>,
     changes: Vec<(u64, u64, Vec<u8>)>,
@@ -48,6 +49,17 @@ impl TestJournal {
     }
 
     pub(crate) fn in_folder(folder: PathBuf, size_bytes: u64, manifest: &str) -> Self {
+        Self::encrypted_by(None, folder, size_bytes, manifest)
+    }
+
+    /// The same, encrypted if there is a site key.
+    pub(crate) fn encrypted_by(
+        site_key: Option<&SiteKey>,
+        folder: PathBuf,
+        size_bytes: u64,
+        manifest: &str,
+    ) -> Self {
+        let keys = Keys::seeded(SiteKeys::new(site_key.cloned().into_iter().collect()), 5);
         let _ = std::fs::remove_dir_all(&folder);
         std::fs::create_dir_all(&folder).expect("folder");
         let mut base = vec![0; size_bytes as usize];
@@ -68,14 +80,18 @@ impl TestJournal {
             slot_count: 4,
             volumes: vec![volume],
             manifest: manifest.to_owned(),
-            encryption: Encryption::Never,
+            encryption: match site_key {
+                Some(site_key) => Encryption::On(NewKey::seeded(6).wrap(JOURNAL_ID, site_key)),
+                None => Encryption::Never,
+            },
         };
         create(&mut storage, file, &new).expect("journal");
-        let opened = open(&mut storage, file, &OpenOptions::default()).expect("open");
+        let options = OpenOptions { keys: keys.clone(), ..OpenOptions::default() };
+        let opened = open(&mut storage, file, &options).expect("open");
         let writer = Writer::new(opened, LIMITS);
         let (sealer, changes) = (BatchSealer::new(), Vec::new());
         let mut journal =
-            Self { folder, size_bytes, seq: 0, storage, file, writer, sealer, crc: 0, base, changes };
+            Self { folder, size_bytes, seq: 0, storage, file, writer, sealer, crc: 0, keys, base, changes };
         journal.change(Change::Claim { generation: GENERATION, parent: Uuid::nil(), first_seq: 1 });
         journal.crc = journal.writer.durable().batch_crc;
         journal.change(Change::BeginBaseSync { sync_id: 9 });
@@ -94,7 +110,8 @@ impl TestJournal {
 
     /// Opens the journal for writing once more, as after the death of its writer.
     pub(crate) fn reopen(&mut self) {
-        let opened = open(&mut self.storage, self.file, &OpenOptions::default()).expect("open");
+        let options = OpenOptions { keys: self.keys.clone(), ..OpenOptions::default() };
+        let opened = open(&mut self.storage, self.file, &options).expect("open");
         self.writer = Writer::new(opened, LIMITS);
     }
 
@@ -215,7 +232,8 @@ impl TestJournal {
     pub(crate) fn view(&self, seq: u64) -> Result<VolumeView, ViewError> {
         let mut storage = RingStorage::new(64).expect("io_uring");
         let file = storage.add_file(DirectFile::open(&self.path(), Access::ReadOnly).expect("open"));
-        Reader::open(&mut storage, file, &SurveyOptions::default())?.view(seq)?.take_volume(0)
+        let options = SurveyOptions { keys: self.keys.site().clone(), ..SurveyOptions::default() };
+        Reader::open(&mut storage, file, &options)?.view(seq)?.take_volume(0)
     }
 
     /// Flips a bit in the journal's file where `needle` first occurs, `at` bytes into it.
