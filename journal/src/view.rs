@@ -320,7 +320,7 @@ impl VolumeView {
         &self.promoted
     }
 
-    /// The first part of a range of the recovery disk that can't be trusted (C5).
+    /// The first part of a range that the recovery disk has lost (C5).
     pub fn first_bad(&self, range: Range<u64>) -> Option<BadRange> {
         self.promoted.snapshot().1?.first_in(self.number, range)
     }

@@ -9,10 +9,31 @@ use crate::scan::resume;
 pub struct Finding {
     /// The record, where one is to blame; of a stretch the first.
     pub seq: Option<u64>,
+    /// Where the record wrote what is damaged, if that is known.
+    pub place: Option<DiskPlace>,
     /// Place in the slot, in bytes.
     pub slot_offset_bytes: u64,
     /// What is wrong.
     pub what: String,
+}
+
+impl Finding {
+    /// A page that the disk can't give back.
+    pub fn unreadable(slot_offset_bytes: u64) -> Self {
+        let what = format!("the disk cannot give {PAGE_BYTES} bytes back");
+        Self { seq: None, place: None, slot_offset_bytes, what }
+    }
+}
+
+/// A part of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DiskPlace {
+    /// The disk's number.
+    pub volume: u16,
+    /// Where on it, in bytes.
+    pub offset_bytes: u64,
+    /// How much, in bytes.
+    pub len_bytes: u64,
 }
 
 /// What a segment holds.
@@ -77,6 +98,7 @@ pub fn walk<E>(
                 };
                 walked.findings.push(Finding {
                     seq: Some(first),
+                    place: None,
                     slot_offset_bytes: at as u64,
                     what: format!("records {first} to {until} cannot be read: {wrong}"),
                 });
@@ -133,18 +155,21 @@ impl Walked {
             let BatchError::PayloadCrc { seq, unit } = *error else { continue };
             let Some(record) = batch.records().find(|record| record.seq() == seq) else { continue };
             let in_batch = record.payload_offset_bytes() + unit * crate::batch::CRC_UNIT_BYTES;
-            let place = match record.kind() {
+            let (place, what) = match record.kind() {
                 RecordKind::Write | RecordKind::SyncData => {
-                    let from = record.offset_bytes() + (unit * crate::batch::CRC_UNIT_BYTES) as u64;
-                    format!("record {seq}: checksum of disk {} at {from} is wrong", record.volume())
+                    let unit_bytes = crate::batch::CRC_UNIT_BYTES as u64;
+                    let from = record.offset_bytes() + unit as u64 * unit_bytes;
+                    let end = record.offset_bytes() + record.len_bytes();
+                    let len_bytes = unit_bytes.min(end.saturating_sub(from));
+                    let place = DiskPlace { volume: record.volume(), offset_bytes: from, len_bytes };
+                    let what =
+                        format!("record {seq}: checksum of disk {} at {from} is wrong", record.volume());
+                    (Some(place), what)
                 }
-                kind => format!("record {seq}: checksum of its {kind:?} is wrong"),
+                kind => (None, format!("record {seq}: checksum of its {kind:?} is wrong")),
             };
-            self.findings.push(Finding {
-                seq: Some(seq),
-                slot_offset_bytes: batch_offset_bytes + in_batch as u64,
-                what: place,
-            });
+            let slot_offset_bytes = batch_offset_bytes + in_batch as u64;
+            self.findings.push(Finding { seq: Some(seq), place, slot_offset_bytes, what });
         }
     }
 
@@ -164,7 +189,8 @@ impl Walked {
             }
             Ok(_) => return,
         };
-        self.findings.push(Finding { seq: None, slot_offset_bytes: trailer.data_end_bytes, what });
+        let slot_offset_bytes = trailer.data_end_bytes;
+        self.findings.push(Finding { seq: None, place: None, slot_offset_bytes, what });
     }
 }
 

@@ -41,6 +41,9 @@ pub enum BadListError {
     /// The checksum is wrong.
     #[error("the checksum of the list of bad ranges is wrong")]
     Crc,
+    /// The disk can't give it back.
+    #[error("the disk cannot give the list of bad ranges back")]
+    Unreadable,
     /// A range is out of bounds, or overlaps another one, although the checksum is right.
     #[error("bad range {0} is out of bounds, or overlaps another one")]
     Range(usize),

@@ -100,6 +100,9 @@ pub enum FooterError {
     /// The checksum is not the one that the trailer names.
     #[error("the footer's checksum is wrong")]
     Crc,
+    /// The disk can't give it back.
+    #[error("the disk cannot give the footer back")]
+    Unreadable,
     /// An extent is out of bounds or out of order.
     #[error("extent {0} of the footer is malformed")]
     Extent(usize),

@@ -127,6 +127,9 @@ pub enum SuperblockError {
     /// The checksum is wrong.
     #[error("the superblock's checksum is wrong")]
     Crc,
+    /// The disk can't give it back.
+    #[error("the disk cannot give the superblock back")]
+    Unreadable,
     /// It uses a feature that this release doesn't know.
     #[error("it needs features {0:#x} that this release doesn't know: use the release that wrote it")]
     Features(u64),

@@ -22,7 +22,9 @@ impl Copy {
             Ok(_) => Self::Valid,
             Err(SuperblockError::Magic) => Self::Absent,
             Err(SuperblockError::Version(_) | SuperblockError::Features(_)) => Self::Newer,
-            Err(SuperblockError::Crc | SuperblockError::Field(_)) => Self::Damaged,
+            Err(SuperblockError::Crc | SuperblockError::Unreadable | SuperblockError::Field(_)) => {
+                Self::Damaged
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 mod decide;
 mod footers;
 mod rebuild;
+mod salvage;
 mod survey;
 
 use bytes::Bytes;
@@ -10,6 +11,7 @@ use uuid::Uuid;
 
 pub use footers::each_footer;
 pub use rebuild::{Rebuilt, newest_manifest, rebuild};
+pub use salvage::Salvage;
 pub(crate) use survey::read_superblock;
 pub use survey::{Content, Damage, Hidden, Segment, SegmentError, Survey, SurveyOptions, survey, survey_as};
 

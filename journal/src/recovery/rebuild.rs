@@ -8,7 +8,7 @@ use super::OpenError;
 use super::survey::{Damage, SurveyOptions, survey_as};
 use crate::batch::RecordKind;
 use crate::crypt::{Encryption, SiteKeys};
-use crate::format::bad_list::BadList;
+use crate::format::bad_list::{BadList, BadListError};
 use crate::format::manifest::Manifest;
 use crate::format::superblock::PairPlace;
 use crate::format::{
@@ -27,6 +27,8 @@ pub struct Rebuilt {
     pub manifest: Option<Manifest>,
     /// Nothing tells that no segment before the oldest one is lost: if one is, all that is read is wrong.
     pub is_unproven: bool,
+    /// A list of bad ranges is damaged or can't be read, and may have been the newest: there may be more bad ranges than are known.
+    pub bad_list_lost: Option<BadListError>,
 }
 
 /// The manifest of a file, whatever its superblocks say: of the valid ones the newest.
@@ -127,26 +129,39 @@ pub fn rebuild<S: Storage>(
         (superblock.low_water_segment, superblock.low_water) = (segment.header.number + 1, segment.last());
     }
     superblock.promotion_intent_seq = intent_seq;
-    superblock.bad_list = newest_bad_list(&mut io, first.journal_id)?;
-    Ok(Rebuilt { superblock, manifest, is_unproven: intent_seq == 0 && chain.number > 1 })
+    let (bad_list, bad_list_lost) = newest_bad_list(&mut io, first.journal_id)?;
+    superblock.bad_list = bad_list;
+    let is_unproven = intent_seq == 0 && chain.number > 1;
+    Ok(Rebuilt { superblock, manifest, is_unproven, bad_list_lost })
 }
 
-/// Where the list of bad ranges is, if there are any: of the valid ones the newest.
+/// Where the list of bad ranges is, if there are any: of the valid ones the newest. And what is wrong with one that may be newer.
 fn newest_bad_list<S: Storage>(
     io: &mut Blocking<'_, S>,
     journal_id: Uuid,
-) -> Result<Option<PairPlace>, StorageError> {
-    let mut newest: Option<(BadList, PairPlace)> = None;
+) -> Result<(Option<PairPlace>, Option<BadListError>), StorageError> {
+    let (mut newest, mut lost): (Option<(BadList, PairPlace)>, _) = (None, None);
     for (slot, offset_bytes) in (0_u32..).zip(BAD_LIST_OFFSETS) {
-        let bytes = io.read(offset_bytes, BAD_LIST_SLOT_BYTES)?;
-        if let Ok((list, crc)) = BadList::decode(&bytes)
-            && list.journal_id == journal_id
-            && newest.as_ref().is_none_or(|(newest, _)| newest.sequence < list.sequence)
-        {
-            newest = Some((list, PairPlace { slot, crc }));
+        let decoded = match io.read(offset_bytes, BAD_LIST_SLOT_BYTES) {
+            Ok(bytes) => BadList::decode(&bytes),
+            Err(error) if error.is_medium() => Err(BadListError::Unreadable),
+            Err(error) => return Err(error),
+        };
+        match decoded {
+            Ok((list, crc)) => {
+                if list.journal_id == journal_id
+                    && newest.as_ref().is_none_or(|(newest, _)| newest.sequence < list.sequence)
+                {
+                    newest = Some((list, PairPlace { slot, crc }));
+                }
+            }
+            // None was ever written there.
+            Err(BadListError::Magic) => {}
+            Err(error) => lost = Some(error),
         }
     }
-    Ok(newest.filter(|(list, _)| !list.ranges.is_empty()).map(|(_, place)| place))
+    let place = newest.filter(|(list, _)| !list.ranges.is_empty()).map(|(_, place)| place);
+    Ok((place, lost))
 }
 
 /// Any segment's header that tells how long a slot is.

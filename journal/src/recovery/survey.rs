@@ -4,6 +4,7 @@ use zerocopy::FromBytes;
 
 use super::OpenError;
 use super::decide::{self, Choice, SegmentFacts, Verdict};
+use super::salvage::Salvage;
 use crate::bad_ranges::BadRanges;
 use crate::batch::{BATCH_MAGIC, BatchHeader};
 use crate::crypt::{Cipher, Ciphers, Keyring, SiteKeys};
@@ -12,7 +13,7 @@ use crate::format::manifest::Manifest;
 use crate::format::{
     BAD_LIST_OFFSETS, BAD_LIST_SLOT_BYTES, ChainPoint, Footer, FooterError, MANIFEST_OFFSETS,
     MANIFEST_SLOT_BYTES, PAGE_BYTES, SUPERBLOCK_OFFSETS, SegmentHeader, SegmentTrailer, Superblock,
-    slot_offset_bytes,
+    SuperblockError, slot_offset_bytes,
 };
 use crate::scan::{Ownership, Scan, ScanStop, resume, scan};
 use crate::storage::{AlignedBuf, Blocking, FileId, Op, Purpose, Storage, StorageError};
@@ -36,6 +37,10 @@ pub struct Survey {
     pub manifest: Option<Manifest>,
     /// What of the recovery disks can't be trusted (C5).
     pub bad_ranges: BadRanges,
+    /// Set if there may be more of those, since their list can't be read; only with [`SurveyOptions::skip_unreadable`].
+    pub bad_list_lost: Option<BadListError>,
+    /// Pages that the disk couldn't give back, in bytes from the file's start; only with [`SurveyOptions::skip_unreadable`].
+    pub unreadable: Vec<u64>,
     /// The journal's keys.
     pub keyring: Keyring,
 }
@@ -107,11 +112,16 @@ impl Segment {
             Content::Sealed(trailer) => trailer,
         };
         let slot_offset = slot_offset_bytes(self.header.slot, superblock.slot_len_bytes);
-        let mut bytes = io.read(slot_offset + trailer.data_end_bytes, trailer.footer_len_bytes as usize)?;
-        self.cipher.decrypt(trailer.data_end_bytes, &mut bytes);
-        let damaged = match Footer::decode(&bytes, trailer.footer_crc, trailer.data_end_bytes) {
-            Ok(footer) => return Ok(footer),
-            Err(error) => error,
+        let damaged = match io.read(slot_offset + trailer.data_end_bytes, trailer.footer_len_bytes as usize) {
+            Ok(mut bytes) => {
+                self.cipher.decrypt(trailer.data_end_bytes, &mut bytes);
+                match Footer::decode(&bytes, trailer.footer_crc, trailer.data_end_bytes) {
+                    Ok(footer) => return Ok(footer),
+                    Err(error) => error,
+                }
+            }
+            Err(error) if error.is_medium() => FooterError::Unreadable,
+            Err(error) => return Err(error.into()),
         };
         let found = self.rescan(io, superblock)?;
         if found.last != trailer.last {
@@ -125,7 +135,7 @@ impl Segment {
         Ok(found.footer())
     }
 
-    /// Reads and checks all its batches.
+    /// Reads and checks all its batches, up to the first that is damaged or can't be read.
     ///
     /// # Errors
     /// The file failed.
@@ -136,7 +146,8 @@ impl Segment {
     ) -> Result<Scan, StorageError> {
         let slot_offset = slot_offset_bytes(self.header.slot, superblock.slot_len_bytes);
         // One page more than the batches, because a scan doesn't look at the slot's last page.
-        let mut bytes = io.read(slot_offset, self.data_end_bytes() as usize + PAGE_BYTES)?;
+        let len_bytes = self.data_end_bytes() as usize + PAGE_BYTES;
+        let mut bytes = Salvage::new(true).read(io, slot_offset, len_bytes)?;
         self.cipher.decrypt_slot(&mut bytes);
         Ok(scan(&bytes, &self.header, Ownership::of(superblock), None))
     }
@@ -193,8 +204,9 @@ pub struct Hidden {
 pub struct SurveyOptions {
     /// Nothing after this number is believed.
     pub trusted_through: Option<u64>,
-    /// Pages that the disk can't give back count as empty instead of ending the survey: for tools that save what can be
-    /// saved, never for a writer, who would take the history's end to be earlier than it is.
+    /// Pages that the disk can't give back count as empty instead of ending the survey, and a list of bad ranges that can't be read as
+    /// [lost](Survey::bad_list_lost): for tools that save what can be saved, never for a writer, who would take the history's end to be
+    /// earlier than it is.
     pub skip_unreadable: bool,
     /// For what is encrypted.
     pub keys: SiteKeys,
@@ -226,10 +238,17 @@ pub fn survey_as<S: Storage>(
 ) -> Result<Survey, OpenError> {
     let &SurveyOptions { trusted_through, skip_unreadable, ref keys } = options;
     let mut io = Blocking::new(storage, file, Purpose::Survey);
+    let mut salvage = Salvage::new(skip_unreadable);
     let keyring = Keyring::new(superblock.journal_id, keys.clone());
-    let manifest = read_manifest(&mut io, &superblock)?;
-    let bad_ranges = read_bad_list(&mut io, &superblock)?;
-    let mut slots = read_slots(&mut io, &superblock, skip_unreadable)?;
+    let manifest = read_manifest(&mut io, &superblock, &mut salvage)?;
+    let (bad_ranges, bad_list_lost) = match read_bad_list(&mut io, &superblock, &mut salvage) {
+        // What a newer release wrote is not damaged.
+        Err(OpenError::BadList(lost)) if skip_unreadable && !matches!(lost, BadListError::Version(_)) => {
+            (BadRanges::default(), Some(lost))
+        }
+        read => (read?, None),
+    };
+    let mut slots = read_slots(&mut io, &superblock, &mut salvage)?;
     let (mut segments, mut tail) = (Vec::<Segment>::new(), superblock.low_water);
     let ownership = Ownership::of(&superblock);
     let mut hidden = None;
@@ -240,7 +259,7 @@ pub fn survey_as<S: Storage>(
             if slot.header.number != wanted {
                 continue;
             }
-            slot.scan(&mut io, &superblock, &keyring, ownership, trusted_through)?;
+            slot.scan(&mut io, &mut salvage, &superblock, &keyring, ownership, trusted_through)?;
             if slot.judge(&superblock, wanted, tail) != Verdict::Use {
                 // Its copied part is damaged, if batches of its own opening follow: a copy is finished before it takes any.
                 broken = broken.or_else(|| slot.hidden(&superblock));
@@ -276,11 +295,23 @@ pub fn survey_as<S: Storage>(
         }),
     });
     if hidden.is_none() && damage.is_none() {
-        hidden = find_headless(&mut io, &superblock, &slots, tail, skip_unreadable)?;
+        hidden = find_headless(&mut io, &superblock, &slots, tail, &mut salvage)?;
     }
     let in_use = |slot: &u32| segments.iter().any(|segment| segment.header.slot == *slot);
     let free_slots = (0..superblock.slot_count).filter(|slot| !in_use(slot)).collect();
-    Ok(Survey { superblock, segments, tail, damage, hidden, free_slots, manifest, bad_ranges, keyring })
+    Ok(Survey {
+        superblock,
+        segments,
+        tail,
+        damage,
+        hidden,
+        free_slots,
+        manifest,
+        bad_ranges,
+        bad_list_lost,
+        unreadable: salvage.into_unreadable(),
+        keyring,
+    })
 }
 
 /// A segment whose first page is gone, and that had no last page yet: its first batch tells that it was there.
@@ -289,12 +320,8 @@ fn find_headless<S: Storage>(
     superblock: &Superblock,
     known: &[Slot],
     tail: ChainPoint,
-    skip_unreadable: bool,
+    salvage: &mut Salvage,
 ) -> Result<Option<Hidden>, StorageError> {
-    let read = |offset_bytes, len_bytes: u64| Op::Read {
-        offset_bytes,
-        buffer: AlignedBuf::zeroed(len_bytes as usize),
-    };
     let slot_len_bytes = superblock.slot_len_bytes;
     let file_len_bytes = io.file_len_bytes()?;
     let is_there = |slot: &u32| slot_offset_bytes(slot + 1, slot_len_bytes) <= file_len_bytes;
@@ -302,19 +329,18 @@ fn find_headless<S: Storage>(
     let unknown: Vec<u32> =
         (0..superblock.slot_count).filter(is_there).filter(|slot| !is_known(*slot)).collect();
     for chunk in unknown.chunks(SLOTS_AT_ONCE) {
-        let second_page = |slot: &u32| {
-            read(slot_offset_bytes(*slot, slot_len_bytes) + PAGE_BYTES as u64, PAGE_BYTES as u64)
-        };
-        let pages = io.run_all(chunk.iter().map(second_page).collect());
+        let second_page = |slot: &u32| slot_offset_bytes(*slot, slot_len_bytes) + PAGE_BYTES as u64;
+        let read =
+            |slot| Op::Read { offset_bytes: second_page(slot), buffer: AlignedBuf::zeroed(PAGE_BYTES) };
+        let pages = io.run_all(chunk.iter().map(read).collect());
         for (slot, page) in chunk.iter().zip(pages) {
-            let Some(page) = readable(Some(page), skip_unreadable)? else { continue };
+            let Some(page) = salvage.page(second_page(slot), page)? else { continue };
             let Ok((batch, _)) = BatchHeader::ref_from_prefix(&page) else { continue };
             if batch.magic != BATCH_MAGIC || batch.journal_id != *superblock.journal_id.as_bytes() {
                 continue;
             }
             let offset_bytes = slot_offset_bytes(*slot, slot_len_bytes);
-            let slot_bytes = readable(Some(io.run(read(offset_bytes, slot_len_bytes))), skip_unreadable)?;
-            let Some(slot_bytes) = slot_bytes else { continue };
+            let slot_bytes = salvage.read(io, offset_bytes, slot_len_bytes as usize)?;
             // Only what this opening wrote can be newer than what was found.
             let header = SegmentHeader {
                 journal_id: superblock.journal_id,
@@ -352,14 +378,12 @@ pub(crate) fn read_superblock<S: Storage>(
     }
     let [first, second] = SUPERBLOCK_OFFSETS
         .map(|offset_bytes| io.read(offset_bytes, PAGE_BYTES).map(|page| Superblock::decode(&page)));
-    let (first, second) = match (first, second) {
-        (Err(error), Err(_)) => return Err(error.into()),
-        (Err(error), _) | (_, Err(error)) if !skip_unreadable => return Err(error.into()),
-        (first, second) => {
-            let damaged = crate::format::SuperblockError::Crc;
-            (first.unwrap_or(Err(damaged)), second.unwrap_or(Err(damaged)))
-        }
+    let readable = |copy: Result<_, StorageError>| match copy {
+        // The other copy, or the segments, may say enough.
+        Err(error) if skip_unreadable && error.is_medium() => Ok(Err(SuperblockError::Unreadable)),
+        copy => copy,
     };
+    let (first, second) = (readable(first)?, readable(second)?);
     let sequence = |copy: &Result<Superblock, _>| copy.as_ref().map_or(0, |copy| copy.sequence);
     let kinds = (decide::Copy::of(&first), decide::Copy::of(&second));
     let choice = decide::choose_superblock(kinds.0, kinds.1, sequence(&first), sequence(&second));
@@ -381,9 +405,10 @@ pub(crate) fn read_superblock<S: Storage>(
 fn read_manifest<S: Storage>(
     io: &mut Blocking<'_, S>,
     superblock: &Superblock,
+    salvage: &mut Salvage,
 ) -> Result<Option<Manifest>, StorageError> {
     let Some(place) = superblock.manifest else { return Ok(None) };
-    let bytes = io.read(MANIFEST_OFFSETS[place.slot as usize], MANIFEST_SLOT_BYTES)?;
+    let bytes = salvage.read(io, MANIFEST_OFFSETS[place.slot as usize], MANIFEST_SLOT_BYTES)?;
     let manifest = Manifest::decode(&bytes).ok();
     Ok(manifest.filter(|(_, crc)| *crc == place.crc).map(|(manifest, _)| manifest))
 }
@@ -391,9 +416,10 @@ fn read_manifest<S: Storage>(
 fn read_bad_list<S: Storage>(
     io: &mut Blocking<'_, S>,
     superblock: &Superblock,
+    salvage: &mut Salvage,
 ) -> Result<BadRanges, OpenError> {
     let Some(place) = superblock.bad_list else { return Ok(BadRanges::default()) };
-    let bytes = io.read(BAD_LIST_OFFSETS[place.slot as usize], BAD_LIST_SLOT_BYTES)?;
+    let bytes = salvage.read(io, BAD_LIST_OFFSETS[place.slot as usize], BAD_LIST_SLOT_BYTES)?;
     let (list, crc) = BadList::decode(&bytes).map_err(OpenError::BadList)?;
     if crc != place.crc || list.journal_id != superblock.journal_id {
         return Err(OpenError::BadList(BadListError::Crc));
@@ -414,6 +440,7 @@ impl Slot {
     fn scan<S: Storage>(
         &mut self,
         io: &mut Blocking<'_, S>,
+        salvage: &mut Salvage,
         superblock: &Superblock,
         keyring: &Keyring,
         ownership: Ownership,
@@ -422,8 +449,8 @@ impl Slot {
         if self.trailer.is_none() && self.scan.is_none() {
             let slot_len_bytes = superblock.slot_len_bytes;
             let cipher = keyring.cipher(&self.header)?;
-            let mut bytes =
-                io.read(slot_offset_bytes(self.header.slot, slot_len_bytes), slot_len_bytes as usize)?;
+            let offset_bytes = slot_offset_bytes(self.header.slot, slot_len_bytes);
+            let mut bytes = salvage.read(io, offset_bytes, slot_len_bytes as usize)?;
             cipher.decrypt_slot(&mut bytes);
             let found = scan(&bytes, &self.header, ownership, trusted_through);
             if matches!(found.stop, ScanStop::Damaged(_) | ScanStop::End) {
@@ -471,7 +498,7 @@ impl Slot {
 fn read_slots<S: Storage>(
     io: &mut Blocking<'_, S>,
     superblock: &Superblock,
-    skip_unreadable: bool,
+    salvage: &mut Salvage,
 ) -> Result<Vec<Slot>, StorageError> {
     let slot_len_bytes = superblock.slot_len_bytes;
     let file_len_bytes = io.file_len_bytes()?;
@@ -481,19 +508,17 @@ fn read_slots<S: Storage>(
     let whole = |slot: &u32| slot_offset_bytes(slot + 1, slot_len_bytes) <= file_len_bytes;
     let present: Vec<u32> = (0..superblock.slot_count).filter(whole).collect();
     for chunk in present.chunks(SLOTS_AT_ONCE) {
-        let ops = chunk
-            .iter()
-            .flat_map(|&slot| {
-                let offset = slot_offset_bytes(slot, slot_len_bytes);
-                [page(offset), page(offset + slot_len_bytes - PAGE_BYTES as u64)]
-            })
-            .collect();
-        let mut pages = io.run_all(ops).into_iter();
+        let edges = |slot: u32| {
+            let offset = slot_offset_bytes(slot, slot_len_bytes);
+            [offset, offset + slot_len_bytes - PAGE_BYTES as u64]
+        };
+        let places: Vec<u64> = chunk.iter().flat_map(|slot| edges(*slot)).collect();
+        let pages = io.run_all(places.iter().map(|place| page(*place)).collect());
+        let mut pages = places.into_iter().zip(pages).map(|(place, page)| salvage.page(place, page));
         for &index in chunk {
-            let header = readable(pages.next(), skip_unreadable)?
-                .and_then(|page| SegmentHeader::decode(&page, slot_len_bytes).ok());
-            let trailer = readable(pages.next(), skip_unreadable)?
-                .and_then(|page| SegmentTrailer::decode(&page, slot_len_bytes).ok());
+            let mut next = || pages.next().expect("two for each slot");
+            let header = next()?.and_then(|page| SegmentHeader::decode(&page, slot_len_bytes).ok());
+            let trailer = next()?.and_then(|page| SegmentTrailer::decode(&page, slot_len_bytes).ok());
             let ours =
                 |header: &SegmentHeader| header.journal_id == superblock.journal_id && header.slot == index;
             let header = header.filter(ours);
@@ -508,19 +533,6 @@ fn read_slots<S: Storage>(
         }
     }
     Ok(slots)
-}
-
-/// A page, or nothing where the disk can't give it back and that is to be passed by.
-fn readable(
-    page: Option<Result<Option<AlignedBuf>, StorageError>>,
-    skip_unreadable: bool,
-) -> Result<Option<AlignedBuf>, StorageError> {
-    match page {
-        Some(Ok(page)) => Ok(page),
-        Some(Err(error)) if skip_unreadable && error.errno == nix::errno::Errno::EIO => Ok(None),
-        Some(Err(error)) => Err(error),
-        None => Ok(None),
-    }
 }
 
 /// How many slots' pages are read together.

@@ -34,8 +34,8 @@ impl Promoted {
         self.0.through_seq.fetch_max(through_seq, Ordering::AcqRel);
     }
 
-    /// The same as far as a superblock tells. Bad ranges are those that were known when the view was opened: what was damaged since is
-    /// among the view's own records.
+    /// The same as far as a superblock tells, if that names the list of bad ranges that is known here: what it promoted damaged is in a
+    /// newer list, and the recovery disk has wrong bytes there (C5).
     pub fn raise(&self, through_seq: u64) {
         self.0.through_seq.fetch_max(through_seq, Ordering::AcqRel);
     }

@@ -99,6 +99,12 @@ pub(super) struct Extract {
     /// Replace images that exist
     #[arg(long)]
     pub(super) force: bool,
+    /// Go on over what is damaged: there the image has zeroes, and IMAGE.damaged.json lists the places; exit code 1. Raw images only
+    #[arg(long)]
+    pub(super) skip_damaged: bool,
+    /// Go on though it is not known which parts of the recovery disks are lost: they may read wrong
+    #[arg(long)]
+    pub(super) without_bad_list: bool,
     /// Begin even if the space seems too little
     #[arg(long)]
     pub(super) no_space_check: bool,
@@ -130,6 +136,9 @@ pub(super) struct Serve {
     /// The unix socket to serve at, made with mode 0600
     #[arg(long)]
     pub(super) socket: PathBuf,
+    /// Go on though it is not known which parts of the recovery disks are lost: they may read wrong
+    #[arg(long)]
+    pub(super) without_bad_list: bool,
     /// Let clients write; what they write goes to a file in this folder, and is gone at the end
     #[arg(long, value_name = "FOLDER")]
     pub(super) scratch: Option<PathBuf>,

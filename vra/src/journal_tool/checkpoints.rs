@@ -29,7 +29,7 @@ struct Entry<'a> {
 /// Lists the checkpoints.
 pub(super) fn run(path: &Path, keys: &SiteKeys, json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
     let journal = Journal::open(path, keys)?;
-    journal.warn_if_cut_short();
+    journal.warn();
     let entries = journal.reader.catalogue().checkpoints().iter().map(|entry| Entry {
         cut: entry.checkpoint.cut,
         seq: entry.seq,

@@ -6,20 +6,38 @@ use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use journal::bad_ranges::BadRange;
 use journal::batch::{BatchError, BatchView};
-use journal::crypt::{Keyring, SiteKeys};
+use journal::crypt::{KeyError, Keyring, SiteKeyId, SiteKeys};
+use journal::format::bad_list::{BadList, BadListError};
 use journal::format::manifest::Manifest;
 use journal::format::{
-    ChainPoint, MANIFEST_OFFSETS, MANIFEST_SLOT_BYTES, PAGE_BYTES, PageError, SUPERBLOCK_OFFSETS,
-    SegmentHeader, SegmentTrailer, Superblock, SuperblockError, slot_offset_bytes,
+    BAD_LIST_OFFSETS, BAD_LIST_SLOT_BYTES, ChainPoint, MANIFEST_OFFSETS, MANIFEST_SLOT_BYTES, PAGE_BYTES,
+    PageError, SUPERBLOCK_OFFSETS, SegmentHeader, SegmentTrailer, Superblock, SuperblockError,
+    slot_offset_bytes,
 };
-use journal::recovery::{OpenError, SurveyOptions, survey};
-use journal::storage::ring::RingStorage;
-use journal::storage::{Blocking, FileId, Purpose};
-use journal::walk::{Walked, walk};
+use journal::recovery::{OpenError, Salvage, SurveyOptions, survey};
+use journal::storage::{AlignedBuf, Blocking, FileId, Purpose, StorageError};
+use journal::walk::{DiskPlace, Finding, Walked, walk};
 use serde::Serialize;
 
+use super::locked::{Locked, missing_key};
 use super::place::{open_file, read_superblock, rebuilt};
+use super::storage::ToolStorage;
+
+/// A part of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(super) struct LostPlace {
+    pub(super) volume: u16,
+    pub(super) offset_bytes: u64,
+    pub(super) len_bytes: u64,
+}
+
+impl From<DiskPlace> for LostPlace {
+    fn from(DiskPlace { volume, offset_bytes, len_bytes }: DiskPlace) -> Self {
+        Self { volume, offset_bytes, len_bytes }
+    }
+}
 
 /// Something that cannot be read any more.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -27,6 +45,9 @@ pub(super) struct Damage {
     /// The record, where one is to blame; of a stretch the first.
     pub(super) seq: Option<u64>,
     pub(super) segment: Option<u64>,
+    /// Where the record wrote what is damaged, if that is known.
+    #[serde(flatten)]
+    pub(super) place: Option<LostPlace>,
     /// Place in the journal's file, in bytes.
     pub(super) file_offset_bytes: u64,
     pub(super) what: String,
@@ -34,11 +55,26 @@ pub(super) struct Damage {
 
 impl Damage {
     fn at(file_offset_bytes: u64, what: String) -> Self {
-        Self { seq: None, segment: None, file_offset_bytes, what }
+        Self { seq: None, segment: None, place: None, file_offset_bytes, what }
     }
 
     fn of(segment: u64, file_offset_bytes: u64, what: String) -> Self {
         Self { segment: Some(segment), ..Self::at(file_offset_bytes, what) }
+    }
+
+    /// A part of a recovery disk that the list in a slot names.
+    fn listed(slot: usize, bad: BadRange) -> Self {
+        let BadRange { volume, offset_bytes, len_bytes, seq } = bad;
+        let what = format!(
+            "{len_bytes} bytes at {offset_bytes} of disk {volume} are lost: record {seq} was damaged before it was promoted"
+        );
+        let place = Some(LostPlace { volume, offset_bytes, len_bytes });
+        Self { seq: Some(seq), place, ..Self::at(BAD_LIST_OFFSETS[slot], what) }
+    }
+
+    /// Whether it is a recovery disk's: at every checkpoint before the place was written again it is lost, also at those before the record.
+    pub(super) fn is_on_recovery_disk(&self) -> bool {
+        self.segment.is_none() && self.place.is_some()
     }
 }
 
@@ -62,7 +98,15 @@ pub(super) enum Part<'a> {
         manifest: &'a Manifest,
         counts: bool,
     },
+    /// What of the recovery disks is lost (C5).
+    BadList {
+        slot: usize,
+        list: &'a BadList,
+        counts: bool,
+    },
     Segment(&'a Segment),
+    /// The segment told last can't be read without a site key.
+    Locked(SiteKeyId),
     Batch {
         segment: u64,
         file_offset_bytes: u64,
@@ -101,12 +145,13 @@ pub(super) fn visit(path: &Path, keys: &SiteKeys, visitor: &mut impl Visitor) ->
     let mut contents = Contents { path: path.to_owned(), storage, file, keys, visitor, is_rebuilt: false };
     let superblock = contents.superblocks()?;
     contents.manifests(&superblock)?;
+    contents.bad_lists(&superblock)?;
     contents.segments(superblock)
 }
 
 struct Contents<'a, V> {
     path: PathBuf,
-    storage: RingStorage,
+    storage: ToolStorage,
     file: FileId,
     keys: SiteKeys,
     visitor: &'a mut V,
@@ -117,7 +162,7 @@ struct Contents<'a, V> {
 type Found = BTreeMap<u64, Segment>;
 
 impl<V: Visitor> Contents<'_, V> {
-    fn io(&mut self) -> Blocking<'_, RingStorage> {
+    fn io(&mut self) -> Blocking<'_, ToolStorage> {
         Blocking::new(&mut self.storage, self.file, Purpose::View)
     }
 
@@ -169,7 +214,11 @@ impl<V: Visitor> Contents<'_, V> {
         }
         self.is_rebuilt = true;
         match (made_up, last_error) {
-            (Some(Ok(superblock)), _) => Ok(superblock),
+            (Some(Ok(rebuilt)), _) => Ok(rebuilt.superblock),
+            // It is a journal, and nothing of it can be told.
+            (Some(Err(error)), _) if missing_key(&error).is_some() => {
+                Err(Locked::or(error, &self.path, &self.keys))
+            }
             (_, Some(error)) => Err(error.context(cannot)),
             _ => Err(anyhow::anyhow!("no superblock").context(cannot)),
         }
@@ -199,6 +248,66 @@ impl<V: Visitor> Contents<'_, V> {
             if is_named {
                 self.visitor.visit(Part::Damage(Damage::at(offset_bytes, damage)))?;
             }
+        }
+        Ok(())
+    }
+
+    /// Both lists of what of the recovery disks is lost (C5). All that the one that counts names is damage.
+    fn bad_lists(&mut self, superblock: &Superblock) -> anyhow::Result<()> {
+        let mut place = superblock.bad_list;
+        for tries_left in (0..MOVES_MAX).rev() {
+            let slots = BAD_LIST_OFFSETS.map(|offset_bytes| {
+                let bytes = self.io().read(offset_bytes, BAD_LIST_SLOT_BYTES).map_err(ReadError::Disk);
+                bytes.and_then(|bytes| BadList::decode(&bytes).map_err(ReadError::BadList))
+            });
+            let counts = |slot: usize| {
+                let named = place.filter(|place| place.slot as usize == slot);
+                matches!((named, &slots[slot]), (Some(named), Ok((list, crc)))
+                    if named.crc == *crc && list.journal_id == superblock.journal_id)
+            };
+            let is_lost = place.is_some_and(|place| !counts(place.slot as usize));
+            let now = if self.is_rebuilt { None } else { read_superblock(&mut self.storage, self.file) };
+            if let Some(now) = now.filter(|now| is_lost && tries_left > 0 && now.bad_list != place) {
+                // A promotion ended meanwhile.
+                place = now.bad_list;
+                continue;
+            }
+            for (slot, read) in slots.iter().enumerate() {
+                let counts = counts(slot);
+                if let Ok((list, _)) = read {
+                    self.visitor.visit(Part::BadList { slot, list, counts })?;
+                    if counts {
+                        let ranges = list.ranges.iter();
+                        ranges
+                            .map(|bad| Part::Damage(Damage::listed(slot, bad)))
+                            .try_for_each(|part| self.visitor.visit(part))?;
+                    }
+                }
+                let is_named = place.is_some_and(|place| place.slot as usize == slot);
+                let wrong = match read {
+                    _ if counts => continue,
+                    Ok(_) if is_named => "it is not the one that the superblock names".to_owned(),
+                    Ok(_) => continue,
+                    // None was ever written there.
+                    Err(ReadError::BadList(BadListError::Magic)) if !is_named => continue,
+                    Err(error) => error.to_string(),
+                };
+                let what = format!("list of bad ranges: {wrong}");
+                let offset_bytes = BAD_LIST_OFFSETS[slot];
+                // Without superblocks it may have been the one that counts; with them one that doesn't may be half written.
+                let part = match is_named || self.is_rebuilt {
+                    true => Part::Damage(Damage::at(
+                        offset_bytes,
+                        format!("{what}; so it is not known which parts of the recovery disks are lost"),
+                    )),
+                    false if matches!(read, Err(ReadError::Disk(_))) => {
+                        Part::Damage(Damage::at(offset_bytes, format!("{what}; it is not in use")))
+                    }
+                    false => Part::Note(format!("{what}; it is not in use")),
+                };
+                self.visitor.visit(part)?;
+            }
+            return Ok(());
         }
         Ok(())
     }
@@ -247,7 +356,14 @@ impl<V: Visitor> Contents<'_, V> {
             wanted = number + 1;
             self.visitor.visit(Part::Segment(&segment))?;
             match read {
-                Err(what) => self.visitor.visit(Part::Damage(Damage::of(number, offset_bytes, what)))?,
+                Err(Unread::Locked(site_key)) => {
+                    self.visitor.visit(Part::Locked(site_key))?;
+                    // Where an unsealed one ends only its batches tell.
+                    last = segment.trailer.as_ref().map_or(segment.header.after, |trailer| trailer.last);
+                }
+                Err(Unread::Damaged(what)) => {
+                    self.visitor.visit(Part::Damage(Damage::of(number, offset_bytes, what)))?;
+                }
                 Ok((slot, walked)) => {
                     last = last_of(&segment, &walked);
                     self.tell(&segment, offset_bytes, &slot, &walked, is_newest)?;
@@ -271,15 +387,22 @@ impl<V: Visitor> Contents<'_, V> {
         keyring: &Keyring,
         offset_bytes: u64,
         slot_len_bytes: u64,
-    ) -> Result<(journal::storage::AlignedBuf, Walked), String> {
-        let cipher = keyring.cipher(&segment.header).map_err(|error| format!("cannot be read: {error}"))?;
+    ) -> Result<(AlignedBuf, Walked), Unread> {
+        let cipher = keyring.cipher(&segment.header).map_err(|error| match error {
+            KeyError::Missing(site_key) => Unread::Locked(site_key),
+            KeyError::Damaged(_) => Unread::Damaged(format!("cannot be read: {error}")),
+        })?;
         let mut before: Option<Walked> = None;
         for read in 1.. {
-            let slot = self.io().read(offset_bytes, slot_len_bytes as usize);
-            let mut slot = slot.map_err(|error| format!("cannot be read: {error}"))?;
+            let mut salvage = Salvage::new(true);
+            let slot = salvage.read(&mut self.io(), offset_bytes, slot_len_bytes as usize);
+            let mut slot = slot.map_err(|error| Unread::Damaged(format!("cannot be read: {error}")))?;
             cipher.decrypt_slot(&mut slot);
-            let Ok(walked) =
+            let Ok(mut walked) =
                 walk::<Infallible>(&slot, &segment.header, segment.trailer.as_ref(), &mut |_, _, _| Ok(()));
+            let unreadable = salvage.into_unreadable().into_iter();
+            // Those come first: they are why the others are damaged.
+            walked.findings.splice(0..0, unreadable.map(|at| Finding::unreadable(at - offset_bytes)));
             let is_whole = walked.findings.is_empty() && walked.torn_tail.is_none();
             let is_same = before.as_ref().is_some_and(|before| before.findings == walked.findings);
             if is_whole || segment.trailer.is_some() || is_same || read == READS {
@@ -309,9 +432,10 @@ impl<V: Visitor> Contents<'_, V> {
         self.visitor.visit(Part::EndOfSegment { segment, walked })?;
         for finding in &walked.findings {
             let file_offset_bytes = offset_bytes + finding.slot_offset_bytes;
-            let (seq, what) = (finding.seq, finding.what.clone());
-            self.visitor
-                .visit(Part::Damage(Damage { seq, ..Damage::of(number, file_offset_bytes, what) }))?;
+            let Finding { seq, place, what, .. } = finding.clone();
+            let place = place.map(LostPlace::from);
+            let damage = Damage { seq, place, ..Damage::of(number, file_offset_bytes, what) };
+            self.visitor.visit(Part::Damage(damage))?;
         }
         if let Some(torn) = &walked.torn_tail {
             let what = format!("the newest batch was never written to its end: {torn}");
@@ -364,18 +488,31 @@ impl<V: Visitor> Contents<'_, V> {
                     && header.number >= superblock.low_water_segment
                     && header.open_count <= superblock.open_count
             };
-            let header = self.io().read(offset_bytes, PAGE_BYTES)?;
-            let header = SegmentHeader::decode(&header, slot_len_bytes);
-            let trailer = self.io().read(last_page, PAGE_BYTES)?;
-            let trailer = SegmentTrailer::decode(&trailer, slot_len_bytes);
-            if matches!(trailer, Err(PageError::Crc)) && header.as_ref().is_ok_and(ours) {
-                let what = format!("slot {slot}: the segment's last page is torn, so its batches were read");
-                parts.push(Part::Note(what));
+            let header = self.io().read(offset_bytes, PAGE_BYTES).map_err(ReadError::Disk);
+            let header =
+                header.and_then(|page| SegmentHeader::decode(&page, slot_len_bytes).map_err(ReadError::Page));
+            let trailer = self.io().read(last_page, PAGE_BYTES).map_err(ReadError::Disk);
+            let trailer = trailer
+                .and_then(|page| SegmentTrailer::decode(&page, slot_len_bytes).map_err(ReadError::Page));
+            match &trailer {
+                Err(ReadError::Page(PageError::Crc)) if header.as_ref().is_ok_and(ours) => {
+                    let what =
+                        format!("slot {slot}: the segment's last page is torn, so its batches were read");
+                    parts.push(Part::Note(what));
+                }
+                // With a header the page is told of again with the rest of the slot.
+                Err(ReadError::Disk(error)) if !header.as_ref().is_ok_and(ours) => {
+                    parts.push(Part::Damage(Damage::at(
+                        last_page,
+                        format!("last page of slot {slot}: {error}"),
+                    )));
+                }
+                _ => {}
             }
             let trailer = trailer.ok().filter(|trailer| ours(&trailer.header));
             let header = match (header, &trailer) {
                 (Ok(header), _) => header,
-                (Err(PageError::Magic), None) => continue,
+                (Err(ReadError::Page(PageError::Magic)), None) => continue,
                 (Err(error), Some(trailer)) => {
                     let what = format!("segment header: {error}");
                     parts.push(Part::Damage(Damage::of(trailer.header.number, offset_bytes, what)));
@@ -413,6 +550,24 @@ impl<V: Visitor> Contents<'_, V> {
         }
         Ok(())
     }
+}
+
+/// Why a part of the file can't be read.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+enum ReadError {
+    #[error(transparent)]
+    Disk(StorageError),
+    #[error(transparent)]
+    Page(PageError),
+    #[error(transparent)]
+    BadList(BadListError),
+}
+
+/// Why nothing of a segment can be read.
+enum Unread {
+    /// Without this key.
+    Locked(SiteKeyId),
+    Damaged(String),
 }
 
 /// The stream's place after all that a report was told of.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 
-use super::disk::DiskAt;
+use super::disk::{DiskAt, remedy};
 use super::export::{Exports, SocketFolder};
 use super::image::Image;
 use super::progress::Progress;
@@ -58,9 +58,10 @@ impl Converter {
             bail!("the checkpoint of {name} went away while it was copied; choose a newer one");
         }
         if let Some((seq, offset_bytes)) = disk.first_damage() {
+            let remedy = remedy(disk.is_lost(offset_bytes));
             bail!(
-                "{name} cannot be read at {offset_bytes}: record {seq} is damaged; `vra-journal verify` names all damage, an older \
-                 checkpoint may be whole"
+                "{name} cannot be read at {offset_bytes}: record {seq} is damaged; {remedy} (raw images only: qemu-img convert makes \
+                 qcow2 of one)"
             );
         }
         ended.with_context(|| format!("cannot convert {name}"))

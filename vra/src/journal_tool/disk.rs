@@ -31,8 +31,12 @@ pub(super) struct DiskAt {
     pub(super) journal: PathBuf,
     /// The recovery disk's.
     pub(super) recovery_disk: PathBuf,
+    /// It was accepted that nobody knows what of the recovery disk is lost.
+    without_bad_list: bool,
     keys: SiteKeys,
     logical_block_bytes: u32,
+    #[cfg(test)]
+    _alive: alive::Alive,
 }
 
 impl DiskAt {
@@ -59,8 +63,11 @@ impl DiskAt {
                 is_alone: journal.is_rebuilt,
                 journal: journal.path.clone(),
                 recovery_disk: journal.disk_path(number),
+                without_bad_list: journal.reader.survey.bad_list_lost.is_some(),
                 keys: journal.keys.clone(),
                 logical_block_bytes: journal.logical_block_bytes(number),
+                #[cfg(test)]
+                _alive: alive::Alive::new(),
             })
         };
         numbers.into_iter().map(disk).collect()
@@ -79,8 +86,10 @@ impl DiskAt {
     /// How to find out again where each byte was.
     pub(super) fn collect(&self) -> Collect {
         let (path, keys, seq, number) = (self.journal.clone(), self.keys.clone(), self.seq, self.number);
+        let without_bad_list = self.without_bad_list;
         Box::new(move || {
             let journal = Journal::open(&path, &keys)?;
+            journal.check_bad_list(without_bad_list)?;
             let volume = journal.reader.view(seq)?.take_volume(number)?;
             Ok((volume, Layout::of(&journal.reader.survey)))
         })
@@ -123,6 +132,20 @@ impl DiskAt {
     }
 }
 
+/// What helps against damage. What is `lost` is so on the recovery disk, before all that the journal still has.
+pub(super) fn remedy(lost: bool) -> &'static str {
+    match lost {
+        true => {
+            "it is lost on the recovery disk, so an older checkpoint does not help: one after the place was written again does, or \
+             --skip-damaged, which has zeroes there; `vra-journal verify` names all damage"
+        }
+        false => {
+            "a checkpoint before the damaged record may be whole, or one after the place was written again; --skip-damaged has zeroes \
+             there; `vra-journal verify` names all damage"
+        }
+    }
+}
+
 /// Blocks of [`HOLE_BYTES`] that hold something, met in order.
 #[derive(Default)]
 struct Blocks {
@@ -162,6 +185,38 @@ pub(super) fn next(file: &File, at_bytes: u64, whence: i32) -> Option<u64> {
         Err(_) if nix::errno::Errno::last() == nix::errno::Errno::ENXIO => None,
         Err(_) if whence == libc::SEEK_DATA => Some(at_bytes),
         Err(_) => None,
+    }
+}
+
+/// How many disks a thread has at once, with all that it is known where their bytes are.
+#[cfg(test)]
+pub(super) mod alive {
+    use std::cell::Cell;
+
+    thread_local! {
+        static NOW: Cell<usize> = const { Cell::new(0) };
+        static MOST: Cell<usize> = const { Cell::new(0) };
+    }
+
+    pub(super) struct Alive(());
+
+    impl Alive {
+        pub(super) fn new() -> Self {
+            NOW.set(NOW.get() + 1);
+            MOST.set(MOST.get().max(NOW.get()));
+            Self(())
+        }
+    }
+
+    impl Drop for Alive {
+        fn drop(&mut self) {
+            NOW.set(NOW.get() - 1);
+        }
+    }
+
+    /// The most so far.
+    pub(in crate::journal_tool) fn most() -> usize {
+        MOST.get()
     }
 }
 

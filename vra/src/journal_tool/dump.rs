@@ -5,14 +5,17 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use anyhow::Context;
+use journal::bad_ranges::BadRange;
 use journal::batch::{BatchError, BatchView, RecordKind, RecordView};
-use journal::crypt::SiteKeys;
+use journal::crypt::{SiteKeyId, SiteKeys};
 use journal::format::{
-    JournalState, MANIFEST_OFFSETS, SUPERBLOCK_OFFSETS, SegmentHeader, Superblock, slot_offset_bytes,
+    BAD_LIST_OFFSETS, JournalState, MANIFEST_OFFSETS, SUPERBLOCK_OFFSETS, SegmentHeader, Superblock,
+    slot_offset_bytes,
 };
 use serde_json::{Map, Value, json};
 
 use super::contents::{Damage, Part, Segment, Visitor, visit};
+use super::locked::Locked;
 use super::place::{Journal, find_one};
 use super::text;
 use crate::api::CheckpointId;
@@ -24,7 +27,8 @@ pub(super) fn run(path: &Path, keys: &SiteKeys, records: bool, out: &mut dyn Wri
         let checkpoints = journal.reader.catalogue().checkpoints();
         checkpoints.iter().map(|entry| entry.seq).collect::<HashSet<u64>>()
     });
-    let mut dump = Dump { out: BufWriter::new(out), records, openable, counts: Counts::default() };
+    let (out, counts) = (BufWriter::new(out), Counts::default());
+    let mut dump = Dump { out, records, openable, counts, locked: None };
     visit(&path, keys, &mut dump)?;
     let Counts { segments, batches, records, checkpoints, damage } = dump.counts;
     let end = json!({
@@ -33,6 +37,9 @@ pub(super) fn run(path: &Path, keys: &SiteKeys, records: bool, out: &mut dyn Wri
     });
     dump.line(&end)?;
     dump.out.flush().context("cannot write")?;
+    if let Some(site_key) = dump.locked {
+        return Err(Locked::new(&path, site_key, keys)).context("not all of it was dumped");
+    }
     Ok(damage > 0)
 }
 
@@ -43,6 +50,8 @@ struct Dump<'a> {
     /// Numbers of the records of those checkpoints that can be opened, if any can.
     openable: Option<HashSet<u64>>,
     counts: Counts,
+    /// A site key that is missing.
+    locked: Option<SiteKeyId>,
 }
 
 /// How many of each were told.
@@ -76,6 +85,24 @@ impl Visitor for Dump<'_> {
                     "content": text.unwrap_or_else(|_| Value::String(manifest.text.clone())),
                 }))
             }
+            Part::BadList { slot, list, counts } => {
+                let range = |bad: BadRange| {
+                    json!({
+                        "volume": bad.volume, "offset_bytes": bad.offset_bytes, "len_bytes": bad.len_bytes, "seq": bad.seq,
+                    })
+                };
+                self.line(&json!({
+                    "type": "bad_list", "slot": slot, "file_offset_bytes": BAD_LIST_OFFSETS[slot], "counts": counts,
+                    "journal": list.journal_id, "sequence": list.sequence,
+                    "ranges": list.ranges.iter().map(range).collect::<Vec<_>>(),
+                }))
+            }
+            Part::Locked(site_key) => {
+                self.locked = Some(site_key);
+                let what =
+                    format!("the segment is encrypted: what is in it is told only with site key {site_key}");
+                self.line(&json!({ "type": "note", "what": what }))
+            }
             Part::Segment(segment) => {
                 self.counts.segments += 1;
                 self.object("segment", header_facts(&segment.header), [trailer_facts(segment)])
@@ -86,10 +113,12 @@ impl Visitor for Dump<'_> {
             Part::EndOfSegment { .. } => Ok(()),
             Part::Damage(damage) => {
                 self.counts.damage += 1;
-                let Damage { seq, segment, file_offset_bytes, what } = damage;
+                let Damage { seq, segment, place, file_offset_bytes, what } = damage;
                 self.line(&json!({
                     "type": "damage", "seq": seq, "segment": segment, "file_offset_bytes": file_offset_bytes,
-                    "what": what,
+                    "volume": place.map(|place| place.volume),
+                    "offset_bytes": place.map(|place| place.offset_bytes),
+                    "len_bytes": place.map(|place| place.len_bytes), "what": what,
                 }))
             }
             Part::Note(what) => self.line(&json!({ "type": "note", "what": what })),
@@ -166,6 +195,7 @@ fn superblock_facts(superblock: &Superblock) -> Value {
         JournalState::Consistent => ("consistent", 0),
         JournalState::HistoryGivenUp { sync_id } => ("history_given_up", sync_id),
     };
+    let (encryption, key) = text::encryption(&superblock.encryption);
     let volumes = superblock.volumes.iter().enumerate().map(|(number, volume)| {
         json!({
             "number": number, "id": volume.id, "base_seq": volume.base_seq, "size_bytes": volume.size_bytes,
@@ -187,6 +217,11 @@ fn superblock_facts(superblock: &Superblock) -> Value {
         "low_water_batch_crc": superblock.low_water.batch_crc,
         "manifest_slot": superblock.manifest.map(|place| place.slot),
         "manifest_crc": superblock.manifest.map(|place| place.crc),
+        "bad_list_slot": superblock.bad_list.map(|place| place.slot),
+        "bad_list_crc": superblock.bad_list.map(|place| place.crc),
+        "encryption": encryption,
+        "encryption_key_id": key.map(|key| key.key_id),
+        "site_key_id": key.map(|key| key.site_key_id().to_string()),
         "promotion_intent_seq": superblock.promotion_intent_seq,
         "tail_generation": superblock.tail_generation,
         "parent_generation": superblock.parent_generation,
@@ -198,6 +233,7 @@ fn superblock_facts(superblock: &Superblock) -> Value {
 }
 
 fn header_facts(header: &SegmentHeader) -> Value {
+    let (encryption, key) = text::segment_encryption(header);
     json!({
         "segment": header.number,
         "slot": header.slot,
@@ -208,6 +244,9 @@ fn header_facts(header: &SegmentHeader) -> Value {
         "after_batch_crc": header.after.batch_crc,
         "carried_end_bytes": header.carried_end_bytes,
         "begin_time_us": header.begin_time_us,
+        "encryption": encryption,
+        "encryption_key_id": key.map(|key| key.key_id),
+        "site_key_id": key.map(|key| key.site_key_id().to_string()),
     })
 }
 

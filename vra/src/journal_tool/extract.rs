@@ -6,15 +6,16 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use serde_json::json;
 
 use journal::crypt::SiteKeys;
 
 use super::args::{Extract, Format};
 use super::convert::Converter;
-use super::copy::Copy;
+use super::copy::{Copied, Copy, Skipped};
 use super::disk::DiskAt;
 use super::group::{Stock, words};
-use super::image::{Image, check_space};
+use super::image::{Image, check_free, check_space};
 use super::moment::{Found, describe};
 use super::place::{Journal, find_one};
 use super::progress::Progress;
@@ -29,16 +30,76 @@ const QCOW2_BYTES: u64 = 1 << 20;
 struct Past {
     /// In words.
     moment: String,
-    disks: Vec<DiskAt>,
+    vms: Vec<VmPast>,
 }
 
-/// Writes disks as they were into images: all of them or none.
-pub(super) fn run(arguments: &Extract, keys: &SiteKeys, out: &mut dyn Write) -> anyhow::Result<()> {
+/// A VM's disks at that moment. Where their bytes were is known while they are copied and not before: a large group's indexes would not fit
+/// into memory together.
+struct VmPast {
+    journal: PathBuf,
+    seq: u64,
+    /// One disk, or all.
+    only: Option<u16>,
+    disks: Vec<DiskFacts>,
+    /// Where their bytes were, if that is still known from when it was looked for.
+    found: Option<Vec<DiskAt>>,
+}
+
+/// What is to be known of a disk before anything is written.
+struct DiskFacts {
+    vm: String,
+    number: u16,
+    size_bytes: u64,
+    /// The most that its image takes, or nothing if that wasn't asked.
+    needed_bytes: u64,
+}
+
+impl VmPast {
+    fn of(journal: &Journal, seq: u64, only: Option<u16>, arguments: &Extract) -> anyhow::Result<Self> {
+        let found = DiskAt::of(journal, seq, only)?;
+        if only.is_none() {
+            warn_of_absent(journal, &found);
+        }
+        let facts = |disk: &DiskAt| {
+            let needed_bytes = if arguments.no_space_check { 0 } else { disk.needed_bytes()? };
+            let (vm, number, size_bytes) = (disk.vm.clone(), disk.number, disk.size_bytes());
+            Ok(DiskFacts { vm, number, size_bytes, needed_bytes })
+        };
+        let disks = found.iter().map(facts).collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(Self { journal: journal.path.clone(), seq, only, disks, found: Some(found) })
+    }
+
+    /// Where the disks' bytes were, found out anew if it isn't known any more.
+    fn take(&mut self, keys: &SiteKeys, without_bad_list: bool) -> anyhow::Result<Vec<DiskAt>> {
+        if let Some(found) = self.found.take() {
+            return Ok(found);
+        }
+        let journal = Journal::open(&self.journal, keys)?;
+        journal.check_bad_list(without_bad_list)?;
+        let found = DiskAt::of(&journal, self.seq, self.only)
+            .with_context(|| format!("the checkpoint of VM {} went away meanwhile", journal.vm_name()))?;
+        let is_same = |(disk, facts): (&DiskAt, &DiskFacts)| {
+            (disk.number, disk.size_bytes()) == (facts.number, facts.size_bytes)
+        };
+        if found.len() != self.disks.len() || !found.iter().zip(&self.disks).all(is_same) {
+            bail!("the disks of VM {} changed meanwhile; try again", journal.vm_name());
+        }
+        Ok(found)
+    }
+}
+
+/// Writes disks as they were into images: all of them or none. True if something of them was damaged and is zeroes.
+pub(super) fn run(arguments: &Extract, keys: &SiteKeys, out: &mut dyn Write) -> anyhow::Result<bool> {
     if arguments.format == Format::Qcow2 {
+        if arguments.skip_damaged {
+            bail!(
+                "--skip-damaged writes raw images only: leave out --format, and convert the image with `qemu-img convert -O qcow2`"
+            );
+        }
         Converter::check()?;
     }
     allow_many_files();
-    let Past { moment, disks } = find(arguments, keys)?;
+    let Past { moment, mut vms } = find(arguments, keys)?;
     // From here on something is left if the process just ends; before any thread exists, so that all inherit the mask.
     let mut signals = Signals::to_look_for()?;
     let converter = match arguments.format {
@@ -49,6 +110,7 @@ pub(super) fn run(arguments: &Extract, keys: &SiteKeys, out: &mut dyn Write) -> 
         Some(folder) => Some(OutFolder::make(folder)?),
         None => None,
     };
+    let disks: Vec<&DiskFacts> = vms.iter().flat_map(|vm| &vm.disks).collect();
     let paths = match (&arguments.out, &folder) {
         (Some(path), _) => vec![path.clone()],
         (None, Some(folder)) => image_paths(&folder.path, &disks, arguments.format),
@@ -58,13 +120,12 @@ pub(super) fn run(arguments: &Extract, keys: &SiteKeys, out: &mut dyn Write) -> 
     let mut images = Vec::new();
     for path in &paths {
         images.push(Image::create(path, arguments.force)?);
+        if arguments.skip_damaged {
+            check_free(&damage_path(path), arguments.force)?;
+        }
     }
     if !arguments.no_space_check {
-        let mut needed_bytes = 0;
-        for disk in &disks {
-            signals.check()?;
-            needed_bytes += disk.needed_bytes()?;
-        }
+        let needed_bytes: u64 = disks.iter().map(|disk| disk.needed_bytes).sum();
         let share = match arguments.format {
             Format::Raw => 0,
             Format::Qcow2 => needed_bytes / QCOW2_SHARE + QCOW2_BYTES * disks.len() as u64,
@@ -72,34 +133,81 @@ pub(super) fn run(arguments: &Extract, keys: &SiteKeys, out: &mut dyn Write) -> 
         let place = images.first().and_then(|image| image.partial().parent()).context("no image")?;
         check_space(place, needed_bytes + share)?;
     }
-    let mut progress = Progress::new(disks.iter().map(DiskAt::size_bytes).sum(), arguments.quiet);
-    let mut lines = Vec::new();
-    for (disk, image) in disks.into_iter().zip(&images) {
-        let (name, size_bytes) = (disk.name(), disk.size_bytes());
-        progress.begin(&name, size_bytes);
-        let held = match &converter {
-            None => {
-                let data_bytes = Copy::new(disk)?.run(image, &mut progress, &mut signals)?;
-                format!("of which {} hold data", text::bytes(data_bytes))
-            }
-            Some(converter) => {
-                converter.run(disk, image, &mut progress, &mut signals)?;
-                format!("in {} of qcow2", text::bytes(std::fs::metadata(image.partial())?.len()))
-            }
-        };
-        image.sync()?;
-        let (path, size) = (image.path().display(), text::bytes(size_bytes));
-        lines.push(format!("{path}: {name} at {moment}, {size}, {held}"));
+    let mut progress = Progress::new(disks.iter().map(|disk| disk.size_bytes).sum(), arguments.quiet);
+    let (mut lines, mut reports) = (Vec::new(), Vec::new());
+    let mut unwritten = images.iter();
+    for vm in &mut vms {
+        for disk in vm.take(keys, arguments.without_bad_list)? {
+            let image = unwritten.next().context("an image for each disk")?;
+            let (name, number, size_bytes) = (disk.name(), disk.number, disk.size_bytes());
+            let vm = disk.vm.clone();
+            progress.begin(&name, size_bytes);
+            let held = match &converter {
+                None => {
+                    let copy = Copy::new(disk)?.skipping_damage(arguments.skip_damaged);
+                    let Copied { data_bytes, skipped } = copy.run(image, &mut progress, &mut signals)?;
+                    if !skipped.is_empty() {
+                        let damage = json!({ "vm": vm, "disk": number, "moment": moment, "ranges": skipped });
+                        reports.push(report(image.path(), &damage, arguments.force)?);
+                        tell_of_skipped(&name, &skipped);
+                    }
+                    format!("of which {} hold data", text::bytes(data_bytes))
+                }
+                Some(converter) => {
+                    converter.run(disk, image, &mut progress, &mut signals)?;
+                    format!("in {} of qcow2", text::bytes(std::fs::metadata(image.partial())?.len()))
+                }
+            };
+            image.sync()?;
+            let (path, size) = (image.path().display(), text::bytes(size_bytes));
+            lines.push(format!("{path}: {name} at {moment}, {size}, {held}"));
+        }
     }
     progress.end();
-    publish(&mut images)?;
+    let is_damaged = !reports.is_empty();
+    let told: HashSet<PathBuf> = reports.iter().map(|report| report.path().to_owned()).collect();
+    let stale: Vec<PathBuf> = images.iter().map(|image| damage_path(image.path())).collect();
+    // A list of damage has its name before the image that it is of.
+    reports.append(&mut images);
+    publish(&mut reports)?;
+    if arguments.force {
+        // Of the images that were replaced.
+        for path in stale.iter().filter(|path| !told.contains(*path)) {
+            let _ = std::fs::remove_file(path);
+        }
+    }
     if let Some(folder) = folder {
         folder.keep();
     }
     for line in lines {
         writeln!(out, "{line}")?;
     }
-    Ok(())
+    Ok(is_damaged)
+}
+
+/// Where what is damaged of an image is listed.
+fn damage_path(image: &Path) -> PathBuf {
+    let mut name = image.as_os_str().to_owned();
+    name.push(".damaged.json");
+    name.into()
+}
+
+/// The list of what is damaged of an image, beside it.
+fn report(image: &Path, damage: &serde_json::Value, force: bool) -> anyhow::Result<Image> {
+    let report = Image::create(&damage_path(image), force)?;
+    let text = serde_json::to_string_pretty(damage)? + "\n";
+    report.write(0, text.as_bytes())?;
+    report.sync()?;
+    Ok(report)
+}
+
+fn tell_of_skipped(disk: &str, skipped: &[Skipped]) {
+    for Skipped { offset_bytes, len_bytes, seq, what } in skipped {
+        let record = seq.map_or(String::new(), |seq| format!("record {seq}: "));
+        eprintln!(
+            "damaged: {disk}: {len_bytes} bytes at {offset_bytes} are zeroes in the image: {record}{what}"
+        );
+    }
 }
 
 /// Each image of a large group stays open.
@@ -129,17 +237,15 @@ fn find(arguments: &Extract, keys: &SiteKeys) -> anyhow::Result<Past> {
         return find_group(arguments, keys, wanted);
     }
     let journal = Journal::open(&journal_path(arguments, keys)?, keys)?;
-    journal.warn_if_cut_short();
+    journal.warn();
+    journal.check_bad_list(arguments.without_bad_list)?;
     let found = arguments.at.find(&journal.reader)?;
     let only = arguments.out.as_ref().map(|_| arguments.disk.unwrap_or(0));
-    let disks = DiskAt::of(&journal, found.seq, only)?;
-    if only.is_none() {
-        warn_of_absent(&journal, &disks);
-    }
+    let vm = VmPast::of(&journal, found.seq, only, arguments)?;
     let Found { seq, checkpoint } = &found;
     let moment = checkpoint.as_ref();
     let moment = moment.map_or_else(|| format!("record {seq}"), |at| format!("checkpoint {}", describe(at)));
-    Ok(Past { moment, disks })
+    Ok(Past { moment, vms: vec![vm] })
 }
 
 /// The one journal that the arguments mean.
@@ -153,6 +259,7 @@ fn journal_path(arguments: &Extract, keys: &SiteKeys) -> anyhow::Result<PathBuf>
     let stock = Stock::of(&arguments.journals, keys)?;
     match stock.journals_of_vm(vm)[..] {
         [told] => Ok(told.path.clone()),
+        [] if let Some(journal) = stock.locked_of_vm(vm) => Err(journal.locked.clone().into()),
         [] => bail!("there is no VM {vm:?} here; there are: {}", stock.vm_names().join(", ")),
         ref several => {
             let folders: Vec<String> =
@@ -168,16 +275,16 @@ fn find_group(arguments: &Extract, keys: &SiteKeys, wanted: &str) -> anyhow::Res
     if let Some(newer) = newer {
         eprintln!("note: {newer}, so it is not taken");
     }
-    let mut disks = Vec::new();
+    let mut vms = Vec::new();
     for (told, cut) in group.whole()?.into_iter().zip(&found.cuts) {
         let journal = Journal::open(&told.path, keys)?;
-        journal.warn_if_cut_short();
-        let of_vm = DiskAt::of(&journal, *cut, None)
+        journal.warn();
+        journal.check_bad_list(arguments.without_bad_list)?;
+        let vm = VmPast::of(&journal, *cut, None, arguments)
             .with_context(|| format!("checkpoint {} of VM {} cannot be opened", found.id, told.name))?;
-        warn_of_absent(&journal, &of_vm);
-        disks.extend(of_vm);
+        vms.push(VmPast { found: None, ..vm });
     }
-    Ok(Past { moment: format!("checkpoint {}", words(&found.entry)), disks })
+    Ok(Past { moment: format!("checkpoint {}", words(&found.entry)), vms })
 }
 
 /// Says which disks a VM has now but had not then.
@@ -192,7 +299,7 @@ fn warn_of_absent(journal: &Journal, disks: &[DiskAt]) {
 }
 
 /// Names that say VM and disk.
-fn image_paths(folder: &Path, disks: &[DiskAt], format: Format) -> Vec<PathBuf> {
+fn image_paths(folder: &Path, disks: &[&DiskFacts], format: Format) -> Vec<PathBuf> {
     let mut taken = HashSet::new();
     let mut paths = Vec::new();
     for disk in disks {

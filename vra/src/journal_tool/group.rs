@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use journal::catalogue::CheckpointEntry;
 use journal::crypt::SiteKeys;
 
+use super::locked::{Locked, LockedJournal, missing_key};
 use super::moment::{Moment, distance, id_of};
 use super::place::{Journal, Manifest, find_all};
 use super::text;
@@ -17,6 +18,8 @@ use crate::report::chain;
 pub(super) struct Stock {
     /// By name.
     pub(super) groups: Vec<Group>,
+    /// Journals that are encrypted with a key that wasn't given.
+    pub(super) locked: Vec<LockedJournal>,
     /// Journals that cannot be opened, and why.
     pub(super) unreadable: Vec<(PathBuf, String)>,
 }
@@ -76,6 +79,8 @@ pub(super) struct GroupCheckpoint {
 pub(super) enum GroupError {
     #[error("there is no VPG {wanted:?} here; {known}")]
     NoVpg { wanted: String, known: String },
+    #[error("{0}")]
+    Locked(Locked),
     #[error("several VPGs are called {wanted:?}: name one by its id: {ids}")]
     Ambiguous { wanted: String, ids: String },
     #[error(
@@ -106,19 +111,33 @@ impl Stock {
         paths.sort();
         paths.dedup();
         let (mut by_vpg, mut unreadable) = (BTreeMap::<VpgId, Vec<Told>>::new(), Vec::new());
+        let mut locked = Vec::new();
         for path in paths {
-            match Journal::open(&path, keys) {
-                Ok(journal) => by_vpg.entry(journal.vpg_id()).or_default().push(Told::by(&journal)),
-                Err(error) => unreadable.push((path, chain(error.as_ref()))),
+            let error = match Journal::open(&path, keys) {
+                Ok(journal) => {
+                    by_vpg.entry(journal.vpg_id()).or_default().push(Told::by(&journal));
+                    continue;
+                }
+                Err(error) => error,
+            };
+            let site_key = missing_key(&error).map(|site_key| Locked::new(&path, site_key, keys));
+            match site_key.map(LockedJournal::read) {
+                Some(Ok(journal)) => locked.push(journal),
+                _ => unreadable.push((path, chain(error.as_ref()))),
             }
         }
         let mut groups: Vec<Group> = by_vpg.into_iter().map(|(id, told)| Group::of(id, told)).collect();
         groups.sort_by(|one, other| (&one.name, one.id).cmp(&(&other.name, other.id)));
-        Ok(Self { groups, unreadable })
+        Ok(Self { groups, locked, unreadable })
     }
 
     /// The VPG with this name or id.
     pub(super) fn take(mut self, wanted: &str) -> Result<Group, GroupError> {
+        // One locked member is enough to have no checkpoint of the whole.
+        let is_locked = |journal: &&LockedJournal| journal.vpg_name == wanted || is_id(journal.vpg.0, wanted);
+        if let Some(journal) = self.locked.iter().find(is_locked) {
+            return Err(GroupError::Locked(journal.locked.clone()));
+        }
         let is_it = |group: &Group| group.name.as_deref() == Some(wanted) || is_id(group.id.0, wanted);
         let found: Vec<usize> = (0..self.groups.len()).filter(|at| is_it(&self.groups[*at])).collect();
         match found[..] {
@@ -147,9 +166,15 @@ impl Stock {
         all.filter(|told| told.name == wanted || is_id(told.vm.0, wanted)).collect()
     }
 
+    /// The journal of the VM with this name or id, if it can't be read without a key.
+    pub(super) fn locked_of_vm(&self, wanted: &str) -> Option<&LockedJournal> {
+        self.locked.iter().find(|journal| journal.vm_name == wanted || is_id(journal.vm.0, wanted))
+    }
+
     /// The names of all VMs.
     pub(super) fn vm_names(&self) -> Vec<&str> {
-        self.groups.iter().flat_map(Group::journals).map(|told| told.name.as_str()).collect()
+        let locked = self.locked.iter().map(|journal| journal.vm_name.as_str());
+        self.groups.iter().flat_map(Group::journals).map(|told| told.name.as_str()).chain(locked).collect()
     }
 }
 
@@ -159,8 +184,7 @@ fn is_id(id: uuid::Uuid, text: &str) -> bool {
 
 impl Told {
     fn by(journal: &Journal) -> Self {
-        let survey = &journal.reader.survey;
-        let lost = journal.is_rebuilt.then(|| "both superblocks are lost".to_owned());
+        let (survey, warnings) = (&journal.reader.survey, journal.warnings());
         Self {
             path: journal.path.clone(),
             vm: journal.vm_id(),
@@ -169,7 +193,7 @@ impl Told {
             disk_bytes: survey.superblock.volumes.iter().map(|volume| volume.size_bytes).collect(),
             checkpoints: journal.reader.catalogue().checkpoints().to_vec(),
             newest_seq: journal.reader.newest_seq(),
-            warning: journal.cut_short.clone().or(lost),
+            warning: (!warnings.is_empty()).then(|| warnings.join("; ")),
         }
     }
 

@@ -22,7 +22,20 @@ pub(super) struct Image {
     partial: PathBuf,
     path: PathBuf,
     force: bool,
-    published: bool,
+    name: Name,
+}
+
+/// Whether an image has its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Name {
+    /// Not yet.
+    Partial,
+    /// It has, and nothing had it before.
+    New,
+    /// It has, and what had it before lies where the image was until then.
+    Exchanged,
+    /// It has, and what had it before is gone: not every filesystem can exchange two names.
+    Replaced,
 }
 
 impl Image {
@@ -57,7 +70,7 @@ impl Image {
         if !is_still_its_name {
             bail!(busy());
         }
-        let image = Self { file, partial, path, force, published: false };
+        let image = Self { file, partial, path, force, name: Name::Partial };
         // Something is left of one that was killed.
         image.set_len(0)?;
         Ok(image)
@@ -103,40 +116,61 @@ impl Image {
     /// Gives it its name.
     pub(super) fn publish(&mut self) -> anyhow::Result<()> {
         let (partial, path) = (&self.partial, &self.path);
-        let flags = if self.force { RenameFlags::empty() } else { RenameFlags::RENAME_NOREPLACE };
-        let renamed = match renameat2(AT_FDCWD, partial, AT_FDCWD, path, flags) {
-            // Not every filesystem knows how to leave a file of that name alone.
-            Err(Errno::EINVAL | Errno::ENOSYS) => {
-                check_free(path, self.force)?;
-                std::fs::rename(partial, path)
-            }
-            renamed => renamed.map_err(Into::into),
+        let rename = |flags| renameat2(AT_FDCWD, partial, AT_FDCWD, path, flags);
+        let is_unknown = |errno| matches!(errno, Errno::EINVAL | Errno::ENOSYS);
+        let renamed = match self.force {
+            true => match rename(RenameFlags::RENAME_EXCHANGE) {
+                Ok(()) => Ok(Name::Exchanged),
+                Err(Errno::ENOENT) => rename(RenameFlags::empty()).map(|()| Name::New),
+                Err(errno) if is_unknown(errno) => {
+                    let is_new = !path.exists();
+                    let name = if is_new { Name::New } else { Name::Replaced };
+                    rename(RenameFlags::empty()).map(|()| name)
+                }
+                Err(errno) => Err(errno),
+            },
+            false => match rename(RenameFlags::RENAME_NOREPLACE) {
+                // Not every filesystem knows how to leave a file of that name alone.
+                Err(errno) if is_unknown(errno) => {
+                    check_free(path, false)?;
+                    rename(RenameFlags::empty()).map(|()| Name::New)
+                }
+                renamed => renamed.map(|()| Name::New),
+            },
         };
-        renamed.with_context(|| format!("cannot rename {} to {}", partial.display(), path.display()))?;
-        self.published = true;
+        self.name =
+            renamed.with_context(|| format!("cannot rename {} to {}", partial.display(), path.display()))?;
         let folder = path.parent().unwrap_or(Path::new("/"));
         File::open(folder)
             .and_then(|folder| folder.sync_all())
             .with_context(|| format!("cannot make the name {} durable", path.display()))
     }
 
-    /// Takes its name back, since others of its set could not get theirs; not if it may have replaced something.
+    /// Takes its name back, since others of its set could not get theirs: what had the name before has it again, unless it is gone.
     pub(super) fn withdraw(&mut self) {
-        if self.published && !self.force {
-            let _ = std::fs::remove_file(&self.path);
+        match self.name {
+            Name::New => _ = std::fs::remove_file(&self.path),
+            Name::Exchanged => {
+                let flags = RenameFlags::RENAME_EXCHANGE;
+                if renameat2(AT_FDCWD, &self.partial, AT_FDCWD, &self.path, flags).is_ok() {
+                    self.name = Name::Partial;
+                }
+            }
+            Name::Partial | Name::Replaced => {}
         }
     }
 }
 
 impl Drop for Image {
     fn drop(&mut self) {
-        if !self.published {
+        // What is there is the image itself, or what it replaced.
+        if matches!(self.name, Name::Partial | Name::Exchanged) {
             let _ = std::fs::remove_file(&self.partial);
         }
     }
 }
 
-fn check_free(path: &Path, force: bool) -> anyhow::Result<()> {
+pub(super) fn check_free(path: &Path, force: bool) -> anyhow::Result<()> {
     match std::fs::symlink_metadata(path) {
         Ok(metadata) if !metadata.is_file() => bail!(
             "{} is not a regular file; use `vra-journal serve` with nbdcopy or qemu-img for other targets",
@@ -189,6 +223,34 @@ mod tests {
         drop(image);
         assert!(!partial.exists());
         assert_eq!(std::fs::read(&path).expect("there"), b"precious");
+        std::fs::remove_file(path).expect("removed");
+    }
+
+    #[test]
+    fn what_was_replaced_comes_back_when_the_set_fails() {
+        let (path, new) = (place("replaced"), place("not-replaced"));
+        std::fs::write(&path, "precious").expect("written");
+        let mut images = [&path, &new].map(|path| Image::create(path, true).expect("forced"));
+        for image in &mut images {
+            image.write(0, &[1; 512]).expect("space");
+            image.publish().expect("named");
+        }
+        assert_eq!(
+            [&path, &new].map(|path| std::fs::read(path).expect("there")),
+            [vec![1; 512], vec![1; 512]]
+        );
+        images.iter_mut().for_each(Image::withdraw);
+        let partials = images.each_ref().map(|image| image.partial().to_owned());
+        drop(images);
+        assert_eq!(std::fs::read(&path).expect("there"), b"precious");
+        assert!(!new.exists() && partials.iter().all(|partial| !partial.exists()));
+
+        let mut image = Image::create(&path, true).expect("forced");
+        image.write(0, &[2; 512]).expect("space");
+        image.publish().expect("named");
+        drop(image);
+        assert_eq!(std::fs::read(&path).expect("there"), [2; 512]);
+        assert!(!partials[0].exists(), "what was replaced is left");
         std::fs::remove_file(path).expect("removed");
     }
 

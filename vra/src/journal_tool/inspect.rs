@@ -3,13 +3,16 @@
 use std::io::Write;
 use std::path::Path;
 
-use journal::crypt::SiteKeys;
-use journal::format::JournalState;
+use anyhow::Context;
+use journal::crypt::{SiteKeyId, SiteKeys, WrappedKey};
+use journal::format::{JournalState, PAGE_BYTES, Superblock};
 use journal::recovery::Content;
 use serde::Serialize;
 
+use super::contents::{Part, Visitor, visit};
+use super::locked::missing_key;
 use super::moment::describe;
-use super::place::{Journal, Manifest};
+use super::place::{Journal, Manifest, find_one};
 use super::text;
 
 /// What a journal is.
@@ -27,12 +30,16 @@ struct Facts {
     parent_generation: String,
     /// The history reaches from here ...
     oldest_seq: u64,
-    /// ... to here.
-    newest_seq: u64,
-    checkpoints: usize,
+    /// ... to here, if that can be told.
+    newest_seq: Option<u64>,
+    checkpoints: Option<usize>,
+    /// How segments are encrypted that begin from now on.
+    encryption: Encryption,
+    /// The site key without which what isn't here can't be told, and that wasn't given.
+    locked_by_site_key: Option<String>,
     slot_bytes: u64,
     slots: u32,
-    free_slots: usize,
+    free_slots: Option<usize>,
     disks: Vec<Disk>,
     segments: Vec<Segment>,
     /// Set if records in the middle of the history cannot be read.
@@ -55,16 +62,56 @@ struct Segment {
     number: u64,
     slot: u32,
     first_seq: u64,
-    last_seq: u64,
+    last_seq: Option<u64>,
     /// Bytes of batches in it.
-    data_bytes: u64,
+    data_bytes: Option<u64>,
     sealed: bool,
+    encryption: Encryption,
 }
 
-/// Says what a journal is.
+/// How something is encrypted.
+#[derive(Serialize)]
+struct Encryption {
+    /// `none`, or how.
+    method: &'static str,
+    /// The journal's key.
+    key_id: Option<String>,
+    /// The site key that opens that.
+    site_key_id: Option<String>,
+}
+
+impl Encryption {
+    fn of((method, key): (&'static str, Option<&WrappedKey>)) -> Self {
+        let ids = key.map(|key| (key.key_id.to_string(), key.site_key_id().to_string()));
+        let (key_id, site_key_id) = ids.unzip();
+        Self { method, key_id, site_key_id }
+    }
+}
+
+impl std::fmt::Display for Encryption {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.method)?;
+        match (&self.key_id, &self.site_key_id) {
+            (Some(key_id), Some(site_key_id)) => write!(f, ", key {key_id} (site key {site_key_id})"),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Says what a journal is. Without the key of one that is encrypted, what is plain of it.
 pub(super) fn run(path: &Path, keys: &SiteKeys, json: bool, out: &mut dyn Write) -> anyhow::Result<()> {
-    let journal = Journal::open(path, keys)?;
-    let facts = facts(&journal);
+    let (facts, ends) = match Journal::open(path, keys) {
+        Ok(journal) => {
+            let checkpoints = journal.reader.catalogue().checkpoints();
+            let ends = checkpoints.first().zip(checkpoints.last());
+            let ends = ends.map(|(first, last)| format!(": {} to {}", describe(first), describe(last)));
+            (facts(&journal), ends)
+        }
+        Err(error) => match missing_key(&error) {
+            Some(site_key) => (locked_facts(&find_one(path)?, keys, site_key)?, None),
+            None => return Err(error),
+        },
+    };
     if json {
         serde_json::to_writer_pretty(&mut *out, &facts)?;
         writeln!(out)?;
@@ -79,13 +126,19 @@ pub(super) fn run(path: &Path, keys: &SiteKeys, json: bool, out: &mut dyn Write)
     )?;
     writeln!(out, "state         {}", facts.state)?;
     writeln!(out, "generation    {} (parent {})", facts.tail_generation, facts.parent_generation)?;
-    writeln!(out, "history       records {} to {}", facts.oldest_seq, facts.newest_seq)?;
-    let checkpoints = journal.reader.catalogue().checkpoints();
-    let ends = checkpoints.first().zip(checkpoints.last());
-    let ends = ends.map(|(first, last)| format!(": {} to {}", describe(first), describe(last)));
-    writeln!(out, "checkpoints   {}{}", facts.checkpoints, ends.unwrap_or_default())?;
+    let newest = facts.newest_seq.map_or("its end, which is encrypted".to_owned(), |seq| seq.to_string());
+    writeln!(out, "history       records {} to {newest}", facts.oldest_seq)?;
+    match facts.checkpoints {
+        Some(count) => writeln!(out, "checkpoints   {count}{}", ends.unwrap_or_default())?,
+        None => writeln!(out, "checkpoints   encrypted")?,
+    }
+    writeln!(out, "encryption    {}", facts.encryption)?;
+    if let Some(site_key) = &facts.locked_by_site_key {
+        writeln!(out, "locked        more is told with site key {site_key}: give its file with --key-file")?;
+    }
     let slot = text::bytes(facts.slot_bytes);
-    writeln!(out, "space         {} slots of {slot}, {} free", facts.slots, facts.free_slots)?;
+    let free = facts.free_slots.map_or(String::new(), |free| format!(", {free} free"));
+    writeln!(out, "space         {} slots of {slot}{free}", facts.slots)?;
     if let Some(damage) = &facts.damage {
         writeln!(out, "damage        {damage}")?;
     }
@@ -97,22 +150,48 @@ pub(super) fn run(path: &Path, keys: &SiteKeys, json: bool, out: &mut dyn Write)
         writeln!(out, "disk {:<8} {size}, {file}, base at record {}", disk.number, disk.base_seq)?;
     }
     for segment in &facts.segments {
-        let size = text::bytes(segment.data_bytes);
+        let size = segment.data_bytes.map_or(String::new(), |bytes| format!("{}, ", text::bytes(bytes)));
         let state = if segment.sealed { "sealed" } else { "open" };
+        let last = segment.last_seq.map_or("its end".to_owned(), |seq| seq.to_string());
+        let encryption = match segment.encryption.key_id {
+            Some(_) => format!(", {}", segment.encryption),
+            None => String::new(),
+        };
         writeln!(
             out,
-            "segment {:<5} records {} to {}, {size}, slot {}, {state}",
-            segment.number, segment.first_seq, segment.last_seq, segment.slot
+            "segment {:<5} records {} to {last}, {size}slot {}, {state}{encryption}",
+            segment.number, segment.first_seq, segment.slot
         )?;
     }
     Ok(())
 }
 
 fn facts(journal: &Journal) -> Facts {
-    let survey = &journal.reader.survey;
-    let superblock = &survey.superblock;
+    let (survey, warnings) = (&journal.reader.survey, journal.warnings());
+    let segments = survey.segments.iter().map(|segment| Segment {
+        number: segment.header.number,
+        slot: segment.header.slot,
+        first_seq: segment.header.after.seq + 1,
+        last_seq: Some(segment.last().seq),
+        data_bytes: Some(segment.data_end_bytes() - PAGE_BYTES as u64),
+        sealed: matches!(segment.content, Content::Sealed(_)),
+        encryption: Encryption::of(text::segment_encryption(&segment.header)),
+    });
+    Facts {
+        newest_seq: Some(journal.reader.newest_seq()),
+        checkpoints: Some(journal.reader.catalogue().checkpoints().len()),
+        free_slots: Some(survey.free_slots.len()),
+        segments: segments.collect(),
+        damage: (!warnings.is_empty())
+            .then(|| format!("{}; `vra-journal verify` says more", warnings.join("; "))),
+        ..plain_facts(&journal.path, journal.vm_name(), journal.manifest.as_ref(), &survey.superblock)
+    }
+}
+
+/// What superblock and manifest say.
+fn plain_facts(path: &Path, vm: String, manifest: Option<&Manifest>, superblock: &Superblock) -> Facts {
     let disks = superblock.volumes.iter().enumerate().map(|(number, volume)| {
-        let metadata = std::fs::metadata(journal.disk_path(number as u16)).ok();
+        let metadata = std::fs::metadata(path.with_file_name(format!("disk-{number}.raw"))).ok();
         Disk {
             number,
             id: volume.id.to_string(),
@@ -122,19 +201,11 @@ fn facts(journal: &Journal) -> Facts {
                 .map(|metadata| std::os::unix::fs::MetadataExt::blocks(&metadata) * 512),
         }
     });
-    let segments = survey.segments.iter().map(|segment| Segment {
-        number: segment.header.number,
-        slot: segment.header.slot,
-        first_seq: segment.header.after.seq + 1,
-        last_seq: segment.last().seq,
-        data_bytes: segment.data_end_bytes() - journal::format::PAGE_BYTES as u64,
-        sealed: matches!(segment.content, Content::Sealed(_)),
-    });
     Facts {
-        path: journal.path.display().to_string(),
-        vm: journal.vm_name(),
+        path: path.display().to_string(),
+        vm,
         vm_id: superblock.vm_id.to_string(),
-        vpg: journal.manifest.as_ref().map(|manifest: &Manifest| manifest.vpg.name.clone()),
+        vpg: manifest.map(|manifest| manifest.vpg.name.clone()),
         journal_id: superblock.journal_id.to_string(),
         state: match superblock.state {
             JournalState::Consistent => "consistent".to_owned(),
@@ -150,13 +221,67 @@ fn facts(journal: &Journal) -> Facts {
         tail_generation: superblock.tail_generation.to_string(),
         parent_generation: superblock.parent_generation.to_string(),
         oldest_seq: superblock.oldest_seq(),
-        newest_seq: journal.reader.newest_seq(),
-        checkpoints: journal.reader.catalogue().checkpoints().len(),
+        newest_seq: None,
+        checkpoints: None,
+        encryption: Encryption::of(text::encryption(&superblock.encryption)),
+        locked_by_site_key: None,
         slot_bytes: superblock.slot_len_bytes,
         slots: superblock.slot_count,
-        free_slots: survey.free_slots.len(),
+        free_slots: None,
         disks: disks.collect(),
+        segments: Vec::new(),
+        damage: None,
+    }
+}
+
+/// What can be told without the key.
+fn locked_facts(path: &Path, keys: &SiteKeys, site_key: SiteKeyId) -> anyhow::Result<Facts> {
+    let mut seen = Plain::default();
+    visit(path, keys, &mut seen)?;
+    let superblock = seen.superblock.context("no superblock can be read")?;
+    let manifest = seen.manifest;
+    let vm = manifest.as_ref().and_then(Manifest::vm).map(|vm| vm.name.clone());
+    let segments = seen.segments.into_iter().map(|segment| Segment {
+        number: segment.header.number,
+        slot: segment.header.slot,
+        first_seq: segment.header.after.seq + 1,
+        last_seq: segment.trailer.as_ref().map(|trailer| trailer.last.seq),
+        data_bytes: segment.trailer.as_ref().map(|trailer| trailer.data_end_bytes - PAGE_BYTES as u64),
+        sealed: segment.trailer.is_some(),
+        encryption: Encryption::of(text::segment_encryption(&segment.header)),
+    });
+    Ok(Facts {
         segments: segments.collect(),
-        damage: journal.cut_short.as_ref().map(|why| format!("{why}; `vra-journal verify` says more")),
+        locked_by_site_key: Some(site_key.to_string()),
+        ..plain_facts(
+            path,
+            vm.unwrap_or_else(|| superblock.vm_id.to_string()),
+            manifest.as_ref(),
+            &superblock,
+        )
+    })
+}
+
+/// The parts of a file that are never encrypted.
+#[derive(Default)]
+struct Plain {
+    superblock: Option<Superblock>,
+    manifest: Option<Manifest>,
+    segments: Vec<super::contents::Segment>,
+}
+
+impl Visitor for Plain {
+    const WANTS_BATCHES: bool = false;
+
+    fn visit(&mut self, part: Part<'_>) -> anyhow::Result<()> {
+        match part {
+            Part::Superblock { superblock, counts: true, .. } => self.superblock = Some(superblock.clone()),
+            Part::Manifest { manifest, counts: true, .. } => {
+                self.manifest = serde_json::from_str(&manifest.text).ok();
+            }
+            Part::Segment(segment) => self.segments.push(segment.clone()),
+            _ => {}
+        }
+        Ok(())
     }
 }

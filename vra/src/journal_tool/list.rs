@@ -17,6 +17,7 @@ use crate::api::{VmId, VpgId};
 #[derive(Serialize)]
 struct Listing {
     vpgs: Vec<Vpg>,
+    encrypted: Vec<Encrypted>,
     unreadable: Vec<Unreadable>,
 }
 
@@ -62,6 +63,18 @@ struct Disk {
     size_bytes: u64,
 }
 
+/// A journal whose checkpoints can't be told without a key that wasn't given.
+#[derive(Serialize)]
+struct Encrypted {
+    folder: PathBuf,
+    vm: VmId,
+    vm_name: String,
+    vpg: VpgId,
+    vpg_name: String,
+    /// The key that it needs.
+    site_key_id: String,
+}
+
 /// A journal that cannot be opened.
 #[derive(Serialize)]
 struct Unreadable {
@@ -76,8 +89,8 @@ pub(super) fn run(
     json: bool,
     out: &mut dyn Write,
 ) -> anyhow::Result<()> {
-    let Stock { groups, unreadable } = Stock::of(datastores, keys)?;
-    if groups.is_empty() && unreadable.is_empty() && !json {
+    let Stock { groups, locked, unreadable } = Stock::of(datastores, keys)?;
+    if groups.is_empty() && locked.is_empty() && unreadable.is_empty() && !json {
         let names: Vec<String> = datastores.iter().map(|path| path.display().to_string()).collect();
         bail!("there is no journal in {}; is it mounted?", names.join(", "));
     }
@@ -85,7 +98,19 @@ pub(super) fn run(
         let folder = path.parent().unwrap_or(&path).to_owned();
         Unreadable { folder, error }
     });
-    let listing = Listing { vpgs: groups.iter().map(vpg).collect(), unreadable: unreadable.collect() };
+    let encrypted = locked.iter().map(|journal| Encrypted {
+        folder: journal.folder().to_owned(),
+        vm: journal.vm,
+        vm_name: journal.vm_name.clone(),
+        vpg: journal.vpg,
+        vpg_name: journal.vpg_name.clone(),
+        site_key_id: journal.locked.site_key.to_string(),
+    });
+    let listing = Listing {
+        vpgs: groups.iter().map(vpg).collect(),
+        encrypted: encrypted.collect(),
+        unreadable: unreadable.collect(),
+    };
     if json {
         serde_json::to_writer_pretty(&mut *out, &listing)?;
         writeln!(out)?;
@@ -97,8 +122,16 @@ pub(super) fn run(
         let span = span.as_ref().map(|span| format!(": {span}"));
         writeln!(out, "  {checkpoints} checkpoints that all its VMs hold{}", span.unwrap_or_default())?;
         for vm in vms {
-            vm.write(out)?;
+            let is_encrypted = listing.encrypted.iter().any(|journal| journal.vm == vm.id);
+            vm.write(is_encrypted, out)?;
         }
+    }
+    for Encrypted { folder, vm, vm_name, vpg_name, site_key_id, .. } in &listing.encrypted {
+        writeln!(out, "VM {vm_name} ({vm}) of VPG {vpg_name}\n    {}", folder.display())?;
+        writeln!(
+            out,
+            "    encrypted: its checkpoints can be listed and opened with site key {site_key_id}; give its file with --key-file"
+        )?;
     }
     for Unreadable { folder, error } in &listing.unreadable {
         writeln!(out, "{}\n  cannot be opened: {error}", folder.display())?;
@@ -107,10 +140,14 @@ pub(super) fn run(
 }
 
 impl Vm {
-    fn write(&self, out: &mut dyn Write) -> anyhow::Result<()> {
+    fn write(&self, is_encrypted: bool, out: &mut dyn Write) -> anyhow::Result<()> {
         let former = if self.member { "" } else { ", no member any more" };
         writeln!(out, "  VM {} ({}){former}", self.name, self.id)?;
         let Some(folder) = &self.folder else {
+            if is_encrypted {
+                writeln!(out, "    its journal is encrypted: see below")?;
+                return Ok(());
+            }
             let place = self.datastore.as_ref().map(|path| format!(": its VRA has it in {}", path.display()));
             writeln!(out, "    its journal is not here{}", place.unwrap_or_default())?;
             return Ok(());

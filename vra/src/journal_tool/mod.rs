@@ -14,11 +14,13 @@ mod group;
 mod image;
 mod inspect;
 mod list;
+mod locked;
 mod moment;
 mod place;
 mod progress;
 mod serve;
 mod signals;
+mod storage;
 mod text;
 mod verify;
 
@@ -34,7 +36,7 @@ use zeroize::Zeroizing;
 use self::args::{Args, Command};
 use crate::report::chain;
 
-/// Exit code when `verify` or `dump` found damage.
+/// Exit code when `verify` or `dump` found damage, or `extract` went on over it.
 const EXIT_DAMAGED: u8 = 1;
 /// Exit code when a command failed.
 const EXIT_FAILED: u8 = 2;
@@ -70,7 +72,11 @@ fn run(args: &Args, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
                 return Ok(ExitCode::from(EXIT_DAMAGED));
             }
         }
-        Command::Extract(extract) => extract::run(extract, &keys, out)?,
+        Command::Extract(extract) => {
+            if extract::run(extract, &keys, out)? {
+                return Ok(ExitCode::from(EXIT_DAMAGED));
+            }
+        }
         Command::Serve(serve) => serve::run(serve, &keys, out)?,
     }
     Ok(ExitCode::SUCCESS)
@@ -83,10 +89,16 @@ fn read_keys(path: &Path) -> anyhow::Result<SiteKeys> {
 }
 
 #[cfg(test)]
+mod broken_tests;
+#[cfg(test)]
 mod dump_tests;
+#[cfg(test)]
+mod encrypted_tests;
 #[cfg(test)]
 mod group_tests;
 #[cfg(test)]
 mod moved_tests;
+#[cfg(test)]
+mod promoted_tests;
 #[cfg(test)]
 mod tests;

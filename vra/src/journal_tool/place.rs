@@ -5,12 +5,15 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use journal::crypt::SiteKeys;
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, VolumeState};
-use journal::recovery::{OpenError, Survey, SurveyOptions, newest_manifest, rebuild, survey_as};
-use journal::storage::ring::{Access, DirectFile, RingStorage};
+use journal::recovery::{OpenError, Rebuilt, Survey, SurveyOptions, newest_manifest, rebuild, survey_as};
+use journal::storage::ring::{Access, DirectFile};
 use journal::storage::{Blocking, FileId, Purpose};
 use journal::view::{Reader, ViewError};
 use serde::Deserialize;
 
+use super::locked::{Locked, missing_key};
+use super::storage::ToolStorage;
+use super::text;
 use crate::api::vpg::{VmDefinition, VpgDefinition};
 use crate::api::{VmId, VpgId};
 
@@ -37,7 +40,7 @@ impl Manifest {
 pub(super) struct Journal {
     /// The journal's file.
     pub(super) path: PathBuf,
-    pub(super) storage: RingStorage,
+    pub(super) storage: ToolStorage,
     pub(super) file: FileId,
     pub(super) reader: Reader,
     /// Who and what it is for, if its manifest can be read.
@@ -46,6 +49,8 @@ pub(super) struct Journal {
     pub(super) cut_short: Option<String>,
     /// Both superblocks are lost: segments and manifest told what the file holds.
     pub(super) is_rebuilt: bool,
+    /// They don't prove that no segment before the oldest one is lost.
+    is_unproven: bool,
     /// What opened what is encrypted.
     pub(super) keys: SiteKeys,
 }
@@ -54,7 +59,7 @@ pub(super) struct Journal {
 const OPEN_TRIES: u32 = 10;
 
 impl Journal {
-    /// Opens a journal. `keys` are for what of it is encrypted.
+    /// Opens a journal, over what of its file can't be read: [`Self::warn`] tells of it. `keys` are for what of it is encrypted.
     pub(super) fn open(path: &Path, keys: &SiteKeys) -> anyhow::Result<Self> {
         let path = find_one(path)?;
         let mut tries_left = OPEN_TRIES;
@@ -71,28 +76,39 @@ impl Journal {
     fn open_once(path: &Path, keys: &SiteKeys) -> anyhow::Result<Self> {
         let path = path.to_owned();
         let (mut storage, file) = open_file(&path)?;
-        let options = SurveyOptions { keys: keys.clone(), ..SurveyOptions::default() };
+        let options = SurveyOptions { skip_unreadable: true, keys: keys.clone(), ..SurveyOptions::default() };
         let opened = Reader::open(&mut storage, file, &options);
-        let (reader, is_rebuilt) = match opened {
-            Err(ViewError::Open(OpenError::SuperblocksDamaged(_) | OpenError::NotAJournal)) => {
-                match rebuilt(&mut storage, file, &path, keys) {
-                    Ok(superblock) => {
-                        let lenient = SurveyOptions { skip_unreadable: true, ..options };
-                        let mut survey = survey_as(&mut storage, file, superblock, &lenient)?;
-                        survey.manifest = newest_manifest(&mut storage, file)?;
-                        (Reader::of(&mut storage, file, survey), true)
-                    }
-                    // Nothing of a journal is here: what the superblocks say of it says more.
-                    Err(_) => (opened, false),
-                }
-            }
-            opened => (opened, false),
+        let is_without_superblocks =
+            matches!(opened, Err(ViewError::Open(OpenError::SuperblocksDamaged(_) | OpenError::NotAJournal)));
+        let rebuilt = match is_without_superblocks {
+            false => None,
+            true => match rebuilt(&mut storage, file, &path, keys) {
+                Ok(rebuilt) => Some(rebuilt),
+                Err(error) if missing_key(&error).is_some() => return Err(Locked::or(error, &path, keys)),
+                // Nothing of a journal is here: what the superblocks say of it says more.
+                Err(_) => None,
+            },
         };
-        let reader = reader.with_context(|| format!("cannot open {}", path.display()))?;
+        let (is_rebuilt, is_unproven) =
+            (rebuilt.is_some(), rebuilt.as_ref().is_some_and(|rebuilt| rebuilt.is_unproven));
+        let reader = match rebuilt {
+            None => opened.map_err(anyhow::Error::from),
+            Some(rebuilt) => survey_as(&mut storage, file, rebuilt.superblock, &options)
+                .map_err(anyhow::Error::from)
+                .and_then(|mut survey| {
+                    survey.manifest = newest_manifest(&mut storage, file)?;
+                    survey.bad_list_lost = survey.bad_list_lost.or(rebuilt.bad_list_lost);
+                    Ok(Reader::of(&mut storage, file, survey)?)
+                }),
+        };
+        let reader = reader
+            .map_err(|error| Locked::or(error, &path, keys))
+            .with_context(|| format!("cannot open {}", path.display()))?;
         let manifest = reader.survey.manifest.as_ref();
         let manifest = manifest.and_then(|manifest| serde_json::from_str(&manifest.text).ok());
         let cut_short = cut_short(&reader.survey);
-        Ok(Self { path, storage, file, reader, manifest, cut_short, is_rebuilt, keys: keys.clone() })
+        let keys = keys.clone();
+        Ok(Self { path, storage, file, reader, manifest, cut_short, is_rebuilt, is_unproven, keys })
     }
 
     fn may_have_moved(&mut self) -> bool {
@@ -102,19 +118,72 @@ impl Journal {
         now.is_some_and(|now| (now.open_count, now.low_water_segment) != (open_count, low_water_segment))
     }
 
-    /// Says on standard error that the history is shorter than what was written, if it is: the newest checkpoint is
-    /// then not the newest that there was.
-    pub(super) fn warn_if_cut_short(&self) {
+    /// Says on standard error what is damaged, in so far as it matters to whoever opens a checkpoint.
+    pub(super) fn warn(&self) {
         let vm = self.vm_name();
+        let warnings = self.warnings();
+        for warning in &warnings {
+            eprintln!("warning: {vm}: {warning}");
+        }
+        if !warnings.is_empty() {
+            eprintln!("warning: {vm}: `vra-journal verify` names all damage");
+        }
+    }
+
+    /// What is damaged.
+    pub(super) fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        let survey = &self.reader.survey;
         if self.is_rebuilt {
-            eprintln!(
-                "warning: {vm}: both superblocks are lost; what the segments tell can be read, checkpoints that promotion had begun to take away cannot"
+            warnings.push(
+                "both superblocks are lost; what the segments tell can be read, checkpoints that promotion had begun to take away \
+                 cannot"
+                    .to_owned(),
+            );
+        }
+        if self.is_unproven {
+            warnings.push(
+                "nothing proves that no segment before the oldest one is lost: if one is, all disks read wrong where only it wrote"
+                    .to_owned(),
             );
         }
         if let Some(why) = &self.cut_short {
-            eprintln!(
-                "warning: {vm}: {why}; nothing after that can be opened: `vra-journal verify` names all damage"
-            );
+            warnings.push(format!("{why}; nothing after that can be opened"));
+        }
+        if let Some(first) = survey.unreadable.first() {
+            let count = survey.unreadable.len();
+            warnings.push(format!(
+                "{count} pages of the journal's file cannot be read, the first at byte {first}: copy the file with ddrescue and use the \
+                 copy if there are more with each try"
+            ));
+        }
+        if !survey.bad_ranges.is_empty() {
+            let bytes = survey.bad_ranges.iter().map(|bad| bad.len_bytes).sum();
+            warnings.push(format!(
+                "{} in {} places of the recovery disks are lost, since the records were damaged before they were promoted: only \
+                 checkpoints after a place was written again have it",
+                text::bytes(bytes),
+                survey.bad_ranges.len()
+            ));
+        }
+        if let Some(error) = &survey.bad_list_lost {
+            warnings.push(format!(
+                "IT IS NOT KNOWN WHICH PARTS OF THE RECOVERY DISKS ARE LOST: {error}; what is read from them may be wrong, and \
+                 nothing tells"
+            ));
+        }
+        warnings
+    }
+
+    /// Refuses if nobody knows what of the recovery disks is lost, unless that was `accepted`: what comes out may be wrong.
+    pub(super) fn check_bad_list(&self, accepted: bool) -> anyhow::Result<()> {
+        match &self.reader.survey.bad_list_lost {
+            Some(error) if !accepted => bail!(
+                "{}: it is not known which parts of the recovery disks are lost ({error}): the disks may have wrong bytes where damaged \
+                 records were promoted, and nothing would tell; --without-bad-list goes on all the same",
+                self.vm_name()
+            ),
+            _ => Ok(()),
         }
     }
 
@@ -174,13 +243,13 @@ impl Journal {
     }
 }
 
-/// A superblock of what segments, manifest and recovery disks say of a journal that has lost both.
+/// What segments, manifest and recovery disks say of a journal that has lost both superblocks.
 pub(super) fn rebuilt(
-    storage: &mut RingStorage,
+    storage: &mut ToolStorage,
     file: FileId,
     path: &Path,
     keys: &SiteKeys,
-) -> anyhow::Result<Superblock> {
+) -> anyhow::Result<Rebuilt> {
     let manifest = newest_manifest(storage, file)?;
     let definition: Option<Manifest> =
         manifest.as_ref().and_then(|manifest| serde_json::from_str(&manifest.text).ok());
@@ -193,11 +262,11 @@ pub(super) fn rebuilt(
             .collect(),
     };
     let rebuilt = rebuild(storage, file, manifest, volumes, keys);
-    let mut superblock = rebuilt.with_context(|| format!("cannot open {}", path.display()))?.superblock;
+    let mut rebuilt = rebuilt.with_context(|| format!("cannot open {}", path.display()))?;
     if let Some(definition) = definition {
-        (superblock.vm_id, superblock.vpg_id) = (definition.vm.0, definition.vpg.id.0);
+        (rebuilt.superblock.vm_id, rebuilt.superblock.vpg_id) = (definition.vm.0, definition.vpg.id.0);
     }
-    Ok(superblock)
+    Ok(rebuilt)
 }
 
 /// Why the history ends before the last record that is there.
@@ -211,7 +280,7 @@ fn cut_short(survey: &Survey) -> Option<String> {
 }
 
 /// The superblock that counts, as it is in the file now; nothing if none can be read.
-pub(super) fn read_superblock(storage: &mut RingStorage, file: FileId) -> Option<Superblock> {
+pub(super) fn read_superblock(storage: &mut ToolStorage, file: FileId) -> Option<Superblock> {
     let mut io = Blocking::new(storage, file, Purpose::View);
     let copies = SUPERBLOCK_OFFSETS
         .map(|offset_bytes| Superblock::decode(&io.read(offset_bytes, PAGE_BYTES).ok()?).ok());
@@ -219,8 +288,8 @@ pub(super) fn read_superblock(storage: &mut RingStorage, file: FileId) -> Option
 }
 
 /// Opens a journal's file.
-pub(super) fn open_file(path: &Path) -> anyhow::Result<(RingStorage, FileId)> {
-    let mut storage = RingStorage::new(64).context("cannot set up io_uring: is it disabled here?")?;
+pub(super) fn open_file(path: &Path) -> anyhow::Result<(ToolStorage, FileId)> {
+    let mut storage = ToolStorage::new(64).context("cannot set up io_uring: is it disabled here?")?;
     let file = DirectFile::open(path, Access::ReadOnly)?;
     let file = storage.add_file(file);
     Ok((storage, file))

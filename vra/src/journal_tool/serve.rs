@@ -15,11 +15,13 @@ use crate::view::ScratchFile;
 
 /// Serves disks as they were, until SIGINT or SIGTERM.
 pub(super) fn run(arguments: &Serve, keys: &SiteKeys, out: &mut dyn Write) -> anyhow::Result<()> {
-    let mut signals = Signals::to_wait_for()?;
     let journal = Journal::open(&arguments.journal, keys)?;
-    journal.warn_if_cut_short();
+    journal.warn();
+    journal.check_bad_list(arguments.without_bad_list)?;
     let found = arguments.at.find(&journal.reader)?;
     let disks = DiskAt::of(&journal, found.seq, arguments.disk)?;
+    // Not before: opening a large journal takes a while, and nothing is left of it if the process just ends. Before any thread exists.
+    let mut signals = Signals::to_wait_for()?;
     let exports = Exports::new()?;
     let is_encrypted = matches!(journal.reader.survey.superblock.encryption, Encryption::On(_));
     let moment = found.checkpoint.as_ref().map_or_else(
@@ -48,4 +50,31 @@ pub(super) fn run(arguments: &Serve, keys: &SiteKeys, out: &mut dyn Write) -> an
     signals.wait()?;
     exports.stop();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use nix::sys::signal::{SigSet, Signal};
+
+    use super::*;
+    use crate::journal_tool::moment::Moment;
+
+    /// Ctrl-C ends the process while a large journal is opened: signals are blocked only when there is something to take back.
+    #[test]
+    fn a_signal_ends_it_while_nothing_is_served_yet() {
+        let arguments = Serve {
+            journal: PathBuf::from("/nowhere/journal.hfj"),
+            at: Moment::Latest,
+            disk: None,
+            socket: PathBuf::from("/nowhere/socket"),
+            without_bad_list: false,
+            scratch: None,
+            scratch_gib: 4,
+        };
+        run(&arguments, &SiteKeys::default(), &mut Vec::new()).expect_err("there is no journal");
+        let blocked = SigSet::thread_get_mask().expect("a mask");
+        assert!(!blocked.contains(Signal::SIGINT) && !blocked.contains(Signal::SIGTERM));
+    }
 }

@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use journal::crypt::SiteKeys;
+use journal::crypt::{SiteKey, SiteKeys};
 use journal::format::{PAGE_BYTES, slot_offset_bytes};
 use journal::writer::Change;
 use serde_json::{Value, json};
@@ -14,10 +14,15 @@ pub(super) const START_US: u64 = 1_795_368_600_000_000;
 
 /// A VM's journal in a datastore, with three checkpoints; the cuts.
 pub(super) fn protected(name: &str) -> (TestJournal, Vec<u64>) {
+    protected_by(None, name)
+}
+
+/// The same, encrypted if there is a site key.
+pub(super) fn protected_by(site_key: Option<&SiteKey>, name: &str) -> (TestJournal, Vec<u64>) {
     let datastore = std::env::temp_dir().join(format!("holdfast-tool-{name}-{}", std::process::id()));
     let _ = std::fs::remove_dir_all(&datastore);
     let folder = datastore.join("shop-00000003").join("db-00000002");
-    let mut journal = TestJournal::in_folder(folder, SIZE_BYTES, &manifest().to_string());
+    let mut journal = TestJournal::encrypted_by(site_key, folder, SIZE_BYTES, &manifest().to_string());
     let mut cuts = Vec::new();
     for (round, tag) in ["", "before upgrade", ""].into_iter().enumerate() {
         journal.random_changes(round as u64, 80, 200);

@@ -3,6 +3,8 @@
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use journal::batch::CheckpointKind;
+use journal::crypt::{Encryption, WrappedKey};
+use journal::format::SegmentHeader;
 
 /// A time in the local zone, to the millisecond.
 pub(super) fn time(time_us: u64) -> String {
@@ -23,6 +25,22 @@ pub(super) fn checkpoint_kind(kind: CheckpointKind) -> &'static str {
         CheckpointKind::Application => "application",
     }
 }
+
+/// How segments are encrypted that begin from now on: a word, and the key.
+pub(super) fn encryption(encryption: &Encryption) -> (&'static str, Option<&WrappedKey>) {
+    match encryption {
+        Encryption::Never => ("none", None),
+        Encryption::Off => ("none, but older segments may be", None),
+        Encryption::On(key) => (XTS, Some(key)),
+    }
+}
+
+/// How a segment is encrypted: a word, and the key.
+pub(super) fn segment_encryption(header: &SegmentHeader) -> (&'static str, Option<&WrappedKey>) {
+    header.encryption.as_ref().map_or(("none", None), |encryption| (XTS, Some(&encryption.key)))
+}
+
+const XTS: &str = "AES-256-XTS";
 
 /// A length in the largest unit that leaves at least one.
 pub(super) fn bytes(len_bytes: u64) -> String {

@@ -5,9 +5,10 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use journal::crypt::SiteKeys;
+use journal::crypt::{SiteKeyId, SiteKeys};
 
 use super::contents::{Damage, Part, Visitor, last_of, visit};
+use super::locked::Locked;
 use super::place::find_one;
 use super::text;
 
@@ -25,6 +26,9 @@ pub(super) struct Report {
     pub(super) damage: Vec<Damage>,
     /// What is unusual but no damage.
     pub(super) notes: Vec<String>,
+    /// A site key that is missing.
+    #[serde(skip)]
+    locked: Option<SiteKeyId>,
 }
 
 /// Checks a journal. True if something is damaged.
@@ -56,7 +60,15 @@ pub(super) fn run(path: &Path, keys: &SiteKeys, json: bool, out: &mut dyn Write)
             format!("{} damaged", report.damage.len())
         }
     )?;
-    if let Some(first) = report.damage.iter().filter_map(|damage| damage.seq).min() {
+    if report.damage.iter().any(Damage::is_on_recovery_disk) {
+        writeln!(
+            out,
+            "What is lost of a recovery disk reads EIO at each checkpoint before the place was written again: an older checkpoint \
+             does not help, a later one may. `extract --skip-damaged` goes on over it."
+        )?;
+    }
+    let in_history = report.damage.iter().filter(|damage| !damage.is_on_recovery_disk());
+    if let Some(first) = in_history.filter_map(|damage| damage.seq).min() {
         writeln!(
             out,
             "Views before record {first} are whole. Later ones read EIO where a damaged record was not overwritten; \
@@ -70,6 +82,9 @@ pub(super) fn run(path: &Path, keys: &SiteKeys, json: bool, out: &mut dyn Write)
 pub(super) fn check(path: &Path, keys: &SiteKeys) -> anyhow::Result<Report> {
     let mut report = Report { path: path.display().to_string(), ..Report::default() };
     visit(path, keys, &mut report)?;
+    if let Some(site_key) = report.locked {
+        return Err(Locked::new(path, site_key, keys).into());
+    }
     Ok(report)
 }
 
@@ -92,7 +107,8 @@ impl Visitor for Report {
             }
             Part::Damage(damage) => self.damage.push(damage),
             Part::Note(note) => self.notes.push(note),
-            Part::Manifest { .. } | Part::Segment(_) | Part::Batch { .. } => {}
+            Part::Locked(site_key) => self.locked = Some(site_key),
+            Part::Manifest { .. } | Part::BadList { .. } | Part::Segment(_) | Part::Batch { .. } => {}
         }
         Ok(())
     }

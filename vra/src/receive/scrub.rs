@@ -238,7 +238,7 @@ impl Scrub {
             let slot_offset_bytes = (number * PIECE_BYTES) as u64;
             if let Err(error) = file.read_exact_at(piece, offset_bytes + slot_offset_bytes) {
                 let what = format!("{} bytes cannot be read: {error}", piece.len());
-                findings.push(Finding { seq: None, slot_offset_bytes, what });
+                findings.push(Finding { seq: None, place: None, slot_offset_bytes, what });
             }
             if self.stop.wait(piece_time.saturating_sub(begun.elapsed())) {
                 return None;

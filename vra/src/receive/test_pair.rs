@@ -27,8 +27,12 @@ use crate::ship::{
 const DISK_BYTES: u64 = 8 << 20;
 pub(super) const NONCE: u128 = 0xfeed;
 
-pub(super) const SETTINGS: TargetSettings =
-    TargetSettings { worker_count: 1, memory_bytes: 64 << 20, window_bytes: 16 << 20, scrub: super::ScrubSettings::OFF };
+pub(super) const SETTINGS: TargetSettings = TargetSettings {
+    worker_count: 1,
+    memory_bytes: 64 << 20,
+    window_bytes: 16 << 20,
+    scrub: super::ScrubSettings::OFF,
+};
 
 pub(super) struct Datastore(pub(super) PathBuf);
 

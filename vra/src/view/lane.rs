@@ -280,7 +280,7 @@ impl ViewLane {
         // Two copies that cannot be read mean that nothing can be said: better no data than wrong data.
         match newest.filter(|superblock| still_there(superblock, self.disk.seq).is_ok()) {
             Some(superblock) => {
-                self.disk.shown().volume.promoted().raise(superblock.low_water.seq);
+                self.disk.follow_promotion(&superblock);
                 if check.jobs.iter().any(|job| self.has_failed(*job)) {
                     self.disk.collect_again(&superblock);
                 }

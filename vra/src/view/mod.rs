@@ -258,6 +258,11 @@ impl ViewDisk {
         self.reported.lock().unwrap_or_else(PoisonError::into_inner).first().copied()
     }
 
+    /// Whether a place, in bytes, is lost on the recovery disk (C5).
+    pub fn is_lost(&self, offset_bytes: u64) -> bool {
+        self.shown().volume.first_bad(offset_bytes..offset_bytes + 1).is_some()
+    }
+
     /// Where the bytes are, as last found out.
     fn shown(&self) -> Arc<Shown> {
         Arc::clone(&self.shown.read().unwrap_or_else(PoisonError::into_inner))
@@ -284,6 +289,24 @@ impl ViewDisk {
         let found = self.files[plan::RECOVERY_DISK_FILE.0 as usize].metadata().map(|metadata| metadata.len());
         // What can't be told is found out by reading.
         found.map_or(u64::MAX, |found| self.recovery_disk_len.fetch_max(found, Ordering::AcqRel).max(found))
+    }
+
+    /// What was promoted since is read from the recovery disk, as soon as it is known what of that can't be trusted (C5). What was read
+    /// before this is right: promotion up to the view's own number changes nothing else of the recovery disk than what the journal has.
+    fn follow_promotion(&self, now: &Superblock) {
+        let is_known = |shown: &Shown| match &shown.layout {
+            Some(layout) => layout.knows_bad_ranges(now),
+            // The journal's owner notes bad ranges itself: only that there are none can be told from here.
+            None => now.bad_list.is_none(),
+        };
+        let mut shown = self.shown();
+        if !is_known(&shown) {
+            self.collect_again(now);
+            shown = self.shown();
+        }
+        if is_known(&shown) {
+            shown.volume.promoted().raise(now.low_water.seq);
+        }
     }
 
     /// Something could not be read as expected: finds the segments again if they may lie elsewhere now. Waits for the disk.
@@ -342,12 +365,19 @@ impl ViewDisk {
         }
     }
 
-    /// Holes of the recovery disk as the filesystem knows them; data where it doesn't say.
+    /// Holes of the recovery disk as the filesystem knows them; data where it doesn't say, and where what should be there is lost: who
+    /// skipped a hole there would take it for zeroes.
     fn recovery_disk_extent(&self, offset_bytes: u64, len_bytes: u64) -> Extent {
-        let data = Extent { len_bytes, allocation: Allocation::Data };
+        let data = |len_bytes| Extent { len_bytes, allocation: Allocation::Data };
         if !self.settings.look_for_holes {
-            return data;
+            return data(len_bytes);
         }
+        let len_bytes = match self.shown().volume.first_bad(offset_bytes..offset_bytes + len_bytes) {
+            Some(bad) if bad.offset_bytes == offset_bytes => return data(bad.len_bytes),
+            Some(bad) => bad.offset_bytes - offset_bytes,
+            None => len_bytes,
+        };
+        let data = data(len_bytes);
         let fd = self.files[plan::RECOVERY_DISK_FILE.0 as usize].as_raw_fd();
         let seek = |whence| {
             // SAFETY: no memory is involved; nobody uses the descriptor's position.

@@ -9,9 +9,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use journal::batch::{BatchLink, BatchSealer, BatchView, Checkpoint, CheckpointKind, Epoch, Record};
 use journal::crypt::{Encryption, Keys, NewKey, SiteKey, SiteKeys};
 use journal::format::VolumeState;
+use journal::promotion::{Promotion, PromotionFile, TransferSizes};
 use journal::recovery::{NewJournal, OpenOptions, SurveyOptions, create, open};
-use journal::storage::FileId;
 use journal::storage::ring::{Access, DirectFile, RingStorage};
+use journal::storage::{Blocking, FileId};
 use journal::view::{Reader, ViewError, VolumeView};
 use journal::writer::{Change, Limits, Writer, drive};
 use rand::rngs::StdRng;
@@ -30,9 +31,9 @@ pub(crate) struct TestJournal {
     storage: RingStorage,
     file: FileId,
     pub(crate) writer: Writer,
-    keys: Keys,
     sealer: BatchSealer,
     crc: u32,
+    keys: Keys,
     /// The recovery disk, and what each record did to the volume.
     base: Vec<u8>,
     changes: Vec<(u64, u64, Vec<u8>)>,
@@ -47,9 +48,7 @@ impl TestJournal {
     /// The same, encrypted with a site key of its own.
     pub(crate) fn encrypted(name: &str, size_bytes: u64, manifest: &str) -> Self {
         let site_key = SiteKey::random().expect("random");
-        let key = NewKey::random().expect("random").wrap(JOURNAL_ID, &site_key);
-        let keys = Keys::new(SiteKeys::new(vec![site_key]));
-        Self::make(Self::fresh_folder(name), size_bytes, manifest, keys, Encryption::On(key))
+        Self::encrypted_by(Some(&site_key), Self::fresh_folder(name), size_bytes, manifest)
     }
 
     fn fresh_folder(name: &str) -> PathBuf {
@@ -60,10 +59,17 @@ impl TestJournal {
     }
 
     pub(crate) fn in_folder(folder: PathBuf, size_bytes: u64, manifest: &str) -> Self {
-        Self::make(folder, size_bytes, manifest, Keys::default(), Encryption::Never)
+        Self::encrypted_by(None, folder, size_bytes, manifest)
     }
 
-    fn make(folder: PathBuf, size_bytes: u64, manifest: &str, keys: Keys, encryption: Encryption) -> Self {
+    /// The same, encrypted if there is a site key.
+    pub(crate) fn encrypted_by(
+        site_key: Option<&SiteKey>,
+        folder: PathBuf,
+        size_bytes: u64,
+        manifest: &str,
+    ) -> Self {
+        let keys = Keys::seeded(SiteKeys::new(site_key.cloned().into_iter().collect()), 5);
         let _ = std::fs::remove_dir_all(&folder);
         std::fs::create_dir_all(&folder).expect("folder");
         let mut base = vec![0; size_bytes as usize];
@@ -84,14 +90,18 @@ impl TestJournal {
             slot_count: 4,
             volumes: vec![volume],
             manifest: manifest.to_owned(),
-            encryption,
+            encryption: match site_key {
+                Some(site_key) => Encryption::On(NewKey::seeded(6).wrap(JOURNAL_ID, site_key)),
+                None => Encryption::Never,
+            },
         };
         create(&mut storage, file, &new).expect("journal");
         let options = OpenOptions { keys: keys.clone(), ..OpenOptions::default() };
-        let writer = Writer::new(open(&mut storage, file, &options).expect("open"), LIMITS);
+        let opened = open(&mut storage, file, &options).expect("open");
+        let writer = Writer::new(opened, LIMITS);
         let (sealer, changes) = (BatchSealer::new(), Vec::new());
         let mut journal =
-            Self { folder, size_bytes, seq: 0, storage, file, writer, keys, sealer, crc: 0, base, changes };
+            Self { folder, size_bytes, seq: 0, storage, file, writer, sealer, crc: 0, keys, base, changes };
         journal.change(Change::Claim { generation: GENERATION, parent: Uuid::nil(), first_seq: 1 });
         journal.crc = journal.writer.durable().batch_crc;
         journal.change(Change::BeginBaseSync { sync_id: 9 });
@@ -111,7 +121,8 @@ impl TestJournal {
     /// Opens the journal for writing once more, as after the death of its writer.
     pub(crate) fn reopen(&mut self) {
         let options = OpenOptions { keys: self.keys.clone(), ..OpenOptions::default() };
-        self.writer = Writer::new(open(&mut self.storage, self.file, &options).expect("open"), LIMITS);
+        let opened = open(&mut self.storage, self.file, &options).expect("open");
+        self.writer = Writer::new(opened, LIMITS);
     }
 
     pub(crate) fn change(&mut self, change: Change) {
@@ -188,6 +199,32 @@ impl TestJournal {
         self.writer.offer(batch.clone(), &view, 1000 + self.seq).expect("offered");
         drive(&mut self.writer, &mut self.storage, self.file).expect("drive");
         assert_eq!(self.writer.durable().seq, self.seq);
+    }
+
+    /// Promotes all sealed segments onto the recovery disk.
+    pub(crate) fn promote(&mut self) {
+        let segments: Vec<_> = self.writer.closed_segments().cloned().collect();
+        let through = segments.last().expect("a sealed segment").last;
+        self.change(Change::AnnouncePromotion { through });
+        let disk = DirectFile::open(&self.folder.join("disk-0.raw"), Access::Exclusive).expect("disk");
+        let disk = self.storage.add_file(disk);
+        let sizes =
+            TransferSizes { run_max_bytes: 16 << 10, punch_min_bytes: 8 << 10, chunk_bytes: 32 << 10 };
+        let superblock = self.writer.superblock().clone();
+        let mut promotion =
+            Promotion::new(superblock, self.writer.bad_ranges().clone(), segments, vec![false], sizes);
+        while let Some(action) = promotion.poll_action(1 << 20) {
+            let file = match action.file {
+                PromotionFile::Journal => self.file,
+                PromotionFile::Disk(_) => disk,
+            };
+            let result = Blocking::new(&mut self.storage, file, action.purpose).run(action.op);
+            promotion.done(action.token, result).expect("it goes on over damage");
+        }
+        let promoted = promotion.promoted().expect("it has ended");
+        let (size_bytes, bad_ranges) = (promoted.size_bytes, promoted.bad_ranges);
+        self.change(Change::EndPromotion { through, size_bytes, bad_ranges });
+        self.storage.remove_file(disk);
     }
 
     /// The volume at a record.

@@ -169,6 +169,7 @@ fn a_full_scratch_file_is_enospc_and_what_was_written_stays() {
     let mut journal = TestJournal::new("full", SIZE_BYTES, "{}");
     journal.random_changes(4, 10, 10);
     let disk = view(&journal, journal.seq, 2 * CHUNK_BYTES);
+    assert!(!journal.folder.join("scratch-0.raw").exists(), "a process that is killed would leave it behind");
     let arena = Arena::new(SLOT_BYTES, 4).expect("arena");
     let mut guest = Guest::new(&disk, 1, 5);
     let mut results = Vec::new();
@@ -274,6 +275,20 @@ fn damage_is_eio_where_it_is_and_nowhere_else() {
     assert!(!disk.is_gone());
 }
 
+/// As another process than the journal's owner would have it.
+fn collected(journal: &TestJournal, seq: u64) -> Freshness {
+    let path = journal.path();
+    let collect = move || {
+        let mut storage = journal::storage::ring::RingStorage::new(64)?;
+        let file = journal::storage::ring::DirectFile::open(&path, journal::storage::ring::Access::ReadOnly)?;
+        let file = storage.add_file(file);
+        let reader = journal::view::Reader::open(&mut storage, file, &Default::default())?;
+        Ok((reader.view(seq)?.take_volume(0)?, Layout::of(&reader.survey)))
+    };
+    let (_, layout) = collect().map_err(|error: anyhow::Error| error.to_string()).expect("readable");
+    Freshness::Collected { layout, collect: Box::new(collect) }
+}
+
 /// Another process opens the journal, which copies its newest segment elsewhere, and uses the old place again.
 #[test]
 fn a_view_finds_segments_again_that_another_process_moved() {
@@ -284,19 +299,7 @@ fn a_view_finds_segments_again_that_another_process_moved() {
     journal.flush();
     let (seq, path) = (journal.seq, journal.path());
     let model = journal.model(seq);
-    let collect = {
-        let path = path.clone();
-        move || {
-            let mut storage = journal::storage::ring::RingStorage::new(64)?;
-            let file =
-                journal::storage::ring::DirectFile::open(&path, journal::storage::ring::Access::ReadOnly)?;
-            let file = storage.add_file(file);
-            let reader = journal::view::Reader::open(&mut storage, file, &Default::default())?;
-            Ok((reader.view(seq)?.take_volume(0)?, Layout::of(&reader.survey)))
-        }
-    };
-    let (_, layout) = collect().map_err(|error: anyhow::Error| error.to_string()).expect("readable");
-    let found = view_that(&journal, seq, 0, Freshness::Collected { layout, collect: Box::new(collect) });
+    let found = view_that(&journal, seq, 0, collected(&journal, seq));
     journal.reopen();
     for round in 0..40 {
         journal.random_changes(100 + round, 30, 200);
@@ -355,6 +358,85 @@ fn a_history_given_up_by_another_process_ends_the_view() {
     assert_eq!(guest.read(0, 512), Err(libc::EIO));
 }
 
+/// C5: another process promotes a damaged record while the view is open. Its place on the recovery disk is wrong now.
+#[test]
+fn a_record_that_is_promoted_damaged_meanwhile_stays_eio() {
+    let mut journal = TestJournal::new("promoted-damaged", SIZE_BYTES, "{}");
+    journal.random_changes(5, 10, 10);
+    journal.write(SIZE_BYTES / 4, vec![0x5a; 16384]);
+    journal.flush();
+    journal.change(Change::Seal);
+    let seq = journal.seq;
+    // An owner's own views learn of bad ranges from it: until then they may not take the recovery disk for right.
+    let views = [collected(&journal, seq), Freshness::Superblock].map(|how| view_that(&journal, seq, 0, how));
+    TestJournal::flip_bit(&journal.path(), &[0x5a; 16384], 5000);
+    journal.promote();
+    assert_eq!(journal.writer.bad_ranges().len(), 1);
+    let model = journal.model(seq);
+    for (number, disk) in views.iter().enumerate() {
+        let mut guest = Guest::new(disk, 1, 7);
+        // A read of the recovery disk, after which the superblock is looked at.
+        guest.read(SIZE_BYTES - 4096, 4096).expect("whole");
+        assert_eq!(guest.read(SIZE_BYTES / 4 + 4096, 4096), Err(libc::EIO), "view {number}");
+        let place = SIZE_BYTES as usize / 4;
+        for offset_bytes in [0, 8192, 12288] {
+            let read = guest.read((place + offset_bytes) as u64, 4096).expect("whole");
+            assert!(read == model[place + offset_bytes..][..4096], "view {number}, at {offset_bytes}");
+        }
+        assert!(!disk.is_gone());
+    }
+}
+
+/// The other way round: what was bad when the view was opened is written over by a promotion.
+#[test]
+fn a_bad_range_that_is_promoted_over_meanwhile_is_read() {
+    let mut journal = TestJournal::new("promoted-over", SIZE_BYTES, "{}");
+    journal.write(SIZE_BYTES / 4, vec![0x5a; 16384]);
+    journal.flush();
+    journal.change(Change::Seal);
+    TestJournal::flip_bit(&journal.path(), &[0x5a; 16384], 5000);
+    journal.promote();
+    let bad = view_that(&journal, journal.seq, 0, collected(&journal, journal.seq));
+    assert_eq!(Guest::new(&bad, 1, 7).read(SIZE_BYTES / 4 + 4096, 4096), Err(libc::EIO));
+    journal.write(SIZE_BYTES / 4 + 4096, vec![0x5b; 4096]);
+    journal.flush();
+    journal.change(Change::Seal);
+    let seq = journal.seq;
+    let disk = view_that(&journal, seq, 0, collected(&journal, seq));
+    journal.promote();
+    assert!(journal.writer.bad_ranges().is_empty());
+    for seed in 0..3 {
+        Guest::new(&disk, 2, seed).compare(&journal.model(seq));
+    }
+}
+
+/// Somebody who copies the disk and leaves out what is called a hole must not take what is lost for zeroes.
+#[test]
+fn what_is_lost_is_no_hole() {
+    let mut journal = TestJournal::new("no-hole", SIZE_BYTES, "{}");
+    let place = SIZE_BYTES / 2 + 65536;
+    journal.write(place, vec![0x5a; 65536]);
+    journal.flush();
+    journal.change(Change::Seal);
+    TestJournal::flip_bit(&journal.path(), &[0x5a; 16384], 5000);
+    journal.promote();
+    // As a copy of the datastore that makes files sparse might leave it.
+    let disk = OpenOptions::new().write(true).open(journal.folder.join("disk-0.raw")).expect("disk");
+    let mode =
+        nix::fcntl::FallocateFlags::FALLOC_FL_PUNCH_HOLE | nix::fcntl::FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    nix::fcntl::fallocate(&disk, mode, place as libc::off_t, 65536).expect("punched");
+    let view = view(&journal, journal.seq, 0);
+    let mut at = 0;
+    let mut lost = Vec::new();
+    for extent in view.extents(0, SIZE_BYTES, 100) {
+        if extent.allocation == Allocation::Data && at >= SIZE_BYTES / 2 {
+            lost.push((at, extent.len_bytes));
+        }
+        at += extent.len_bytes;
+    }
+    assert_eq!((lost, at), (vec![(place + 4096, 4096)], SIZE_BYTES));
+}
+
 #[test]
 fn extents_say_where_nothing_is() {
     let mut journal = TestJournal::new("extents", SIZE_BYTES, "{}");
@@ -384,7 +466,7 @@ fn extents_say_where_nothing_is() {
 
 /// A client that skips holes must come to the error that says that something is lost there.
 #[test]
-fn what_is_lost_is_no_hole() {
+fn a_bad_range_of_a_hole_is_called_data() {
     let mut journal = TestJournal::new("bad-extents", SIZE_BYTES, "{}");
     journal.random_changes(13, 2, 2);
     let disk = view(&journal, journal.seq, 0);

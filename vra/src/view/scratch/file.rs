@@ -128,7 +128,7 @@ pub enum ScratchError {
     },
 }
 
-/// What is written to a view: a file of a fixed length. One that is made with [`ScratchFile::create`] is removed when dropped; one of
+/// What is written to a view: a file of a fixed length. One that is made with [`ScratchFile::create`] has no name and goes when dropped; one of
 /// [`ScratchFile::make`] or [`ScratchFile::open`] stays until [`remove`].
 #[derive(Debug)]
 pub struct ScratchFile {
@@ -197,9 +197,10 @@ impl ScratchFile {
             _ => {}
         }
         let file = open_file(path, true).map_err(io_error("make", path))?;
-        let scratch = Self { file, cipher, path: path.into(), kind: Kind::Passing(len_bytes) };
-        reserve(&scratch.file, path, len_bytes)?;
-        Ok(scratch)
+        // However the process ends, the space is free again.
+        std::fs::remove_file(path).map_err(io_error("unlink", path))?;
+        reserve(&file, path, len_bytes)?;
+        Ok(Self { file, cipher, path: path.into(), kind: Kind::Passing(len_bytes) })
     }
 
     /// Makes a scratch file that outlives this process, for up to `limit_bytes` of written data, with all of its space reserved if the
@@ -403,16 +404,6 @@ impl ScratchFile {
         }
         lasting.header = header;
         Ok(())
-    }
-}
-
-impl Drop for ScratchFile {
-    fn drop(&mut self) {
-        if matches!(self.kind, Kind::Passing(_))
-            && let Err(error) = std::fs::remove_file(&self.path)
-        {
-            tracing::warn!(path = %self.path.display(), %error, "cannot remove a scratch file: remove it by hand");
-        }
     }
 }
 
