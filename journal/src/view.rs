@@ -160,15 +160,25 @@ impl Reader {
     /// # Errors
     /// The number is not in the history.
     pub fn view(&self, seq: u64) -> Result<View, ViewError> {
+        self.view_kept(seq, seq)
+    }
+
+    /// The same for a view of which somebody else keeps everything that the records after `seq` and up to `kept_seq` have changed: only
+    /// beneath that it is as it was.
+    ///
+    /// # Errors
+    /// The number is not in the history, or what was promoted was not kept.
+    pub fn view_kept(&self, seq: u64, kept_seq: u64) -> Result<View, ViewError> {
         let superblock = &self.survey.superblock;
         if superblock.state.is_base_sync() {
             return Err(ViewError::NoHistory);
         }
         let (oldest_seq, newest_seq) = (superblock.oldest_seq(), self.newest_seq());
-        if seq < oldest_seq || seq > newest_seq {
+        if kept_seq.max(seq) < oldest_seq || seq > newest_seq {
             return Err(ViewError::Gone { seq, oldest_seq, newest_seq });
         }
-        if !self.catalogue.is_consistent(seq) {
+        // What is below the low-water mark was looked at when the view was first opened.
+        if seq >= superblock.low_water.seq && !self.catalogue.is_consistent(seq) {
             return Err(ViewError::InsideSync { seq });
         }
         let ciphers = self.survey.ciphers();

@@ -469,7 +469,8 @@ impl Vm {
             ReceiverEvent::Granted { .. }
             | ReceiverEvent::Room
             | ReceiverEvent::HistoryFits
-            | ReceiverEvent::LockOutOfTheWay => {}
+            | ReceiverEvent::LockOutOfTheWay
+            | ReceiverEvent::ViewInTheWay { .. } => {}
         }
     }
 }

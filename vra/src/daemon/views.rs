@@ -336,7 +336,16 @@ impl Daemon {
         wanted: &[&ViewDiskRecord],
         scratch: ScratchFrom,
     ) -> Result<Vec<Result<ReadyDisk, ApiError>>, ApiError> {
-        let mut opened = vm.open_view(at).await?;
+        // A former view's scratch may have what was promoted meanwhile.
+        let mut kept_seq = u64::MAX;
+        for path in wanted.iter().filter_map(|disk| disk.scratch.as_ref()) {
+            kept_seq = kept_seq.min(match scratch {
+                ScratchFrom::New => 0,
+                ScratchFrom::Former => tokio::task::block_in_place(|| ScratchFile::kept_seq_at(path))?,
+            });
+        }
+        let kept_seq = if kept_seq == u64::MAX { 0 } else { kept_seq };
+        let mut opened = vm.open_kept_view(at, kept_seq).await?;
         let pin = Arc::new(opened.pin);
         let mut opened = Opened {
             definition: vm.definition(),

@@ -124,6 +124,11 @@ pub enum ReceiverEvent {
     },
     /// After [`Self::LockInTheWay`]: it is not any more, or it will be told again.
     LockOutOfTheWay,
+    /// The journal needs promotion through this number for room, and an open view shows what is before; none: not any more.
+    ViewInTheWay {
+        /// Where the promotion would end.
+        through_seq: Option<u64>,
+    },
     /// The storage failed. The receiver does nothing any more: its files are to be opened again, trusting the journal only as far as it was
     /// known to be durable (C1), and it is to be replaced.
     Failed {
@@ -188,7 +193,7 @@ pub struct HistorySpan {
 /// The lowest numbers that are still needed: nothing above is promoted, nor given up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pins {
-    /// By open views.
+    /// By open views: of one that was kept by copying, only what comes after what was copied (C5).
     pub view: Option<u64>,
     /// By locked checkpoints, which may be unlocked for want of room.
     pub lock: Option<u64>,

@@ -3,6 +3,7 @@
 mod events;
 mod locks;
 mod pins;
+mod preserving;
 mod reopen;
 mod scrubbing;
 mod space;
@@ -73,6 +74,10 @@ struct Inner {
     told_bad_ranges: BadRanges,
     /// How often the files were opened again.
     reopenings: u64,
+    /// Through which number open views are to make way.
+    wanted_way: Option<u64>,
+    /// A task sees to that.
+    is_making_way: bool,
     closed: bool,
     not_open: Option<String>,
 }
@@ -120,6 +125,8 @@ impl TargetVm {
                 next_key,
                 status,
                 alerts: BTreeMap::new(),
+                wanted_way: None,
+                is_making_way: false,
                 scrub: None,
                 scrub_damage: BTreeMap::new(),
                 pins,
@@ -290,15 +297,27 @@ impl TargetVm {
     /// # Errors
     /// There is no such moment in the history, or a file can't be read.
     pub async fn open_view(self: &Arc<Self>, at: PointInTime) -> Result<OpenedView, TargetError> {
+        self.open_kept_view(at, 0).await
+    }
+
+    /// The same of a view whose scratch has what was promoted up to `kept_seq` (C5).
+    ///
+    /// # Errors
+    /// As for [`TargetVm::open_view`].
+    pub async fn open_kept_view(
+        self: &Arc<Self>,
+        at: PointInTime,
+        kept_seq: u64,
+    ) -> Result<OpenedView, TargetError> {
         // The pin comes first (C2): what is looked up now must not be given up, nor promoted past, before it is opened.
         let pin = self.pin();
         let oldest_seq = self.oldest_seq().await?;
         let seq = self.resolve(at).await?;
-        if seq < oldest_seq {
+        if seq.max(kept_seq) < oldest_seq {
             let newest_seq = self.status().durable_through;
             return Err(TargetError::View(ViewError::Gone { seq, oldest_seq, newest_seq }));
         }
-        pin.needs(seq);
+        pin.needs(seq, kept_seq);
         let options = SurveyOptions { keys: self.keys.site(), ..SurveyOptions::default() };
         let promoted = self.promoted.clone();
         let (journal, disks) = (self.folder.journal(), self.definition().volumes.len() as u16);
@@ -307,7 +326,7 @@ impl TargetVm {
             let mut storage = files::ring()?;
             let file = storage.add_file(DirectFile::open(&journal, Access::ReadOnly)?);
             let reader = Reader::open(&mut storage, file, &options).map_err(TargetError::View)?;
-            let mut view = reader.view(seq).map_err(TargetError::View)?;
+            let mut view = reader.view_kept(seq, kept_seq).map_err(TargetError::View)?;
             view.follow(&promoted);
             let journal = storage.remove_file(file).expect("added above");
             let disks = disks.iter().map(|path| DirectFile::open(path, Access::ReadOnly));

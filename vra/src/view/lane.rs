@@ -13,6 +13,7 @@ use ublk::serve::{Completion, Errno, FileIo, FileOp, IoBuffer, Lane, Op, Port, R
 
 use self::durable::{COMMIT_JOB, Undurable};
 use super::plan::{Fetch, JOURNAL_FILE, Plan, SCRATCH_FILE, plan};
+use super::preserve::Reading;
 use super::scratch::commit::Commit;
 use super::scratch::gate::Pass;
 use super::scratch::map::{Place, Run};
@@ -61,6 +62,8 @@ struct ReadJob {
     shown: Arc<Shown>,
     /// How far promotion had come when it was planned.
     promoted_seq: u64,
+    /// Until it ends, nothing is promoted that it was planned without.
+    _reading: Reading,
     /// Fetched before the recovery disk's data was there.
     early: Vec<(u32, Slot)>,
     /// Transfers and waiting fetches.
@@ -116,6 +119,7 @@ impl ViewLane {
             port.complete(Completion { tag, result: Err(EIO), slot });
             return;
         }
+        let reading = Reading::begin(&self.disk);
         let runs = match &self.disk.scratch {
             Some(scratch) => scratch.lock().map.find(offset_bytes, len_bytes),
             None => vec![Run { offset_bytes, len_bytes, place: Place::Below }],
@@ -147,6 +151,7 @@ impl ViewLane {
             plan,
             shown,
             promoted_seq,
+            _reading: reading,
             early: Vec::new(),
             out,
             error: None,
@@ -278,7 +283,7 @@ impl ViewLane {
         let Some(check) = self.check.take() else { return };
         let newest = check.copies.into_iter().flatten().max_by_key(|copy| copy.sequence);
         // Two copies that cannot be read mean that nothing can be said: better no data than wrong data.
-        match newest.filter(|superblock| still_there(superblock, self.disk.seq).is_ok()) {
+        match newest.filter(|superblock| still_there(superblock, self.disk.kept_seq()).is_ok()) {
             Some(superblock) => {
                 self.disk.follow_promotion(&superblock);
                 if check.jobs.iter().any(|job| self.has_failed(*job)) {

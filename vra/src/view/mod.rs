@@ -6,6 +6,7 @@
 mod lane;
 mod layout;
 mod plan;
+mod preserve;
 mod scratch;
 
 use std::any::Any;
@@ -26,6 +27,8 @@ use ublk::serve::{Allocation, Disk, Extent, Geometry, Lane, Waker, ZeroLimits};
 
 pub use self::layout::Layout;
 use self::plan::PlanLimits;
+use self::preserve::Reads;
+pub use self::preserve::{Below, PreserveError};
 use self::scratch::commit::{Commits, PAGES_AT_ONCE};
 pub use self::scratch::file::{ScratchError, ScratchFile, ScratchKeys, remove as remove_scratch};
 pub use self::scratch::format::{ScratchFormatError, ScratchOwner};
@@ -123,6 +126,11 @@ pub struct ViewDisk {
     size_bytes: u64,
     shown: RwLock<Arc<Shown>>,
     seq: u64,
+    /// Promotion up to here changes nothing that the view shows: it is in the scratch. 0 if nothing was copied.
+    kept_seq: AtomicU64,
+    reads: Reads,
+    /// Held while something is copied to the scratch.
+    preserving: Mutex<()>,
     freshness: Freshness,
     limits: PlanLimits,
     /// How long the recovery disk is at least, in bytes: promotion makes it longer.
@@ -179,6 +187,7 @@ impl ViewDisk {
         // Pages do in any case.
         let journal_align = ublk::backing::direct_io_align(&journal).unwrap_or(PAGE_BYTES as u32);
         let mut files = vec![journal, recovery_disk];
+        let kept_seq = scratch.as_ref().map_or(0, ScratchFile::kept_seq);
         let scratch = match scratch {
             None => None,
             Some(mut file) => {
@@ -205,6 +214,9 @@ impl ViewDisk {
             size_bytes: volume.size_bytes(),
             shown: RwLock::new(Arc::new(Shown { volume, layout })),
             seq,
+            kept_seq: AtomicU64::new(kept_seq),
+            reads: Reads::default(),
+            preserving: Mutex::default(),
             freshness,
             limits: PlanLimits {
                 fetch_max_bytes: FETCH_SLOT_BYTES as u64,
@@ -416,7 +428,7 @@ impl ViewDisk {
             Superblock::decode(&page).ok()
         });
         let newest = copies.into_iter().flatten().max_by_key(|copy| copy.sequence);
-        newest.is_some_and(|superblock| still_there(&superblock, self.seq).is_ok())
+        newest.is_some_and(|superblock| still_there(&superblock, self.kept_seq()).is_ok())
     }
 
     /// What was never written in the view, from the start of the range on.

@@ -238,12 +238,27 @@ impl TestJournal {
         bytes
     }
 
+    /// What the records after this one have changed of the volume, in order.
+    #[allow(dead_code, reason = "for the unit tests")]
+    pub(crate) fn changed(&self, after_seq: u64) -> Vec<std::ops::Range<u64>> {
+        let changes = self.changes.iter().filter(|(seq, _, _)| *seq > after_seq);
+        let mut ranges: Vec<_> =
+            changes.map(|(_, offset_bytes, data)| *offset_bytes..offset_bytes + data.len() as u64).collect();
+        ranges.sort_unstable_by_key(|range| range.start);
+        ranges
+    }
+
     /// The volume's view at a record, found out from the file.
     pub(crate) fn view(&self, seq: u64) -> Result<VolumeView, ViewError> {
+        self.view_kept(seq, seq)
+    }
+
+    /// The same beneath a scratch that has what was changed up to `kept_seq`.
+    pub(crate) fn view_kept(&self, seq: u64, kept_seq: u64) -> Result<VolumeView, ViewError> {
         let mut storage = RingStorage::new(64).expect("io_uring");
         let file = storage.add_file(DirectFile::open(&self.path(), Access::ReadOnly).expect("open"));
         let options = SurveyOptions { keys: self.keys.site().clone(), ..SurveyOptions::default() };
-        Reader::open(&mut storage, file, &options)?.view(seq)?.take_volume(0)
+        Reader::open(&mut storage, file, &options)?.view_kept(seq, kept_seq)?.take_volume(0)
     }
 
     /// Flips a bit in the journal's file where `needle` first occurs, `at` bytes into it.

@@ -464,6 +464,82 @@ fn extents_say_where_nothing_is() {
     assert!(data <= SIZE_BYTES / 2 + 65536, "the hole of the recovery disk was not seen: {extents:?}");
 }
 
+/// What promotion changes past the view's number was copied before, and so was nothing else.
+#[test]
+fn a_view_that_was_kept_outlives_a_promotion_past_it() {
+    let mut journal = TestJournal::encrypted("kept", SIZE_BYTES, "{}");
+    journal.random_changes(21, 60, 100);
+    let seq = journal.seq;
+    let mut model = journal.model(seq);
+    let owner = ScratchOwner {
+        vra: Uuid::from_u128(1),
+        view: Uuid::from_u128(2),
+        vm: Uuid::from_u128(3),
+        journal: Uuid::from_u128(4),
+        volume: Uuid::from_u128(5),
+        number: 0,
+        seq,
+        disk_bytes: SIZE_BYTES,
+        logical_block_bytes: 512,
+    };
+    let (path, live) = (journal.folder.join("scratch-0.raw"), journal.folder.join("scratch-0.map"));
+    let open = |journal: &TestJournal, made: bool, kept_seq: u64| {
+        let writer = &journal.writer;
+        let keys = ScratchKeys { keyring: writer.keyring(), encryption: writer.superblock().encryption };
+        let scratch = match made {
+            false => ScratchFile::make(&path, &live, &owner, &keys, SIZE_BYTES),
+            true => ScratchFile::open(&path, &live, &owner, &keys),
+        };
+        let settings = ViewSettings { logical_block_bytes: 512, look_for_holes: false };
+        let source = ViewSource {
+            volume: journal.view_kept(seq, kept_seq).expect("kept"),
+            ..view_source(journal, journal.seq, Freshness::Superblock)
+        };
+        ViewDisk::new(ViewSource { seq, ..source }, settings, Some(scratch.expect("scratch"))).expect("view")
+    };
+    let disk = open(&journal, false, 0);
+    let mut guest = Guest::new(&disk, 2, 3);
+    let plain = view_that(&journal, seq, 0, Freshness::Superblock);
+    for round in 0..3 {
+        // The guest's own writes lie over what is copied, and are copied over by nothing.
+        for at in [3 * 4096, 100 * 512, SIZE_BYTES / 2] {
+            let at = at + round * 8192;
+            assert_eq!(guest.change(Op::Write, false, at, 0x30 + round as u8), Ok(()));
+            model[at as usize..at as usize + 4096].fill(0x30 + round as u8);
+        }
+        let after_seq = journal.seq;
+        journal.random_changes(40 + round, 60, 100);
+        journal.change(Change::Seal);
+        let changed: Vec<_> = journal.changed(after_seq);
+        let mut below = below(&journal);
+        disk.preserve(journal.seq, &changed, &mut below).expect("kept");
+        assert_eq!(disk.kept_seq(), journal.seq);
+        guest.compare(&model);
+        journal.promote();
+        guest.compare(&model);
+        assert_eq!(disk.first_damage(), None);
+    }
+    assert_eq!(Guest::new(&plain, 1, 1).read(0, 4096), Err(libc::EIO), "what was not kept is gone");
+
+    // And a restart: the file says how far it goes.
+    let kept_seq = journal.seq;
+    drop((guest, disk));
+    assert_eq!(ScratchFile::kept_seq_at(&path).expect("not open"), kept_seq);
+    let disk = open(&journal, true, kept_seq);
+    Guest::new(&disk, 2, 4).compare(&model);
+
+    // One whose scratch is full can't be kept, and one without scratch neither.
+    let none = view_that(&journal, journal.seq, 0, Freshness::Superblock);
+    let refused = none.preserve(journal.seq + 1, &[0..512], &mut below(&journal)).expect_err("no scratch");
+    assert!(matches!(refused, PreserveError::NoScratch), "{refused}");
+}
+
+fn below(journal: &TestJournal) -> Below {
+    use journal::storage::ring::{Access, DirectFile};
+    let open = |path: std::path::PathBuf| DirectFile::open(&path, Access::ReadOnly).expect("open");
+    Below::new(open(journal.path()), &open(journal.folder.join("disk-0.raw"))).expect("io_uring")
+}
+
 /// A client that skips holes must come to the error that says that something is lost there.
 #[test]
 fn a_bad_range_of_a_hole_is_called_data() {

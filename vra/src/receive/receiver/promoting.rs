@@ -22,6 +22,8 @@ pub(super) struct Promoting {
     told_shortened: bool,
     /// The locked checkpoint that was told to be in the way.
     told_lock: Option<u64>,
+    /// The number through which views were told to make way.
+    told_view: Option<u64>,
     /// That it is stuck was told.
     told_blocked: bool,
     recovery_disks_reserved: Vec<bool>,
@@ -61,10 +63,14 @@ struct Due {
     shortens: bool,
     /// The journal has no room, and this locked checkpoint keeps it from making some.
     lock_in_the_way: Option<u64>,
+    /// The journal has no room, and an open view keeps it from promoting through here.
+    view_in_the_way: Option<u64>,
 }
 
 /// Segments that are promoted together: blocks that are written again and again are carried once.
 const MAX_SEGMENTS: usize = 8;
+/// For so many segments an open view makes way at once: what it is kept by must be copied first.
+const VIEW_SEGMENTS: usize = 4;
 /// What their footers may have together, in bytes: the worker that puts them in order does nothing else meanwhile, for some 20 ms.
 const MAX_FOOTERS_BYTES: u64 = 8 << 20;
 /// Disk content under way while the journal takes writes, in bytes: they go first.
@@ -112,6 +118,7 @@ impl Receiver {
         let stamp_us = self.stamp_us(now);
         let due = self.due(stamp_us);
         self.tell_lock(due.lock_in_the_way);
+        self.tell_view(due.view_in_the_way);
         if due.count == 0 {
             if due.lock_in_the_way.is_some() && self.policy.give_up_history {
                 // It is given up before anybody is told that the journal is full.
@@ -180,7 +187,23 @@ impl Receiver {
                 && self.pins.view.is_none_or(|view| *lock <= view)
                 && through(newest_cut) > 0
         });
-        Due { count, shortens: count > old, lock_in_the_way }
+        let blocking_view = self
+            .pins
+            .view
+            .filter(|view| is_pressed && count == 0 && lock_in_the_way.is_none() && *view < newest_cut);
+        let view_in_the_way = blocking_view.and_then(|_| {
+            let reach = through(newest_cut);
+            let count = self.outside_syncs(reach.min(VIEW_SEGMENTS), reach);
+            self.writer.closed_segments().nth(count.checked_sub(1)?).map(|segment| segment.last.seq)
+        });
+        Due { count, shortens: count > old, lock_in_the_way, view_in_the_way }
+    }
+
+    /// Tells through which number views are in the way, or that none is any more.
+    fn tell_view(&mut self, through_seq: Option<u64>) {
+        if std::mem::replace(&mut self.promoting.told_view, through_seq) != through_seq {
+            self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::ViewInTheWay { through_seq }));
+        }
     }
 
     /// Tells which locked checkpoint is in the way, or that none is any more.

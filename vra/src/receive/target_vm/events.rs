@@ -73,6 +73,7 @@ impl TargetVm {
                 self.alert("promotion-stuck", Severity::Critical, message, remedy);
             }
             ReceiverEvent::LockInTheWay { cut } => self.lock_in_the_way(cut),
+            ReceiverEvent::ViewInTheWay { through_seq } => self.view_in_the_way(through_seq),
             ReceiverEvent::LockOutOfTheWay => drop(self.lock().alerts.remove("lock-in-the-way")),
             ReceiverEvent::Failed { failure, durable_through } => {
                 let reason = error_chain(&failure);

@@ -5,6 +5,7 @@ use std::sync::{Arc, Weak};
 
 use tokio::sync::oneshot;
 
+use super::preserving::InTheWay;
 use super::{Inner, TargetVm};
 use crate::receive::manifest::LockedCheckpoint;
 use crate::receive::receiver_types::Pins;
@@ -34,6 +35,8 @@ pub(super) struct PinBook {
 struct Pinned {
     /// Everything from here on.
     seq: u64,
+    /// But for what was copied to the view's scratch, up to here (C5).
+    kept_seq: u64,
     disks: Vec<Weak<ViewDisk>>,
 }
 
@@ -41,7 +44,7 @@ impl PinBook {
     /// With pins for views that are to be open again.
     pub(super) fn awaiting(seqs: Vec<u64>) -> Self {
         let awaited: Vec<(u64, u64)> = (0..).zip(seqs).collect();
-        let pinned = |&(id, seq): &(u64, u64)| (id, Pinned { seq, disks: Vec::new() });
+        let pinned = |&(id, seq): &(u64, u64)| (id, Pinned { seq, ..Pinned::default() });
         Self { pins: awaited.iter().map(pinned).collect(), next: awaited.len() as u64, awaited }
     }
 
@@ -52,8 +55,27 @@ impl PinBook {
     /// What is still needed, with these locks.
     pub(super) fn needed<'a>(&self, locks: impl IntoIterator<Item = &'a LockedCheckpoint>) -> Pins {
         Pins {
-            view: self.pins.values().map(|pinned| pinned.seq).min(),
+            view: self.pins.values().map(|pinned| pinned.seq.max(pinned.kept_seq)).min(),
             lock: locks.into_iter().map(|locked| locked.cut).min(),
+        }
+    }
+
+    /// The views that keep a promotion from ending at this number.
+    pub(super) fn in_the_way(&self, through_seq: u64) -> Vec<InTheWay> {
+        let blocking = self.pins.iter().filter(|(_, pinned)| pinned.seq.max(pinned.kept_seq) < through_seq);
+        let view = |(pin, pinned): (&u64, &Pinned)| InTheWay {
+            pin: *pin,
+            seq: pinned.seq,
+            kept_seq: pinned.seq.max(pinned.kept_seq),
+            disks: pinned.disks.iter().filter_map(Weak::upgrade).collect(),
+        };
+        blocking.map(view).collect()
+    }
+
+    /// Everything up to here was copied to the view's scratch.
+    pub(super) fn keep(&mut self, pin: u64, through_seq: u64) {
+        if let Some(pinned) = self.pins.get_mut(&pin) {
+            pinned.kept_seq = pinned.kept_seq.max(through_seq);
         }
     }
 
@@ -110,9 +132,10 @@ impl Inner {
 
 impl Pin {
     /// Only what is needed to read at this number is kept.
-    pub(super) fn needs(&self, seq: u64) {
+    pub(super) fn needs(&self, seq: u64, kept_seq: u64) {
         let mut inner = self.vm.lock();
-        inner.pins.pins.entry(self.id).or_default().seq = seq;
+        let pinned = inner.pins.pins.entry(self.id).or_default();
+        (pinned.seq, pinned.kept_seq) = (seq, kept_seq);
         self.vm.tell_pins(&inner, None);
     }
 

@@ -46,7 +46,8 @@ impl TargetVm {
         let options = SurveyOptions { keys: self.keys.site(), ..SurveyOptions::default() };
         let reader = Reader::open(&mut storage, file, &options).map_err(TargetError::View)?;
         for (seq, disks) in views {
-            let mut view = match reader.view(seq) {
+            let kept_seq = disks.iter().map(|disk| disk.kept_seq()).min().unwrap_or_default();
+            let mut view = match reader.view_kept(seq, kept_seq) {
                 Ok(view) => view,
                 // It was not durable when the storage failed.
                 Err(ViewError::Gone { .. } | ViewError::NoHistory) => {

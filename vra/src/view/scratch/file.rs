@@ -234,7 +234,7 @@ impl ScratchFile {
         let shape = Shape::new(owner.disk_bytes, limit_bytes);
         let file_id = Uuid::new_v4();
         let key = keys.key();
-        let header = Header { sequence: 1, file_id, boot, owner: *owner, shape, key };
+        let header = Header { sequence: 1, file_id, boot, owner: *owner, shape, key, kept_seq: 0 };
         let cipher = keys.cipher(&header, path)?;
         let file = open_file(path, true).map_err(io_error("make", path))?;
         let made = (|| {
@@ -325,18 +325,7 @@ impl ScratchFile {
     /// # Errors
     /// [`ScratchError::Busy`] while a process has it, [`ScratchError::Missing`] or [`ScratchError::Io`].
     pub fn owner(path: &Path) -> Result<Option<ScratchOwner>, ScratchError> {
-        let file = File::open(path).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => ScratchError::Missing { path: path.into() },
-            _ => io_error("open", path)(source),
-        })?;
-        if !try_lock(&file).map_err(io_error("lock", path))? {
-            return Err(ScratchError::Busy { path: path.into() });
-        }
-        match read_header(&file, path) {
-            Ok(header) => Ok(Some(header.owner)),
-            Err(ScratchError::Format { .. }) => Ok(None),
-            Err(error) => Err(error),
-        }
+        Ok(read_locked(path)?.map(|header| header.owner))
     }
 
     /// Where it is.
@@ -398,13 +387,75 @@ impl ScratchFile {
     fn write_header(&mut self, boot: Uuid) -> Result<(), ScratchError> {
         let Kind::Lasting(lasting) = &mut self.kind else { return Ok(()) };
         let header = Header { sequence: lasting.header.sequence + 1, boot, ..lasting.header };
-        for copy in [header.sequence % 2, (header.sequence + 1) % 2] {
-            let written = write_page(&self.file, HEADER_OFFSETS[copy as usize], &header.encode());
-            written.and_then(|()| self.file.sync_data()).map_err(io_error("write", &self.path))?;
-        }
+        write_header(&self.file, &self.path, &header)?;
         lasting.header = header;
         Ok(())
     }
+
+    /// Whether it outlives the process.
+    pub(in crate::view) fn is_lasting(&self) -> bool {
+        matches!(self.kind, Kind::Lasting(_))
+    }
+
+    /// What promotion may have changed beneath the view, since it is in the scratch: everything up to this number; 0 if nothing.
+    pub fn kept_seq(&self) -> u64 {
+        match &self.kind {
+            Kind::Passing(_) => 0,
+            Kind::Lasting(lasting) => lasting.header.kept_seq,
+        }
+    }
+
+    /// The same of a file that nobody has open.
+    ///
+    /// # Errors
+    /// As for [`ScratchFile::owner`].
+    pub fn kept_seq_at(path: &Path) -> Result<u64, ScratchError> {
+        Ok(read_locked(path)?.map_or(0, |header| header.kept_seq))
+    }
+
+    /// The header that says how much was copied, to be written without holding anybody up; [`ScratchFile::kept`] takes it.
+    pub(in crate::view) fn keeping(&self, through_seq: u64) -> Result<Keeping, ScratchError> {
+        let Kind::Lasting(lasting) = &self.kind else {
+            return Err(ScratchError::Missing { path: self.path.clone() });
+        };
+        let kept_seq = lasting.header.kept_seq.max(through_seq);
+        let header = Header { sequence: lasting.header.sequence + 1, kept_seq, ..lasting.header };
+        let file = self.file.try_clone().map_err(io_error("duplicate the descriptor of", &self.path))?;
+        Ok(Keeping { file, path: self.path.clone(), header })
+    }
+
+    /// What [`ScratchFile::keeping`] gave is durable.
+    pub(in crate::view) fn kept(&mut self, noted: Kept) {
+        if let Kind::Lasting(lasting) = &mut self.kind {
+            lasting.header = noted.0;
+        }
+    }
+}
+
+/// A header to be written.
+pub(in crate::view) struct Keeping {
+    file: File,
+    path: PathBuf,
+    header: Header,
+}
+
+/// A header that is durable.
+pub(in crate::view) struct Kept(Header);
+
+impl Keeping {
+    /// Writes it. Waits for the disk.
+    pub(in crate::view) fn write(self) -> Result<Kept, ScratchError> {
+        write_header(&self.file, &self.path, &self.header)?;
+        Ok(Kept(self.header))
+    }
+}
+
+fn write_header(file: &File, path: &Path, header: &Header) -> Result<(), ScratchError> {
+    for copy in [header.sequence % 2, (header.sequence + 1) % 2] {
+        let written = write_page(file, HEADER_OFFSETS[copy as usize], &header.encode());
+        written.and_then(|()| file.sync_data()).map_err(io_error("write", path))?;
+    }
+    Ok(())
 }
 
 /// Removes a scratch file and its map in memory, if they are there.
@@ -467,6 +518,22 @@ fn try_lock(file: &File) -> io::Result<bool> {
     }
     let error = io::Error::last_os_error();
     if error.raw_os_error() == Some(libc::EWOULDBLOCK) { Ok(false) } else { Err(error) }
+}
+
+/// The header of a file that no process has open; none where the file isn't a scratch for certain.
+fn read_locked(path: &Path) -> Result<Option<Header>, ScratchError> {
+    let file = File::open(path).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => ScratchError::Missing { path: path.into() },
+        _ => io_error("open", path)(source),
+    })?;
+    if !try_lock(&file).map_err(io_error("lock", path))? {
+        return Err(ScratchError::Busy { path: path.into() });
+    }
+    match read_header(&file, path) {
+        Ok(header) => Ok(Some(header)),
+        Err(ScratchError::Format { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// The header that counts, of a file that is as long as it says.

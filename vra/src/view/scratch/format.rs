@@ -141,6 +141,8 @@ pub(super) struct Header {
     pub(super) shape: Shape,
     /// What the key of its data comes from, if that is encrypted; the salt is the file's id.
     pub(super) key: Option<WrappedKey>,
+    /// What the records up to here have written beneath the view is not beneath it any more, but in the scratch; 0 if nothing was copied.
+    pub(super) kept_seq: u64,
 }
 
 /// Why bytes are no header or no page of the map.
@@ -185,7 +187,8 @@ struct HeaderPage {
     entries: U32,
     encryption_key_id: [u8; 16],
     encryption_wrapped_key: [u8; WRAPPED_KEY_BYTES],
-    unused: [u8; 3816],
+    kept_seq: U64,
+    unused: [u8; 3808],
 }
 const _: () = assert!(size_of::<HeaderPage>() == PAGE_BYTES);
 
@@ -209,6 +212,7 @@ impl Header {
         page.disk_bytes = self.shape.disk_bytes.into();
         page.places = self.shape.places.into();
         page.entries = self.shape.entries.into();
+        page.kept_seq = self.kept_seq.into();
         if let Some(key) = &self.key {
             page.encryption_key_id = key.key_id.into_bytes();
             page.encryption_wrapped_key = key.bytes;
@@ -259,7 +263,15 @@ impl Header {
             key_id: Uuid::from_bytes(page.encryption_key_id),
             bytes: page.encryption_wrapped_key,
         });
-        Ok(Self { sequence: page.sequence.get(), file_id, boot, owner, shape, key })
+        Ok(Self {
+            sequence: page.sequence.get(),
+            file_id,
+            boot,
+            owner,
+            shape,
+            key,
+            kept_seq: page.kept_seq.get(),
+        })
     }
 }
 
@@ -349,6 +361,7 @@ pub(super) mod tests {
             limit_bytes in any::<u64>(),
             logical_block_bytes in prop::sample::select(vec![512, 4096]),
             key in prop::option::of((any::<u128>(), any::<[u8; 32]>())),
+            kept_seq in any::<u64>(),
         ) -> Header {
             let [file_id, boot, vra, view, vm, journal, volume] = ids.map(Uuid::from_u128);
             let owner =
@@ -358,7 +371,7 @@ pub(super) mod tests {
                 bytes[..32].copy_from_slice(&random);
                 WrappedKey { key_id: Uuid::from_u128(id), bytes }
             });
-            Header { sequence, file_id, boot, owner, shape: Shape::new(disk_bytes, limit_bytes), key }
+            Header { sequence, file_id, boot, owner, shape: Shape::new(disk_bytes, limit_bytes), key, kept_seq }
         }
     }
 

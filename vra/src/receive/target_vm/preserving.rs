@@ -1,0 +1,175 @@
+//! Views that are in the way of a promotion that the journal needs for room: they are kept by copying (C5), or they end.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use journal::recovery::SurveyOptions;
+use journal::storage::ring::{Access, DirectFile};
+use journal::view::Reader;
+
+use super::TargetVm;
+use crate::api::status::Severity;
+use crate::receive::error_chain;
+use crate::receive::files;
+use crate::receive::target_error::TargetError;
+use crate::view::{Below, PreserveError, ViewDisk};
+
+/// Between two tries, while a view is only being opened or may not end.
+const RETRY_WAIT: Duration = Duration::from_secs(2);
+
+const EXPIRED: &str = "view-expired";
+const IN_THE_WAY: &str = "view-in-the-way";
+
+/// A view that is in the way.
+pub(super) struct InTheWay {
+    pub(super) pin: u64,
+    /// What it shows.
+    pub(super) seq: u64,
+    /// Everything up to here may be promoted already.
+    pub(super) kept_seq: u64,
+    /// Its disks, if they are served.
+    pub(super) disks: Vec<Arc<ViewDisk>>,
+}
+
+impl TargetVm {
+    /// The journal needs promotion through this number for room, and open views show what is before it; or none is in the way any more.
+    pub(super) fn view_in_the_way(self: Arc<Self>, through_seq: Option<u64>) {
+        let mut inner = self.lock();
+        inner.wanted_way = through_seq;
+        if through_seq.is_none() {
+            inner.alerts.remove(IN_THE_WAY);
+        }
+        if through_seq.is_some() && !std::mem::replace(&mut inner.is_making_way, true) {
+            drop(inner);
+            self.runtime.clone().spawn(self.make_way());
+        }
+    }
+
+    async fn make_way(self: Arc<Self>) {
+        loop {
+            let wanted = {
+                let mut inner = self.lock();
+                if inner.wanted_way.is_none() || inner.closed {
+                    inner.is_making_way = false;
+                    return;
+                }
+                inner.wanted_way
+            };
+            let vm = self.clone();
+            let made = self.runtime.spawn_blocking(move || wanted.map(|wanted| vm.keep_views(wanted)));
+            if let Ok(Some(Err(error))) = made.await {
+                tracing::warn!(vm = %self.vm, error = error_chain(&error), "open views can't be kept yet");
+            }
+            tokio::time::sleep(RETRY_WAIT).await;
+        }
+    }
+
+    /// Copies what a promotion through this number is about to change beneath open views.
+    fn keep_views(&self, through_seq: u64) -> Result<(), TargetError> {
+        let views = self.lock().pins.in_the_way(through_seq);
+        let served: Vec<_> = views.into_iter().filter(|view| !view.disks.is_empty()).collect();
+        let Some(after_seq) = served.iter().map(|view| view.kept_seq).min() else { return Ok(()) };
+        let mut storage = files::ring()?;
+        let file = storage.add_file(DirectFile::open(&self.folder.journal(), Access::ReadOnly)?);
+        let options = SurveyOptions { keys: self.keys.site(), ..SurveyOptions::default() };
+        let reader = Reader::open(&mut storage, file, &options).map_err(TargetError::View)?;
+        for view in served {
+            debug_assert!(view.kept_seq >= after_seq);
+            let kept = view.disks.iter().try_for_each(|disk| {
+                let below = self.below(disk.number())?;
+                self.keep(&reader, &view, disk, through_seq, below).map_err(KeepError::View)
+            });
+            match kept {
+                Ok(()) => {
+                    tracing::info!(vm = %self.vm, seq = view.seq, through_seq, "kept an open view by copying what promotion will change");
+                    self.view_kept(view.pin, through_seq);
+                }
+                Err(KeepError::Files(error)) => return Err(error),
+                Err(KeepError::View(error)) => self.end_view(&view, &error),
+            }
+        }
+        Ok(())
+    }
+
+    fn below(&self, volume: u16) -> Result<Below, KeepError> {
+        let open = |path| DirectFile::open(path, Access::ReadOnly).map_err(TargetError::from);
+        let (journal, disk) = (open(&self.folder.journal())?, open(&self.folder.disk(volume))?);
+        let below = Below::new(journal, &disk);
+        below.map_err(|source| KeepError::Files(files::host("reading beneath a view", source)))
+    }
+
+    fn keep(
+        &self,
+        reader: &Reader,
+        view: &InTheWay,
+        disk: &Arc<ViewDisk>,
+        through_seq: u64,
+        mut below: Below,
+    ) -> Result<(), PreserveError> {
+        let ranges = changed(reader, disk.number(), view.kept_seq.max(view.seq), through_seq);
+        disk.preserve(through_seq, &ranges, &mut below)
+    }
+
+    fn view_kept(&self, pin: u64, through_seq: u64) {
+        let mut inner = self.lock();
+        inner.pins.keep(pin, through_seq);
+        self.tell_pins(&inner, None);
+    }
+
+    /// A view that can't be kept ends, if replication is worth more than it, as for locks; else replication waits for somebody to close it.
+    fn end_view(&self, view: &InTheWay, error: &PreserveError) {
+        let gives_up = self.definition().give_up_history;
+        let what = format!(
+            "a view of the VM at record {} stands in the way of the journal {}, which has no room, and can't be kept: {}",
+            view.seq,
+            self.folder.journal().display(),
+            error_chain(error)
+        );
+        if !gives_up {
+            let remedy = "close the view, or raise the VM's journal limit: until then replication pauses";
+            self.alert(IN_THE_WAY, Severity::Critical, what, remedy);
+            return;
+        }
+        view.disks.iter().for_each(|disk| disk.set_gone());
+        self.lock().alerts.remove(EXPIRED);
+        let remedy = "the view reads errors now: close it. A view with more scratch, or a larger journal, would have lasted";
+        self.alert(EXPIRED, Severity::Critical, format!("{what}; it was given up"), remedy);
+        self.view_kept(view.pin, u64::MAX);
+    }
+}
+
+enum KeepError {
+    /// Nothing is known of the view.
+    Files(TargetError),
+    View(PreserveError),
+}
+
+impl From<TargetError> for KeepError {
+    fn from(error: TargetError) -> Self {
+        Self::Files(error)
+    }
+}
+
+/// What of a volume the records after `after_seq` and up to `through_seq` write: disjoint, in order.
+fn changed(reader: &Reader, volume: u16, after_seq: u64, through_seq: u64) -> Vec<Range<u64>> {
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    for footer in reader.footers() {
+        for extent in footer.extents_of(volume) {
+            let seq = footer.base_seq + u64::from(extent.seq_delta.get());
+            if seq > after_seq && seq <= through_seq {
+                let begin = extent.offset_bytes.get();
+                ranges.push(begin..begin + extent.len_bytes());
+            }
+        }
+    }
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut merged: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        match merged.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => merged.push(range),
+        }
+    }
+    merged
+}
