@@ -1,7 +1,8 @@
 //! Disks as they were, behind doors.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use journal::storage::ring::DirectFile;
 use journal::view::View;
@@ -60,7 +61,10 @@ pub(super) enum ScratchFrom {
     /// It is made.
     New,
     /// It was there before the daemon's start.
-    Former,
+    Former {
+        /// So long its lock is waited for.
+        lock_until: Instant,
+    },
 }
 
 impl LiveView {
@@ -285,7 +289,7 @@ impl Daemon {
             for volume in &vm.definition().volumes {
                 let scratch = match open.mode {
                     ViewMode::ReadOnly => None,
-                    ViewMode::Scratch => Some(scratch_path(vm.folder().path(), view, volume.number)),
+                    ViewMode::Scratch => Some(vm.folder().scratch(view, volume.number)),
                 };
                 let cookie = match open.door {
                     DoorRequest::Ublk { .. } => state.fresh_cookie(),
@@ -396,7 +400,9 @@ impl Daemon {
         let live = self.live_map_path(record.info.view, wanted.vm, wanted.number);
         let scratch = match (&wanted.scratch, scratch) {
             (None, _) => None,
-            (Some(path), ScratchFrom::Former) => Some(ScratchFile::open(path, &live, &owner)?),
+            (Some(path), ScratchFrom::Former { lock_until }) => {
+                Some(ScratchFile::open(path, &live, &owner, lock_until)?)
+            }
             (Some(path), ScratchFrom::New) => {
                 let limit_bytes = u64::from(self.config.target.scratch_mib) << 20;
                 Some(ScratchFile::make(path, &live, &owner, limit_bytes)?)
@@ -466,8 +472,4 @@ impl From<ScratchError> for ApiError {
 /// The name of a view's disk as an NBD export.
 pub(super) fn export_name(view: ViewId, disk: &ViewDiskRecord) -> String {
     format!("view-{view}-{}-{}", disk.vm, disk.number)
-}
-
-fn scratch_path(folder: &Path, view: ViewId, volume: u16) -> PathBuf {
-    folder.join(format!("scratch-{view}-{volume}.raw"))
 }
