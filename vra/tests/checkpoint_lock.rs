@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use ::vra::api::status::SourceMode;
 use ::vra::api::{
-    CheckpointId, CheckpointInfo, ErrorCode, LockCheckpoint, PointInTime, Request, Response, ViewMode, VpgId,
-    VraStatus,
+    CheckpointId, CheckpointInfo, ErrorCode, JournalId, LockCheckpoint, PointInTime, Request, Response,
+    ViewMode, VmId, VolumeId, VpgId, VraStatus,
 };
 use common::TestCa;
 use common::pair::{
@@ -24,6 +24,37 @@ async fn lock(target: &Vra, vpg: VpgId, checkpoint: CheckpointId, locked: bool) 
 
 async fn find(target: &Vra, vpg: VpgId, id: CheckpointId) -> Option<CheckpointInfo> {
     checkpoints(target, vpg).await.into_iter().find(|info| info.id == id)
+}
+
+#[tokio::test]
+async fn a_checkpoint_is_unlocked_though_it_is_complete_no_more() {
+    let ca = TestCa::new();
+    let Some((source, target, _volumes, mut definition)) = streaming_pair("unlock", &ca).await else {
+        return;
+    };
+    let vpg = definition.id;
+    let kept = tag(&source, vpg, "kept").await;
+    wait_for_checkpoint(&target, vpg, kept.id).await;
+    assert!(lock(&target, vpg, kept.id, true).await.locked);
+
+    let mut joined = definition.vms[0].clone();
+    (joined.id, joined.journal, joined.name) = (VmId::random(), JournalId::random(), "web".to_owned());
+    joined.volumes.iter_mut().for_each(|volume| volume.id = VolumeId::random());
+    definition.vms.push(joined);
+    (definition.revision, definition.member_set_version) = (2, 2);
+    apply(&target, &definition).await;
+    let held = find(&target, vpg, kept.id).await.expect("listed");
+    assert!(held.locked && !held.complete, "{held:?}");
+    let again = LockCheckpoint { vpg, checkpoint: kept.id, locked: true };
+    let error = target.refusal(Request::LockCheckpoint(again)).await;
+    assert_eq!(error.code, ErrorCode::NotReady, "only complete ones are locked: {error}");
+
+    assert!(!lock(&target, vpg, kept.id, false).await.locked);
+    assert!(!find(&target, vpg, kept.id).await.expect("listed").locked);
+    assert!(!lock(&target, vpg, kept.id, false).await.locked, "again is harmless");
+    let unknown = CheckpointId { nonce: 1, counter: 2 };
+    let unlock = LockCheckpoint { vpg, checkpoint: unknown, locked: false };
+    assert_eq!(target.refusal(Request::LockCheckpoint(unlock)).await.code, ErrorCode::NotFound);
 }
 
 #[tokio::test]

@@ -223,6 +223,43 @@ async fn a_view_that_cannot_be_served_again_is_told_and_its_scratch_kept_until_i
     stand.target.wait_for("without the alert", cleared).await;
 }
 
+/// As after the death of a daemon whose I/O hangs: the other views, and all else, must not wait for it.
+#[tokio::test]
+async fn a_scratch_that_stays_locked_holds_up_nothing_but_its_view() {
+    let Some(mut stand) = Stand::new("locked").await else { return };
+    let views = [stand.open(ViewMode::Scratch).await, stand.open(ViewMode::Scratch).await];
+    let free = stand.open(ViewMode::ReadOnly).await;
+    stand.target.kill();
+    let is_file = |path: &PathBuf| path.extension().is_some_and(|end| end == "raw");
+    let held: Vec<_> = stand
+        .scratch()
+        .iter()
+        .filter(|path| is_file(path))
+        .map(|path| {
+            let file = std::fs::File::open(path).expect("a scratch file");
+            file.lock().expect("free");
+            file
+        })
+        .collect();
+    assert_eq!(held.len(), 4);
+    let began = Instant::now();
+    stand.target.serve();
+    let problems = stand.views().await.into_iter().filter(|view| view.problem.is_some()).count();
+    assert!(began.elapsed() < Duration::from_secs(10), "the start took {:?}", began.elapsed());
+    assert_eq!(problems, 2, "the two with scratch");
+    let copy = stand.target.path("copy.raw");
+    assert!(nbdcopy(&free.disks[0].door, &copy).is_none_or(|found| found == stand.as_tagged[0]));
+    drop(held);
+    let until = Instant::now() + PATIENCE;
+    while stand.views().await.iter().any(|view| view.problem.is_some()) {
+        assert!(Instant::now() < until, "{:?}", stand.views().await);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    for view in &views {
+        qemu_io(&view.disks[0].door, &pattern(9, 0, 64));
+    }
+}
+
 #[tokio::test]
 async fn what_belongs_to_no_view_is_found_and_removed_only_if_it_is_ours() {
     let Some(mut stand) = Stand::new("orphans").await else { return };

@@ -98,3 +98,33 @@ fn what_a_vra_refuses_is_told_with_a_remedy_and_can_be_undone() {
         "{missing:?}"
     );
 }
+
+#[test]
+fn a_checkpoint_is_locked_and_unlocked_by_its_tag_and_its_id() {
+    let pair = Pair::defined();
+    let tag = || pair.site.zvm(&["checkpoint", "tag", "shop", "kept"]).code == 0;
+    wait_for("the first sync", tag);
+    let listed = || {
+        let listed = pair.site.json(&["checkpoint", "list", "shop", "--tagged"]);
+        listed.as_array().and_then(|listed| listed.iter().find(|info| info["tag"] == "kept").cloned())
+    };
+    wait_for("the checkpoint", || listed().is_some_and(|info| info["complete"] == true));
+    let id = listed().expect("listed")["id"].as_str().expect("id").to_owned();
+    for (command, at, is_locked) in [
+        ("lock", "kept", true),
+        ("lock", id.as_str(), true),
+        ("unlock", "kept", false),
+        ("unlock", "kept", false),
+        ("lock", id.as_str(), true),
+        ("unlock", id.as_str(), false),
+        ("unlock", id.as_str(), false),
+    ] {
+        let answer = pair.site.zvm(&["checkpoint", command, "shop", at]);
+        assert_eq!(answer.code, 0, "{command} {at}: {answer:?}");
+        assert_eq!(listed().expect("listed")["locked"], is_locked, "after {command} {at}");
+    }
+    for at in ["never", "00000000000000000000000000000001-7"] {
+        let unknown = pair.site.zvm(&["checkpoint", "unlock", "shop", at]);
+        assert!(unknown.code == 3 && unknown.stderr.contains("has no"), "{unknown:?}");
+    }
+}

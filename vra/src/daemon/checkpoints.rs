@@ -13,6 +13,9 @@ use crate::api::{
 };
 use crate::receive::{TargetVm, error_chain};
 
+/// A VM with this VRA as target; none while its journal is not open.
+type TargetHere<'a> = (&'a VmDefinition, Option<Arc<TargetVm>>);
+
 impl Daemon {
     /// A page of checkpoints.
     pub(super) async fn list_checkpoints(&self, list: ListCheckpoints) -> Result<CheckpointPage, ApiError> {
@@ -97,14 +100,11 @@ impl Daemon {
             .ok_or_else(|| no_checkpoint(checkpoint))
     }
 
-    /// The VMs of a VPG with this VRA as target, and what is open of them.
+    /// The VMs of a VPG with this VRA as target.
     ///
     /// # Errors
     /// There is none.
-    fn targets_here<'a>(
-        &self,
-        vpg: &'a VpgDefinition,
-    ) -> Result<Vec<(&'a VmDefinition, Option<Arc<TargetVm>>)>, ApiError> {
+    fn targets_here<'a>(&self, vpg: &'a VpgDefinition) -> Result<Vec<TargetHere<'a>>, ApiError> {
         let here = vpg.vms.iter().filter(|vm| vm.target.id == self.vra);
         let vms: Vec<_> = here.map(|vm| (vm, self.targets.vm(vm.id))).collect();
         if vms.is_empty() {

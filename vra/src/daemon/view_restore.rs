@@ -16,6 +16,10 @@ use crate::api::{ApiError, DoorAddress, DoorRequest, ErrorCode, PointInTime, Sev
 use crate::receive::TargetVm;
 use crate::view::{ScratchFile, remove_scratch};
 
+/// How long a start waits at most for the locks of all scratch files together: what a daemon that died has under way holds them. Views whose
+/// scratch stays locked are tried again while everything else is served.
+const START_LOCK_WAIT: Duration = Duration::from_secs(1);
+
 /// How long the removal of an orphan is told.
 const TELL_REMOVED: Duration = Duration::from_secs(3600);
 
@@ -51,9 +55,10 @@ impl Daemon {
     /// Opens the views that were open before the daemon's start, and ends those that nobody was told of or that were being closed.
     pub(super) async fn restore_views(&self, change: &mut Change<'_>) {
         let records = change.get().views.clone();
+        let lock_until = Instant::now() + START_LOCK_WAIT;
         for (view, record) in records {
             if record.stage == ViewStage::Open {
-                self.restore_view(change, view, &record).await;
+                self.restore_view(change, view, &record, lock_until).await;
             } else if let Err(error) = self.end_view(change, view) {
                 tracing::error!(%view, %error, "a view of a former daemon can't be ended");
             }
@@ -72,7 +77,13 @@ impl Daemon {
     }
 
     /// Opens what is missing of a view, or notes why that can't be.
-    async fn restore_view(&self, change: &mut Change<'_>, view: ViewId, record: &ViewRecord) {
+    async fn restore_view(
+        &self,
+        change: &mut Change<'_>,
+        view: ViewId,
+        record: &ViewRecord,
+        lock_until: Instant,
+    ) {
         let missing: Vec<usize> = match lock(&self.views).get(&view) {
             Some(live) if live.disks.len() == record.disks.len() => {
                 let failed = live.disks.iter().enumerate();
@@ -88,7 +99,7 @@ impl Daemon {
             by_vm.entry(record.disks[index].vm).or_default().push(index);
         }
         for (vm, indexes) in by_vm {
-            let opened = self.restore_vm(record, vm, &indexes).await;
+            let opened = self.restore_vm(record, vm, &indexes, lock_until).await;
             let mut views = lock(&self.views);
             let Some(live) = views.get_mut(&view) else { return };
             for (index, opened) in indexes.into_iter().zip(opened) {
@@ -130,9 +141,15 @@ impl Daemon {
         }
     }
 
-    async fn restore_vm(&self, record: &ViewRecord, vm: VmId, indexes: &[usize]) -> Vec<LiveDisk> {
+    async fn restore_vm(
+        &self,
+        record: &ViewRecord,
+        vm: VmId,
+        indexes: &[usize],
+        lock_until: Instant,
+    ) -> Vec<LiveDisk> {
         let wanted: Vec<&ViewDiskRecord> = indexes.iter().map(|index| &record.disks[*index]).collect();
-        match self.ready_again(record, vm, &wanted, indexes).await {
+        match self.ready_again(record, vm, &wanted, indexes, lock_until).await {
             Ok(disks) => disks,
             Err(error) => indexes.iter().map(|_| LiveDisk::Failed(error.clone())).collect(),
         }
@@ -144,6 +161,7 @@ impl Daemon {
         vm: VmId,
         wanted: &[&ViewDiskRecord],
         indexes: &[usize],
+        lock_until: Instant,
     ) -> Result<Vec<LiveDisk>, ApiError> {
         let target: Arc<TargetVm> = self.targets.vm(vm).ok_or_else(|| {
             ApiError::new(ErrorCode::NotReady, format!("the journal of VM {vm} is not open"))
@@ -153,7 +171,8 @@ impl Daemon {
             ApiError::new(ErrorCode::Corrupt, format!("nothing says what the view shows of VM {vm}"))
         })?;
         let at = PointInTime::Sequence { sequence };
-        let ready = self.disks_as_they_were(&target, at, record, wanted, ScratchFrom::Former).await?;
+        let scratch = ScratchFrom::Former { lock_until };
+        let ready = self.disks_as_they_were(&target, at, record, wanted, scratch).await?;
         let mut disks = Vec::new();
         for ((wanted, index), ready) in wanted.iter().zip(indexes).zip(ready) {
             let served = ready.and_then(|ready| {
@@ -206,7 +225,7 @@ impl Daemon {
                 live.disks.iter().any(|disk| matches!(disk, LiveDisk::Failed(error) if may_pass(error)))
             });
             match record.stage {
-                ViewStage::Open if waits => self.restore_view(change, view, &record).await,
+                ViewStage::Open if waits => self.restore_view(change, view, &record, Instant::now()).await,
                 ViewStage::Opening | ViewStage::Closing if waits => {
                     // What is still in the way was noted.
                     let _ = self.end_view(change, view);

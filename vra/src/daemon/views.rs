@@ -1,7 +1,8 @@
 //! Disks as they were, behind doors.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use journal::storage::ring::DirectFile;
 use journal::view::View;
@@ -60,7 +61,10 @@ pub(super) enum ScratchFrom {
     /// It is made.
     New,
     /// It was there before the daemon's start.
-    Former,
+    Former {
+        /// So long its lock is waited for.
+        lock_until: Instant,
+    },
 }
 
 impl LiveView {
@@ -285,7 +289,7 @@ impl Daemon {
             for volume in &vm.definition().volumes {
                 let scratch = match open.mode {
                     ViewMode::ReadOnly => None,
-                    ViewMode::Scratch => Some(scratch_path(vm.folder().path(), view, volume.number)),
+                    ViewMode::Scratch => Some(vm.folder().scratch(view, volume.number)),
                 };
                 let cookie = match open.door {
                     DoorRequest::Ublk { .. } => state.fresh_cookie(),
@@ -341,7 +345,7 @@ impl Daemon {
         for path in wanted.iter().filter_map(|disk| disk.scratch.as_ref()) {
             kept_seq = kept_seq.min(match scratch {
                 ScratchFrom::New => 0,
-                ScratchFrom::Former => tokio::task::block_in_place(|| ScratchFile::kept_seq_at(path))?,
+                ScratchFrom::Former { .. } => tokio::task::block_in_place(|| ScratchFile::kept_seq_at(path))?,
             });
         }
         let kept_seq = if kept_seq == u64::MAX { 0 } else { kept_seq };
@@ -406,7 +410,9 @@ impl Daemon {
         let live = self.live_map_path(record.info.view, wanted.vm, wanted.number);
         let scratch = match (&wanted.scratch, scratch) {
             (None, _) => None,
-            (Some(path), ScratchFrom::Former) => Some(ScratchFile::open(path, &live, &owner, &opened.keys)?),
+            (Some(path), ScratchFrom::Former { lock_until }) => {
+                Some(ScratchFile::open(path, &live, &owner, &opened.keys, lock_until)?)
+            }
             (Some(path), ScratchFrom::New) => {
                 let limit_bytes = u64::from(self.config.target.scratch_mib) << 20;
                 Some(ScratchFile::make(path, &live, &owner, &opened.keys, limit_bytes)?)
@@ -477,8 +483,4 @@ impl From<ScratchError> for ApiError {
 /// The name of a view's disk as an NBD export.
 pub(super) fn export_name(view: ViewId, disk: &ViewDiskRecord) -> String {
     format!("view-{view}-{}-{}", disk.vm, disk.number)
-}
-
-fn scratch_path(folder: &Path, view: ViewId, volume: u16) -> PathBuf {
-    folder.join(format!("scratch-{view}-{volume}.raw"))
 }

@@ -118,7 +118,7 @@ impl VmFolder {
 
     /// The scratch file of a volume in a view.
     pub fn scratch(&self, view: ViewId, volume: u16) -> PathBuf {
-        self.path.join(format!("scratch-{}-{volume}.raw", view.short()))
+        self.path.join(format!("scratch-{view}-{volume}.raw"))
     }
 
     /// Whether the VM's files were made completely: the journal gets its name last.

@@ -239,7 +239,9 @@ impl World {
                 self.crash(process, end);
             }
             let boot = Uuid::from_u128(self.boot);
-            let opened = ScratchFile::open_in(boot, &self.path, &self.live, &self.owner, &self.keys());
+            // Nobody has it.
+            let now = std::time::Instant::now();
+            let opened = ScratchFile::open_in(boot, &self.path, &self.live, &self.owner, &self.keys(), now);
             process = self.process(opened.map_err(|error| error.to_string())?);
             self.compare(&mut process, end)?;
         }

@@ -103,7 +103,7 @@ pub enum ViewDiskError {
     /// The filesystem does not say how it can be read.
     #[error("cannot find out the unit of direct I/O of the recovery disk")]
     Alignment(#[source] io::Error),
-    /// Requests go to the disk in units that it doesn't take.
+    /// The recovery disk takes direct I/O only in units longer than a page.
     #[error("the recovery disk's unit of direct I/O, {0} bytes, is longer than 4096")]
     AlignmentTooLong(u32),
     /// No memory.

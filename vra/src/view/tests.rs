@@ -488,7 +488,7 @@ fn a_view_that_was_kept_outlives_a_promotion_past_it() {
         let keys = ScratchKeys { keyring: writer.keyring(), encryption: writer.superblock().encryption };
         let scratch = match made {
             false => ScratchFile::make(&path, &live, &owner, &keys, SIZE_BYTES),
-            true => ScratchFile::open(&path, &live, &owner, &keys),
+            true => ScratchFile::open(&path, &live, &owner, &keys, std::time::Instant::now()),
         };
         let settings = ViewSettings { logical_block_bytes: 512, look_for_holes: false };
         let source = ViewSource {

@@ -23,8 +23,6 @@ use super::pages::Pages;
 use super::words::{Words, this_boot};
 use super::{CHUNK_BYTES, SECTOR_BYTES};
 
-/// How long the I/O of a process that died may take to end (A4).
-const LOCK_WAIT: Duration = Duration::from_secs(30);
 /// Pages of the map that are read at once.
 const READ_PAGES: usize = 256;
 
@@ -76,8 +74,8 @@ pub enum ScratchError {
         /// The file.
         path: PathBuf,
     },
-    /// Another process works on it.
-    #[error("the scratch file {} is locked by another process: end that first", path.display())]
+    /// Another process works on it, or one that died has still I/O under way (A4).
+    #[error("the scratch file {} is locked by another process: if that lasts, end it", path.display())]
     Busy {
         /// The file.
         path: PathBuf,
@@ -238,7 +236,7 @@ impl ScratchFile {
         let cipher = keys.cipher(&header, path)?;
         let file = open_file(path, true).map_err(io_error("make", path))?;
         let made = (|| {
-            lock(&file, path)?;
+            lock(&file, path, Instant::now())?;
             reserve(&file, path, shape.file_bytes())?;
             let words = vec![0; shape.words()];
             let pages = Pages::new(file_id, words.clone(), &vec![(0, 0); shape.pages() as usize]);
@@ -262,7 +260,7 @@ impl ScratchFile {
     }
 
     /// Opens a scratch file again, whatever ended the process that had it. After that process's death all that it had answered is there;
-    /// after the host's, all that was flushed.
+    /// after the host's, all that was flushed. The lock is waited for until `lock_until`, and tried once in any case.
     ///
     /// # Errors
     /// [`ScratchError`]; the file is as it was.
@@ -271,8 +269,9 @@ impl ScratchFile {
         live: &Path,
         owner: &ScratchOwner,
         keys: &ScratchKeys<'_>,
+        lock_until: Instant,
     ) -> Result<Self, ScratchError> {
-        Self::open_in(this_boot(), path, live, owner, keys)
+        Self::open_in(this_boot(), path, live, owner, keys, lock_until)
     }
 
     /// As [`ScratchFile::open`], in a given run of the kernel.
@@ -282,12 +281,13 @@ impl ScratchFile {
         live: &Path,
         owner: &ScratchOwner,
         keys: &ScratchKeys<'_>,
+        lock_until: Instant,
     ) -> Result<Self, ScratchError> {
         let file = open_file(path, false).map_err(|source| match source.kind() {
             io::ErrorKind::NotFound => ScratchError::Missing { path: path.into() },
             _ => io_error("open", path)(source),
         })?;
-        lock(&file, path)?;
+        lock(&file, path, lock_until)?;
         let header = read_header(&file, path)?;
         if header.owner != *owner {
             return Err(ScratchError::Other { path: path.into() });
@@ -500,10 +500,9 @@ fn reserve(file: &File, path: &Path, len_bytes: u64) -> Result<(), ScratchError>
 }
 
 /// Locks the very open file that is used for I/O: what a process that died has under way holds the lock until it has ended (A4).
-fn lock(file: &File, path: &Path) -> Result<(), ScratchError> {
-    let deadline = Instant::now() + LOCK_WAIT;
+fn lock(file: &File, path: &Path, until: Instant) -> Result<(), ScratchError> {
     while !try_lock(file).map_err(io_error("lock", path))? {
-        if Instant::now() >= deadline {
+        if Instant::now() >= until {
             return Err(ScratchError::Busy { path: path.into() });
         }
         std::thread::sleep(Duration::from_millis(20));
