@@ -6,14 +6,10 @@
 
 FOLDER holds journal.hfj and disk-N.raw, which nobody writes meanwhile. `list` prints seq, cut, time in µs and tag of each checkpoint.
 """
-import bisect
-import os
-import struct
-import sys
-import tempfile
+import bisect, functools, os, struct, sys, tempfile
 from collections import namedtuple
 
-PAGE, SECTOR, CHUNK, FOREVER, CONSISTENT, MAX_BATCH_BYTES, MAX_RECORDS = 4096, 512, 1 << 20, 1 << 64, 2, 4 << 20, 16384
+PAGE, SECTOR, CHUNK, FOREVER, CONSISTENT, MAX_BATCH_BYTES, MAX_RECORDS, BAD_RANGES, ENCRYPTION = 4096, 512, 1 << 20, 1 << 64, 2, 4 << 20, 16384, 1, 2
 WRITE, ZEROES, VOID, CHECKPOINT, SYNC_BEGIN, SYNC_DATA, SYNC_END, RESIZE = 1, 2, 3, 4, 5, 6, 7, 9
 
 
@@ -27,14 +23,16 @@ class Layout:
         return self.tuple(*self.struct.unpack_from(data, at))
 
 
-SUPERBLOCK = Layout("8sI4xQ16s32xQQII8x4QI12xQ16s16xQQ8xII800x3072s",
+SUPERBLOCK = Layout("8sI4xQ16s32xQQII8x4QI12xQ16s16xQQ12xI112xII680x3072s",
     "magic version sequence journal_id slot_len first_slot_offset slot_count state required_features open_count low_water_segment"
     " low_water_seq low_water_batch_crc promotion_intent_seq tail_generation generation_first_seq generation_fork_seq"
-    " encryption volume_count volumes")
+    " volume_count bad_list_slot bad_list_crc volumes")
 VOLUME = Layout("16xQQ16x", "base_seq size")
-SEGMENT = Layout("12s4x16s3QII5QII8xI",
+BAD_LIST = Layout("12sI16s8xI20x", "begin crc journal_id count")
+BAD_RANGE = Layout("3QH6x", "offset len seq volume")
+SEGMENT = Layout("12s4x16s3QII5QII8x",
     "begin journal_id number open_count after_seq after_batch_crc slot carried_end begin_time_us data_end footer_len"
-    " last_seq last_batch_crc footer_crc encryption")
+    " last_seq last_batch_crc footer_crc")
 BATCH = Layout("12s5I16s16s3QII32x",
     "begin flags total_len record_count crc_count payload_offset journal_id generation open_count first_seq last_seq prev_batch_crc crc")
 RECORD = Layout("Q8x3Q8x3IHBx", "seq offset len sync_id payload_offset payload_len first_crc volume kind")
@@ -57,10 +55,7 @@ class Refused(Exception):
 
 
 def crc32c(data):
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = crc >> 8 ^ CRC_TABLE[(crc ^ byte) & 0xFF]
-    return crc ^ 0xFFFFFFFF
+    return functools.reduce(lambda crc, byte: crc >> 8 ^ CRC_TABLE[(crc ^ byte) & 0xFF], data, 0xFFFFFFFF) ^ 0xFFFFFFFF
 
 
 def has_own_crc(data, at):
@@ -90,6 +85,7 @@ class Journal:
     def __init__(self, folder):
         self.file = os.open(os.path.join(folder, "journal.hfj"), os.O_RDONLY)
         self.superblock, self.extents, self.events, self.damage = self.read_superblock(), [], [], ""
+        self.bad_ranges = self.read_bad_list() if self.superblock.required_features & BAD_RANGES else []
         self.follow_segments()
 
     def read(self, place, length):
@@ -100,18 +96,29 @@ class Journal:
         if any(SUPERBLOCK.parse(page).version != 1 for page in pages):
             raise Refused("the journal has a format version that this reader doesn't know")
         copies = [SUPERBLOCK.parse(page) for page in pages if has_own_crc(page, 12)]
-        if not copies or any(copy.required_features for copy in copies):
-            raise Refused("the journal needs features that this reader doesn't know" if copies else "no superblock is valid")
+        features = [copy.required_features & ~BAD_RANGES for copy in copies]
+        if not copies or any(features):
+            encrypted = "the journal is encrypted, and this reader doesn't decrypt: use vra-journal with --key-file"
+            unknown = encrypted if max(features, default=0) == ENCRYPTION else "the journal needs features that this reader doesn't know"
+            raise Refused(unknown if copies else "no superblock is valid")
         block = max(copies, key=lambda copy: copy.sequence)
         if block.state != CONSISTENT:
             raise Refused("the journal has no history: a sync is writing its recovery disks")
         return block
 
+    def read_bad_list(self):
+        block, data = self.superblock, self.read((896 << 10) + (self.superblock.bad_list_slot << 16), 64 << 10)
+        found = BAD_LIST.parse(data)
+        end, expected = BAD_LIST.size + BAD_RANGE.size * found.count, (b"HFBADRNG\1\0\0\0", block.bad_list_crc, block.journal_id)
+        if found[:3] != expected or end > len(data) or not has_own_crc(data[:end], 12):
+            raise Refused("the list of what of the recovery disks is lost can't be read")
+        return [BAD_RANGE.parse(data, BAD_LIST.size + BAD_RANGE.size * index) for index in range(found.count)]
+
     def read_segment_page(self, slot, begin, place):
         page = self.read(place, PAGE)
         found = SEGMENT.parse(page)
         is_ours = (found.begin, found.journal_id, found.slot) == (begin, self.superblock.journal_id, slot)
-        return found if is_ours and not found.encryption and has_own_crc(page, 12) else None
+        return found if is_ours and has_own_crc(page, 12) else None
 
     def slot_place(self, slot):
         return self.superblock.first_slot_offset + slot * self.superblock.slot_len
@@ -121,8 +128,7 @@ class Journal:
         for slot in range(self.superblock.slot_count):
             header = self.read_segment_page(slot, b"HFSEGHDR\1\0\0\0", self.slot_place(slot))
             trailer = self.read_segment_page(slot, b"HFSEGEND\1\0\0\0", self.slot_place(slot + 1) - PAGE)
-            is_sealed = trailer and (not header or header[1:9] == trailer[1:9])  # the bytes from 16 to 79
-            segment = trailer if is_sealed else header
+            segment = trailer if trailer and (not header or header[1:9] == trailer[1:9]) else header  # the bytes from 16 to 79
             if segment and segment.open_count <= self.superblock.open_count:
                 yield segment
 
@@ -132,13 +138,11 @@ class Journal:
         number, position, is_hiding = block.low_water_segment, (block.low_water_seq, block.low_water_batch_crc), False
         while True:
             copies = [slot for slot in slots if (slot.number, slot.after_seq, slot.after_batch_crc) == (number, *position)]
-            contents = ((self.read_segment(copy), copy.carried_end) for copy in copies)
-            content = next((content for content, carried_end in contents if content.end >= carried_end), None)
+            content = next((content for copy in copies if (content := self.read_segment(copy)).end >= copy.carried_end), None)
             is_hiding = content.is_hiding if content else is_hiding
             if content is None or content.end == PAGE:
                 break
-            self.extents += content.extents
-            self.events += content.events
+            self.extents, self.events = self.extents + content.extents, self.events + content.events
             number, position = number + 1, (content.last_seq, content.last_batch_crc)
         self.last_seq = position[0]
         if is_hiding or any(segment.number >= number and segment.after_seq > self.last_seq for segment in slots):
@@ -162,8 +166,8 @@ class Journal:
         for index in range(footer.extent_count):
             found = FOOTER_EXTENT.parse(data, FOOTER.size + FOOTER_EXTENT.size * index)
             seq, length = footer.base_seq + found.seq_delta, found.len_sectors * SECTOR
-            place = None if found.kind == ZEROES else slot_place + found.payload_sector * SECTOR
             own_crcs = (found.crc,) if length <= PAGE else crcs[found.crc : found.crc + units(length)]
+            place = None if found.kind == ZEROES else slot_place + found.payload_sector * SECTOR
             extents.append(Extent(seq, found.volume, found.offset, length, place, own_crcs))
         for _ in range(footer.event_count):
             (position,), record, at = struct.unpack_from("<Q", data, at), RECORD.parse(data, at + 8), at + 8 + RECORD.size
@@ -178,17 +182,14 @@ class Journal:
         while found := self.read_batch(slot_place + at, end - at):
             batch, batch_extents, batch_events = found
             is_local, is_tail = batch.flags & 1, batch.generation == block.tail_generation
-            if any((
-                batch.journal_id != block.journal_id or batch.prev_batch_crc != last_crc,
-                not last_open_count <= batch.open_count <= segment.open_count,
-                at >= segment.carried_end and batch.open_count != segment.open_count,
-                batch.first_seq != last_seq if is_local else batch.first_seq <= last_seq,
-                not is_local and (batch.first_seq < block.generation_first_seq if is_tail else batch.last_seq > block.generation_fork_seq),
-            )):
+            is_stale = batch.first_seq < block.generation_first_seq if is_tail else batch.last_seq > block.generation_fork_seq
+            if (batch.journal_id != block.journal_id or batch.prev_batch_crc != last_crc or (is_stale and not is_local)
+                    or not last_open_count <= batch.open_count <= segment.open_count
+                    or at >= segment.carried_end and batch.open_count != segment.open_count
+                    or (batch.first_seq != last_seq if is_local else batch.first_seq <= last_seq)):
                 break
             extents, events, last_open_count = extents + batch_extents, events + batch_events, batch.open_count
-            last_seq, last_crc = (last_seq, last_crc) if is_local else (batch.last_seq, batch.crc)
-            at += batch.total_len
+            at, (last_seq, last_crc) = at + batch.total_len, (last_seq, last_crc) if is_local else (batch.last_seq, batch.crc)
         else:  # no valid batch: torn by a power cut, or damaged since, which shows if a later batch is there
             later = ((place, self.read_batch(slot_place + place, end - place)) for place in range(at + PAGE, end, PAGE))
             is_hiding = segment.open_count == block.open_count and any(
@@ -214,8 +215,8 @@ class Journal:
             if len(payload) != record.payload_len or not is_intact(payload, own_crcs):
                 return None
             if record.kind in (WRITE, ZEROES, SYNC_DATA):
-                payload_place = None if record.kind == ZEROES else place + record.payload_offset
-                extents.append(Extent(record.seq, record.volume, record.offset, record.len, payload_place, own_crcs))
+                at = None if record.kind == ZEROES else place + record.payload_offset
+                extents.append(Extent(record.seq, record.volume, record.offset, record.len, at, own_crcs))
             elif record.kind != VOID:
                 events.append(Event(record.seq or batch.first_seq, record, payload))
         return batch, extents, events
@@ -236,9 +237,8 @@ class Journal:
         for seq, record, payload in self.events:
             if record.kind == CHECKPOINT:
                 cut, time_us, tag_len = CHECKPOINT_PAYLOAD.parse(payload)
-                tag = payload[CHECKPOINT_PAYLOAD.size : CHECKPOINT_PAYLOAD.size + tag_len].decode(errors="replace")
                 if lowest <= cut <= seq and not any(begin <= cut < end for begin, end in syncs):
-                    yield Checkpoint(cut, seq, time_us, tag)
+                    yield Checkpoint(cut, seq, time_us, payload[CHECKPOINT_PAYLOAD.size :][:tag_len].decode(errors="replace"))
 
     def find(self, at):
         found = [found for found in sorted(self.checkpoints()) if at in ("latest", found.tag, str(found.seq))]
@@ -251,18 +251,18 @@ class Journal:
         if disk >= len(volumes) or volumes[disk].base_seq > cut:
             raise Refused(f"there is no disk {disk} at record {cut}")
         base_seq, size = volumes[disk]
-        for position, record, _ in self.events:
-            size = record.len if record.kind == RESIZE and record.volume == disk and position <= cut else size
-        gaps = [(0, size)]
+        resizes = [record.len for at, record, _ in self.events if record.kind == RESIZE and record.volume == disk and at <= cut]
+        gaps = [(0, size := resizes[-1] if resizes else size)]
         for extent in sorted(self.extents, key=lambda extent: extent.seq, reverse=True):
             if extent.volume == disk and base_seq < extent.seq <= cut:
                 for start, end in take(gaps, extent.offset, extent.offset + extent.len):
                     if extent.place is not None:
                         os.pwrite(out, self.read_payload(extent, start - extent.offset, end - extent.offset), start)
+        if lost := [bad for bad in self.bad_ranges if bad.volume == disk and take(gaps[:], bad.offset, bad.offset + bad.len)]:
+            raise Refused(f"disk {disk} is lost at {lost[0].offset}: record {lost[0].seq} was damaged before it was promoted")
         for start, end in gaps:
             for place in range(start, end, CHUNK):
-                data = os.pread(recovery_disk, min(CHUNK, end - place), place)
-                if data.strip(b"\0"):
+                if (data := os.pread(recovery_disk, min(CHUNK, end - place), place)).strip(b"\0"):
                     os.pwrite(out, data, place)
         os.truncate(out, size)
 
@@ -284,8 +284,8 @@ def main(arguments):
                 raise Refused(journal.damage)
         case ["extract", folder, "--at", at, "--disk", disk, "--out", path] if disk.isdecimal():
             journal = Journal(folder)
-            recovery_disk = os.open(os.path.join(folder, f"disk-{disk}.raw"), os.O_RDONLY)
             with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as scratch, open(os.path.join(scratch, "out"), "wb") as out:
+                recovery_disk = os.open(os.path.join(folder, f"disk-{disk}.raw"), os.O_RDONLY)
                 journal.extract(journal.find(at).cut, int(disk), recovery_disk, out.fileno())
                 os.replace(out.name, path)
         case _:

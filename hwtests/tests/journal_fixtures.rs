@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use hwtests::sample_journal::{
-    SLOT_LEN_BYTES, SampleFolder, SampleModel, half_promoted, peer, three_segments,
+    SLOT_LEN_BYTES, SampleFolder, SampleModel, encrypted_segments, half_promoted, peer, three_segments,
 };
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS};
 
@@ -45,7 +45,7 @@ impl Left {
     }
 }
 
-const MADE: [(&str, Write, Damage); 7] = [
+const MADE: [(&str, Write, Damage); 8] = [
     ("good", three_segments, |_, _| Ok(Left::whole(4))),
     ("torn-tail", three_segments, |folder, _| {
         let newest = places(folder)?;
@@ -71,6 +71,7 @@ const MADE: [(&str, Write, Damage); 7] = [
         folder.flip_bit(SUPERBLOCK_OFFSETS[0] + 300)?;
         Ok(Left::whole(4))
     }),
+    ("encrypted", encrypted_segments, |_, _| Ok(Left::whole(4))),
     // `second` is gone, too: its cut is one below the last number of its segment.
     ("half-promoted", half_promoted, |folder, model| {
         let through = model.checkpoints[1].seq;
@@ -116,6 +117,9 @@ fn make_the_fixtures() -> Result<()> {
         for file in FILES {
             gzip(&["-9nc"], &source.path().join(file), &packed.join(format!("{file}.gz")))?;
         }
+        if source.site_key().exists() {
+            fs::copy(source.site_key(), packed.join("site.key"))?;
+        }
         let mut lines = String::from("seq\tcut\ttime_us\ttag\tCRC32C of disk 0\tCRC32C of disk 1\n");
         for checkpoint in &model.checkpoints[left.checkpoints] {
             let disks = (0..model.volume_count()).map(|disk| match left.damaged {
@@ -150,6 +154,11 @@ fn the_reader_reads_what_can_be_read() -> Result<()> {
         let folder = unpack(name)?;
         let expected = fs::read_to_string(fixtures().join(name).join("checkpoints.tsv"))?;
         let listed = peer::list(&folder);
+        if name == "encrypted" {
+            let said = listed.expect_err("it can't decrypt").to_string();
+            assert!(said.contains("the journal is encrypted") && said.contains("--key-file"), "{said}");
+            continue;
+        }
         if ["corrupt-header", "lost-segment"].contains(&name) {
             let said = listed.as_ref().expect_err("records are missing").to_string();
             assert!(said.contains("that can't be reached"), "{name}: {said}");

@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 
 use bytes::Bytes;
 use journal::batch::{BatchLink, BatchSealer, BatchView, Record};
+use journal::crypt::{Encryption, KeyError, Keys, SiteKeys};
 use journal::format::{SUPERBLOCK_OFFSETS, Superblock, SuperblockError};
 use journal::recovery::{Damage, Hidden, OpenError, OpenOptions, SurveyOptions, open};
 use journal::storage::ring::{Access, DirectFile, RingStorage};
@@ -17,6 +18,8 @@ use journal::writer::{Change, Limits, Writer, drive};
 /// A fixture, unpacked into a folder of its own that goes with it.
 struct Fixture {
     folder: PathBuf,
+    /// For one that is encrypted.
+    keys: SiteKeys,
     checkpoints: Vec<Expected>,
 }
 
@@ -44,7 +47,10 @@ impl Fixture {
             assert!(gzip.status().expect("gzip").success(), "{file}");
         }
         let lines = fs::read_to_string(packed.join("checkpoints.tsv")).expect("what is expected");
-        Self { folder, checkpoints: lines.lines().skip(1).map(Expected::parse).collect() }
+        let checkpoints = lines.lines().skip(1).map(Expected::parse).collect();
+        let keys = fs::read_to_string(packed.join("site.key")).ok();
+        let keys = keys.map(|text| SiteKeys::parse(&text).expect("site keys")).unwrap_or_default();
+        Self { folder, keys, checkpoints }
     }
 
     fn path(&self) -> PathBuf {
@@ -53,7 +59,8 @@ impl Fixture {
 
     fn read(&self) -> Result<Reader, ViewError> {
         let (mut storage, file) = ring(&self.path(), Access::ReadOnly);
-        Reader::open(&mut storage, file, &SurveyOptions::default())
+        let options = SurveyOptions { keys: self.keys.clone(), ..SurveyOptions::default() };
+        Reader::open(&mut storage, file, &options)
     }
 
     /// Read-only everything is as expected.
@@ -88,7 +95,8 @@ impl Fixture {
     /// A writer finds all up to `tail_seq`, goes on, and leaves what was there readable. Gives what it was told of records behind that.
     fn assert_writable(&self, tail_seq: u64) -> Option<Hidden> {
         let (mut storage, file) = ring(&self.path(), Access::Exclusive);
-        let opened = open(&mut storage, file, &OpenOptions::default()).expect("as writer");
+        let options = OpenOptions { keys: Keys::new(self.keys.clone()), ..OpenOptions::default() };
+        let opened = open(&mut storage, file, &options).expect("as writer");
         assert_eq!(opened.tail.seq, tail_seq);
         let (generation, hidden) = (opened.superblock.tail_generation, opened.hidden);
         let limits = Limits { max_slots: 16, grow_slots: 2, group_bytes: 1 << 20 };
@@ -208,6 +216,26 @@ fn one_copy_of_the_superblock_is_enough_and_a_writer_mends_the_other() {
     let survey = fixture.assert_readable().survey;
     fixture.assert_writable(survey.tail.seq);
     assert_eq!(copies(), [Ok(()), Ok(())]);
+}
+
+#[test]
+fn an_encrypted_journal_is_read_and_written_with_its_site_key() {
+    let mut fixture = Fixture::unpack("encrypted");
+    let survey = fixture.assert_readable().survey;
+    assert_eq!((survey.damage, survey.hidden), (None, None));
+    assert_eq!(survey.segments.len(), 3);
+    assert!(survey.segments.iter().all(|segment| segment.header.encryption.is_some()));
+    let Encryption::On(key) = survey.superblock.encryption else { panic!("it is encrypted") };
+    let site_key_id = fixture.keys.current().expect("a site key").id();
+    assert_eq!(key.site_key_id(), site_key_id);
+    assert_eq!(fixture.assert_writable(survey.tail.seq), None);
+    // It is the same journal as the plain one.
+    assert_eq!(fixture.checkpoints, Fixture::unpack("good").checkpoints);
+
+    fixture.keys = SiteKeys::default();
+    let refused = fixture.read().expect_err("without its key");
+    let ViewError::Open(OpenError::Key(KeyError::Missing(missing))) = refused else { panic!("{refused}") };
+    assert_eq!(missing, site_key_id);
 }
 
 /// C2: the intent through the last number of segment 2 is durable, a part of its blocks is on the recovery disks.

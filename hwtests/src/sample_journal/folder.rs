@@ -51,6 +51,11 @@ impl SampleFolder {
         self.path.join(format!("disk-{volume}.raw"))
     }
 
+    /// The file of the site's keys, if the journal is encrypted.
+    pub fn site_key(&self) -> PathBuf {
+        self.path.join("site.key")
+    }
+
     /// The journal's bytes.
     pub fn bytes(&self) -> Result<Vec<u8>> {
         Ok(fs::read(self.journal())?)

@@ -9,7 +9,7 @@ mod samples;
 use anyhow::{Context, Result, ensure};
 use bytes::Bytes;
 use journal::batch::{BatchLink, BatchSealer, BatchView, Checkpoint, CheckpointKind, Epoch, Record};
-use journal::crypt::Encryption;
+use journal::crypt::{Encryption, Keys, NewKey, SiteKey, SiteKeys};
 use journal::format::VolumeState;
 use journal::recovery::{NewJournal, OpenOptions, create, open};
 use journal::storage::FileId;
@@ -20,7 +20,7 @@ use uuid::Uuid;
 pub use folder::SampleFolder;
 pub use model::{SampleCheckpoint, SampleModel};
 pub use promote::Ended;
-pub use samples::{SLOT_LEN_BYTES, half_promoted, three_segments};
+pub use samples::{SLOT_LEN_BYTES, encrypted_segments, half_promoted, three_segments};
 
 const PAGE_BYTES: usize = 4096;
 const JOURNAL_ID: Uuid = Uuid::from_u128(1);
@@ -34,6 +34,7 @@ pub struct SampleJournal<'a> {
     folder: &'a SampleFolder,
     storage: RingStorage,
     file: FileId,
+    keys: Keys,
     writer: Writer,
     sealer: BatchSealer,
     generation: Uuid,
@@ -51,12 +52,35 @@ impl<'a> SampleJournal<'a> {
         Self::create_of(folder, slot_len_bytes, disks, r#"{"vm":"sample"}"#)
     }
 
-    /// The same, with a manifest that says whose it is.
+    /// The same, encrypted with a key of its own that this site key wraps. All keys and salts follow from it.
+    pub fn create_encrypted(
+        folder: &'a SampleFolder,
+        slot_len_bytes: u64,
+        disks: Vec<Vec<u8>>,
+        site_key: &SiteKey,
+    ) -> Result<Self> {
+        let key = NewKey::seeded(4).wrap(JOURNAL_ID, site_key);
+        let keys = Keys::seeded(SiteKeys::new(vec![site_key.clone()]), 5);
+        Self::create_with(folder, slot_len_bytes, disks, r#"{"vm":"sample"}"#, Encryption::On(key), keys)
+    }
+
+    /// The same, plain, with a manifest that says whose it is.
     pub fn create_of(
         folder: &'a SampleFolder,
         slot_len_bytes: u64,
         disks: Vec<Vec<u8>>,
         manifest: &str,
+    ) -> Result<Self> {
+        Self::create_with(folder, slot_len_bytes, disks, manifest, Encryption::Never, Keys::default())
+    }
+
+    fn create_with(
+        folder: &'a SampleFolder,
+        slot_len_bytes: u64,
+        disks: Vec<Vec<u8>>,
+        manifest: &str,
+        encryption: Encryption,
+        keys: Keys,
     ) -> Result<Self> {
         let mut volumes = Vec::new();
         for (number, bytes) in (0..).zip(&disks) {
@@ -74,15 +98,17 @@ impl<'a> SampleJournal<'a> {
             slot_count: 3,
             volumes,
             manifest: manifest.to_owned(),
-            encryption: Encryption::Never,
+            encryption,
         };
         create(&mut storage, file, &new)?;
-        let writer = Writer::new(open(&mut storage, file, &OpenOptions::default())?, LIMITS);
+        let options = OpenOptions { keys: keys.clone(), ..OpenOptions::default() };
+        let writer = Writer::new(open(&mut storage, file, &options)?, LIMITS);
         let generation = Uuid::from_u128(0x6e);
         let mut journal = Self {
             folder,
             storage,
             file,
+            keys,
             writer,
             sealer: BatchSealer::new(),
             generation,
@@ -203,7 +229,8 @@ impl<'a> SampleJournal<'a> {
     /// Opens the journal once more, as after the death of its writer.
     pub fn reopen(&mut self) -> Result<()> {
         self.flush()?;
-        let opened = open(&mut self.storage, self.file, &OpenOptions::default())?;
+        let options = OpenOptions { keys: self.keys.clone(), ..OpenOptions::default() };
+        let opened = open(&mut self.storage, self.file, &options)?;
         self.writer = Writer::new(opened, LIMITS);
         self.claim(self.generation)
     }

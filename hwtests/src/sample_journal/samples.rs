@@ -1,6 +1,7 @@
 //! Sample journals that several tests use. Their bytes are always the same.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
+use journal::crypt::{SiteKey, SiteKeys};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -14,27 +15,41 @@ pub const SLOT_LEN_BYTES: u64 = 76 << 10;
 ///
 /// Of the 8 KiB that the second segment writes to 8192 of disk 0, the half is there at `third`, and nothing at `fourth`.
 pub fn three_segments(folder: &SampleFolder) -> Result<SampleModel> {
-    write_three_segments(folder)?.close()
+    write_three_segments(folder, None)?.close()
+}
+
+/// The same journal, encrypted. The site's key is in `site.key` beside it.
+pub fn encrypted_segments(folder: &SampleFolder) -> Result<SampleModel> {
+    let text = format!("# of a journal for tests\nholdfast-site-key-1 {}\n", "5e".repeat(SiteKey::LEN_BYTES));
+    std::fs::write(folder.site_key(), &text)?;
+    let site_key = SiteKeys::parse(&text)?.current().cloned().context("one key")?;
+    write_three_segments(folder, Some(&site_key))?.close()
 }
 
 /// The same journal, whose two sealed segments were to be promoted: the intent is durable, and of three writes to the recovery disks
 /// one was made. A reader that took the recovery disks for those of the low-water mark would find `first` wrong.
 pub fn half_promoted(folder: &SampleFolder) -> Result<SampleModel> {
-    let mut journal = write_three_segments(folder)?;
+    let mut journal = write_three_segments(folder, None)?;
     journal.flush()?;
     let ended = journal.promote(2, 1)?;
     ensure!(matches!(ended, Ended::Cut), "the promotion was not cut short: {ended:?}");
     journal.close()
 }
 
-fn write_three_segments(folder: &SampleFolder) -> Result<SampleJournal<'_>> {
+fn write_three_segments<'a>(
+    folder: &'a SampleFolder,
+    site_key: Option<&SiteKey>,
+) -> Result<SampleJournal<'a>> {
     let mut rng = StdRng::seed_from_u64(77);
     // Each sector is one random number again and again, so that the files pack well.
     let mut random = move |len_bytes: usize| -> Vec<u8> {
         (0..len_bytes / 512).flat_map(|_| rng.random::<u64>().to_le_bytes().repeat(64)).collect()
     };
     let disks = vec![random(64 << 10), random(24 << 10)];
-    let mut journal = SampleJournal::create(folder, SLOT_LEN_BYTES, disks)?;
+    let mut journal = match site_key {
+        Some(site_key) => SampleJournal::create_encrypted(folder, SLOT_LEN_BYTES, disks, site_key)?,
+        None => SampleJournal::create(folder, SLOT_LEN_BYTES, disks)?,
+    };
     for (tag, time_us) in [("first", 1_000_000), ("second", 2_000_000)] {
         journal.write(0, 8192, &random(8192))?;
         journal.zero(0, 32 << 10, 3 * 512)?;

@@ -59,7 +59,7 @@ fn no_single_page_that_cannot_be_read_ends_the_recovery() {
     let len_bytes = std::fs::metadata(journal.path()).expect("journal").len();
     let sampled = (0..len_bytes).step_by(97 * PAGE_BYTES);
     for page in named.into_iter().chain(BAD_LIST_OFFSETS).chain(sampled) {
-        break_disk(&[page..page + PAGE], &[]);
+        break_disk(&[(page, PAGE)], &[]);
         let opened = Journal::open(&journal.path(), &SiteKeys::default());
         let opened = opened.unwrap_or_else(|error| panic!("page at {page}: {error:#}"));
         let report = verify::check(&journal.path(), &SiteKeys::default());
@@ -84,7 +84,7 @@ fn without_both_superblocks_the_segments_tell() {
     let (journal, cuts) = journal_of_two_segments("broken-superblocks");
     let store = datastore(&journal).to_path_buf();
     let _clean_up = CleanUp(&store);
-    break_disk(&SUPERBLOCK_OFFSETS.map(|place| place..place + PAGE), &[]);
+    break_disk(&SUPERBLOCK_OFFSETS.map(|place| (place, PAGE)), &[]);
     let opened = Journal::open(&journal.path(), &SiteKeys::default()).expect("rebuilt");
     assert!(opened.is_rebuilt);
     for cut in cuts {
@@ -97,8 +97,8 @@ fn without_both_superblocks_the_segments_tell() {
     let needle = journal.model(cuts[1])[65536..65536 + 4096].to_vec();
     let bytes = std::fs::read(journal.path()).expect("journal");
     let place = bytes.windows(4096).position(|window| window == needle).expect("in the file") as u64;
-    let [first, second] = SUPERBLOCK_OFFSETS.map(|place| place..place + PAGE);
-    break_disk(&[first, second, place..place + 1], &[]);
+    let [first, second] = SUPERBLOCK_OFFSETS.map(|place| (place, PAGE));
+    break_disk(&[first, second, (place, 1)], &[]);
     let report = verify::check(&journal.path(), &SiteKeys::default()).expect("readable");
     let page = place / PAGE * PAGE;
     assert!(report.damage.iter().any(|damage| damage.file_offset_bytes == page), "{report:?}");
@@ -110,7 +110,7 @@ fn a_recovery_disk_that_cannot_be_read_stops_the_copy_with_a_remedy() {
     let (journal, [cut, _]) = journal_of_two_segments("broken-disk");
     let store = datastore(&journal).to_path_buf();
     let _clean_up = CleanUp(&store);
-    break_disk(&[], &[0..1 << 40]);
+    break_disk(&[], &[(0, 1 << 40)]);
     let (store, at) = (store.to_string_lossy().into_owned(), cut.to_string());
     let out = journal.folder.join("out.img").to_string_lossy().into_owned();
     let text = failure(&["extract", &store, "--at", &at, "--out", &out, "--quiet"]);

@@ -166,7 +166,7 @@ fn without_the_list_of_what_is_lost_only_extraction_wants_to_be_told() {
         let mut bytes = intact.clone();
         match how {
             "damaged" => bytes[BAD_LIST_OFFSETS[slot] as usize + 70] ^= 1,
-            "unreadable" => break_disk(&[BAD_LIST_OFFSETS[slot]..BAD_LIST_OFFSETS[slot] + 1], &[]),
+            "unreadable" => break_disk(&[(BAD_LIST_OFFSETS[slot], 1)], &[]),
             _ => {
                 for place in SUPERBLOCK_OFFSETS {
                     bytes[place as usize + 100] ^= 1;
@@ -217,7 +217,7 @@ fn extraction_goes_on_over_damage_if_it_is_told_to() {
     TestJournal::flip_bit(&journal.path(), &[0x6a; 3 * 4096], 4096 + 17);
     // A recovery disk with a page that can't be read.
     let unreadable = SIZE_BYTES / 4 - 4096;
-    break_disk(&[], &[unreadable..unreadable + 4096]);
+    break_disk(&[], &[(unreadable, 4096)]);
 
     let out = journal.folder.join("out.img");
     let list = journal.folder.join("out.img.damaged.json");

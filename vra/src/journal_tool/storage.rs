@@ -10,19 +10,21 @@ pub(super) use broken::{ToolStorage, break_disk};
 mod broken {
     use std::cell::RefCell;
     use std::io;
-    use std::ops::Range;
 
     use journal::storage::ring::{DirectFile, RingStorage};
     use journal::storage::{Completion, FileId, Op, Purpose, Storage, StorageError};
     use nix::errno::Errno;
 
+    /// Where, and how much, in bytes.
+    type Place = (u64, u64);
+
     thread_local! {
         /// Of the journal's file, and of recovery disks.
-        static UNREADABLE: RefCell<[Vec<Range<u64>>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
+        static UNREADABLE: RefCell<[Vec<Place>; 2]> = const { RefCell::new([Vec::new(), Vec::new()]) };
     }
 
-    /// From now on these places, in bytes, can't be read by this thread: of the journal's file, and of recovery disks.
-    pub(in crate::journal_tool) fn break_disk(journal: &[Range<u64>], recovery_disks: &[Range<u64>]) {
+    /// From now on these places can't be read by this thread: of the journal's file, and of recovery disks.
+    pub(in crate::journal_tool) fn break_disk(journal: &[Place], recovery_disks: &[Place]) {
         UNREADABLE.set([journal.to_vec(), recovery_disks.to_vec()]);
     }
 
@@ -47,7 +49,7 @@ mod broken {
             let range = op.offset_bytes()..op.offset_bytes() + op.len_bytes();
             let kind = usize::from(purpose == Purpose::RecoveryDisk);
             let is_broken = UNREADABLE.with_borrow(|unreadable| {
-                unreadable[kind].iter().any(|broken| broken.start < range.end && range.start < broken.end)
+                unreadable[kind].iter().any(|(start, len)| *start < range.end && range.start < start + len)
             });
             if !is_broken {
                 return self.real.submit(file, token, purpose, op);
