@@ -13,10 +13,12 @@ mod group;
 mod guest;
 mod ledger;
 mod local_disk;
+mod matrix;
 mod planted;
 mod protected;
 mod recovered;
 mod scripted;
+mod shape;
 mod shipper;
 mod streams;
 mod target;
@@ -27,6 +29,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub use coverage::{Coverage, Disturbance, Happening, Moment};
+pub use matrix::{Case, Effort, Matrix, MatrixFailure, run_case, run_matrix};
 pub use planted::PlantedBug;
 pub use world::{World, is_scripted};
 
