@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use journal::batch::{BatchLink, BatchSealer, BatchView, Checkpoint, CheckpointKind, Epoch, Record};
 use journal::crypt::Encryption;
+use journal::format::manifest::MAX_MANIFEST_BYTES;
 use journal::format::{JournalState, VolumeState};
 use journal::recovery::{NewJournal, OpenError, OpenOptions, SurveyOptions, create, open};
 use journal::storage::ring::{Access, DirectFile, OpenFileError, RingStorage};
@@ -202,6 +203,20 @@ fn writes_come_back_at_every_checkpoint_across_slots_and_openings() {
             model,
             "round {round}"
         );
+    }
+}
+
+#[test]
+fn a_manifest_that_is_longer_than_a_page_is_read_whole() {
+    let folder = Folder::new("manifest");
+    create_journal(&folder.journal());
+    for len_bytes in [4096 - 64, 4097 - 64, MAX_MANIFEST_BYTES] {
+        let text = "m".repeat(len_bytes);
+        let mut target = Target::open(&folder.journal());
+        target.change(Change::SetManifest(text.clone()));
+        drop(target);
+        let (_, _, reader) = reader(&folder.journal());
+        assert!(reader.survey.manifest.is_some_and(|manifest| manifest.text == text), "{len_bytes} bytes");
     }
 }
 

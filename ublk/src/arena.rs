@@ -27,6 +27,18 @@ impl Arena {
     /// The kernel's errno when the memory cannot be mapped, or `EINVAL` when `slot_len_bytes` is not a positive multiple
     /// of [`SLOT_ALIGN_BYTES`] or the count is zero or above 2^31.
     pub fn new(slot_len_bytes: usize, slot_count: u32) -> Result<Self, Errno> {
+        Self::map(slot_len_bytes, slot_count, libc::MAP_POPULATE)
+    }
+
+    /// The same with memory that is faulted in when it is first used: for tests that make many arenas and have no driver.
+    ///
+    /// # Errors
+    /// As for [`Self::new`].
+    pub fn faulted_in_later(slot_len_bytes: usize, slot_count: u32) -> Result<Self, Errno> {
+        Self::map(slot_len_bytes, slot_count, 0)
+    }
+
+    fn map(slot_len_bytes: usize, slot_count: u32, flags: libc::c_int) -> Result<Self, Errno> {
         if slot_len_bytes == 0
             || !slot_len_bytes.is_multiple_of(SLOT_ALIGN_BYTES)
             || slot_count == 0
@@ -41,7 +53,7 @@ impl Arena {
                 std::ptr::null_mut(),
                 len_bytes,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_POPULATE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | flags,
                 -1,
                 0,
             )

@@ -1,7 +1,9 @@
 //! Runs the simulation's seeds: one to look into, or many.
 
 use clap::Parser;
-use hwtests::sim::{Coverage, PlantedBug, run_many, run_seed, trace_seed};
+use hwtests::sim::{
+    Case, Coverage, Effort, PlantedBug, run_case, run_many, run_matrix, run_seed, trace_seed,
+};
 
 /// Guest, source, target and storage under one seed, against a model that knows every acknowledged write.
 #[derive(Debug, Parser)]
@@ -21,6 +23,15 @@ struct Options {
     /// Print what happens, if it is one seed.
     #[arg(long)]
     trace: bool,
+    /// The crash matrix instead of seeds: scripted runs that crash at every operation in every way.
+    #[arg(long)]
+    matrix: bool,
+    /// More seeds and second crashes of the matrix.
+    #[arg(long, requires = "matrix")]
+    long: bool,
+    /// One crash of the matrix, as a failure names it; prints what happens.
+    #[arg(long, requires = "matrix")]
+    case: Option<Case>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -33,6 +44,9 @@ fn main() -> anyhow::Result<()> {
         }
         Some(name) => Some(bug_of(name)?),
     };
+    if options.matrix {
+        return matrix(&options, bug);
+    }
     let coverage = match options.seeds {
         1 if options.trace => trace_seed(options.from, bug)?,
         1 => run_seed(options.from, bug)?,
@@ -43,6 +57,24 @@ fn main() -> anyhow::Result<()> {
         print_coverage(&coverage);
     }
     let missing = coverage.missing();
+    if !missing.is_empty() {
+        println!("not reached: {}", missing.join(", "));
+    }
+    Ok(())
+}
+
+fn matrix(options: &Options, bug: Option<PlantedBug>) -> anyhow::Result<()> {
+    let effort = if options.long { Effort::Long } else { Effort::Short };
+    if let Some(case) = &options.case {
+        return Ok(run_case(case, effort, bug)?);
+    }
+    let matrix = run_matrix(effort, bug)?;
+    let [first, second, later] = matrix.counts();
+    println!("{matrix}");
+    println!(
+        "{first} crashes, {second} second ones in the openings after them, {later} later ones: every promise was kept"
+    );
+    let missing = matrix.missing();
     if !missing.is_empty() {
         println!("not reached: {}", missing.join(", "));
     }

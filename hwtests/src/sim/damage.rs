@@ -38,7 +38,7 @@ pub(super) fn flip_a_bit(site: &TargetSite, ledger: &Ledger, env: &mut Env) -> R
 }
 
 /// A byte of the journal's file that the newest checkpoint shows.
-fn place_of_a_payload(site: &TargetSite, env: &mut Env) -> Option<u64> {
+pub(super) fn place_of_a_payload(site: &TargetSite, env: &mut Env) -> Option<u64> {
     let reader = Reader::open(&mut site.disk.storage(), site.journal, &site.survey_options()).ok()?;
     let cut = reader.catalogue().checkpoints().last()?.checkpoint.cut;
     let view = reader.view(cut).ok()?;
@@ -54,7 +54,7 @@ fn place_of_a_payload(site: &TargetSite, env: &mut Env) -> Option<u64> {
 }
 
 /// Every checkpoint is right, or says that it can't be read.
-fn look(site: &TargetSite, ledger: &Ledger, env: &mut Env) -> Result<(), String> {
+pub(super) fn look(site: &TargetSite, ledger: &Ledger, env: &mut Env) -> Result<(), String> {
     let mut storage = site.disk.storage();
     let Ok(reader) = Reader::open(&mut storage, site.journal, &site.survey_options()) else {
         env.happened(Happening::FlipNoticed);

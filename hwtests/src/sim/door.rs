@@ -28,7 +28,7 @@ pub(super) struct Door {
 
 impl Door {
     pub(super) fn new() -> Result<Self, String> {
-        let arena = Arena::new(SLOT_BYTES, TAG_COUNT + SPARE_COUNT);
+        let arena = Arena::faulted_in_later(SLOT_BYTES, TAG_COUNT + SPARE_COUNT);
         let arena = arena.map_err(|error| format!("no memory: {error}"))?;
         let free = (0..TAG_COUNT).filter_map(|_| arena.take()).collect();
         Ok(Self { arena, free, queue: Vec::new(), answers: Vec::new(), lane: 0 })

@@ -11,6 +11,8 @@ pub(super) struct Env {
     pub(super) coverage: Coverage,
     /// What happens is printed.
     traced: bool,
+    /// Things go wrong that nobody arranged.
+    rough: bool,
     mono_us: u64,
     /// What the system's clock adds to the monotonic one; it jumps.
     wall_offset_us: u64,
@@ -24,7 +26,24 @@ const JUMP_US: u64 = 3_600_000_000;
 impl Env {
     pub(super) fn new(seed: u64, traced: bool) -> Self {
         let rng = SimRng::new(seed);
-        Self { rng, coverage: Coverage::default(), traced, mono_us: 1, wall_offset_us: WALL_START_US }
+        Self {
+            rng,
+            coverage: Coverage::default(),
+            traced,
+            rough: true,
+            mono_us: 1,
+            wall_offset_us: WALL_START_US,
+        }
+    }
+
+    /// The same, where nothing goes wrong but what is arranged.
+    pub(super) fn smooth(seed: u64, traced: bool) -> Self {
+        Self { rough: false, ..Self::new(seed, traced) }
+    }
+
+    /// Whether things go wrong that nobody arranged.
+    pub(super) fn is_rough(&self) -> bool {
+        self.rough
     }
 
     /// Prints what happens, if somebody looks.
@@ -41,6 +60,11 @@ impl Env {
     /// Time goes on.
     pub(super) fn pass(&mut self, most_us: u64) {
         self.mono_us += 1 + self.rng.below(most_us);
+    }
+
+    /// So long nothing happens.
+    pub(super) fn wait(&mut self, us: u64) {
+        self.mono_us += us;
     }
 
     /// The system's clock jumps, forth or back.

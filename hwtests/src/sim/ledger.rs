@@ -133,6 +133,10 @@ pub(super) fn apply(image: &mut Image, record: &Record) {
 
 /// Where two images differ.
 pub(super) fn difference(expected: &Image, found: &Image) -> Option<String> {
+    // What compares memory is much faster than what looks for the place.
+    if expected == found {
+        return None;
+    }
     for (volume, (expected, found)) in expected.iter().zip(found).enumerate() {
         if let Some(at) = expected.iter().zip(found).position(|(left, right)| left != right) {
             return Some(format!("at {at} of volume {volume}"));

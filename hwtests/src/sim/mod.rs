@@ -13,10 +13,12 @@ mod group;
 mod guest;
 mod ledger;
 mod local_disk;
+mod matrix;
 mod planted;
 mod protected;
 mod recovered;
 mod scripted;
+mod shape;
 mod shipper;
 mod streams;
 mod target;
@@ -27,6 +29,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 pub use coverage::{Coverage, Disturbance, Happening, Moment};
+pub use matrix::{Case, Effort, Matrix, MatrixFailure, run_case, run_matrix};
 pub use planted::PlantedBug;
 pub use world::{World, is_scripted};
 
@@ -70,12 +73,14 @@ fn run(seed: u64, bug: Option<PlantedBug>, traced: bool) -> Result<Coverage, Fai
     match result {
         Ok(Ok(coverage)) => Ok(coverage),
         Ok(Err(what)) => Err(Failure { seed, what }),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().cloned();
-            let text = text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
-            Err(Failure { seed, what: format!("panic: {}", text.unwrap_or_default()) })
-        }
+        Err(panic) => Err(Failure { seed, what: told_by(&*panic) }),
     }
+}
+
+fn told_by(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    let text = text.or_else(|| panic.downcast_ref::<&str>().map(ToString::to_string));
+    format!("panic: {}", text.unwrap_or_default())
 }
 
 /// Runs seeds on all cores until one fails; which core runs a seed changes nothing.
@@ -83,6 +88,7 @@ fn run(seed: u64, bug: Option<PlantedBug>, traced: bool) -> Result<Coverage, Fai
 /// # Errors
 /// The lowest seed that failed among those that were run.
 pub fn run_many(seeds: std::ops::Range<u64>, bug: Option<PlantedBug>) -> Result<Coverage, Failure> {
+    keep_freed_memory();
     let next = AtomicU64::new(seeds.start);
     let stop = AtomicBool::new(false);
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
@@ -116,4 +122,14 @@ pub fn run_many(seeds: std::ops::Range<u64>, bug: Option<PlantedBug>) -> Result<
         }
     }
     failures.into_iter().min_by_key(|failure| failure.seed).map_or(Ok(coverage), Err)
+}
+
+/// The allocator gives nothing back to the kernel: worlds are many, short and alike.
+fn keep_freed_memory() {
+    const KEPT_BYTES: libc::c_int = 32 << 20;
+    // SAFETY: only sets two of the allocator's limits, which may be done at any time.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, KEPT_BYTES);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT_BYTES);
+    }
 }

@@ -12,7 +12,7 @@ use ublk::serve::{Disk, FileOp, Geometry, IoBuffer, Lane, Op, Request, ZeroLimit
 use uuid::Uuid;
 use vra::api::GenerationId;
 use vra::capture::modes::{Mode, OverflowReason};
-use vra::capture::payload::Piece;
+use vra::capture::payload::{DENSE_CHUNK_BYTES, Piece};
 use vra::capture::{CaptureLimits, ProtectedDisk, RetainedEntries, SourceAction, SourceAlert, SourceVm};
 use vra::checkpoint::Member;
 use vra::ship::{Retained, SenderEvent, StopReason, StreamIdentity};
@@ -118,14 +118,14 @@ impl Protected {
         let lanes = (0..count).map(|lane| disks[lane / LANES_PER_DISK].clone().lane(bells[lane].clone()));
         let lanes = lanes.collect();
         let generation = GenerationId(Uuid::from_u128(random(env)));
-        let vm = SourceVm::protect(disks, self.limits, self.store.clone(), generation)
+        let dense = memory(DENSE_CHUNK_BYTES, (self.limits.dense_bytes / DENSE_CHUNK_BYTES as u64) as u32)?;
+        let vm = SourceVm::protect_with(dense, disks, self.limits, self.store.clone(), generation)
             .map_err(|error| format!("can't protect: {error}"))?;
         let vm = Arc::new(vm);
         let start = vm.generation();
         env.note(|| format!("the source starts: {start:?}"));
         let next_seq = start.first_seq;
-        let sync_buffers =
-            Arena::new(CHUNK_BYTES as usize, 4).map_err(|error| format!("no memory: {error}"))?;
+        let sync_buffers = memory(CHUNK_BYTES as usize, 4)?;
         self.process = Some(Process {
             lanes,
             bells,
@@ -488,6 +488,11 @@ impl Protected {
     pub(super) fn is_held(&self) -> bool {
         self.process.as_ref().is_some_and(|process| process.vm.core().is_holding())
     }
+}
+
+/// Arenas come and go with each process, and most of their memory is never used.
+fn memory(slot_len_bytes: usize, slot_count: u32) -> Result<Arena, String> {
+    Arena::faulted_in_later(slot_len_bytes, slot_count).map_err(|error| format!("no memory: {error}"))
 }
 
 fn random(env: &mut Env) -> u128 {

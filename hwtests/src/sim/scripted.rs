@@ -61,6 +61,15 @@ impl Script {
         script
     }
 
+    /// The newest number.
+    pub(super) fn last_seq(&self) -> u64 {
+        self.next_seq - 1
+    }
+
+    pub(super) fn is_syncing(&self) -> bool {
+        self.sync.is_some()
+    }
+
     pub(super) fn shipper(&self) -> &Shipper {
         &self.shipper
     }
@@ -138,7 +147,7 @@ impl Script {
         (volume as u16, first * 512, (count * 512) as usize)
     }
 
-    fn write(&mut self, ledger: &mut Ledger, env: &mut Env) {
+    pub(super) fn write(&mut self, ledger: &mut Ledger, env: &mut Env) {
         let (volume, offset_bytes, len_bytes) = self.place(env);
         let mut data = vec![0; len_bytes];
         for chunk in data.chunks_mut(8) {
@@ -149,7 +158,7 @@ impl Script {
         });
     }
 
-    fn zeroes(&mut self, ledger: &mut Ledger, env: &mut Env) {
+    pub(super) fn zeroes(&mut self, ledger: &mut Ledger, env: &mut Env) {
         let (volume, offset_bytes, len_bytes) = self.place(env);
         self.publish(ledger, env, |seq, time_us| {
             Record::zeroes(seq, time_us, volume, offset_bytes, len_bytes as u64)
@@ -157,7 +166,7 @@ impl Script {
     }
 
     /// Notes a cut, or publishes the record of the one noted before.
-    fn checkpoint(&mut self, ledger: &mut Ledger, env: &mut Env) {
+    pub(super) fn checkpoint(&mut self, ledger: &mut Ledger, env: &mut Env) {
         let Some((cut, image, counts)) = self.noted.take() else {
             self.noted = Some((self.next_seq - 1, self.disks.clone(), self.sync.is_none()));
             return;
@@ -183,7 +192,7 @@ impl Script {
         }
     }
 
-    fn sync_step(&mut self, ledger: &mut Ledger, env: &mut Env) {
+    pub(super) fn sync_step(&mut self, ledger: &mut Ledger, env: &mut Env) {
         let Some(mut sync) = self.sync.take() else { return };
         let Sync { id, volume, offset_bytes } = sync;
         if volume == self.disks.len() {

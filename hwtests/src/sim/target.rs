@@ -1,17 +1,17 @@
 //! A target: files on a datastore, and a process with the product's receiver.
 
 use journal::batch::BatchView;
-use journal::crypt::{Encryption, Keys, NewKey, SiteKey, SiteKeys};
+use journal::crypt::{Encryption, Keys};
 use journal::format::{FIRST_SLOT_OFFSET_BYTES, VolumeState};
 use journal::planted::{Bug, planted};
-use journal::promotion::{PromotionAction, PromotionFile, TransferSizes};
+use journal::promotion::{PromotionAction, PromotionFile};
 use journal::recovery::{
     NewJournal, OpenError, OpenOptions, Opened, SegmentError, SurveyOptions, create, open,
 };
 use journal::storage::sim::{Crash, SimDisk, SimStorage};
 use journal::storage::{Blocking, FileId, Op, Purpose, Storage};
 use journal::view::{Promoted, View};
-use journal::writer::{Limits, Writer};
+use journal::writer::Writer;
 use vra::receive::{Pins, Receiver, ReceiverEvent, ReceiverOutput, ReceiverPolicy, StreamId, VmIdentity};
 use vra::wire::Frame;
 
@@ -19,6 +19,7 @@ use super::ageing::Ageing;
 use super::coverage::Happening;
 use super::env::Env;
 use super::ledger::Ledger;
+use super::shape::{SiteShape, any_encryption, site_keys};
 use super::streams::{Arrival, StreamKey};
 
 /// Length of a slot, in bytes: a source's longest batch fits beside what the journal keeps for its own.
@@ -52,20 +53,6 @@ pub(super) struct PinnedView {
     /// How far promotion had come when it was opened.
     pub(super) promoted_seq: u64,
     pub(super) view: View,
-}
-
-/// The keys of the simulated site.
-fn site_keys() -> SiteKeys {
-    SiteKeys::new(vec![SiteKey::new([0x51; SiteKey::LEN_BYTES].into())])
-}
-
-fn any_encryption(identity: &VmIdentity, env: &mut Env) -> Encryption {
-    match (env.rng.one_in(4), site_keys().current()) {
-        (false, Some(site_key)) => {
-            Encryption::On(NewKey::seeded(env.rng.below(u64::MAX)).wrap(identity.journal.0, site_key))
-        }
-        _ => Encryption::Off,
-    }
 }
 
 struct Process {
@@ -104,49 +91,30 @@ impl Process {
 }
 
 impl TargetSite {
-    pub(super) fn new(seed: u64, identity: VmIdentity, env: &mut Env) -> Result<Self, String> {
+    /// A datastore with files in which nothing is yet.
+    pub(super) fn unmade(seed: u64, identity: VmIdentity, shape: SiteShape) -> Self {
         let disk = SimDisk::new(seed);
         let journal = disk.add_file();
         let recovery_disks = identity.volumes.iter().map(|_| disk.add_file()).collect();
-        let limits = Limits {
-            max_slots: 3 + env.rng.below(12) as u32,
-            grow_slots: 1 + env.rng.below(3) as u32,
-            group_bytes: 4096 << env.rng.below(6),
-        };
-        let policy = ReceiverPolicy {
-            limits,
-            // Steps of the world are short: a history of none, of some hundred steps, or of all.
-            history_us: [0, 5_000, 20_000, u64::MAX / 2][env.any_index(4)],
-            promotion: TransferSizes {
-                run_max_bytes: 4096 << env.rng.below(5),
-                punch_min_bytes: 1024 << env.rng.below(5),
-                chunk_bytes: 4096 << env.rng.below(6),
-            },
-            give_up_history: env.rng.one_in(2),
-            window_bytes: 1 << 20,
-        };
-        // Some journals are encrypted from the start; others become so.
-        let encryption = if env.rng.one_in(3) { any_encryption(&identity, env) } else { Encryption::Never };
-        let site = Self {
+        Self {
             disk,
             journal,
             recovery_disks,
             identity,
-            policy,
+            policy: shape.policy,
             keys: Keys::seeded(site_keys(), seed),
-            reserved: env.rng.one_in(2),
+            reserved: shape.reserved,
             process: None,
             trusted_through: None,
             pinned: None,
             pinned_by_lock: false,
             slot_count: 0,
             promoted: Promoted::default(),
-        };
-        site.create(encryption)?;
-        Ok(site)
+        }
     }
 
-    fn create(&self, encryption: Encryption) -> Result<(), String> {
+    /// Makes the journal and the recovery disks.
+    pub(super) fn create(&self, encryption: Encryption) -> Result<(), String> {
         let mut storage = self.disk.storage();
         let volumes = self.identity.volumes.iter();
         let new = NewJournal {
@@ -377,7 +345,7 @@ impl TargetSite {
             env.happened(Happening::DiedWithGroupAhead);
         }
         (self.process, self.trusted_through, self.pinned) = (None, None, None);
-        if env.rng.one_in(4) {
+        if env.is_rough() && env.rng.one_in(4) {
             let purpose = if env.rng.one_in(2) { Purpose::Superblock } else { Purpose::Carry };
             let (after_ops, crash) = (env.rng.below(4), env.any_crash());
             self.disk.arm_crash_at(purpose, after_ops, crash);
@@ -386,36 +354,43 @@ impl TargetSite {
 
     pub(super) fn open(&mut self, ledger: &Ledger, env: &mut Env) -> Result<(), String> {
         for _ in 0..20 {
-            if !planted(Bug::OpenedWithoutFence) {
-                self.disk.fence();
+            let storage = self.disk.storage();
+            if self.try_open(ledger, env)? {
+                return Ok(());
             }
-            let mut storage = self.disk.storage();
-            let vm_id = Some(self.identity.vm.0);
-            let options = OpenOptions { vm_id, trusted_through: self.trusted_through, ..self.open_options() };
-            match self.open_once(&mut storage, &options, ledger, env)? {
-                Some(receiver) => {
-                    self.process = Some(Process {
-                        journal_io: storage,
-                        disk_io: self.disk.storage(),
-                        ageing: Ageing::new(receiver.writer().superblock().promotion_intent_seq),
-                        receiver,
-                        promotion_io: self.disk.storage(),
-                        journal_ops: 0,
-                        disk_ops: 0,
-                        promotion_ops: 0,
-                        failed: None,
-                        trusting: self.trusted_through.is_some(),
-                    });
-                    return Ok(());
-                }
-                None if self.disk.is_dead(&storage) => self.forget_process(env),
+            if self.disk.is_dead(&storage) {
+                self.forget_process(env);
+            } else if env.rng.one_in(2) {
                 // The same process tries again, or another one does.
-                None if env.rng.one_in(2) => self.crash(Crash::Kill, env),
-                None => {}
+                self.crash(Crash::Kill, env);
             }
             env.happened(Happening::OpenedAgain);
         }
         Err("twenty openings failed one after the other".into())
+    }
+
+    /// One opening. False if the storage failed or the process died.
+    pub(super) fn try_open(&mut self, ledger: &Ledger, env: &mut Env) -> Result<bool, String> {
+        if !planted(Bug::OpenedWithoutFence) {
+            self.disk.fence();
+        }
+        let mut storage = self.disk.storage();
+        let vm_id = Some(self.identity.vm.0);
+        let options = OpenOptions { vm_id, trusted_through: self.trusted_through, ..self.open_options() };
+        let Some(receiver) = self.open_once(&mut storage, &options, ledger, env)? else { return Ok(false) };
+        self.process = Some(Process {
+            journal_io: storage,
+            disk_io: self.disk.storage(),
+            ageing: Ageing::new(receiver.writer().superblock().promotion_intent_seq),
+            receiver,
+            promotion_io: self.disk.storage(),
+            journal_ops: 0,
+            disk_ops: 0,
+            promotion_ops: 0,
+            failed: None,
+            trusting: self.trusted_through.is_some(),
+        });
+        Ok(true)
     }
 
     /// None if the storage failed or the process died.
@@ -472,6 +447,29 @@ impl TargetSite {
     pub(super) fn make_room(&mut self) {
         self.disk.set_capacity_bytes(u64::MAX);
         self.policy.limits.max_slots = (self.policy.limits.max_slots + 1).min(40);
+        if let Some(process) = &mut self.process {
+            process.receiver.set_policy(self.policy);
+        }
+    }
+
+    /// What the process is told from outside.
+    pub(super) fn command(&mut self) -> Option<&mut Receiver> {
+        self.process.as_mut().map(|process| &mut process.receiver)
+    }
+
+    /// What follows happens to a copy of the files and to no process, or to one that has just opened them; then all is as before.
+    pub(super) fn on_copy<T>(&mut self, seed: u64, then: impl FnOnce(&mut Self) -> T) -> T {
+        let copy = self.disk.copy(seed);
+        let disk = std::mem::replace(&mut self.disk, copy);
+        let process = self.process.take();
+        let done = then(self);
+        (self.disk, self.process) = (disk, process);
+        done
+    }
+
+    /// Another limit, which the process follows at once.
+    pub(super) fn limit_slots(&mut self, max_slots: u32) {
+        self.policy.limits.max_slots = max_slots;
         if let Some(process) = &mut self.process {
             process.receiver.set_policy(self.policy);
         }

@@ -16,6 +16,7 @@ use super::ledger::{Image, Ledger};
 use super::protected::Protected;
 use super::recovered;
 use super::scripted::Script;
+use super::shape::SiteShape;
 use super::shipper::Shipper;
 use super::streams::{StreamKey, Streams};
 use super::target::{Life, TargetSite, Told};
@@ -24,13 +25,13 @@ use super::target::{Life, TargetSite, Told};
 const DISK_BYTES: [usize; 2] = [32 << 10, 16 << 10];
 
 pub(super) struct Vm {
-    ledger: Ledger,
-    streams: Streams,
-    site: TargetSite,
-    source: Source,
+    pub(super) ledger: Ledger,
+    pub(super) streams: Streams,
+    pub(super) site: TargetSite,
+    pub(super) source: Source,
 }
 
-enum Source {
+pub(super) enum Source {
     Scripted(Box<Script>),
     Protected(Box<Protected>),
 }
@@ -38,26 +39,29 @@ enum Source {
 impl Vm {
     /// With a source of the product's own, or a scripted one.
     pub(super) fn new(seed: u64, number: u128, scripted: bool, env: &mut Env) -> Result<Self, String> {
-        let volumes: Vec<VolumeShape> = (0_u16..)
-            .zip(DISK_BYTES)
-            .map(|(volume, len_bytes)| VolumeShape {
-                volume,
-                id: VolumeId(Uuid::from_u128(len_bytes as u128)),
-                logical_block_bytes: 512,
-                size_bytes: len_bytes as u64,
-            })
-            .collect();
-        let (vm, journal) = (VmId(Uuid::from_u128(number)), JournalId(Uuid::from_u128(number << 32)));
-        let stream =
-            StreamIdentity { vm, vpg: VpgId(Uuid::from_u128(0x72)), journal, volumes: volumes.clone() };
+        let stream = identity(number);
         let mut ledger = Ledger::new(DISK_BYTES.to_vec());
-        let site = TargetSite::new(seed, VmIdentity { vm, journal, volumes }, env)?;
+        let vm = VmIdentity { vm: stream.vm, journal: stream.journal, volumes: stream.volumes.clone() };
+        let shape = SiteShape::any(&vm, env);
+        let encryption = shape.encryption;
+        let site = TargetSite::unmade(seed, vm, shape);
+        site.create(encryption)?;
         let source = if scripted {
             Source::Scripted(Box::new(Script::new(stream, &mut ledger, env)))
         } else {
             Source::Protected(Box::new(Protected::new(stream, &DISK_BYTES, env)))
         };
         Ok(Self { ledger, streams: Streams::default(), site, source })
+    }
+
+    /// With a scripted source, and files in which nothing is yet.
+    pub(super) fn unmade(seed: u64, shape: SiteShape, env: &mut Env) -> Self {
+        let stream = identity(0x71);
+        let mut ledger = Ledger::new(DISK_BYTES.to_vec());
+        let vm = VmIdentity { vm: stream.vm, journal: stream.journal, volumes: stream.volumes.clone() };
+        let site = TargetSite::unmade(seed, vm, shape);
+        let source = Source::Scripted(Box::new(Script::new(stream, &mut ledger, env)));
+        Self { ledger, streams: Streams::default(), site, source }
     }
 
     pub(super) fn faults(&self) -> impl Iterator<Item = ((journal::storage::sim::Fault, Purpose), u64)> {
@@ -472,6 +476,21 @@ impl Vm {
             | ReceiverEvent::LockOutOfTheWay
             | ReceiverEvent::ViewInTheWay { .. } => {}
         }
+    }
+}
+
+pub(super) fn identity(number: u128) -> StreamIdentity {
+    let volumes = (0_u16..).zip(DISK_BYTES).map(|(volume, len_bytes)| VolumeShape {
+        volume,
+        id: VolumeId(Uuid::from_u128(len_bytes as u128)),
+        logical_block_bytes: 512,
+        size_bytes: len_bytes as u64,
+    });
+    StreamIdentity {
+        vm: VmId(Uuid::from_u128(number)),
+        vpg: VpgId(Uuid::from_u128(0x72)),
+        journal: JournalId(Uuid::from_u128(number << 32)),
+        volumes: volumes.collect(),
     }
 }
 

@@ -9,7 +9,7 @@ use crate::bad_ranges::BadRanges;
 use crate::batch::{BATCH_MAGIC, BatchHeader};
 use crate::crypt::{Cipher, Ciphers, Keyring, SiteKeys};
 use crate::format::bad_list::{BadList, BadListError};
-use crate::format::manifest::Manifest;
+use crate::format::manifest::{MAX_MANIFEST_BYTES, Manifest, ManifestError};
 use crate::format::{
     BAD_LIST_OFFSETS, BAD_LIST_SLOT_BYTES, ChainPoint, Footer, FooterError, MANIFEST_OFFSETS,
     MANIFEST_SLOT_BYTES, PAGE_BYTES, SUPERBLOCK_OFFSETS, SegmentHeader, SegmentTrailer, Superblock,
@@ -408,8 +408,15 @@ fn read_manifest<S: Storage>(
     salvage: &mut Salvage,
 ) -> Result<Option<Manifest>, StorageError> {
     let Some(place) = superblock.manifest else { return Ok(None) };
-    let bytes = salvage.read(io, MANIFEST_OFFSETS[place.slot as usize], MANIFEST_SLOT_BYTES)?;
-    let manifest = Manifest::decode(&bytes).ok();
+    let offset_bytes = MANIFEST_OFFSETS[place.slot as usize];
+    // Most are short, and openings are many.
+    let mut decoded = Manifest::decode(&salvage.read(io, offset_bytes, PAGE_BYTES)?);
+    if let Err(ManifestError::Length(text_bytes)) = decoded
+        && text_bytes as usize <= MAX_MANIFEST_BYTES
+    {
+        decoded = Manifest::decode(&salvage.read(io, offset_bytes, MANIFEST_SLOT_BYTES)?);
+    }
+    let manifest = decoded.ok();
     Ok(manifest.filter(|(_, crc)| *crc == place.crc).map(|(manifest, _)| manifest))
 }
 

@@ -1,12 +1,18 @@
 //! A simulated disk with a kernel on top: everything that happens is decided by a seed, and everything that may go wrong
 //! does. Sectors that were written and not synced can be read, and at a power cut each may be there, or not.
 
+mod file;
+mod strike;
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use bytes::Bytes;
 use nix::errno::Errno;
 
-use super::{AlignedBuf, Completion, FileId, Op, Purpose, Storage, StorageError};
+use self::file::{Dirty, Fate, SECTOR_BYTES, SimFile, put};
+pub use self::strike::{OpKind, Strike};
+use super::{Completion, FileId, Op, Purpose, Storage, StorageError};
 
 /// What the simulation did to an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -93,6 +99,10 @@ struct Inner {
     /// Operations of dead processes that may still land.
     orphans: Vec<InFlight>,
     crash: Option<(u64, Crash, Option<Purpose>)>,
+    /// A death at an exact operation, and the seed of what becomes of what is not durable then.
+    strike: Option<(u64, Strike, u64)>,
+    /// Which operations were run, if somebody wants to know.
+    run_ops: Option<Vec<OpKind>>,
     errors: Vec<(u64, &'static str)>,
     capacity_bytes: u64,
     next_write: u64,
@@ -111,25 +121,6 @@ struct InFlight {
     after_write: u64,
 }
 
-#[derive(Debug, Default)]
-struct SimFile {
-    durable: Vec<u8>,
-    /// Written and not synced, by sector.
-    dirty: BTreeMap<u64, Dirty>,
-    len_bytes: u64,
-}
-
-#[derive(Debug)]
-struct Dirty {
-    data: [u8; SECTOR],
-    write: u64,
-    purpose: Purpose,
-    /// A sync failed since: no later sync makes it durable.
-    forgotten: bool,
-}
-
-const SECTOR: usize = 512;
-
 impl SimDisk {
     /// An empty disk.
     pub fn new(seed: u64) -> Self {
@@ -140,6 +131,8 @@ impl SimDisk {
             in_flight: Vec::new(),
             orphans: Vec::new(),
             crash: None,
+            strike: None,
+            run_ops: None,
             errors: Vec::new(),
             capacity_bytes: u64::MAX,
             next_write: 1,
@@ -182,7 +175,7 @@ impl SimDisk {
     /// Takes all armed faults back.
     pub fn disarm(&self) {
         let mut inner = self.lock();
-        inner.crash = None;
+        (inner.crash, inner.strike) = (None, None);
         inner.errors.clear();
     }
 
@@ -219,11 +212,7 @@ impl SimDisk {
         let at = within.start + inner.rng.below(span.max(1));
         let bit = 1 << inner.rng.below(8);
         let sim_file = &mut inner.files[file.0 as usize];
-        match sim_file.dirty.get_mut(&(at / SECTOR as u64)) {
-            Some(dirty) => dirty.data[(at % SECTOR as u64) as usize] ^= bit,
-            None => *sim_file.durable.get_mut(at as usize)? ^= bit,
-        }
-        Some(at)
+        sim_file.flip(at, bit).then_some(at)
     }
 
     /// What can be read of a file now.
@@ -278,7 +267,16 @@ impl Storage for SimStorage {
             }
             *ops_left -= 1;
         }
+        if let Some((ops_left, strike, seed)) = inner.strike.as_mut() {
+            if *ops_left == 0 {
+                let (strike, seed) = (*strike, *seed);
+                inner.strike(index, strike, seed);
+                return Err(Errno::EOWNERDEAD);
+            }
+            *ops_left -= 1;
+        }
         let flight = inner.in_flight.swap_remove(index);
+        inner.note_run(&flight);
         done.push(inner.run(flight));
         Ok(())
     }
@@ -326,8 +324,7 @@ impl Inner {
                 }
             }
             Op::Write { offset_bytes, pieces } => {
-                let bytes = AlignedBuf::gather(&pieces);
-                self.write(file, purpose, offset_bytes, &bytes, |_| true);
+                self.write(file, purpose, offset_bytes, gather(&pieces), |_| true);
                 Ok(None)
             }
             Op::Sync => {
@@ -347,8 +344,8 @@ impl Inner {
                 }
             }
             Op::Punch { offset_bytes, len_bytes } => {
-                let zeroes = AlignedBuf::zeroed(len_bytes as usize);
-                self.write(file, purpose, offset_bytes, &zeroes, |_| true);
+                let zeroes = vec![0; len_bytes as usize].into();
+                self.write(file, purpose, offset_bytes, zeroes, |_| true);
                 Ok(None)
             }
             Op::Truncate { len_bytes } => {
@@ -374,20 +371,20 @@ impl Inner {
         file: FileId,
         purpose: Purpose,
         offset_bytes: u64,
-        bytes: &[u8],
+        bytes: Bytes,
         mut keeps: impl FnMut(u64) -> bool,
     ) {
         let write = self.next_write;
         self.next_write += 1;
         let sim_file = &mut self.files[file.0 as usize];
         sim_file.len_bytes = sim_file.len_bytes.max(offset_bytes + bytes.len() as u64);
-        for (index, chunk) in (0_u64..).zip(bytes.chunks(SECTOR)) {
+        for index in 0..(bytes.len() / SECTOR_BYTES) as u64 {
             if !keeps(index) {
                 continue;
             }
-            let sector = offset_bytes / SECTOR as u64 + index;
-            let mut data = [0; SECTOR];
-            data[..chunk.len()].copy_from_slice(chunk);
+            let sector = offset_bytes / SECTOR_BYTES as u64 + index;
+            let at = index as usize * SECTOR_BYTES;
+            let data = bytes.slice(at..at + SECTOR_BYTES);
             let new = Dirty { data, write, purpose, forgotten: false };
             if let Some(old) = sim_file.dirty.insert(sector, new)
                 && self.rng.one_in(2)
@@ -401,10 +398,10 @@ impl Inner {
     /// Part of a write, as a failing disk or a dying process leaves it.
     fn write_part(&mut self, file: FileId, purpose: Purpose, op: &Op) {
         let Op::Write { offset_bytes, pieces } = op else { return };
-        let bytes = AlignedBuf::gather(pieces);
-        let sectors = (bytes.len() / SECTOR) as u64;
+        let bytes = gather(pieces);
+        let sectors = (bytes.len() / SECTOR_BYTES) as u64;
         let keep = self.rng.below(sectors + 1);
-        self.write(file, purpose, *offset_bytes, &bytes, |sector| sector < keep);
+        self.write(file, purpose, *offset_bytes, bytes, |sector| sector < keep);
     }
 
     fn die(&mut self, crash: Crash, struck: Option<usize>) {
@@ -461,8 +458,8 @@ impl Inner {
         match &flight.op {
             Op::Write { offset_bytes, pieces } if self.rng.one_in(2) => {
                 self.cover(Fault::LateLanding, flight.purpose);
-                let bytes = AlignedBuf::gather(pieces);
-                self.write(flight.file, flight.purpose, *offset_bytes, &bytes, |_| true);
+                let bytes = gather(pieces);
+                self.write(flight.file, flight.purpose, *offset_bytes, bytes, |_| true);
             }
             Op::Write { .. } if self.rng.one_in(3) => {
                 self.cover(Fault::LateLanding, flight.purpose);
@@ -474,66 +471,9 @@ impl Inner {
     }
 }
 
-/// What becomes of a write that was not synced.
-#[derive(Clone, Copy)]
-struct Fate {
-    fault: Fault,
-    /// In how many sectors at once it is torn.
-    granule: u64,
-    salt: u64,
-}
-
-impl Fate {
-    fn keeps(self, sector: u64) -> bool {
-        match self.fault {
-            Fault::KeptWrite => true,
-            Fault::TornWrite => SimRng::new(self.salt ^ (sector / self.granule)).one_in(2),
-            _ => false,
-        }
-    }
-}
-
-impl SimFile {
-    fn read(&self, offset_bytes: u64, into: &mut [u8]) {
-        for (sector, chunk) in (offset_bytes / SECTOR as u64..).zip(into.chunks_mut(SECTOR)) {
-            let at = sector as usize * SECTOR;
-            match self.dirty.get(&sector) {
-                Some(dirty) => chunk.copy_from_slice(&dirty.data[..chunk.len()]),
-                None => {
-                    let there = self.durable.get(at..).unwrap_or_default();
-                    let count = there.len().min(chunk.len());
-                    chunk[..count].copy_from_slice(&there[..count]);
-                    chunk[count..].fill(0);
-                }
-            }
-        }
-    }
-
-    /// What is cut off is gone at once, so that whoever still needs it is found out.
-    fn truncate(&mut self, len_bytes: u64) {
-        self.len_bytes = len_bytes;
-        self.durable.truncate(len_bytes as usize);
-        self.dirty.retain(|sector, _| *sector < len_bytes / SECTOR as u64);
-    }
-
-    fn sync(&mut self, before_write: u64) {
-        let Self { durable, dirty, .. } = self;
-        dirty.retain(|sector, dirty| {
-            let stays = dirty.forgotten || dirty.write >= before_write;
-            if !stays {
-                put(durable, *sector, &dirty.data);
-            }
-            stays
-        });
-    }
-}
-
-fn put(durable: &mut Vec<u8>, sector: u64, data: &[u8; SECTOR]) {
-    let at = sector as usize * SECTOR;
-    if durable.len() < at + SECTOR {
-        durable.resize(at + SECTOR, 0);
-    }
-    durable[at..at + SECTOR].copy_from_slice(data);
+/// A copy: whoever reads it later must not keep the writer's memory.
+fn gather(pieces: &[Bytes]) -> Bytes {
+    pieces.concat().into()
 }
 
 #[cfg(test)]

@@ -136,14 +136,28 @@ impl SourceVm {
         store: Arc<dyn SequenceStore>,
         generation: GenerationId,
     ) -> Result<Self, ProtectError> {
+        let dense_chunks = (limits.dense_bytes / DENSE_CHUNK_BYTES as u64).max(1);
+        let dense_chunks = u32::try_from(dense_chunks).map_err(|_| nix::errno::Errno::ENOMEM)?;
+        let dense = Arena::new(DENSE_CHUNK_BYTES, dense_chunks)?;
+        Self::protect_with(dense, disks, limits, store, generation)
+    }
+
+    /// The same with the caller's memory for small writes, in slots of [`DENSE_CHUNK_BYTES`].
+    ///
+    /// # Errors
+    /// The numbering state can't be read or saved.
+    pub fn protect_with(
+        dense: Arena,
+        disks: Vec<Arc<ProtectedDisk>>,
+        limits: CaptureLimits,
+        store: Arc<dyn SequenceStore>,
+        generation: GenerationId,
+    ) -> Result<Self, ProtectError> {
         let state = match store.load()? {
             Some(last) => last.next(generation, last.ceiling_seq),
             None => SequenceState::first(generation),
         };
         store.save(&state)?;
-        let dense_chunks = (limits.dense_bytes / DENSE_CHUNK_BYTES as u64).max(1);
-        let dense_chunks = u32::try_from(dense_chunks).map_err(|_| nix::errno::Errno::ENOMEM)?;
-        let dense = Arena::new(DENSE_CHUNK_BYTES, dense_chunks)?;
         let (producer, consumer) = ring(limits.ring_entries, state.first_seq);
         let core_limits =
             CoreLimits { writes_in_flight: limits.writes_in_flight, retained_bytes: limits.retained_bytes };

@@ -3,6 +3,8 @@
 //! The file is simulated a sector at a time: what was written and not synced is there, lost, or older than what was written after it; what
 //! is under way is torn. A sync covers only what was complete when it was submitted.
 
+mod matrix;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -17,7 +19,6 @@ use super::tests::view_source;
 use super::*;
 
 const DISK_BYTES: u64 = 8 << 20;
-const SECTORS: usize = (DISK_BYTES / 512) as usize;
 const SLOT_BYTES: usize = 128 << 10;
 const LANES: usize = 3;
 
@@ -49,6 +50,7 @@ enum End {
 }
 
 /// The scratch file: as it reads, and of sectors that are not durable what they held since they were, with the time.
+#[derive(Clone)]
 struct SimFile {
     image: Vec<u8>,
     volatile: BTreeMap<u64, Vec<(u64, Sector)>>,
@@ -140,6 +142,9 @@ struct World {
     last_request: u64,
     is_honest: bool,
     arena: Arena,
+    disk_bytes: u64,
+    /// Crashes at each write and sync of the scratch, if they are wanted.
+    strikes: Option<matrix::Matrix>,
 }
 
 /// A request that is not answered yet.
@@ -169,10 +174,14 @@ fn pattern(request: u64, sector: usize) -> Sector {
 
 impl World {
     fn new(seed: u64, is_honest: bool) -> Self {
+        Self::sized(seed, is_honest, DISK_BYTES)
+    }
+
+    fn sized(seed: u64, is_honest: bool, disk_bytes: u64) -> Self {
         // Every other one is encrypted.
         let mut journal = match seed % 2 {
-            0 => TestJournal::new("crash", DISK_BYTES, "{}"),
-            _ => TestJournal::encrypted("crash", DISK_BYTES, "{}"),
+            0 => TestJournal::new("crash", disk_bytes, "{}"),
+            _ => TestJournal::encrypted("crash", disk_bytes, "{}"),
         };
         journal.random_changes(seed, 40, 60);
         let owner = ScratchOwner {
@@ -183,7 +192,7 @@ impl World {
             volume: Uuid::from_u128(5),
             number: 0,
             seq: journal.seq,
-            disk_bytes: DISK_BYTES,
+            disk_bytes,
             logical_block_bytes: 512,
         };
         let below = journal.model(journal.seq);
@@ -197,11 +206,13 @@ impl World {
             live,
             owner,
             boot: 1,
-            model: vec![vec![first]; SECTORS],
+            model: vec![vec![first]; (disk_bytes / 512) as usize],
             now: 1,
             last_request: 0,
             is_honest,
             arena: Arena::new(SLOT_BYTES, 64).expect("arena"),
+            disk_bytes,
+            strikes: None,
         }
     }
 
@@ -290,7 +301,7 @@ impl World {
         };
         let count = if most == 0 { 0 } else { self.rng.random_range(1..=most) };
         // Often in the same few places.
-        let space = if self.rng.random() { 3000 } else { SECTORS };
+        let space = if self.rng.random() { self.model.len().min(3000) } else { self.model.len() };
         let first = self.rng.random_range(0..=space - count);
         // Halves of chunks: together they make an entry of the map needless.
         let is_half = matches!(op, Op::Discard | Op::WriteZeroes { .. }) && self.rng.random_bool(0.6);
@@ -340,6 +351,7 @@ impl World {
         let chosen = self.rng.random_range(0..process.port.io.len());
         let (lane, submitted, mut io) = process.port.io.swap_remove(chosen);
         let range = io.buffer_offset_bytes as usize..io.buffer_offset_bytes as usize + io.len_bytes as usize;
+        self.strike_at(process, &io, submitted);
         match (io.file, io.op, &mut io.buffer) {
             (plan::SCRATCH_FILE, FileOp::Write { dsync }, IoBuffer::Shared(slot)) => {
                 process.file.write(self.now, io.offset_bytes, &slot[range], dsync);
@@ -414,8 +426,8 @@ impl World {
     /// Every sector holds what it may, and from now on that is what it holds.
     fn compare(&mut self, process: &mut Process, end: End) -> Result<(), String> {
         let mut at = 0;
-        while at < DISK_BYTES {
-            let len_bytes = (self.rng.random_range(1..=256) * 512).min(DISK_BYTES - at);
+        while at < self.disk_bytes {
+            let len_bytes = (self.rng.random_range(1..=256) * 512).min(self.disk_bytes - at);
             self.last_request += 1;
             let slot = self.arena.take();
             let (tag, op) = (self.last_request, Op::Read);

@@ -19,6 +19,7 @@ use super::format::{
     decode_page,
 };
 use super::map::{MapDamage, ScratchMap, drop_stale};
+use super::noted::{self, Deed};
 use super::pages::Pages;
 use super::words::{Words, this_boot};
 use super::{CHUNK_BYTES, SECTOR_BYTES};
@@ -245,7 +246,8 @@ impl ScratchFile {
             for offset_bytes in HEADER_OFFSETS {
                 write_page(&file, offset_bytes, &header.encode()).map_err(io_error("write", path))?;
             }
-            file.sync_all().and_then(|()| sync_folder(path)).map_err(io_error("sync", path))?;
+            let synced = noted::during(Deed::Sync, || file.sync_all());
+            synced.and_then(|()| sync_folder(path)).map_err(io_error("sync", path))?;
             Ok(Lasting { header, live: live.into(), parts: Some((words, pages)) })
         })();
         match made {
@@ -297,7 +299,7 @@ impl ScratchFile {
         let mut settled = vec![0; shape.words()];
         let versions = read_pages(&file, file_id, shape, &mut settled, path)?;
         // What was read may not be durable yet, and the older copies are written over next (C1).
-        file.sync_data().map_err(io_error("sync", path))?;
+        sync(&file).map_err(io_error("sync", path))?;
         let words = if !boot.is_nil() && header.boot == boot {
             let words = Words::open(live, boot, file_id, shape.words()).map_err(memory(path, live))?;
             words.ok_or_else(|| ScratchError::LiveMapLost { path: path.into(), live: live.into() })?
@@ -355,7 +357,7 @@ impl ScratchFile {
         let Kind::Lasting(lasting) = &self.kind else { return Ok(()) };
         let live = lasting.live.clone();
         let mut commit = Commit::new(map.begin_commit());
-        let mut last = self.file.sync_data();
+        let mut last = sync(&self.file);
         loop {
             let errno = |error: &io::Error| ublk::serve::Errno(error.raw_os_error().unwrap_or(libc::EIO));
             match commit.done(last.as_ref().map(drop).map_err(errno)) {
@@ -371,9 +373,9 @@ impl ScratchFile {
                         }
                     }
                     // One page alone was to be durable by itself.
-                    last = last.and_then(|()| self.file.sync_data());
+                    last = last.and_then(|()| sync(&self.file));
                 }
-                Next::Sync => last = self.file.sync_data(),
+                Next::Sync => last = sync(&self.file),
                 Next::End(Ok(())) => break,
                 Next::End(Err(_)) => return last.map_err(io_error("write", &self.path)),
             }
@@ -453,7 +455,7 @@ impl Keeping {
 fn write_header(file: &File, path: &Path, header: &Header) -> Result<(), ScratchError> {
     for copy in [header.sequence % 2, (header.sequence + 1) % 2] {
         let written = write_page(file, HEADER_OFFSETS[copy as usize], &header.encode());
-        written.and_then(|()| file.sync_data()).map_err(io_error("write", path))?;
+        written.and_then(|()| sync(file)).map_err(io_error("write", path))?;
     }
     Ok(())
 }
@@ -491,7 +493,8 @@ fn open_file(path: &Path, is_new: bool) -> io::Result<File> {
 }
 
 fn reserve(file: &File, path: &Path, len_bytes: u64) -> Result<(), ScratchError> {
-    file.set_len(len_bytes).map_err(io_error("make", path))?;
+    let lengthened = noted::during(Deed::Reserve { len_bytes }, || file.set_len(len_bytes));
+    lengthened.map_err(io_error("make", path))?;
     match fallocate(file, FallocateFlags::empty(), 0, len_bytes as i64) {
         Ok(()) | Err(Errno::EOPNOTSUPP) => Ok(()),
         Err(Errno::ENOSPC | Errno::EDQUOT) => Err(ScratchError::Space { path: path.into(), len_bytes }),
@@ -572,7 +575,7 @@ fn read_pages(
     path: &Path,
 ) -> Result<Vec<(u64, u8)>, ScratchError> {
     let mut versions = Vec::with_capacity(shape.pages() as usize);
-    let mut buffer = AlignedBuf::zeroed(2 * READ_PAGES * PAGE_BYTES);
+    let mut buffer = AlignedBuf::zeroed(2 * READ_PAGES.min(shape.pages() as usize) * PAGE_BYTES);
     let mut other = vec![0; PAGE_WORDS];
     for (first, words) in
         (0..shape.pages()).step_by(READ_PAGES).zip(words.chunks_mut(READ_PAGES * PAGE_WORDS))
@@ -602,7 +605,11 @@ fn read_pages(
 fn write_page(file: &File, offset_bytes: u64, page: &[u8; PAGE_BYTES]) -> io::Result<()> {
     let mut aligned = AlignedBuf::zeroed(PAGE_BYTES);
     aligned.copy_from_slice(page);
-    file.write_all_at(&aligned, offset_bytes)
+    noted::during(Deed::Write { offset_bytes, page }, || file.write_all_at(&aligned, offset_bytes))
+}
+
+fn sync(file: &File) -> io::Result<()> {
+    noted::during(Deed::Sync, || file.sync_data())
 }
 
 fn sync_folder(path: &Path) -> io::Result<()> {

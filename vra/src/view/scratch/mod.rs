@@ -8,6 +8,7 @@ pub(super) mod file;
 pub(super) mod format;
 pub(super) mod gate;
 pub(super) mod map;
+pub(super) mod noted;
 pub(super) mod pages;
 pub(super) mod words;
 
