@@ -534,7 +534,9 @@ fn a_view_that_was_kept_outlives_a_promotion_past_it() {
 
     // One whose scratch is full can't be kept, and one without scratch neither.
     let none = view_that(&journal, journal.seq, 0, Freshness::Superblock);
-    let refused = none.preserve(journal.seq + 1, &[0..512], &mut below(&journal)).expect_err("no scratch");
+    let refused = none
+        .preserve(journal.seq + 1, std::slice::from_ref(&(0..512)), &mut below(&journal))
+        .expect_err("no scratch");
     assert!(matches!(refused, PreserveError::NoScratch), "{refused}");
 }
 
