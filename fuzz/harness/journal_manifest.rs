@@ -4,10 +4,10 @@ use journal::format::manifest::Manifest;
 use uuid::Uuid;
 
 pub fn run(data: &[u8]) {
-    if let Ok((manifest, crc)) = Manifest::decode(data) {
-        let (bytes, encoded_crc) = manifest.encode().expect("it was in a slot");
-        assert_eq!(Manifest::decode(&bytes), Ok((manifest, encoded_crc)));
-        assert_eq!(crc, encoded_crc);
+    // What was reserved is written as zeroes: the checksum may be another one.
+    if let Ok((manifest, _)) = Manifest::decode(data) {
+        let (bytes, crc) = manifest.encode().expect("it was in a slot");
+        assert_eq!(Manifest::decode(&bytes), Ok((manifest, crc)));
     }
     let text = String::from_utf8_lossy(data).into_owned();
     let manifest = Manifest { journal_id: Uuid::from_u128(7), sequence: data.len() as u64, text };

@@ -37,11 +37,9 @@ fn superblock(page: &[u8]) {
 }
 
 fn manifest(slot: &[u8]) {
-    if let Ok((manifest, crc)) = Manifest::decode(slot) {
-        let (again, again_crc) = manifest.encode().expect("what was read can be written");
-        assert_eq!(
-            (Manifest::decode(&again).expect("what was written can be read").0, crc),
-            (manifest, again_crc)
-        );
+    // What was reserved is written as zeroes: the checksum may be another one.
+    if let Ok((manifest, _)) = Manifest::decode(slot) {
+        let (again, crc) = manifest.encode().expect("what was read can be written");
+        assert_eq!(Manifest::decode(&again), Ok((manifest, crc)), "what was written can be read");
     }
 }

@@ -11,7 +11,7 @@ use crate::api::{VmId, VpgId};
 /// What it can't be read without.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error(
-    "{} is encrypted and needs site key {site_key}, {given}: give the file that holds it with --key-file (`zvm site-key show` prints it)",
+    "{} is encrypted and needs site key {site_key}, {given}: give the file that holds it with --key-file (a copy of the one that `zvm site-key list` names)",
     path.display()
 )]
 pub(super) struct Locked {
