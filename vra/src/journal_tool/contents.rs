@@ -6,7 +6,6 @@ use std::convert::Infallible;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use journal::bad_ranges::BadRange;
 use journal::batch::{BatchError, BatchView};
 use journal::crypt::{KeyError, Keyring, SiteKeyId, SiteKeys};
 use journal::format::bad_list::{BadList, BadListError};
@@ -18,65 +17,12 @@ use journal::format::{
 };
 use journal::recovery::{OpenError, Salvage, SurveyOptions, survey};
 use journal::storage::{AlignedBuf, Blocking, FileId, Purpose, StorageError};
-use journal::walk::{DiskPlace, Finding, Walked, walk};
-use serde::Serialize;
+use journal::walk::{Finding, Walked, walk};
 
+use super::damage::{Damage, LostPlace};
 use super::locked::{Locked, missing_key};
 use super::place::{open_file, read_superblock, rebuilt};
 use super::storage::ToolStorage;
-
-/// A part of a disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub(super) struct LostPlace {
-    pub(super) volume: u16,
-    pub(super) offset_bytes: u64,
-    pub(super) len_bytes: u64,
-}
-
-impl From<DiskPlace> for LostPlace {
-    fn from(DiskPlace { volume, offset_bytes, len_bytes }: DiskPlace) -> Self {
-        Self { volume, offset_bytes, len_bytes }
-    }
-}
-
-/// Something that cannot be read any more.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(super) struct Damage {
-    /// The record, where one is to blame; of a stretch the first.
-    pub(super) seq: Option<u64>,
-    pub(super) segment: Option<u64>,
-    /// Where the record wrote what is damaged, if that is known.
-    #[serde(flatten)]
-    pub(super) place: Option<LostPlace>,
-    /// Place in the journal's file, in bytes.
-    pub(super) file_offset_bytes: u64,
-    pub(super) what: String,
-}
-
-impl Damage {
-    fn at(file_offset_bytes: u64, what: String) -> Self {
-        Self { seq: None, segment: None, place: None, file_offset_bytes, what }
-    }
-
-    fn of(segment: u64, file_offset_bytes: u64, what: String) -> Self {
-        Self { segment: Some(segment), ..Self::at(file_offset_bytes, what) }
-    }
-
-    /// A part of a recovery disk that the list in a slot names.
-    fn listed(slot: usize, bad: BadRange) -> Self {
-        let BadRange { volume, offset_bytes, len_bytes, seq } = bad;
-        let what = format!(
-            "{len_bytes} bytes at {offset_bytes} of disk {volume} are lost: record {seq} was damaged before it was promoted"
-        );
-        let place = Some(LostPlace { volume, offset_bytes, len_bytes });
-        Self { seq: Some(seq), place, ..Self::at(BAD_LIST_OFFSETS[slot], what) }
-    }
-
-    /// Whether it is a recovery disk's: at every checkpoint before the place was written again it is lost, also at those before the record.
-    pub(super) fn is_on_recovery_disk(&self) -> bool {
-        self.segment.is_none() && self.place.is_some()
-    }
-}
 
 /// A segment as its pages tell.
 #[derive(Clone, Debug)]

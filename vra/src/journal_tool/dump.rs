@@ -14,7 +14,8 @@ use journal::format::{
 };
 use serde_json::{Map, Value, json};
 
-use super::contents::{Damage, Part, Segment, Visitor, visit};
+use super::contents::{Part, Segment, Visitor, visit};
+use super::damage::Damage;
 use super::locked::Locked;
 use super::place::{Journal, find_one};
 use super::text;

@@ -6,6 +6,7 @@ mod checkpoints;
 mod contents;
 mod convert;
 mod copy;
+mod damage;
 mod disk;
 mod dump;
 mod export;

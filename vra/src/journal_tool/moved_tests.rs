@@ -5,8 +5,9 @@ use journal::crypt::SiteKeys;
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, slot_offset_bytes};
 use journal::writer::Change;
 
-use super::contents::{Damage, Part, Visitor, last_of, visit};
+use super::contents::{Part, Visitor, last_of, visit};
 use super::copy::Copy;
+use super::damage::Damage;
 use super::disk::DiskAt;
 use super::image::Image;
 use super::place::Journal;

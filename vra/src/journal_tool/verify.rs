@@ -7,7 +7,8 @@ use serde::Serialize;
 
 use journal::crypt::{SiteKeyId, SiteKeys};
 
-use super::contents::{Damage, Part, Visitor, last_of, visit};
+use super::contents::{Part, Visitor, last_of, visit};
+use super::damage::Damage;
 use super::locked::Locked;
 use super::place::find_one;
 use super::text;

@@ -1,7 +1,7 @@
 //! The crash matrix of the scratch: a crash at each write and sync of commits, and of making, opening and closing the file, in every way;
 //! each time the file is opened again, crashed in that too, and compared with the model.
 
-use super::super::scratch::file::ScratchError;
+use super::super::scratch::error::ScratchError;
 use super::super::scratch::noted::{Change, Note, noting};
 use super::*;
 

@@ -4,6 +4,7 @@
 //! which change comes first. [`file`] opens and makes the file, [`format`] has its bytes, [`words`] the memory that outlives the process.
 
 pub(super) mod commit;
+pub(super) mod error;
 pub(super) mod file;
 pub(super) mod format;
 pub(super) mod gate;
