@@ -15,7 +15,9 @@ use crate::receive::files;
 use crate::receive::target_error::TargetError;
 use crate::view::{Below, PreserveError, ViewDisk};
 
-/// Between two tries, while a view is only being opened or may not end.
+/// Between two looks, while more may have to make way.
+const LOOK_WAIT: Duration = Duration::from_millis(100);
+/// Between two tries, while a view can't be kept and may not end.
 const RETRY_WAIT: Duration = Duration::from_secs(2);
 
 const EXPIRED: &str = "view-expired";
@@ -58,24 +60,31 @@ impl TargetVm {
             };
             let vm = self.clone();
             let made = self.runtime.spawn_blocking(move || wanted.map(|wanted| vm.keep_views(wanted)));
-            if let Ok(Some(Err(error))) = made.await {
-                tracing::warn!(vm = %self.vm, error = error_chain(&error), "open views can't be kept yet");
-            }
-            tokio::time::sleep(RETRY_WAIT).await;
+            let wait = match made.await {
+                Ok(Some(Ok(Way::Made))) => LOOK_WAIT,
+                Ok(Some(Err(error))) => {
+                    tracing::warn!(vm = %self.vm, error = error_chain(&error), "open views can't be kept yet");
+                    RETRY_WAIT
+                }
+                _ => RETRY_WAIT,
+            };
+            tokio::time::sleep(wait).await;
         }
     }
 
     /// Copies what a promotion through this number is about to change beneath open views.
-    fn keep_views(&self, through_seq: u64) -> Result<(), TargetError> {
+    fn keep_views(&self, through_seq: u64) -> Result<Way, TargetError> {
         let views = self.lock().pins.in_the_way(through_seq);
         let served: Vec<_> = views.into_iter().filter(|view| !view.disks.is_empty()).collect();
-        let Some(after_seq) = served.iter().map(|view| view.kept_seq).min() else { return Ok(()) };
+        if served.is_empty() {
+            return Ok(Way::Made);
+        }
+        let mut way = Way::Made;
         let mut storage = files::ring()?;
         let file = storage.add_file(DirectFile::open(&self.folder.journal(), Access::ReadOnly)?);
         let options = SurveyOptions { keys: self.keys.site(), ..SurveyOptions::default() };
         let reader = Reader::open(&mut storage, file, &options).map_err(TargetError::View)?;
         for view in served {
-            debug_assert!(view.kept_seq >= after_seq);
             let kept = view.disks.iter().try_for_each(|disk| {
                 let below = self.below(disk.number())?;
                 self.keep(&reader, &view, disk, through_seq, below).map_err(KeepError::View)
@@ -86,10 +95,14 @@ impl TargetVm {
                     self.view_kept(view.pin, through_seq);
                 }
                 Err(KeepError::Files(error)) => return Err(error),
-                Err(KeepError::View(error)) => self.end_view(&view, &error),
+                Err(KeepError::View(error)) => {
+                    if !self.end_view(&view, &error) {
+                        way = Way::Blocked;
+                    }
+                }
             }
         }
-        Ok(())
+        Ok(way)
     }
 
     fn below(&self, volume: u16) -> Result<Below, KeepError> {
@@ -118,7 +131,8 @@ impl TargetVm {
     }
 
     /// A view that can't be kept ends, if replication is worth more than it, as for locks; else replication waits for somebody to close it.
-    fn end_view(&self, view: &InTheWay, error: &PreserveError) {
+    /// False if it does.
+    fn end_view(&self, view: &InTheWay, error: &PreserveError) -> bool {
         let gives_up = self.definition().give_up_history;
         let what = format!(
             "a view of the VM at record {} stands in the way of the journal {}, which has no room, and can't be kept: {}",
@@ -129,14 +143,23 @@ impl TargetVm {
         if !gives_up {
             let remedy = "close the view, or raise the VM's journal limit: until then replication pauses";
             self.alert(IN_THE_WAY, Severity::Critical, what, remedy);
-            return;
+            return false;
         }
         view.disks.iter().for_each(|disk| disk.set_gone());
         self.lock().alerts.remove(EXPIRED);
         let remedy = "the view reads errors now: close it. A view with more scratch, or a larger journal, would have lasted";
         self.alert(EXPIRED, Severity::Critical, format!("{what}; it was given up"), remedy);
         self.view_kept(view.pin, u64::MAX);
+        true
     }
+}
+
+/// Whether views are out of the way.
+enum Way {
+    /// Those that are served.
+    Made,
+    /// One can't be kept, and may not end.
+    Blocked,
 }
 
 enum KeepError {
