@@ -419,7 +419,9 @@ fn plan_site_keys(desired: &Desired, observed: &Observed, plan: &mut Plan) {
         let is_to_encrypt =
             desired.vpgs.iter().any(|vpg| vpg.settings.encrypt && vpg.targets().contains(vra));
         let encrypts = last.status.target_vms.iter().any(|vm| vm.site_key.is_some());
-        if (is_to_encrypt || encrypts) && last.status.site_keys != desired.site_keys.ids {
+        if (is_to_encrypt || encrypts || last.status.awaits_site_key)
+            && last.status.site_keys != desired.site_keys.ids
+        {
             let kind = ActionKind::SetSiteKeys(desired.site_keys.request.clone());
             plan.actions.push(Action { vra: *vra, kind });
         }

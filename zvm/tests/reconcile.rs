@@ -61,6 +61,14 @@ fn an_encrypted_group_has_its_keys_at_the_target_alone_and_before_anything_else(
     world.see(target, world.now_us, |status| status.site_keys = vec!["first".to_owned()]);
     let turned = world.plan();
     assert_eq!(keys_to(&turned), [target]);
+
+    // A group that is encrypted no more has segments that are, and a VRA that can't open them says so.
+    let mut world = World { core: Reconciler::new(RETRY_MIN_US, RETRY_MAX_US), ..world };
+    world.desired.vpgs[0].settings.encrypt = false;
+    world.see(target, world.now_us, |status| status.site_keys.clear());
+    assert!(keys_to(&world.plan()).is_empty());
+    world.see(target, world.now_us, |status| status.awaits_site_key = true);
+    assert_eq!(keys_to(&world.plan()), [target]);
 }
 
 #[test]

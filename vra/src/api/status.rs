@@ -26,6 +26,9 @@ pub struct VraStatus {
     /// Names of the site keys that it has, the one that wraps new keys first.
     #[serde(default)]
     pub site_keys: Vec<String>,
+    /// Journals stay closed until it has another site key.
+    #[serde(default)]
+    pub awaits_site_key: bool,
     /// Attached volumes.
     pub volumes: Vec<VolumeInfo>,
     /// VPGs it has a part in.

@@ -29,7 +29,7 @@ pub use definition::check as check_definition;
 pub use error::DaemonError;
 pub use identity::LocalIdentity;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -133,6 +133,8 @@ pub(crate) struct Daemon {
     targets: Arc<TargetHost>,
     /// Target VMs whose journals can't be opened, and why.
     target_problems: Mutex<BTreeMap<VmId, ApiError>>,
+    /// Those of them that a site key is missing for.
+    awaiting_keys: Mutex<BTreeSet<VmId>>,
     checkpointer: Checkpointer,
     /// What the checkpointer was told of each group: revision, and which cores.
     groups: Mutex<BTreeMap<VpgId, (u64, Vec<usize>)>>,
@@ -179,6 +181,7 @@ impl Daemon {
             link: SharedLink::default(),
             targets: Arc::new(targets),
             target_problems: Mutex::default(),
+            awaiting_keys: Mutex::default(),
             checkpointer,
             sources: Mutex::default(),
             groups: Mutex::default(),

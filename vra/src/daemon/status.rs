@@ -19,6 +19,7 @@ impl Daemon {
             host: self.host_info(),
             site,
             site_keys: self.targets.keys().ids().iter().map(ToString::to_string).collect(),
+            awaits_site_key: !lock(&self.awaiting_keys).is_empty(),
             volumes: self.volume_infos(),
             vpgs,
             source_vms: self.source_statuses(),

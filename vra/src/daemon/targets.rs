@@ -35,12 +35,26 @@ impl Daemon {
             }
         }
         lock(&self.target_problems).retain(|vm, _| wanted.contains(vm));
+        lock(&self.awaiting_keys).retain(|vm| wanted.contains(vm));
         result
     }
 
     /// Makes this VRA a VM's target, and notes what is in the way.
     pub(super) async fn ensure_target(&self, vpg: &VpgDefinition, vm: VmId) -> Result<(), ApiError> {
-        let ensured = self.targets.ensure(vpg, vm).await.map(drop).map_err(ApiError::from);
+        let ensured = self.targets.ensure(vpg, vm).await.map(drop);
+        let awaits_key = matches!(
+            &ensured,
+            Err(TargetError::NoSiteKey | TargetError::Journal { source: OpenError::Key(_), .. })
+        );
+        {
+            let mut awaiting = lock(&self.awaiting_keys);
+            if awaits_key {
+                awaiting.insert(vm)
+            } else {
+                awaiting.remove(&vm)
+            };
+        }
+        let ensured = ensured.map_err(ApiError::from);
         let mut problems = lock(&self.target_problems);
         match &ensured {
             Ok(()) => {

@@ -220,6 +220,7 @@ pub(crate) fn status(vra: VraId, name: &str) -> VraStatus {
         host: HostInfo { hostname: name.into(), kernel: "6.12".into(), ublk_features: None },
         site: None,
         site_keys: Vec::new(),
+        awaits_site_key: false,
         volumes: Vec::new(),
         vpgs: Vec::new(),
         source_vms: Vec::new(),
