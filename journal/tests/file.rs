@@ -373,3 +373,42 @@ fn another_thread_wakes_a_waiting_ring() {
     waker.wake();
     waiting.join().expect("ended");
 }
+
+/// An opening whose sync fails leaves a copy of the newest segment that may not be durable. The next one copies that, and must not lay
+/// its own copy over the one that is.
+#[test]
+fn an_opening_after_a_failed_one_leaves_the_oldest_copy_alone() {
+    let folder = Folder::new("older-copy");
+    let path = folder.0.join("journal.hfj");
+    create_journal(&path);
+    let mut target = Target::open(&path);
+    target.end_base_sync();
+    target.push(|seq| Record::write(seq, seq, 0, 4096, vec![7; 4096].into()));
+    target.offer();
+    target.drive();
+    let last_slot = |opened: &journal::recovery::Opened| opened.segments.last().expect("one").header.slot;
+    let original = target.writer.superblock().open_count;
+    drop(target);
+    let (mut storage, file) = ring(&path, Access::Exclusive);
+    let survey = |storage: &mut RingStorage| {
+        journal::recovery::survey(storage, file, &SurveyOptions::default()).expect("readable")
+    };
+    let first = survey(&mut storage).segments.last().expect("one").header.clone();
+    assert_eq!((first.open_count, survey(&mut storage).older_copy), (original, None));
+
+    let failed = open(&mut storage, file, &OpenOptions::default()).expect("open");
+    let found = survey(&mut storage);
+    assert_eq!(found.segments.last().expect("one").header.slot, last_slot(&failed), "the newest copy counts");
+    assert_eq!(found.older_copy, Some(first.slot));
+    let next = open(&mut storage, file, &OpenOptions::default()).expect("open");
+    assert!(![first.slot, last_slot(&failed)].contains(&last_slot(&next)));
+    assert_eq!(survey(&mut storage).older_copy, Some(first.slot), "still the one that was there first");
+
+    // The copies are the same bytes, but for their first pages.
+    let bytes = std::fs::read(&path).expect("journal");
+    let batches = |slot: u32| {
+        let begin = journal::format::slot_offset_bytes(slot, SLOT_BYTES) as usize + 4096;
+        bytes[begin..begin + 8192].to_vec()
+    };
+    assert_eq!(batches(first.slot), batches(last_slot(&next)));
+}

@@ -151,13 +151,8 @@ impl Keyring {
     pub fn cipher(&self, header: &SegmentHeader) -> Result<Cipher, KeyError> {
         let Some(SegmentKey { key, salt }) = &header.encryption else { return Ok(Cipher::plain()) };
         let secret = self.open(key)?;
-        let place = [
-            &b"holdfast segment 1"[..],
-            self.0.journal_id.as_bytes(),
-            &header.number.to_le_bytes(),
-            &header.open_count.to_le_bytes(),
-            &header.slot.to_le_bytes(),
-        ];
+        // Neither slot nor opening: a copy of a segment that an opening makes is the same bytes.
+        let place = [&b"holdfast segment 1"[..], self.0.journal_id.as_bytes(), &header.number.to_le_bytes()];
         Ok(cipher(&secret, salt, &place))
     }
 
@@ -257,9 +252,9 @@ mod tests {
             keyring.cipher(header).expect("its key is there").encrypt(4096, &mut bytes);
             bytes
         };
-        let headers = [header(1, 1, 0), header(2, 1, 0), header(1, 2, 0), header(1, 1, 1)];
+        let headers = [header(1, 1, 0), header(2, 1, 0), header(1, 1, 1)];
         let all: std::collections::BTreeSet<Vec<u8>> = headers.iter().map(encrypted).collect();
         assert_eq!(all.len(), headers.len(), "no two are alike");
-        assert_eq!(encrypted(&headers[0]), encrypted(&headers[0]));
+        assert_eq!(encrypted(&headers[0]), encrypted(&header(1, 2, 0)), "a copy is the same");
     }
 }

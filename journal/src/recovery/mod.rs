@@ -16,7 +16,7 @@ pub(crate) use survey::read_superblock;
 pub use survey::{Content, Damage, Hidden, Segment, SegmentError, Survey, SurveyOptions, survey, survey_as};
 
 use crate::bad_ranges::BadRanges;
-use crate::crypt::{Cipher, Encryption, KeyError, Keyring, Keys, SALT_BYTES, SegmentKey};
+use crate::crypt::{Encryption, KeyError, Keyring, Keys, SALT_BYTES, SegmentKey};
 use crate::format::bad_list::BadListError;
 use crate::format::manifest::{Manifest, ManifestError};
 use crate::format::{
@@ -191,7 +191,7 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
         keys: options.keys.site().clone(),
     };
     let found = survey(storage, file, &look)?;
-    let Survey { mut superblock, mut segments, tail, damage, hidden, free_slots, .. } = found;
+    let Survey { mut superblock, mut segments, tail, damage, hidden, free_slots, older_copy, .. } = found;
     let (manifest, bad_ranges, keyring) = (found.manifest, found.bad_ranges, found.keyring);
     if let Some(expected) = options.vm_id
         && expected != superblock.vm_id
@@ -245,13 +245,10 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
         && matches!(last.content, Content::Scanned(_))
         && !planted(Bug::AppendToForeignSegment)
     {
-        let slot = take_slot(io.purpose(Purpose::Reserve), &mut free_slots, superblock.slot_len_bytes)?;
+        let slot_len_bytes = superblock.slot_len_bytes;
+        let slot = take_slot(io.purpose(Purpose::Reserve), &mut free_slots, older_copy, slot_len_bytes)?;
         let old_slot = last.header.slot;
-        let encryption = segment_key(&superblock, salt, last.header.number);
-        let header =
-            SegmentHeader { slot, open_count: superblock.open_count, encryption, ..last.header.clone() };
-        let cipher = keyring.cipher(&header)?;
-        carry(io.purpose(Purpose::Carry), last, header, cipher, superblock.slot_len_bytes)?;
+        carry(io.purpose(Purpose::Carry), last, slot, &superblock)?;
         free_slots.push(old_slot);
         free_slots.sort_unstable();
     }
@@ -261,7 +258,7 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
     Ok(Opened { superblock, segments, tail, manifest, bad_ranges, hidden, free_slots, keyring, salt })
 }
 
-/// What a segment that begins now is encrypted with. An opening copies or begins a segment of one number once, so no two have one salt.
+/// What a segment that begins now is encrypted with. An opening begins a segment of one number once, so no two have one salt.
 pub(crate) fn segment_key(superblock: &Superblock, opening_salt: u64, number: u64) -> Option<SegmentKey> {
     let Encryption::On(key) = superblock.encryption else { return None };
     let mut salt = [0; SALT_BYTES];
@@ -270,17 +267,25 @@ pub(crate) fn segment_key(superblock: &Superblock, opening_salt: u64, number: u6
     Some(SegmentKey { key, salt })
 }
 
-/// The lowest free slot that has its space or gets it: that of some was given back to the datastore (C3).
+/// The lowest free slot that has its space or gets it: that of some was given back to the datastore (C3). The one with an older copy of
+/// the segment comes last, for the newer one may not be durable: if the journal has no other, the copy's bytes are written over the same
+/// bytes.
 fn take_slot<S: Storage>(
     io: &mut Blocking<'_, S>,
     free_slots: &mut Vec<u32>,
+    older_copy: Option<u32>,
     slot_len_bytes: u64,
 ) -> Result<u32, OpenError> {
+    let is_older_copy = |slot: &u32| Some(*slot) == older_copy;
+    let (spare, last): (Vec<u32>, Vec<u32>) = free_slots.iter().partition(|slot| !is_older_copy(slot));
     let mut last_error = OpenError::NoRecoverySlot;
-    for index in 0..free_slots.len() {
-        let offset_bytes = slot_offset_bytes(free_slots[index], slot_len_bytes);
+    for slot in spare.into_iter().chain(last) {
+        let offset_bytes = slot_offset_bytes(slot, slot_len_bytes);
         match io.run(Op::Allocate { offset_bytes, len_bytes: slot_len_bytes }) {
-            Ok(_) => return Ok(free_slots.remove(index)),
+            Ok(_) => {
+                free_slots.retain(|free| *free != slot);
+                return Ok(slot);
+            }
             Err(error) if error.is_no_space() => last_error = error.into(),
             Err(error) => return Err(error.into()),
         }
@@ -288,23 +293,25 @@ fn take_slot<S: Storage>(
     Err(last_error)
 }
 
-/// Copies an unsealed segment into a free slot as this opening's own, under a header that says so.
+/// Copies an unsealed segment into a free slot as this opening's own, under a header that says so. Its batches stay encrypted as they are.
 fn carry<S: Storage>(
     io: &mut Blocking<'_, S>,
     segment: &mut Segment,
-    mut header: SegmentHeader,
-    cipher: Cipher,
-    slot_len_bytes: u64,
+    slot: u32,
+    superblock: &Superblock,
 ) -> Result<(), OpenError> {
     let Content::Scanned(scan) = &segment.content else { return Ok(()) };
-    header.carried_end_bytes = scan.end_bytes;
+    let slot_len_bytes = superblock.slot_len_bytes;
+    let header = SegmentHeader {
+        slot,
+        open_count: superblock.open_count,
+        carried_end_bytes: scan.end_bytes,
+        ..segment.header.clone()
+    };
     let mut bytes =
         io.read(slot_offset_bytes(segment.header.slot, slot_len_bytes), scan.end_bytes as usize)?;
-    segment.cipher.decrypt_slot(&mut bytes);
-    cipher.encrypt_slot(&mut bytes);
     bytes[..PAGE_BYTES].copy_from_slice(&header.encode());
-    io.write(slot_offset_bytes(header.slot, slot_len_bytes), bytes.into_bytes())?;
+    io.write(slot_offset_bytes(slot, slot_len_bytes), bytes.into_bytes())?;
     segment.header = header;
-    segment.cipher = cipher;
     Ok(())
 }

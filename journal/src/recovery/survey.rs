@@ -41,6 +41,9 @@ pub struct Survey {
     pub bad_list_lost: Option<BadListError>,
     /// Pages that the disk couldn't give back, in bytes from the file's start; only with [`SurveyOptions::skip_unreadable`].
     pub unreadable: Vec<u64>,
+    /// A free slot with a copy of the last segment that is as long as the one that counts, and older: should the opening that made the
+    /// newer one have failed, that may not be durable, and this one is.
+    pub older_copy: Option<u32>,
     /// The journal's keys.
     pub keyring: Keyring,
 }
@@ -252,9 +255,11 @@ pub fn survey_as<S: Storage>(
     let (mut segments, mut tail) = (Vec::<Segment>::new(), superblock.low_water);
     let ownership = Ownership::of(&superblock);
     let mut hidden = None;
+    let mut older_copy = None;
     loop {
         let wanted = segments.last().map_or(superblock.low_water_segment, |last| last.header.number + 1);
         let (mut next, mut broken): (Option<Segment>, Option<Hidden>) = (None, None);
+        let mut copies: Vec<(ChainPoint, u64, u32)> = Vec::new();
         for slot in &mut slots {
             if slot.header.number != wanted {
                 continue;
@@ -265,6 +270,7 @@ pub fn survey_as<S: Storage>(
                 broken = broken.or_else(|| slot.hidden(&superblock));
                 continue;
             }
+            copies.push((slot.last(), slot.header.open_count, slot.header.slot));
             if next.as_ref().is_none_or(|next| next.header.open_count < slot.header.open_count) {
                 next = Some(slot.segment(keyring.cipher(&slot.header)?));
                 hidden = slot.hidden(&superblock);
@@ -281,6 +287,8 @@ pub fn survey_as<S: Storage>(
             break;
         }
         tail = next.last();
+        let as_long = copies.into_iter().filter(|(last, _, slot)| *last == tail && *slot != next.header.slot);
+        older_copy = as_long.min_by_key(|(_, open_count, _)| *open_count).map(|(_, _, slot)| slot);
         segments.push(next);
     }
     let wanted = segments.last().map_or(superblock.low_water_segment, |last| last.header.number + 1);
@@ -308,6 +316,7 @@ pub fn survey_as<S: Storage>(
         free_slots,
         manifest,
         bad_ranges,
+        older_copy,
         bad_list_lost,
         unreadable: salvage.into_unreadable(),
         keyring,
@@ -468,6 +477,12 @@ impl Slot {
             self.scan = Some(found);
         }
         Ok(())
+    }
+
+    /// The stream's place after it, once it is scanned.
+    fn last(&self) -> ChainPoint {
+        let scanned = self.scan.as_ref().map(|scan| scan.last);
+        self.trailer.as_ref().map(|trailer| trailer.last).or(scanned).unwrap_or(self.header.after)
     }
 
     fn judge(&self, superblock: &Superblock, wanted: u64, tail: ChainPoint) -> Verdict {

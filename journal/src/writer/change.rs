@@ -299,7 +299,11 @@ impl Writer {
                 before.push(vec![(Purpose::Manifest, Op::Sync)]);
             }
             Change::SetEncryption(encryption) => {
-                before.push(self.seal_open());
+                // Even one that only an intent has begun: nothing more is to be written with the former key.
+                if let Some(open) = self.open.take() {
+                    self.seal(open);
+                }
+                before.push(std::mem::take(&mut self.riders));
                 next.encryption = *encryption;
             }
             Change::Seal => before.push(self.seal_open()),

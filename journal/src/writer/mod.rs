@@ -231,7 +231,7 @@ impl Writer {
             _ => None,
         };
         let receive_time_us = superblock.receive_time_us.max(newest_us);
-        Self {
+        let mut writer = Self {
             superblock,
             keyring,
             salt,
@@ -259,7 +259,12 @@ impl Writer {
             no_space: false,
             full: false,
             poisoned: false,
+        };
+        // The seal of one that was begun with another key was lost: nothing more is written to it.
+        if let Some(open) = writer.open.take_if(|open| !open.is_encrypted_by(&writer.superblock.encryption)) {
+            writer.seal(open);
         }
+        writer
     }
 
     /// Takes a batch that [`BatchView::parse`] gave `view` for. `batch` should be in aligned memory

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 
 use crate::batch::BatchView;
-use crate::crypt::Cipher;
+use crate::crypt::{Cipher, Encryption, SegmentKey};
 use crate::format::{
     ChainPoint, FooterBuilder, PAGE_BYTES, SegmentHeader, SegmentTrailer, slot_offset_bytes,
 };
@@ -40,6 +40,15 @@ impl OpenSegment {
 
     pub(super) fn header(&self) -> &SegmentHeader {
         &self.header
+    }
+
+    /// Whether it is encrypted as segments that begin now are.
+    pub(super) fn is_encrypted_by(&self, encryption: &Encryption) -> bool {
+        let key_id = |key: &SegmentKey| key.key.key_id;
+        match encryption {
+            Encryption::On(key) => self.header.encryption.as_ref().map(key_id) == Some(key.key_id),
+            Encryption::Never | Encryption::Off => self.header.encryption.is_none(),
+        }
     }
 
     /// Whether it has no record of the stream.
