@@ -34,6 +34,8 @@ pub struct Story {
     pub grants: u64,
     /// How often it had nothing of the generation yet: each is the begin of a full sync.
     pub beginnings: u64,
+    /// The last grant was of a generation that had nothing durable.
+    begins: bool,
     /// Refusals that no later attempt can mend, and why the sender gave up.
     pub trouble: Vec<String>,
 }
@@ -144,7 +146,9 @@ impl Story {
         match event {
             SenderEvent::Granted { new_generation, .. } => {
                 self.grants += 1;
-                self.beginnings += u64::from(new_generation);
+                // Until something of it is durable, each grant of a generation says that it is new.
+                self.beginnings += u64::from(new_generation && !self.begins);
+                self.begins = new_generation;
             }
             SenderEvent::Stopped(reason) => self.trouble.push(reason.to_string()),
             // Both end with another attempt.
