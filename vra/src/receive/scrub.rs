@@ -10,7 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use journal::format::{FIRST_SLOT_OFFSET_BYTES, slot_offset_bytes};
+use journal::format::slot_offset_bytes;
 use journal::storage::AlignedBuf;
 use journal::storage::ring::{Access, DirectFile};
 use journal::walk::{Finding, walk};
@@ -217,7 +217,6 @@ impl Scrub {
         let buffer = self.buffer.take().filter(|buffer| buffer.len() == len_bytes);
         let mut slot = buffer.unwrap_or_else(|| AlignedBuf::zeroed(len_bytes));
         let offset_bytes = slot_offset_bytes(segment.header.slot, slot_len_bytes);
-        debug_assert!(offset_bytes >= FIRST_SLOT_OFFSET_BYTES);
         let mut findings = self.read(file.file(), offset_bytes, &mut slot)?;
         if findings.is_empty() {
             segment.cipher.decrypt_slot(&mut slot);

@@ -2,7 +2,7 @@
 
 use vra::api::{ApiError, CheckpointInfo, ErrorCode, LockCheckpoint, Request, Response};
 
-use super::checkpoints::{MAX_SEARCH_PAGES, newest_of, no_such};
+use super::checkpoints::{MAX_SEARCH_PAGES, newest_at, no_such};
 use super::{Manager, internal};
 use crate::api::At;
 use crate::model::event::{Entity, EventKind};
@@ -84,12 +84,7 @@ impl Manager {
         at: &At,
     ) -> Result<Option<CheckpointInfo>, ApiError> {
         for target in targets {
-            let mut query = newest_of(vpg);
-            match at {
-                At::Latest | At::Checkpoint { .. } => {}
-                At::Time { time_us } => query.to_us = Some(*time_us),
-                At::Tag { .. } => query.tagged = true,
-            }
+            let mut query = newest_at(vpg, at);
             for _ in 0..MAX_SEARCH_PAGES {
                 let page = self.page(target, query.clone()).await?;
                 let is_meant = |info: &CheckpointInfo| match at {

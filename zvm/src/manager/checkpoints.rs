@@ -103,12 +103,7 @@ impl Manager {
     pub(super) async fn find_checkpoint(&self, vpg: &Vpg, at: &At) -> Result<CheckpointInfo, ApiError> {
         let targets = self.targets(vpg).await?;
         let (first, others) = split(&targets, vpg)?;
-        let mut query = newest_of(vpg);
-        match at {
-            At::Latest | At::Checkpoint { .. } => {}
-            At::Time { time_us } => query.to_us = Some(*time_us),
-            At::Tag { .. } => query.tagged = true,
-        }
+        let mut query = newest_at(vpg, at);
         for _ in 0..MAX_SEARCH_PAGES {
             let page = self.page(first, query.clone()).await?;
             for candidate in page.checkpoints {
@@ -181,7 +176,7 @@ impl Manager {
     }
 }
 
-pub(super) fn newest_of(vpg: &Vpg) -> ListCheckpoints {
+fn newest_of(vpg: &Vpg) -> ListCheckpoints {
     ListCheckpoints {
         vpg: vpg.id,
         vm: None,
@@ -191,6 +186,16 @@ pub(super) fn newest_of(vpg: &Vpg) -> ListCheckpoints {
         newest_first: true,
         after: None::<CheckpointId>,
         limit: MAX_CHECKPOINTS_PER_PAGE,
+    }
+}
+
+/// The same, of those only that a moment may mean.
+pub(super) fn newest_at(vpg: &Vpg, at: &At) -> ListCheckpoints {
+    let query = newest_of(vpg);
+    match at {
+        At::Latest | At::Checkpoint { .. } => query,
+        At::Time { time_us } => ListCheckpoints { to_us: Some(*time_us), ..query },
+        At::Tag { .. } => ListCheckpoints { tagged: true, ..query },
     }
 }
 
