@@ -85,6 +85,13 @@ impl Catalogue {
         catalogue
     }
 
+    /// Adds a checkpoint.
+    pub(crate) fn add(&mut self, entry: CheckpointEntry) {
+        let key = |entry: &CheckpointEntry| (entry.checkpoint.cut, entry.seq);
+        let at = self.entries.partition_point(|other| key(other) < key(&entry));
+        self.entries.insert(at, entry);
+    }
+
     /// The checkpoints, oldest first.
     pub fn checkpoints(&self) -> &[CheckpointEntry] {
         &self.entries

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use crate::bad_ranges::BadRange;
-use crate::batch::RecordKind;
-use crate::catalogue::Catalogue;
+use crate::batch::{Checkpoint, RecordKind};
+use crate::catalogue::{Catalogue, CheckpointEntry};
 use crate::crypt::Ciphers;
 use crate::format::{Footer, FooterEvent, Superblock, SuperblockError, VolumeState};
 use crate::index::{Index, IndexBuilder};
@@ -26,6 +26,8 @@ pub struct Reader {
     pub survey: Survey,
     footers: Vec<Footer>,
     catalogue: Catalogue,
+    /// Checkpoints older than the history that somebody else keeps: their cuts, and through where.
+    kept: BTreeMap<u64, u64>,
 }
 
 /// Why a view cannot be opened.
@@ -131,7 +133,7 @@ impl Reader {
         each_footer(&survey.segments, &mut io, &survey.superblock, |footer| footers.push(footer))?;
         let catalogue =
             Catalogue::build(&survey.superblock, footers.iter().flat_map(|footer| &footer.events));
-        Ok(Self { survey, footers, catalogue })
+        Ok(Self { survey, footers, catalogue, kept: BTreeMap::new() })
     }
 
     /// The journal's checkpoints.
@@ -160,7 +162,24 @@ impl Reader {
     /// # Errors
     /// The number is not in the history.
     pub fn view(&self, seq: u64) -> Result<View, ViewError> {
-        self.view_kept(seq, seq)
+        self.view_kept(seq, self.kept_seq(seq).unwrap_or(seq))
+    }
+
+    /// Lists a checkpoint that is older than the history, of which somebody else keeps everything that the records after its cut and up to
+    /// `kept_seq` have changed. False if that isn't enough.
+    pub fn add_kept(&mut self, checkpoint: Checkpoint, kept_seq: u64) -> bool {
+        let superblock = &self.survey.superblock;
+        let is_enough = kept_seq >= superblock.oldest_seq() && !superblock.state.is_base_sync();
+        if is_enough {
+            self.kept.insert(checkpoint.cut, kept_seq);
+            self.catalogue.add(CheckpointEntry { seq: checkpoint.cut, checkpoint });
+        }
+        is_enough
+    }
+
+    /// Through where somebody else keeps what the records after this number have changed, if it is that of a checkpoint older than the history.
+    pub fn kept_seq(&self, seq: u64) -> Option<u64> {
+        self.kept.get(&seq).copied()
     }
 
     /// The same for a view of which somebody else keeps everything that the records after `seq` and up to `kept_seq` have changed: only

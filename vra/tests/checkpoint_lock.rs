@@ -1,17 +1,16 @@
-//! A locked checkpoint outlives the history, a restart, and everything but a journal that has no room.
+//! A locked checkpoint outlives the history, restarts, and the room of its journal.
 
 mod common;
 
 use std::time::Duration;
 
-use ::vra::api::status::SourceMode;
 use ::vra::api::{
     CheckpointId, CheckpointInfo, ErrorCode, JournalId, LockCheckpoint, PointInTime, Request, Response,
-    ViewMode, VmId, VolumeId, VpgId, VraStatus,
+    ViewMode, VmId, VolumeId, VpgId,
 };
 use common::TestCa;
 use common::pair::{
-    apply, checkpoints, door, open, open_view, pattern, streaming_pair, tag, wait_for_checkpoint,
+    apply, checkpoints, door, open, open_view, overrun, pattern, streaming_pair, tag, wait_for_checkpoint,
 };
 use common::vra::{Vra, nbdcopy, qemu_io};
 
@@ -58,7 +57,7 @@ async fn a_checkpoint_is_unlocked_though_it_is_complete_no_more() {
 }
 
 #[tokio::test]
-async fn a_locked_checkpoint_stays_until_it_is_unlocked_or_the_journal_has_no_room() {
+async fn a_locked_checkpoint_stays_until_it_is_unlocked() {
     let ca = TestCa::new();
     let Some((source, mut target, volumes, mut definition)) = streaming_pair("lock", &ca).await else {
         return;
@@ -107,10 +106,8 @@ async fn a_locked_checkpoint_stays_until_it_is_unlocked_or_the_journal_has_no_ro
     target.ask(Request::CloseView(::vra::api::CloseView { view: view.view })).await;
 
     assert!(!lock(&target, vpg, kept.id, false).await.locked);
-    let mut newer = None;
     for round in 0..20 {
         write_some(40 + round).await;
-        newer = checkpoints(&target, vpg).await.pop();
         if find(&target, vpg, kept.id).await.is_none() {
             break;
         }
@@ -118,27 +115,47 @@ async fn a_locked_checkpoint_stays_until_it_is_unlocked_or_the_journal_has_no_ro
     assert!(find(&target, vpg, kept.id).await.is_none(), "nothing keeps it any more");
     assert!(find(&target, vpg, before.id).await.is_none());
 
-    // A lock gives way to replication.
-    let newer = newer.expect("there are checkpoints");
+    // A lock outlives the room of the journal too, and so do views of it.
+    qemu_io(&door(&volumes[0]), &pattern(3, 512, 1024));
+    let newer = tag(&source, vpg, "newer").await;
+    let as_newer = std::fs::read(&volumes[0].path).expect("disk");
+    wait_for_checkpoint(&target, vpg, newer.id).await;
     assert!(lock(&target, vpg, newer.id, true).await.locked);
-    let mut is_locked = true;
-    for round in 0..60_u8 {
-        qemu_io(&door(&volumes[0]), &pattern(60 + round, 0, 12 << 10));
-        // Not more than the source's memory holds.
-        let is_sent = |status: &VraStatus| {
-            status
-                .source_vms
-                .iter()
-                .all(|vm| vm.mode == SourceMode::Streaming && vm.durable_through == vm.last_sequence)
-        };
-        source.wait_for("sent", is_sent).await;
-        is_locked = checkpoints(&target, vpg).await.iter().any(|info| info.locked);
-        if !is_locked {
-            break;
-        }
+    overrun(&source, vpg, &door(&volumes[0])).await;
+    let status = target.wait_for("open", |status| status.target_vms.iter().all(|vm| vm.connected)).await;
+    let oldest = status.target_vms[0].history_from_us.expect("there are checkpoints");
+    assert!(oldest > newer.time_us, "the journal still holds the checkpoint: this shows nothing");
+    assert!(!status.alerts.iter().any(|alert| alert.code.starts_with("lock-")), "{:?}", status.alerts);
+    let held = find(&target, vpg, newer.id).await.expect("listed");
+    assert!(held.locked && held.complete && held.tag.as_deref() == Some("newer"), "{held:?}");
+    // By the datastore's files alone, beside the VRA.
+    if std::process::Command::new("qemu-img").arg("--version").output().is_ok() {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vra-journal"));
+        command.arg("extract").arg(status.target_vms[0].folder.join("journal.hfj"));
+        command.args(["--at", "newer", "--disk", "0", "--quiet", "--out"]).arg(target.path("extracted.raw"));
+        let extracted = command.output().expect("vra-journal");
+        assert!(extracted.status.success(), "{}", String::from_utf8_lossy(&extracted.stderr));
+        assert!(std::fs::read(target.path("extracted.raw")).expect("image") == as_newer, "it differs");
     }
-    assert!(!is_locked, "the journal went on growing");
-    target.wait_for("told", |status| status.alerts.iter().any(|alert| alert.code == "lock-given-up")).await;
+    let at = PointInTime::Checkpoint { checkpoint: newer.id };
+    let view = open_view(&target, &open(vpg, at, ViewMode::Scratch)).await;
+    qemu_io(&view.disks[0].door, &pattern(0xB3, 2 << 10, 256));
+    let mut written = as_newer.clone();
+    written[2 << 20..(2 << 20) + (256 << 10)].fill(0xB3);
+    target.kill();
+    target.serve();
+    target.wait_for("open", |status| status.target_vms.iter().any(|vm| vm.connected)).await;
+    target.wait_for("served", |status| status.views.iter().all(|view| view.problem.is_none())).await;
+    overrun(&source, vpg, &door(&volumes[0])).await;
+    let read_only = open_view(&target, &open(vpg, at, ViewMode::ReadOnly)).await;
+    for (view, expected) in [(&view, &written), (&read_only, &as_newer)] {
+        if let Some(found) = nbdcopy(&view.disks[0].door, &target.path("copy.raw")) {
+            assert!(found == *expected, "the locked checkpoint differs");
+        }
+        target.ask(Request::CloseView(::vra::api::CloseView { view: view.view })).await;
+    }
+    assert!(!lock(&target, vpg, newer.id, false).await.locked);
+    assert!(find(&target, vpg, newer.id).await.is_none(), "it is older than the history");
     let last = tag(&source, vpg, "last").await;
     wait_for_checkpoint(&target, vpg, last.id).await;
 }

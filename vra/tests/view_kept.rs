@@ -2,25 +2,12 @@
 
 mod common;
 
-use ::vra::api::status::SourceMode;
-use ::vra::api::{CloseView, DoorAddress, PointInTime, Request, ViewInfo, ViewMode, VpgId, VraStatus};
+use ::vra::api::{CloseView, PointInTime, Request, ViewInfo, ViewMode, VraStatus};
 use common::TestCa;
-use common::pair::{apply, door, open, open_view, pattern, streaming_pair, tag, wait_for_checkpoint};
+use common::pair::{
+    apply, door, open, open_view, overrun, pattern, streaming_pair, tag, wait_for_checkpoint,
+};
 use common::vra::{Vra, nbdcopy, qemu_io};
-
-/// Writes until the journal, of 256 MiB, must have promoted what it began with.
-async fn overrun(source: &Vra, vpg: VpgId, door: &DoorAddress) {
-    for round in 0..24 {
-        qemu_io(door, &pattern(100 + round, 1024, 12 << 10));
-        // Not more than the source's memory holds; and what is older than a checkpoint can be promoted.
-        let is_sent = |status: &VraStatus| {
-            let mut vms = status.source_vms.iter();
-            vms.all(|vm| vm.mode == SourceMode::Streaming && vm.durable_through == vm.last_sequence)
-        };
-        source.wait_for("sent", is_sent).await;
-        tag(source, vpg, "on the way").await;
-    }
-}
 
 fn is_right(target: &Vra, view: &ViewInfo, expected: &[u8]) {
     if let Some(found) = nbdcopy(&view.disks[0].door, &target.path("copy.raw")) {
@@ -61,20 +48,26 @@ async fn a_test_goes_on_while_its_history_is_promoted_and_a_read_only_view_gives
     assert_eq!(problem(&status, &kept), None);
     assert!(!status.alerts.iter().any(|alert| alert.code == "journal-full"), "{:?}", status.alerts);
     is_right(&target, &kept, &expected);
-    target.ask(Request::CloseView(CloseView { view: given_up.view })).await;
-
     // Its checkpoint is no more in the journal, and the view is still there after the death of the VRA.
     let before = status.target_vms[0].history_from_us.expect("there are checkpoints");
     assert!(before > tagged.time_us, "the journal still holds the checkpoint: this shows nothing");
     target.kill();
     target.serve();
     target.wait_for("open", |status| status.target_vms.iter().any(|vm| vm.connected)).await;
-    target.wait_for("served", |status| status.views.iter().all(|view| view.problem.is_none())).await;
+    target.wait_for("served", |status| problem(status, &kept).is_none()).await;
     is_right(&target, &kept, &expected);
     qemu_io(&kept.disks[0].door, &pattern(0xB4, 4 << 10, 256));
     expected[4 << 20..(4 << 20) + (256 << 10)].fill(0xB4);
+    // The one that was given up is still there, and keeps nothing.
     overrun(&source, vpg, &door(&volumes[0])).await;
     is_right(&target, &kept, &expected);
+    let status = target.wait_for("open", |status| status.target_vms.iter().any(|vm| vm.connected)).await;
+    assert!(
+        status.target_vms[0].history_from_us.expect("there are checkpoints") > before,
+        "nothing was promoted"
+    );
+    assert!(problem(&status, &given_up).is_some_and(|problem| problem.contains("history")));
+    target.ask(Request::CloseView(CloseView { view: given_up.view })).await;
     target.ask(Request::CloseView(CloseView { view: kept.view })).await;
     let last = tag(&source, vpg, "last").await;
     wait_for_checkpoint(&target, vpg, last.id).await;

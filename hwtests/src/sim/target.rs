@@ -176,8 +176,8 @@ impl TargetSite {
         let Some(process) = &mut self.process else { return false };
         self.pinned_by_lock = env.rng.one_in(3);
         process.receiver.set_pins(match self.pinned_by_lock {
-            true => Pins { view: None, lock: cut },
-            false => Pins { view: cut, lock: None },
+            true => Pins { view: None, lock: cut, has_views: false },
+            false => Pins { view: cut, lock: None, has_views: cut.is_some() },
         });
         cut.is_some_and(|cut| cut >= process.receiver.oldest_seq())
     }

@@ -164,6 +164,7 @@ impl Daemon {
                 cold_after: Duration::from_secs(config.scrub.cold_after_s.into()),
                 pass_every: Duration::from_secs(config.scrub.pass_every_s.into()),
             },
+            overlay_bytes: u64::from(config.target.scratch_mib) << 20,
             ..TargetSettings::STANDARD
         })?;
         if let Some(path) = &config.target.site_key_file {

@@ -4,8 +4,6 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use journal::storage::ring::DirectFile;
-use journal::view::View;
 use ublk::serve::Disk;
 
 use super::definition::check_name;
@@ -18,11 +16,10 @@ use crate::api::{
     ApiError, CheckpointInfo, CloseView, DoorAddress, DoorRequest, ErrorCode, OpenView, PointInTime, TimeUs,
     ViewId, ViewInfo, ViewMode, VmId, VpgId,
 };
-use crate::receive::{Pin, TargetVm};
+use crate::receive::{OpenedView, TargetVm};
 use crate::report::chain;
 use crate::view::{
-    Freshness, ScratchError, ScratchFile, ScratchKeys, ScratchOwner, ViewDisk, ViewDiskError, ViewSettings,
-    ViewSource, remove_scratch,
+    ScratchError, ScratchFile, ScratchOwner, ViewDisk, ViewDiskError, ViewSettings, remove_scratch,
 };
 
 /// Most views that are open at once.
@@ -345,56 +342,37 @@ impl Daemon {
         for path in wanted.iter().filter_map(|disk| disk.scratch.as_ref()) {
             kept_seq = kept_seq.min(match scratch {
                 ScratchFrom::New => 0,
-                ScratchFrom::Former { .. } => tokio::task::block_in_place(|| ScratchFile::kept_seq_at(path))?,
+                ScratchFrom::Former { lock_until } => {
+                    tokio::task::block_in_place(|| ScratchFile::kept_seq_at(path, lock_until))?
+                }
             });
         }
         let kept_seq = if kept_seq == u64::MAX { 0 } else { kept_seq };
-        let mut opened = vm.open_kept_view(at, kept_seq).await?;
-        let pin = Arc::new(opened.pin);
-        let mut opened = Opened {
-            definition: vm.definition(),
-            seq: opened.view.seq(),
-            journal: &opened.journal,
-            disks: &opened.disks,
-            keys: ScratchKeys { keyring: &opened.keyring, encryption: opened.encryption },
-            view: &mut opened.view,
-            pin: &pin,
-        };
+        let mut opened = vm.open_former_view(at, kept_seq).await?;
+        let definition = vm.definition();
         let ready = wanted.iter().map(|disk| {
-            tokio::task::block_in_place(|| self.disk_as_it_was(&mut opened, record, disk, scratch))
+            tokio::task::block_in_place(|| {
+                self.disk_as_it_was(&mut opened, &definition, record, disk, scratch)
+            })
         });
         Ok(ready.collect())
     }
 
     fn disk_as_it_was(
         &self,
-        opened: &mut Opened<'_>,
+        opened: &mut OpenedView,
+        definition: &VmDefinition,
         record: &ViewRecord,
         wanted: &ViewDiskRecord,
         scratch: ScratchFrom,
     ) -> Result<ReadyDisk, ApiError> {
-        let definition = &opened.definition;
         let volume = definition.volumes.iter().find(|volume| volume.id == wanted.volume);
-        let recovery_disk = opened.disks.get(usize::from(wanted.number));
-        let (Some(volume), Some(recovery_disk)) = (volume, recovery_disk) else {
+        let volume = volume.ok_or_else(|| {
             let message = format!("VM {} has no volume {} any more", definition.name, wanted.number);
-            return Err(ApiError::new(ErrorCode::NotFound, message));
-        };
-        let duplicate = |file: &std::fs::File| {
-            file.try_clone().map_err(|error| {
-                ApiError::new(ErrorCode::Exhausted, format!("cannot duplicate a file descriptor: {error}"))
-                    .remedy("raise LimitNOFILE")
-            })
-        };
-        let not_there = |error| ApiError::new(ErrorCode::NotFound, chain(&error));
-        let source = ViewSource {
-            volume: opened.view.take_volume(volume.number).map_err(not_there)?,
-            journal: duplicate(opened.journal.file())?,
-            recovery_disk: duplicate(recovery_disk.file())?,
-            seq: opened.seq,
-            freshness: Freshness::Superblock,
-            keep: Box::new(Arc::clone(opened.pin)),
-        };
+            ApiError::new(ErrorCode::NotFound, message)
+        })?;
+        let source = opened.source(volume.number)?;
+        let seq = opened.view.seq();
         let size_bytes = source.volume.size_bytes();
         let owner = ScratchOwner {
             vra: self.vra.0,
@@ -403,19 +381,20 @@ impl Daemon {
             journal: definition.journal.0,
             volume: volume.id.0,
             number: volume.number,
-            seq: opened.seq,
+            seq,
             disk_bytes: size_bytes,
             logical_block_bytes: volume.logical_block_bytes,
         };
+        let keys = opened.scratch_keys();
         let live = self.live_map_path(record.info.view, wanted.vm, wanted.number);
         let scratch = match (&wanted.scratch, scratch) {
             (None, _) => None,
             (Some(path), ScratchFrom::Former { lock_until }) => {
-                Some(ScratchFile::open(path, &live, &owner, &opened.keys, lock_until)?)
+                Some(ScratchFile::open(path, &live, &owner, &keys, lock_until)?)
             }
             (Some(path), ScratchFrom::New) => {
                 let limit_bytes = u64::from(self.config.target.scratch_mib) << 20;
-                Some(ScratchFile::make(path, &live, &owner, &opened.keys, limit_bytes)?)
+                Some(ScratchFile::make(path, &live, &owner, &keys, limit_bytes)?)
             }
         };
         let settings =
@@ -426,7 +405,7 @@ impl Daemon {
             volume: volume.id,
             number: volume.number,
             size_bytes,
-            sequence: opened.seq,
+            sequence: seq,
             // Stands until the door is open.
             door: DoorAddress::NbdUnix { path: PathBuf::new(), export: String::new() },
         };
@@ -439,17 +418,6 @@ impl Daemon {
     pub(super) fn live_map_path(&self, view: ViewId, vm: VmId, number: u16) -> PathBuf {
         self.config.run_dir.join(format!("scratch-{view}-{vm}-{number}.map"))
     }
-}
-
-/// A VM as it was, opened.
-struct Opened<'a> {
-    definition: VmDefinition,
-    seq: u64,
-    view: &'a mut View,
-    journal: &'a DirectFile,
-    disks: &'a [DirectFile],
-    keys: ScratchKeys<'a>,
-    pin: &'a Arc<Pin>,
 }
 
 impl From<ViewDiskError> for ApiError {

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 
+use super::args::Format;
 use super::disk::{DiskAt, remedy};
 use super::export::{Exports, SocketFolder};
 use super::image::Image;
@@ -24,6 +25,7 @@ const COMPLAINT_BYTES: u64 = 4096;
 
 /// The installed `qemu-img`, and a server that it reads from.
 pub(super) struct Converter {
+    format: Format,
     exports: Exports,
     folder: SocketFolder,
 }
@@ -35,13 +37,13 @@ impl Converter {
     }
 
     /// Begins to serve it.
-    pub(super) fn start() -> anyhow::Result<Self> {
+    pub(super) fn start(format: Format) -> anyhow::Result<Self> {
         let (exports, folder) = (Exports::new()?, SocketFolder::new()?);
         exports.listen(&folder.socket())?;
-        Ok(Self { exports, folder })
+        Ok(Self { format, exports, folder })
     }
 
-    /// Writes a disk into an image of format qcow2.
+    /// Writes a disk into an image.
     pub(super) fn run(
         &self,
         from: DiskAt,
@@ -73,7 +75,11 @@ impl Converter {
             "driver=raw,file.driver=nbd,file.export={EXPORT},file.server.type=unix,file.server.path={socket}"
         );
         let mut command = Command::new(PROGRAM);
-        command.args(["convert", "-p", "-O", "qcow2", "--image-opts", &source]).arg(into);
+        let format = match self.format {
+            Format::Raw => "raw",
+            Format::Qcow2 => "qcow2",
+        };
+        command.args(["convert", "-p", "-O", format, "--image-opts", &source]).arg(into);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = Ended(command.spawn().with_context(|| format!("cannot start {PROGRAM}"))?);
         let percents = percents(child.0.stdout.take().context("its output")?);

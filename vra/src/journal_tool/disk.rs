@@ -11,7 +11,7 @@ use journal::view::VolumeView;
 
 use super::image::HOLE_BYTES;
 use super::place::Journal;
-use crate::view::{Collect, Freshness, Layout, ViewDisk, ViewSettings, ViewSource};
+use crate::view::{Collect, Freshness, Layout, ScratchFile, ViewDisk, ViewSettings, ViewSource};
 
 /// A disk at a moment.
 pub(super) struct DiskAt {
@@ -27,6 +27,8 @@ pub(super) struct DiskAt {
     pub(super) layout: Layout,
     /// No VRA can have opened a journal without superblocks.
     pub(super) is_alone: bool,
+    /// What was promoted past it, if it is a locked checkpoint older than the history, and a view to go with it.
+    beneath: Option<(ScratchFile, VolumeView)>,
     /// The journal's file.
     pub(super) journal: PathBuf,
     /// The recovery disk's.
@@ -43,6 +45,8 @@ impl DiskAt {
     /// The disks of a VM after record `seq`: one, or all that it had.
     pub(super) fn of(journal: &Journal, seq: u64, only: Option<u16>) -> anyhow::Result<Vec<Self>> {
         let mut view = journal.reader.view(seq)?;
+        let is_kept = journal.reader.kept_seq(seq).is_some();
+        let mut other = is_kept.then(|| journal.reader.view(seq)).transpose()?;
         let numbers: Vec<u16> = match only {
             Some(number) => vec![number],
             None => view.volumes().map(VolumeView::number).collect(),
@@ -54,7 +58,12 @@ impl DiskAt {
             let Ok(volume) = view.take_volume(number) else { bail!(journal.no_disk(number)) };
             // What is wrong with it is to be told before anything is written.
             journal.open_disk(number)?;
+            let beneath = match &mut other {
+                Some(other) => Some((journal.overlay(seq, number)?, other.take_volume(number)?)),
+                None => None,
+            };
             Ok(Self {
+                beneath,
                 vm: journal.vm_name(),
                 number,
                 seq,
@@ -76,6 +85,11 @@ impl DiskAt {
     /// Its length, in bytes.
     pub(super) fn size_bytes(&self) -> u64 {
         self.volume.size_bytes()
+    }
+
+    /// Whether the files alone don't tell what it was like: an overlay has a part of it.
+    pub(super) fn has_overlay(&self) -> bool {
+        self.beneath.is_some()
     }
 
     /// In words.
@@ -102,15 +116,24 @@ impl DiskAt {
             true => Freshness::Flag(Arc::default()),
             false => Freshness::Collected { layout: self.layout.clone(), collect: self.collect() },
         };
-        let source = ViewSource {
-            journal: DirectFile::open(&self.journal, Access::ReadOnly)?.file().try_clone()?,
-            recovery_disk: DirectFile::open(&self.recovery_disk, Access::ReadOnly)?.file().try_clone()?,
-            seq: self.seq,
-            volume: self.volume,
-            freshness,
-            keep: Box::new(()),
+        let source = |volume, freshness, beneath| -> anyhow::Result<ViewSource> {
+            Ok(ViewSource {
+                journal: DirectFile::open(&self.journal, Access::ReadOnly)?.file().try_clone()?,
+                recovery_disk: DirectFile::open(&self.recovery_disk, Access::ReadOnly)?.file().try_clone()?,
+                seq: self.seq,
+                volume,
+                freshness,
+                beneath,
+                keep: Box::new(()),
+            })
         };
-        Ok(ViewDisk::new(source, settings, scratch)?)
+        let beneath = match self.beneath {
+            Some((overlay, volume)) => {
+                Some(ViewDisk::new(source(volume, Freshness::Superblock, None)?, settings, Some(overlay))?)
+            }
+            None => None,
+        };
+        Ok(ViewDisk::new(source(self.volume, freshness, beneath)?, settings, scratch)?)
     }
 
     /// The most space that a sparse image of it takes, in bytes: blocks of [`HOLE_BYTES`] that may hold something. Waits for the

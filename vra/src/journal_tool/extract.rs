@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::io::Write;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -69,6 +70,10 @@ impl VmPast {
         Ok(Self { journal: journal.path.clone(), seq, only, disks, found: Some(found) })
     }
 
+    fn has_overlays(&self) -> bool {
+        self.found.iter().flatten().any(DiskAt::has_overlay)
+    }
+
     /// Where the disks' bytes were, found out anew if it isn't known any more.
     fn take(&mut self, keys: &SiteKeys, without_bad_list: bool) -> anyhow::Result<Vec<DiskAt>> {
         if let Some(found) = self.found.take() {
@@ -102,9 +107,19 @@ pub(super) fn run(arguments: &Extract, keys: &SiteKeys, out: &mut dyn Write) -> 
     let Past { moment, mut vms } = find(arguments, keys)?;
     // From here on something is left if the process just ends; before any thread exists, so that all inherit the mask.
     let mut signals = Signals::to_look_for()?;
+    // What overlays have a part of is read as a guest would.
+    let has_overlays = vms.iter().any(VmPast::has_overlays);
+    if has_overlays {
+        if arguments.skip_damaged {
+            bail!(
+                "--skip-damaged can't read a locked checkpoint that is older than the history: leave it out"
+            );
+        }
+        Converter::check()?;
+    }
     let converter = match arguments.format {
-        Format::Raw => None,
-        Format::Qcow2 => Some(Converter::start()?),
+        Format::Raw if !has_overlays => None,
+        format => Some(Converter::start(format)?),
     };
     let folder = match &arguments.out_dir {
         Some(folder) => Some(OutFolder::make(folder)?),
@@ -155,7 +170,11 @@ pub(super) fn run(arguments: &Extract, keys: &SiteKeys, out: &mut dyn Write) -> 
                 }
                 Some(converter) => {
                     converter.run(disk, image, &mut progress, &mut signals)?;
-                    format!("in {} of qcow2", text::bytes(std::fs::metadata(image.partial())?.len()))
+                    let metadata = std::fs::metadata(image.partial())?;
+                    match arguments.format {
+                        Format::Raw => format!("of which {} hold data", text::bytes(metadata.blocks() * 512)),
+                        Format::Qcow2 => format!("in {} of qcow2", text::bytes(metadata.len())),
+                    }
                 }
             };
             image.sync()?;

@@ -17,6 +17,7 @@ mod inspect;
 mod list;
 mod locked;
 mod moment;
+mod overlays;
 mod place;
 mod progress;
 mod serve;

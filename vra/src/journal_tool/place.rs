@@ -16,6 +16,7 @@ use super::storage::ToolStorage;
 use super::text;
 use crate::api::vpg::{VmDefinition, VpgDefinition};
 use crate::api::{VmId, VpgId};
+use crate::receive::LockedCheckpoint;
 
 /// Name of a journal's file in its VM's folder.
 const JOURNAL_NAME: &str = "journal.hfj";
@@ -27,6 +28,9 @@ pub(super) struct Manifest {
     pub(super) vm: VmId,
     /// The VM's group.
     pub(super) vpg: VpgDefinition,
+    /// Checkpoints that are kept when they grow older than the history.
+    #[serde(default)]
+    pub(super) locked: Vec<LockedCheckpoint>,
 }
 
 impl Manifest {
@@ -108,7 +112,10 @@ impl Journal {
         let manifest = manifest.and_then(|manifest| serde_json::from_str(&manifest.text).ok());
         let cut_short = cut_short(&reader.survey);
         let keys = keys.clone();
-        Ok(Self { path, storage, file, reader, manifest, cut_short, is_rebuilt, is_unproven, keys })
+        let mut journal =
+            Self { path, storage, file, reader, manifest, cut_short, is_rebuilt, is_unproven, keys };
+        journal.find_overlays();
+        Ok(journal)
     }
 
     fn may_have_moved(&mut self) -> bool {

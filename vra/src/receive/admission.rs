@@ -32,7 +32,7 @@ pub(super) fn of_full_sync(
     if superblock.state.is_base_sync() {
         return Admission::AsIs;
     }
-    let pinned = pins.view.is_some() || pins.lock.is_some() && !policy.give_up_history;
+    let pinned = pins.has_views || pins.lowest().is_some() && !policy.give_up_history;
     if checkpoints == 0 && !pinned {
         return Admission::GiveUpHistory;
     }

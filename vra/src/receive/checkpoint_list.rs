@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use journal::batch::Checkpoint;
 
+use super::manifest::LockedCheckpoint;
 use crate::api::{CheckpointId, TimeUs};
 
 /// One checkpoint.
@@ -54,6 +55,13 @@ impl ListedCheckpoint {
     /// Where it is in the order.
     pub fn key(&self) -> CheckpointKey {
         (self.time_us, self.id)
+    }
+}
+
+impl From<&LockedCheckpoint> for ListedCheckpoint {
+    fn from(locked: &LockedCheckpoint) -> Self {
+        let LockedCheckpoint { checkpoint, cut, time_us, member_set_version, ref tag } = *locked;
+        Self { time_us, id: checkpoint, cut, member_set_version, tag: tag.clone() }
     }
 }
 

@@ -10,7 +10,7 @@ use super::*;
 use crate::api::vpg::VpgDefinition;
 use crate::api::{CheckpointId, JournalId, VmId, view::PointInTime};
 use crate::view::test_guest::Guest;
-use crate::view::{Freshness, ViewDisk, ViewSettings, ViewSource};
+use crate::view::{ViewDisk, ViewSettings};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_acknowledged_is_what_every_checkpoint_shows() {
@@ -181,17 +181,8 @@ async fn a_view_outlives_a_failure_of_the_storage() {
 }
 
 fn view_disk(opened: OpenedView) -> (Arc<ViewDisk>, Arc<Pin>) {
-    let OpenedView { mut view, journal, mut disks, pin, .. } = opened;
-    let pin = Arc::new(pin);
-    let file = |file: &journal::storage::ring::DirectFile| file.file().try_clone().expect("a descriptor");
-    let source = ViewSource {
-        seq: view.seq(),
-        volume: view.take_volume(0).expect("it was there"),
-        journal: file(&journal),
-        recovery_disk: file(&disks.remove(0)),
-        freshness: Freshness::Superblock,
-        keep: Box::new(Arc::clone(&pin)),
-    };
+    let mut opened = opened;
+    let (source, pin) = (opened.source(0).expect("it was there"), Arc::clone(&opened.pin));
     let settings = ViewSettings { logical_block_bytes: 512, look_for_holes: false };
     (ViewDisk::new(source, settings, None).expect("a view"), pin)
 }

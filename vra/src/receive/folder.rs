@@ -1,5 +1,6 @@
 //! A VM's folder in a datastore: where its files are, and how they come to be.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -119,6 +120,25 @@ impl VmFolder {
     /// The scratch file of a volume in a view.
     pub fn scratch(&self, view: ViewId, volume: u16) -> PathBuf {
         self.path.join(format!("scratch-{view}-{volume}.raw"))
+    }
+
+    /// What was promoted past the locked checkpoint at a number, of a volume.
+    pub fn overlay(&self, cut: u64, volume: u16) -> PathBuf {
+        self.path.join(format!("lock-{cut}-{volume}.raw"))
+    }
+
+    /// The numbers of locked checkpoints that there are overlays of.
+    pub fn overlay_cuts(&self) -> BTreeSet<u64> {
+        let names = fs::read_dir(&self.path)
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let cut = |name: String| {
+            let (cut, volume) = name.strip_prefix("lock-")?.strip_suffix(".raw")?.split_once('-')?;
+            volume.parse::<u16>().ok()?;
+            cut.parse().ok()
+        };
+        names.filter_map(cut).collect()
     }
 
     /// Whether the VM's files were made completely: the journal gets its name last.
@@ -314,7 +334,7 @@ fn sync_folder(path: &Path) -> io::Result<()> {
 fn is_own_name(name: &str) -> bool {
     name == JOURNAL_FILE
         || name == UNFINISHED_JOURNAL_FILE
-        || name.ends_with(".raw") && (name.starts_with("disk-") || name.starts_with("scratch-"))
+        || name.ends_with(".raw") && ["disk-", "scratch-", "lock-"].iter().any(|kind| name.starts_with(kind))
 }
 
 /// A name as a part of a path: letters, digits and `._-` stay, at most 80 bytes, no dot in front.

@@ -1,8 +1,11 @@
 //! What a journal says of its VM.
 
+use std::collections::BTreeSet;
+
 use journal::format::Superblock;
 use serde::{Deserialize, Serialize};
 
+use super::checkpoint_list::ListedCheckpoint;
 use crate::api::{
     CheckpointId, TimeUs, VmId,
     vpg::{VmDefinition, VpgDefinition},
@@ -29,7 +32,7 @@ pub struct Manifest {
 }
 
 /// A checkpoint that is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LockedCheckpoint {
     /// Which one.
     pub checkpoint: CheckpointId,
@@ -37,6 +40,19 @@ pub struct LockedCheckpoint {
     pub cut: u64,
     /// When it was taken, by the coordinator's clock.
     pub time_us: TimeUs,
+    /// The members it was taken over.
+    #[serde(default)]
+    pub member_set_version: u32,
+    /// Its name, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tag: Option<Box<str>>,
+}
+
+impl From<&ListedCheckpoint> for LockedCheckpoint {
+    fn from(listed: &ListedCheckpoint) -> Self {
+        let ListedCheckpoint { time_us, id: checkpoint, cut, member_set_version, ref tag } = *listed;
+        Self { checkpoint, cut, time_us, member_set_version, tag: tag.clone() }
+    }
 }
 
 /// Why a manifest's text can't be used.
@@ -90,10 +106,12 @@ impl Manifest {
         serde_json::to_string_pretty(self).expect("ids, names and numbers always have a JSON form")
     }
 
-    /// Forgets locks of checkpoints that can't be opened any more: the history was given up and that could not be noted here.
-    pub fn forget_stale_locks(&mut self, superblock: &Superblock) {
+    /// Forgets locks of checkpoints that can't be opened any more: the history was given up and that could not be noted here. Those that have
+    /// overlays may be older than the history.
+    pub fn forget_stale_locks(&mut self, superblock: &Superblock, overlays: &BTreeSet<u64>) {
         let has_history = !superblock.state.is_base_sync();
-        self.locked.retain(|locked| has_history && locked.cut >= superblock.oldest_seq());
+        let is_there = |cut| cut >= superblock.oldest_seq() || overlays.contains(&cut);
+        self.locked.retain(|locked| has_history && is_there(locked.cut));
     }
 
     /// The VM's definition.

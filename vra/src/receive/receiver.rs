@@ -12,6 +12,7 @@ use std::collections::VecDeque;
 
 use bytes::Bytes;
 use journal::batch::BatchView;
+use journal::crypt::Encryption;
 use journal::format::{ChainPoint, FooterEvent, JournalState};
 use journal::storage::{AlignedBuf, Op, Purpose, StorageError};
 use journal::writer::{Action, Change, ChangeError, Event, OfferError, RESERVED_SLOTS, Writer};
@@ -49,6 +50,8 @@ pub struct Receiver {
     pins: Pins,
     /// A promotion may begin: others share the worker and its memory.
     may_promote: bool,
+    /// As last asked for: the journal's changes are made in their order.
+    encryption: Encryption,
     /// Manifests that are not durable yet.
     manifest_tickets: VecDeque<u64>,
     /// A receive time and the monotonic time that it belongs to, both in microseconds (C6).
@@ -109,6 +112,7 @@ impl Receiver {
             identity,
             policy,
             base: BaseApply::new(reserved),
+            encryption: writer.superblock().encryption,
             history: History::new(&events, writer.superblock().oldest_seq()),
             writer,
             stream: None,

@@ -193,10 +193,12 @@ pub struct HistorySpan {
 /// The lowest numbers that are still needed: nothing above is promoted, nor given up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Pins {
-    /// By open views: of one that was kept by copying, only what comes after what was copied (C5).
+    /// By open views and locked checkpoints with overlays, which make way: of what was copied for them, only what comes after (C5).
     pub view: Option<u64>,
-    /// By locked checkpoints, which may be unlocked for want of room.
+    /// By locked checkpoints without overlays, which may be unlocked for want of room.
     pub lock: Option<u64>,
+    /// Views are open: the history can't be given up.
+    pub has_views: bool,
 }
 
 impl Pins {

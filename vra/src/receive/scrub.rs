@@ -10,9 +10,9 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use journal::format::slot_offset_bytes;
+use journal::format::{PAGE_BYTES, slot_offset_bytes};
 use journal::storage::AlignedBuf;
-use journal::storage::ring::{Access, DirectFile};
+use journal::storage::ring::{Access, DirectFile, OpenFileError};
 use journal::walk::{Finding, walk};
 use journal::writer::ClosedSegment;
 
@@ -125,6 +125,8 @@ struct Pass {
     through_number: u64,
     segments: u64,
     damage: BTreeMap<u64, Vec<Finding>>,
+    /// The journal can't be opened, and that was told.
+    is_refused: bool,
 }
 
 impl Pass {
@@ -137,6 +139,7 @@ impl Pass {
             through_number: 0,
             segments: 0,
             damage: BTreeMap::new(),
+            is_refused: false,
         }
     }
 }
@@ -168,7 +171,9 @@ impl Scrub {
             if pass.began.elapsed() < self.settings.pass_every {
                 return false;
             }
-            *pass = Pass { ended_us: pass.ended_us, ..Pass::new() };
+            // What was found stays found until the segment is looked at again.
+            let damage = std::mem::take(&mut pass.damage);
+            *pass = Pass { ended_us: pass.ended_us, damage, ..Pass::new() };
         }
         let cold_us = self.settings.cold_after.as_micros() as u64;
         let Some(sealed) = vm.sealed_segment(pass.through_number, cold_us) else { return false };
@@ -179,16 +184,27 @@ impl Scrub {
             return false;
         };
         let number = segment.header.number;
-        let findings = self.look_at(vm, &segment, slot_len_bytes);
-        let Some(findings) = findings else { return false };
-        // Beside a promotion, another segment may have been in the slot by then.
-        let is_there = || {
-            let again = vm.sealed_segment(number - 1, 0).flatten();
-            again.is_some_and(|again| again.segment.header == segment.header)
+        let findings = match self.look_at(vm, &segment, slot_len_bytes) {
+            Ok(Some(findings)) => findings,
+            Ok(None) => return false,
+            Err(error) => {
+                if !std::mem::replace(&mut pass.is_refused, true) {
+                    tracing::warn!(vm = %vm.id(), error = %super::error_chain(&error), "the scrub cannot open a journal");
+                }
+                return false;
+            }
         };
+        pass.is_refused = false;
+        let mut is_there = false;
+        if !findings.is_empty() {
+            // Beside a promotion, another segment may have been in the slot by then. The journal may be closed meanwhile: then it is looked at
+            // once more.
+            let Some(again) = vm.sealed_segment(number - 1, 0) else { return false };
+            is_there = again.is_some_and(|again| again.segment.header == segment.header);
+        }
         pass.damage.retain(|number, _| *number >= oldest_number);
         pass.damage.remove(&number);
-        if !findings.is_empty() && is_there() {
+        if is_there {
             pass.damage.insert(number, findings);
         }
         pass.through_number = number;
@@ -197,35 +213,28 @@ impl Scrub {
         true
     }
 
-    /// What is wrong with a segment; nothing if the thread is to end, or the file can't be opened.
+    /// What is wrong with a segment; nothing if the thread is to end.
+    ///
+    /// # Errors
+    /// The file can't be opened.
     fn look_at(
         &mut self,
         vm: &TargetVm,
         segment: &ClosedSegment,
         slot_len_bytes: u64,
-    ) -> Option<Vec<Finding>> {
-        let path = vm.folder().journal();
-        let file = match DirectFile::open(&path, Access::ReadOnly) {
-            Ok(file) => file,
-            Err(error) => {
-                tracing::warn!(error = %super::error_chain(&error), "the scrub cannot open a journal");
-                self.stop.wait(IDLE_WAIT);
-                return None;
-            }
-        };
+    ) -> Result<Option<Vec<Finding>>, OpenFileError> {
+        let file = DirectFile::open(&vm.folder().journal(), Access::ReadOnly)?;
         let len_bytes = slot_len_bytes as usize;
         let buffer = self.buffer.take().filter(|buffer| buffer.len() == len_bytes);
         let mut slot = buffer.unwrap_or_else(|| AlignedBuf::zeroed(len_bytes));
         let offset_bytes = slot_offset_bytes(segment.header.slot, slot_len_bytes);
-        let mut findings = self.read(file.file(), offset_bytes, &mut slot)?;
-        if findings.is_empty() {
-            segment.cipher.decrypt_slot(&mut slot);
-            let Ok(walked) =
-                walk::<Infallible>(&slot, &segment.header, segment.trailer.as_ref(), &mut |_, _, _| Ok(()));
-            findings = walked.findings;
-        }
+        let Some(mut findings) = self.read(file.file(), offset_bytes, &mut slot) else { return Ok(None) };
+        segment.cipher.decrypt_slot(&mut slot);
+        let Ok(walked) =
+            walk::<Infallible>(&slot, &segment.header, segment.trailer.as_ref(), &mut |_, _, _| Ok(()));
+        findings.extend(walked.findings);
         self.buffer = Some(slot);
-        Some(findings)
+        Ok(Some(findings))
     }
 
     /// Reads a slot at the rate that is set; gives what can't be read, or nothing if the thread is to end.
@@ -235,9 +244,16 @@ impl Scrub {
         for (number, piece) in slot.chunks_mut(PIECE_BYTES).enumerate() {
             let begun = Instant::now();
             let slot_offset_bytes = (number * PIECE_BYTES) as u64;
-            if let Err(error) = file.read_exact_at(piece, offset_bytes + slot_offset_bytes) {
-                let what = format!("{} bytes cannot be read: {error}", piece.len());
-                findings.push(Finding { seq: None, place: None, slot_offset_bytes, what });
+            if file.read_exact_at(piece, offset_bytes + slot_offset_bytes).is_err() {
+                // What can be read is checked all the same.
+                for (page, bytes) in piece.chunks_mut(PAGE_BYTES).enumerate() {
+                    let slot_offset_bytes = slot_offset_bytes + (page * PAGE_BYTES) as u64;
+                    if let Err(error) = file.read_exact_at(bytes, offset_bytes + slot_offset_bytes) {
+                        bytes.fill(0);
+                        let what = format!("{PAGE_BYTES} bytes cannot be read: {error}");
+                        findings.push(Finding { seq: None, place: None, slot_offset_bytes, what });
+                    }
+                }
             }
             if self.stop.wait(piece_time.saturating_sub(begun.elapsed())) {
                 return None;

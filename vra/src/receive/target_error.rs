@@ -10,6 +10,7 @@ use journal::writer::ChangeError;
 use super::folder::FolderError;
 use super::manifest::ManifestError;
 use crate::api::{CheckpointId, JournalId, VmId};
+use crate::view::ViewDiskError;
 
 /// Why something could not be done to a target VM.
 #[derive(Debug, thiserror::Error)]
@@ -165,4 +166,13 @@ pub enum TargetError {
     /// The view can't be opened.
     #[error("the view can't be opened")]
     View(#[source] ViewError),
+    /// What is copied for a locked checkpoint can't be kept, or not be read.
+    #[error("overlay {}", path.display())]
+    Overlay {
+        /// Its file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: ViewDiskError,
+    },
 }

@@ -37,12 +37,19 @@ pub struct TargetSettings {
     pub window_bytes: u32,
     /// The scrub of the journals.
     pub scrub: ScrubSettings,
+    /// Most of one disk that is copied for a locked checkpoint which promotion must pass, in bytes. Its space is reserved.
+    pub overlay_bytes: u64,
 }
 
 impl TargetSettings {
     /// What the product uses if nothing else is said.
-    pub const STANDARD: Self =
-        Self { worker_count: 2, memory_bytes: 512 << 20, window_bytes: 16 << 20, scrub: ScrubSettings::OFF };
+    pub const STANDARD: Self = Self {
+        worker_count: 2,
+        memory_bytes: 512 << 20,
+        window_bytes: 16 << 20,
+        scrub: ScrubSettings::OFF,
+        overlay_bytes: 10 << 30,
+    };
 }
 
 /// All VMs that this VRA is target of.
@@ -93,7 +100,11 @@ impl TargetHost {
                     tokio::task::spawn_blocking(move || {
                         let vms: Vec<_> =
                             vms.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
-                        vms.iter().for_each(|vm| vm.look_at_space());
+                        let spaces: Vec<_> = vms.iter().map(|vm| vm.thin_space()).collect();
+                        let all: Vec<_> = spaces.iter().flatten().copied().collect();
+                        for (vm, space) in vms.iter().zip(spaces) {
+                            vm.tell_space(space.is_some_and(|space| space.is_low(&all)));
+                        }
                     });
                 }
             }
@@ -123,6 +134,8 @@ impl TargetHost {
     pub async fn ensure(&self, vpg: &VpgDefinition, vm: VmId) -> Result<Arc<TargetVm>, TargetError> {
         let _changing = self.changing.lock().await;
         if let Some(target) = self.vm(vm) {
+            // What can't be done as a whole isn't begun.
+            target.may_encrypt(vpg)?;
             target.redefine(vpg)?;
             target.follow_encryption()?;
             return Ok(target);
@@ -155,7 +168,7 @@ impl TargetHost {
             folder,
             opened,
             self.next_worker().clone(),
-            self.settings.window_bytes,
+            self.settings,
             self.keys.clone(),
             awaited.clone(),
             next_key,

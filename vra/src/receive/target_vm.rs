@@ -1,6 +1,7 @@
 //! One VM at its target, for the daemon: its state, its checkpoints, its disks as they were.
 
 mod events;
+mod kept_locks;
 mod locks;
 mod pins;
 mod preserving;
@@ -8,8 +9,9 @@ mod reopen;
 mod scrubbing;
 mod space;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Instant;
 
 use journal::bad_ranges::BadRanges;
 use journal::crypt::{Encryption, Keyring};
@@ -20,9 +22,9 @@ use journal::view::{Promoted, Reader, View, ViewError};
 use journal::walk::Finding;
 use journal::writer::{ChangeError, Writer};
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 
-use super::checkpoint_list::CheckpointList;
+use super::checkpoint_list::{CheckpointList, ListedCheckpoint};
 use super::files::{self, VmFiles};
 use super::folder::VmFolder;
 use super::manifest::{LockedCheckpoint, Manifest};
@@ -30,8 +32,10 @@ use super::receiver::Receiver;
 use super::receiver_types::{Pins, ReceiverPolicy, ReceiverStatus};
 use super::shared_keys::SharedKeys;
 use super::target_error::TargetError;
+use super::target_host::TargetSettings;
 use super::worker::{Attached, Input, VmKey, Worker};
-use pins::PinBook;
+use kept_locks::{Kept, KeptLock};
+use pins::{PinBook, Purpose};
 
 pub use pins::Pin;
 
@@ -41,6 +45,7 @@ use crate::api::{
     view::PointInTime,
     vpg::{VmDefinition, VpgDefinition},
 };
+use crate::view::{Freshness, ScratchKeys, ViewSource};
 
 /// A VM at its target.
 pub struct TargetVm {
@@ -48,10 +53,12 @@ pub struct TargetVm {
     folder: VmFolder,
     worker: Worker,
     runtime: Handle,
-    window_bytes: u32,
+    settings: TargetSettings,
     keys: SharedKeys,
     /// What open views follow.
     promoted: Promoted,
+    /// Rung when a lock is told to be in the way.
+    lock_told: Notify,
     /// Held while locks change: who takes one back must not take back what another request was promised.
     locking: tokio::sync::Mutex<()>,
     inner: Mutex<Inner>,
@@ -74,6 +81,14 @@ struct Inner {
     told_bad_ranges: BadRanges,
     /// How often the files were opened again.
     reopenings: u64,
+    /// Since when views can't be kept, by their pins' numbers.
+    not_kept_since: BTreeMap<u64, Instant>,
+    /// Locks that have overlays, or are to have them again, by their numbers.
+    kept_locks: BTreeMap<u64, Kept>,
+    /// The locked checkpoint that keeps a full journal from making room.
+    lock_in_the_way: Option<u64>,
+    /// A task sees to that.
+    is_keeping_lock: bool,
     /// Through which number open views are to make way.
     wanted_way: Option<u64>,
     /// A task sees to that.
@@ -95,7 +110,38 @@ pub struct OpenedView {
     /// Whether it encrypts: then what is written to the view is encrypted too.
     pub encryption: Encryption,
     /// Keeps the history.
-    pub pin: Pin,
+    pub pin: Arc<Pin>,
+    /// What was promoted past it, if it is a locked checkpoint.
+    kept: Option<Arc<KeptLock>>,
+}
+
+impl OpenedView {
+    /// What a view of one of the volumes is made of, once.
+    ///
+    /// # Errors
+    /// There was no such volume, or the process has too many files open.
+    pub fn source(&mut self, volume: u16) -> Result<ViewSource, TargetError> {
+        let duplicate = |file: &DirectFile| {
+            file.file().try_clone().map_err(|source| files::host("duplicating a file's descriptor", source))
+        };
+        let disk = self.disks.get(usize::from(volume));
+        let disk = disk.ok_or(TargetError::View(ViewError::NoVolume(volume)))?;
+        let (journal, recovery_disk) = (duplicate(&self.journal)?, duplicate(disk)?);
+        Ok(ViewSource {
+            volume: self.view.take_volume(volume).map_err(TargetError::View)?,
+            journal,
+            recovery_disk,
+            seq: self.view.seq(),
+            freshness: Freshness::Superblock,
+            beneath: self.kept.as_ref().and_then(|kept| kept.disk(volume)),
+            keep: Box::new((Arc::clone(&self.pin), self.kept.clone())),
+        })
+    }
+
+    /// How what is written to it is encrypted.
+    pub fn scratch_keys(&self) -> ScratchKeys<'_> {
+        ScratchKeys { keyring: &self.keyring, encryption: self.encryption }
+    }
 }
 
 impl TargetVm {
@@ -104,21 +150,32 @@ impl TargetVm {
         folder: VmFolder,
         files: VmFiles,
         worker: Worker,
-        window_bytes: u32,
+        settings: TargetSettings,
         keys: SharedKeys,
         awaited: Vec<u64>,
         mut next_key: Box<dyn FnMut() -> VmKey + Send>,
     ) -> Arc<Self> {
         let key = next_key();
-        let pins = PinBook::awaiting(awaited);
         let (mut manifest, vm) = (files.manifest.clone(), files.identity.vm);
-        manifest.forget_stale_locks(&files.opened.superblock);
+        let superblock = &files.opened.superblock;
+        let mut overlays = folder.overlay_cuts();
+        manifest.forget_stale_locks(superblock, &overlays);
+        let is_wanted = |cut: &u64| {
+            let is_wanted = manifest.locked.iter().any(|locked| locked.cut == *cut) || awaited.contains(cut);
+            is_wanted && *cut < superblock.oldest_seq()
+        };
+        // What nothing was promoted past yet is copied anew if need be.
+        let (wanted, unwanted): (BTreeSet<u64>, BTreeSet<u64>) =
+            std::mem::take(&mut overlays).into_iter().partition(is_wanted);
+        let mut pins = PinBook::awaiting(awaited);
+        let former: Vec<(u64, u64)> = wanted.iter().map(|cut| (*cut, pins.await_overlays())).collect();
         let is_noted = manifest == files.manifest;
         let runtime = Handle::current();
         let bad_ranges = files.opened.bad_ranges.clone();
         let target = Arc::new_cyclic(|weak| {
             let needed = pins.needed(&manifest.locked);
-            let status = attach_files(&worker, key, files, window_bytes, needed, weak.clone());
+            let status =
+                attach_files(&worker, key, files, &manifest, settings.window_bytes, needed, weak.clone());
             let inner = Inner {
                 manifest,
                 key: Some(key),
@@ -131,6 +188,10 @@ impl TargetVm {
                 scrub_damage: BTreeMap::new(),
                 pins,
                 releasing: Vec::new(),
+                not_kept_since: BTreeMap::new(),
+                kept_locks: BTreeMap::new(),
+                lock_in_the_way: None,
+                is_keeping_lock: false,
                 told_bad_ranges: BadRanges::default(),
                 reopenings: 0,
                 closed: false,
@@ -138,13 +199,16 @@ impl TargetVm {
             };
             let promoted = Promoted::new(&bad_ranges);
             let (locking, inner) = (tokio::sync::Mutex::default(), Mutex::new(inner));
-            Self { vm, folder, worker, runtime, window_bytes, keys, promoted, locking, inner }
+            let lock_told = Notify::new();
+            Self { vm, folder, worker, runtime, settings, keys, promoted, locking, lock_told, inner }
         });
         if !is_noted {
             // Nobody waits for it: should it be lost, it is found out again.
             target.write_manifest(&target.lock());
         }
         target.tell_bad_ranges(&bad_ranges);
+        unwanted.into_iter().for_each(|cut| target.remove_overlays(cut));
+        former.into_iter().for_each(|(cut, pin)| target.await_overlays(cut, pin));
         target
     }
 
@@ -221,11 +285,25 @@ impl TargetVm {
         self.lock().alerts.values().cloned().collect()
     }
 
-    /// Its checkpoints, oldest first.
+    /// Its checkpoints, oldest first, with those that are locked and older than the history.
     ///
     /// # Errors
     /// Its files are not open.
     pub async fn checkpoints(&self) -> Result<CheckpointList, TargetError> {
+        let mut list = self.history().await?;
+        let inner = self.lock();
+        for locked in inner.manifest.locked.iter().filter(|locked| inner.kept_locks.contains_key(&locked.cut))
+        {
+            let listed = ListedCheckpoint::from(locked);
+            if list.get(listed.key()).is_none() {
+                list.push(listed);
+            }
+        }
+        Ok(list)
+    }
+
+    /// The checkpoints of the history.
+    async fn history(&self) -> Result<CheckpointList, TargetError> {
         let (answer, checkpoints) = oneshot::channel();
         let told = self.lock().key.is_some_and(|vm| self.worker.tell(Input::Checkpoints { vm, answer }));
         let not_open = || TargetError::NotOpen { vm: self.vm, reason: self.lock().not_open.clone() };
@@ -261,12 +339,20 @@ impl TargetVm {
             let slot_bytes = inner.status.lock().unwrap_or_else(PoisonError::into_inner).slot_bytes;
             self.worker.tell(Input::SetPolicy {
                 vm,
-                policy: policy(vpg, definition, slot_bytes, self.window_bytes),
+                policy: policy(vpg, definition, slot_bytes, self.settings.window_bytes),
             });
             // Nobody waits for it: should it be lost with the files, it is written when they are open again.
             self.write_manifest(&inner);
         }
         Ok(())
+    }
+
+    /// Whether there is a key, if the group wants encryption.
+    ///
+    /// # Errors
+    /// There is none.
+    pub(super) fn may_encrypt(&self, vpg: &VpgDefinition) -> Result<(), TargetError> {
+        if vpg.encrypt && self.keys.site().is_empty() { Err(TargetError::NoSiteKey) } else { Ok(()) }
     }
 
     /// Makes the journal encrypt, or not, as the group's definition says, with the site keys as they are now.
@@ -276,9 +362,7 @@ impl TargetVm {
     pub(super) fn follow_encryption(&self) -> Result<(), TargetError> {
         let (inner, site) = (self.lock(), self.keys.site());
         let wanted = inner.manifest.vpg.encrypt;
-        if wanted && site.is_empty() {
-            return Err(TargetError::NoSiteKey);
-        }
+        self.may_encrypt(&inner.manifest.vpg)?;
         if let Some(vm) = inner.key {
             self.worker.tell(Input::SetEncryption { vm, wanted, site });
         }
@@ -297,14 +381,14 @@ impl TargetVm {
     /// # Errors
     /// There is no such moment in the history, or a file can't be read.
     pub async fn open_view(self: &Arc<Self>, at: PointInTime) -> Result<OpenedView, TargetError> {
-        self.open_kept_view(at, 0).await
+        self.open_former_view(at, 0).await
     }
 
     /// The same of a view whose scratch has what was promoted up to `kept_seq` (C5).
     ///
     /// # Errors
     /// As for [`TargetVm::open_view`].
-    pub async fn open_kept_view(
+    pub async fn open_former_view(
         self: &Arc<Self>,
         at: PointInTime,
         kept_seq: u64,
@@ -313,11 +397,32 @@ impl TargetVm {
         let pin = self.pin();
         let oldest_seq = self.oldest_seq().await?;
         let seq = self.resolve(at).await?;
+        let kept = self.kept_at(seq)?;
+        self.open_pinned(pin, oldest_seq, seq, kept_seq, kept).await
+    }
+
+    /// Opens what a pin keeps from before its number was known, with what lies beneath if promotion may have passed it.
+    async fn open_pinned(
+        self: &Arc<Self>,
+        pin: Pin,
+        oldest_seq: u64,
+        seq: u64,
+        mut kept_seq: u64,
+        kept: Option<Arc<KeptLock>>,
+    ) -> Result<OpenedView, TargetError> {
+        if let Some(kept) = &kept {
+            kept_seq = kept_seq.max(kept.kept_seq());
+        }
         if seq.max(kept_seq) < oldest_seq {
+            // What was kept for it before the files were open keeps it no more.
+            self.stop_awaiting(seq);
             let newest_seq = self.status().durable_through;
             return Err(TargetError::View(ViewError::Gone { seq, oldest_seq, newest_seq }));
         }
         pin.needs(seq, kept_seq);
+        if kept.is_some() {
+            pin.is_for(Purpose::OnLock);
+        }
         let options = SurveyOptions { keys: self.keys.site(), ..SurveyOptions::default() };
         let promoted = self.promoted.clone();
         let (journal, disks) = (self.folder.journal(), self.definition().volumes.len() as u16);
@@ -337,7 +442,8 @@ impl TargetVm {
                 disks: disks.collect::<Result<_, _>>()?,
                 keyring,
                 encryption,
-                pin,
+                pin: Arc::new(pin),
+                kept,
             })
         };
         let opened = self.runtime.spawn_blocking(open).await;
@@ -379,6 +485,7 @@ impl TargetVm {
     /// Seals the journal and closes the files.
     pub(super) async fn close(&self) {
         let (answer, closed) = oneshot::channel();
+        self.close_overlays();
         let key = {
             let mut inner = self.lock();
             inner.closed = true;
@@ -431,12 +538,13 @@ fn attach_files(
     worker: &Worker,
     key: VmKey,
     files: VmFiles,
+    manifest: &Manifest,
     window_bytes: u32,
     pins: Pins,
     vm: Weak<TargetVm>,
 ) -> Arc<Mutex<ReceiverStatus>> {
-    let VmFiles { manifest, identity, opened, events, journal, disks } = files;
-    let definition = manifest.vm().expect("checked when the manifest was read");
+    let VmFiles { identity, opened, events, journal, disks, .. } = files;
+    let definition = manifest.vm().expect("checked when the manifest was read or set");
     let policy = policy(&manifest.vpg, definition, opened.superblock.slot_len_bytes, window_bytes);
     let reserved = vec![manifest.disks_reserved; disks.len()];
     let writer = Writer::new(opened, policy.limits);

@@ -32,6 +32,7 @@ pub(super) const SETTINGS: TargetSettings = TargetSettings {
     memory_bytes: 64 << 20,
     window_bytes: 16 << 20,
     scrub: super::ScrubSettings::OFF,
+    overlay_bytes: 64 << 20,
 };
 
 pub(super) struct Datastore(pub(super) PathBuf);
@@ -85,6 +86,7 @@ pub(super) fn definition(datastore: &std::path::Path, volumes: u16) -> VpgDefini
 
 pub(super) struct Target {
     vpg: VpgDefinition,
+    settings: TargetSettings,
     pub(super) host: Arc<TargetHost>,
     pub(super) address: SocketAddr,
     current: Arc<Mutex<Arc<TargetHost>>>,
@@ -93,7 +95,11 @@ pub(super) struct Target {
 
 impl Target {
     pub(super) async fn start(vpg: &VpgDefinition) -> Self {
-        let host = Arc::new(TargetHost::start(SETTINGS).expect("started"));
+        Self::start_with(vpg, SETTINGS).await
+    }
+
+    pub(super) async fn start_with(vpg: &VpgDefinition, settings: TargetSettings) -> Self {
+        let host = Arc::new(TargetHost::start(settings).expect("started"));
         host.ensure(vpg, vpg.vms[0].id).await.expect("made");
         let mut config = server_config();
         config.transport_config(transport_config());
@@ -103,7 +109,7 @@ impl Target {
         let connections = Arc::new(Mutex::new(Vec::new()));
         let source = vpg.vms[0].source.id;
         tokio::spawn(serve(endpoint, source, current.clone(), connections.clone()));
-        Self { vpg: vpg.clone(), host, address, current, connections }
+        Self { vpg: vpg.clone(), settings, host, address, current, connections }
     }
 
     pub(super) fn vm(&self) -> Arc<TargetVm> {
@@ -137,7 +143,7 @@ impl Target {
     pub(super) async fn restart(&mut self) {
         self.cut_connections();
         self.host.shut_down().await;
-        let host = Arc::new(TargetHost::start(SETTINGS).expect("started"));
+        let host = Arc::new(TargetHost::start(self.settings).expect("started"));
         host.ensure(&self.vpg, self.vpg.vms[0].id).await.expect("opened");
         *self.current.lock().expect("no panic") = host.clone();
         self.host = host;

@@ -223,7 +223,8 @@ impl World {
 
     fn run(&mut self, crashes: usize, limit_bytes: u64) -> Result<[usize; 2], String> {
         let boot = Uuid::from_u128(self.boot);
-        let made = ScratchFile::make_in(boot, &self.path, &self.live, &self.owner, &self.keys(), limit_bytes);
+        let made =
+            ScratchFile::make_in(boot, &self.path, Some(&self.live), &self.owner, &self.keys(), limit_bytes);
         let mut process = self.process(made.expect("made"));
         let mut ends = [0; 2];
         for _ in 0..crashes {
@@ -252,7 +253,8 @@ impl World {
             let boot = Uuid::from_u128(self.boot);
             // Nobody has it.
             let now = std::time::Instant::now();
-            let opened = ScratchFile::open_in(boot, &self.path, &self.live, &self.owner, &self.keys(), now);
+            let opened =
+                ScratchFile::open_in(boot, &self.path, Some(&self.live), &self.owner, &self.keys(), now);
             process = self.process(opened.map_err(|error| error.to_string())?);
             self.compare(&mut process, end)?;
         }

@@ -16,7 +16,7 @@ use super::plan::{Fetch, JOURNAL_FILE, Plan, SCRATCH_FILE, plan};
 use super::preserve::Reading;
 use super::scratch::commit::Commit;
 use super::scratch::gate::Pass;
-use super::scratch::map::{Place, Run};
+use super::scratch::map::Place;
 use super::{Scratch, Shown, ViewDisk};
 
 /// A lane of a [`ViewDisk`].
@@ -120,10 +120,7 @@ impl ViewLane {
             return;
         }
         let reading = Reading::begin(&self.disk);
-        let runs = match &self.disk.scratch {
-            Some(scratch) => scratch.lock().map.find(offset_bytes, len_bytes),
-            None => vec![Run { offset_bytes, len_bytes, place: Place::Below }],
-        };
+        let runs = self.disk.runs(offset_bytes, len_bytes);
         let shown = self.disk.shown();
         let promoted_seq = shown.volume.promoted().through_seq();
         let plan = match plan(&shown.volume, &runs, &self.disk.limits, |end| self.disk.recovery_disk_len(end))
@@ -200,7 +197,7 @@ impl ViewLane {
         };
         job.out -= 1;
         match result {
-            Ok(()) => job.decrypt(part, &mut slot, self.disk.scratch.as_ref()),
+            Ok(()) => job.decrypt(part, &mut slot, &self.disk),
             Err(errno) => _ = job.error.get_or_insert(errno),
         }
         if part == PART_DIRECT {
@@ -476,16 +473,15 @@ impl Drop for ViewLane {
 }
 
 impl ReadJob {
-    fn decrypt(&self, part: u32, read: &mut [u8], scratch: Option<&Scratch>) {
+    fn decrypt(&self, part: u32, read: &mut [u8], disk: &ViewDisk) {
         let ciphers = self.shown.volume.ciphers();
         match (part, &self.plan.direct) {
             (PART_DIRECT, Some(direct)) => direct.decrypt(ciphers, read, self.offset_bytes),
             (PART_DIRECT, None) => {}
-            _ => self.plan.fetches[part as usize].decrypt(
-                ciphers,
-                scratch.map(|scratch| &scratch.cipher),
-                read,
-            ),
+            _ => {
+                let fetch = &self.plan.fetches[part as usize];
+                fetch.decrypt(ciphers, disk.cipher_of(fetch.file), read);
+            }
         }
     }
 

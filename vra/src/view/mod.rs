@@ -23,7 +23,7 @@ use journal::storage::AlignedBuf;
 use journal::view::{VolumeView, still_there};
 use nix::errno::Errno;
 use ublk::arena::{Arena, SLOT_ALIGN_BYTES};
-use ublk::serve::{Allocation, Disk, Extent, Geometry, Lane, Waker, ZeroLimits};
+use ublk::serve::{Allocation, Disk, Extent, FileId, Geometry, Lane, Waker, ZeroLimits};
 
 pub use self::layout::Layout;
 use self::plan::PlanLimits;
@@ -31,7 +31,7 @@ use self::preserve::Reads;
 pub use self::preserve::{Below, PreserveError};
 use self::scratch::commit::{Commits, PAGES_AT_ONCE};
 pub use self::scratch::error::ScratchError;
-pub use self::scratch::file::{ScratchFile, ScratchKeys, remove as remove_scratch};
+pub use self::scratch::file::{ScratchFile, ScratchKeys, remove as remove_scratch, remove_overlay};
 pub use self::scratch::format::{ScratchFormatError, ScratchOwner};
 use self::scratch::gate::Gate;
 pub use self::scratch::map::MapDamage;
@@ -58,6 +58,9 @@ pub struct ViewSource {
     pub seq: u64,
     /// How the view learns that its history is gone.
     pub freshness: Freshness,
+    /// Another view of the same disk at the same number, to whose scratch everything goes that promotion is about to change (C5): what is
+    /// in there is read from there.
+    pub beneath: Option<Arc<ViewDisk>>,
     /// Held as long as the view lives: what keeps the history (C3).
     pub keep: Box<dyn Any + Send + Sync>,
 }
@@ -129,7 +132,9 @@ pub struct ViewDisk {
     seq: u64,
     /// Promotion up to here changes nothing that the view shows: it is in the scratch. 0 if nothing was copied.
     kept_seq: AtomicU64,
-    reads: Reads,
+    /// The same as those of the disk beneath: what it keeps is promoted when they have ended.
+    reads: Arc<Reads>,
+    beneath: Option<Arc<Self>>,
     /// Held while something is copied to the scratch.
     preserving: Mutex<()>,
     freshness: Freshness,
@@ -137,7 +142,8 @@ pub struct ViewDisk {
     /// How long the recovery disk is at least, in bytes: promotion makes it longer.
     recovery_disk_len: AtomicU64,
     settings: ViewSettings,
-    /// In the order of [`plan::JOURNAL_FILE`], [`plan::RECOVERY_DISK_FILE`], [`plan::SCRATCH_FILE`].
+    /// In the order of [`plan::JOURNAL_FILE`], [`plan::RECOVERY_DISK_FILE`], [`plan::SCRATCH_FILE`]; last the scratch file of the disk
+    /// beneath.
     files: Vec<File>,
     scratch: Option<Scratch>,
     /// How many lanes there are.
@@ -180,7 +186,7 @@ impl ViewDisk {
         settings: ViewSettings,
         scratch: Option<ScratchFile>,
     ) -> Result<Arc<Self>, ViewDiskError> {
-        let ViewSource { volume, journal, recovery_disk, seq, freshness, keep } = source;
+        let ViewSource { volume, journal, recovery_disk, seq, freshness, beneath, keep } = source;
         let align = ublk::backing::direct_io_align(&recovery_disk).map_err(ViewDiskError::Alignment)?;
         if align as usize > SLOT_ALIGN_BYTES {
             return Err(ViewDiskError::AlignmentTooLong(align));
@@ -192,11 +198,7 @@ impl ViewDisk {
         let scratch = match scratch {
             None => None,
             Some(mut file) => {
-                let duplicate = file.file.try_clone().map_err(|source| {
-                    let path = file.path().into();
-                    ScratchError::Io { action: "duplicate the descriptor of", path, source }
-                })?;
-                files.push(duplicate);
+                files.push(file.duplicate()?);
                 let map = file.take_map(volume.size_bytes())?;
                 let pages = Arena::new(PAGES_AT_ONCE as usize * PAGE_BYTES, 1);
                 let pages = pages.map_err(|errno| ViewDiskError::Memory(errno.into()))?;
@@ -206,6 +208,10 @@ impl ViewDisk {
                 Some(Scratch { state: Mutex::new(state), poisoned, cipher, pages })
             }
         };
+        let kept_file = FileId(files.len() as u32);
+        if let Some(scratch) = beneath.as_ref().and_then(|beneath| beneath.scratch.as_ref()) {
+            files.push(scratch.lock().file.duplicate()?);
+        }
         let layout = match &freshness {
             Freshness::Collected { layout, .. } => Some(layout.clone()),
             Freshness::Flag(_) | Freshness::Superblock => None,
@@ -216,13 +222,15 @@ impl ViewDisk {
             shown: RwLock::new(Arc::new(Shown { volume, layout })),
             seq,
             kept_seq: AtomicU64::new(kept_seq),
-            reads: Reads::default(),
+            reads: beneath.as_ref().map(|beneath| Arc::clone(&beneath.reads)).unwrap_or_default(),
+            beneath,
             preserving: Mutex::default(),
             freshness,
             limits: PlanLimits {
                 fetch_max_bytes: FETCH_SLOT_BYTES as u64,
                 disk_align_bytes: u64::from(align),
                 journal_align_bytes: u64::from(journal_align),
+                kept_file,
             },
             recovery_disk_len: AtomicU64::new(0),
             settings,
@@ -263,6 +271,7 @@ impl ViewDisk {
     /// Whether the history is gone: all reads fail.
     pub fn is_gone(&self) -> bool {
         self.gone.load(Ordering::Acquire)
+            || self.beneath.as_ref().is_some_and(|beneath| beneath.is_gone())
             || matches!(&self.freshness, Freshness::Flag(flag) if flag.load(Ordering::Acquire))
     }
 
@@ -432,6 +441,40 @@ impl ViewDisk {
         newest.is_some_and(|superblock| still_there(&superblock, self.kept_seq()).is_ok())
     }
 
+    /// Where each part of a range is. To be asked for once [`Reading::begin`] was called, if it is for a read.
+    fn runs(&self, offset_bytes: u64, len_bytes: u64) -> Vec<Run> {
+        let runs = match &self.scratch {
+            Some(scratch) => scratch.lock().map.find(offset_bytes, len_bytes),
+            None => vec![Run { offset_bytes, len_bytes, place: Place::Below }],
+        };
+        let Some(kept) = self.beneath.as_ref().and_then(|beneath| beneath.scratch.as_ref()) else {
+            return runs;
+        };
+        let mut refined = Vec::with_capacity(runs.len());
+        for run in runs {
+            if run.place != Place::Below {
+                refined.push(run);
+                continue;
+            }
+            let found = kept.lock().map.find(run.offset_bytes, run.len_bytes);
+            refined.extend(found.into_iter().map(|run| match run.place {
+                Place::Scratch(from) => Run { place: Place::Kept(from), ..run },
+                _ => run,
+            }));
+        }
+        refined
+    }
+
+    /// What the data of a scratch file among [`ViewDisk::files`] is encrypted with.
+    fn cipher_of(&self, file: FileId) -> Option<&Cipher> {
+        let scratch = if file == self.limits.kept_file {
+            self.beneath.as_ref().and_then(|beneath| beneath.scratch.as_ref())
+        } else {
+            self.scratch.as_ref().filter(|_| file == plan::SCRATCH_FILE)
+        };
+        scratch.map(|scratch| &scratch.cipher)
+    }
+
     /// What was never written in the view, from the start of the range on.
     fn extent_below(&self, offset_bytes: u64, len_bytes: u64) -> Extent {
         let shown = self.shown();
@@ -507,17 +550,16 @@ impl Disk for ViewDisk {
     }
 
     fn extents(&self, offset_bytes: u64, len_bytes: u64, count_max: usize) -> Vec<Extent> {
-        let runs = match &self.scratch {
-            Some(scratch) => scratch.lock().map.find(offset_bytes, len_bytes),
-            None => vec![Run { offset_bytes, len_bytes, place: Place::Below }],
-        };
+        let runs = self.runs(offset_bytes, len_bytes);
         let mut extents: Vec<Extent> = Vec::new();
         for run in runs {
             let end_bytes = run.offset_bytes + run.len_bytes;
             let mut at = run.offset_bytes;
             while at < end_bytes {
                 let extent = match run.place {
-                    Place::Scratch(_) => Extent { len_bytes: end_bytes - at, allocation: Allocation::Data },
+                    Place::Scratch(_) | Place::Kept(_) => {
+                        Extent { len_bytes: end_bytes - at, allocation: Allocation::Data }
+                    }
                     Place::Zeroes => Extent { len_bytes: end_bytes - at, allocation: Allocation::Hole },
                     Place::Below => self.extent_below(at, end_bytes - at),
                 };

@@ -31,6 +31,8 @@ pub(super) struct PlanLimits {
     pub(super) disk_align_bytes: u64,
     /// The same of the journal.
     pub(super) journal_align_bytes: u64,
+    /// The scratch file of the disk beneath, if there is one: the last of the files.
+    pub(super) kept_file: FileId,
 }
 
 /// How to read a range.
@@ -103,12 +105,12 @@ enum Use {
 }
 
 impl Fetch {
-    /// Decrypts what was fetched of the journal or the scratch.
-    pub(super) fn decrypt(&self, ciphers: &Ciphers, scratch: Option<&Cipher>, fetched: &mut [u8]) {
+    /// Decrypts what was fetched of the journal, or with `cipher`, which is that of the scratch file it was fetched of.
+    pub(super) fn decrypt(&self, ciphers: &Ciphers, cipher: Option<&Cipher>, fetched: &mut [u8]) {
         let fetched = &mut fetched[..self.len_bytes as usize];
-        match (self.file, scratch) {
+        match (self.file, cipher) {
             (JOURNAL_FILE, _) => ciphers.decrypt(self.offset_bytes, fetched),
-            (SCRATCH_FILE, Some(scratch)) => scratch.decrypt(self.offset_bytes, fetched),
+            (_, Some(cipher)) => cipher.decrypt(self.offset_bytes, fetched),
             _ => {}
         }
     }
@@ -160,6 +162,9 @@ pub(super) fn plan(
             Place::Zeroes => plan.zeroes.push(range),
             Place::Scratch(from) => {
                 plan.fetch(SCRATCH_FILE, range.start, from, run.len_bytes, SECTOR_BYTES, limits);
+            }
+            Place::Kept(from) => {
+                plan.fetch(limits.kept_file, range.start, from, run.len_bytes, SECTOR_BYTES, limits);
             }
             Place::Below => {
                 let step_bytes = limits.fetch_max_bytes - UNIT_SLACK_BYTES;

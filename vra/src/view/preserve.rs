@@ -29,6 +29,9 @@ pub enum PreserveError {
     /// It has no scratch that outlives the process.
     #[error("the view is read-only: it has no scratch")]
     NoScratch,
+    /// Nothing serves its disks: they could not be opened again after a start.
+    #[error("its disks are not served: `vra status` says why")]
+    NotServed,
     /// It can't be read or written any more.
     #[error("the view can't be used any more")]
     Gone,
@@ -47,6 +50,17 @@ pub enum PreserveError {
     /// Reads that began before don't end.
     #[error("reads of the view have not ended within {} s", DRAIN_LIMIT.as_secs())]
     Reads,
+}
+
+impl PreserveError {
+    /// Whether trying again can help.
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::NoScratch | Self::Gone | Self::Full => false,
+            Self::Read(error) => !matches!(error, ViewError::Corrupt { .. } | ViewError::Gone { .. }),
+            Self::NotServed | Self::Write(_) | Self::Scratch(_) | Self::Reads => true,
+        }
+    }
 }
 
 impl From<ScratchFull> for PreserveError {
@@ -91,29 +105,30 @@ pub(super) struct Reads {
 
 /// A read that is under way.
 pub(super) struct Reading {
-    disk: Arc<ViewDisk>,
+    reads: Arc<Reads>,
     parity: usize,
 }
 
 impl Reading {
     /// Begins before the read is planned.
-    pub(super) fn begin(disk: &Arc<ViewDisk>) -> Self {
+    pub(super) fn begin(disk: &ViewDisk) -> Self {
+        let reads = Arc::clone(&disk.reads);
         loop {
-            let epoch = disk.reads.epoch.load(Ordering::SeqCst);
+            let epoch = reads.epoch.load(Ordering::SeqCst);
             let parity = epoch % 2;
-            disk.reads.under_way[parity].fetch_add(1, Ordering::SeqCst);
+            reads.under_way[parity].fetch_add(1, Ordering::SeqCst);
             // Whoever waits for the former ones has not seen this one if the epoch is another now.
-            if disk.reads.epoch.load(Ordering::SeqCst) == epoch {
-                return Self { disk: Arc::clone(disk), parity };
+            if reads.epoch.load(Ordering::SeqCst) == epoch {
+                return Self { reads, parity };
             }
-            disk.reads.under_way[parity].fetch_sub(1, Ordering::SeqCst);
+            reads.under_way[parity].fetch_sub(1, Ordering::SeqCst);
         }
     }
 }
 
 impl Drop for Reading {
     fn drop(&mut self) {
-        self.disk.reads.under_way[self.parity].fetch_sub(1, Ordering::SeqCst);
+        self.reads.under_way[self.parity].fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -135,7 +150,8 @@ impl Reads {
 impl ViewDisk {
     /// Everything up to here may be promoted, and the view reads the same: its own number, or what was preserved.
     pub fn kept_seq(&self) -> u64 {
-        self.kept_seq.load(Ordering::SeqCst).max(self.seq)
+        let beneath = self.beneath.as_ref().map_or(0, |beneath| beneath.kept_seq());
+        self.kept_seq.load(Ordering::SeqCst).max(self.seq).max(beneath)
     }
 
     /// Copies what the view shows of `ranges`, which are what the records up to `through_seq` write that the view doesn't show and that
@@ -169,7 +185,8 @@ impl ViewDisk {
         flush(&mut *lane, self, &bell)?;
         self.reads.drain()?;
         let noting = scratch.lock().file.keeping(through_seq)?;
-        let noted = noting.write()?;
+        // A failed sync may have taken the word of what a guest flushes next with it.
+        let noted = noting.write().inspect_err(|_| scratch.poisoned.store(true, Ordering::Release))?;
         scratch.lock().file.kept(noted);
         self.kept_seq.fetch_max(through_seq, Ordering::SeqCst);
         if self.is_gone() { Err(PreserveError::Gone) } else { Ok(()) }

@@ -149,6 +149,16 @@ impl Guest {
         completion.result.map_err(|errno| errno.0)
     }
 
+    /// Writes random blocks of 4 KiB, in the model too.
+    pub(crate) fn write_some(&mut self, model: &mut [u8], count: usize) {
+        for _ in 0..count {
+            let offset_bytes = self.rng.random_range(0..model.len() as u64 / 4096) * 4096;
+            let fill = self.rng.random();
+            self.change(Op::Write, false, offset_bytes, fill).expect("written");
+            model[offset_bytes as usize..][..4096].fill(fill);
+        }
+    }
+
     /// Nothing can be changed any more, and everything reads as it did.
     pub(super) fn is_failed_but_readable(&mut self, model: &[u8]) {
         self.fails = |_| false;

@@ -27,6 +27,7 @@ pub(super) fn view_source(journal: &TestJournal, seq: u64, freshness: Freshness)
         recovery_disk: direct("disk-0.raw"),
         seq,
         freshness,
+        beneath: None,
         keep: Box::new(()),
     }
 }
@@ -528,7 +529,7 @@ fn a_view_that_was_kept_outlives_a_promotion_past_it() {
     // And a restart: the file says how far it goes.
     let kept_seq = journal.seq;
     drop((guest, disk));
-    assert_eq!(ScratchFile::kept_seq_at(&path).expect("not open"), kept_seq);
+    assert_eq!(ScratchFile::kept_seq_at(&path, std::time::Instant::now()).expect("not open"), kept_seq);
     let disk = open(&journal, true, kept_seq);
     Guest::new(&disk, 2, 4).compare(&model);
 

@@ -8,7 +8,7 @@ use ::vra::api::vpg::{VmDefinition, VolumeDefinition};
 use ::vra::api::{
     CheckpointId, CheckpointInfo, DoorAddress, DoorRequest, JournalId, ListCheckpoints, OpenView,
     PointInTime, Request, Response, TagCheckpoint, ViewId, ViewInfo, ViewMode, VmId, VolumeInfo,
-    VpgDefinition, VpgId,
+    VpgDefinition, VpgId, VraStatus,
 };
 
 use super::TestCa;
@@ -132,4 +132,18 @@ pub async fn streaming_pair(name: &str, ca: &TestCa) -> Option<(Vra, Vra, Vec<Vo
     source.wait_for("streaming", |status| status.source_vms[0].mode == SourceMode::Streaming).await;
     target.wait_for("journaling", |status| status.target_vms[0].state == TargetState::Journaling).await;
     Some((source, target, volumes, definition))
+}
+
+/// Writes until a journal of 256 MiB must have promoted what it began with.
+pub async fn overrun(source: &Vra, vpg: VpgId, door: &DoorAddress) {
+    for round in 0..24_u8 {
+        qemu_io(door, &pattern(100 + round, 1024, 12 << 10));
+        // Not more than the source's memory holds; and what is older than a checkpoint can be promoted.
+        let is_sent = |status: &VraStatus| {
+            let mut vms = status.source_vms.iter();
+            vms.all(|vm| vm.mode == SourceMode::Streaming && vm.durable_through == vm.last_sequence)
+        };
+        source.wait_for("sent", is_sent).await;
+        tag(source, vpg, "on the way").await;
+    }
 }

@@ -219,6 +219,7 @@ fn view_reads(folder: &Path, disk_bytes: u64) -> Result<f64> {
         recovery_disk: open(&paths[1])?,
         seq: reader.newest_seq(),
         freshness: Freshness::Flag(Arc::default()),
+        beneath: None,
         keep: Box::new(()),
     };
     drop(reader);

@@ -13,7 +13,7 @@ impl Receiver {
     /// The journal has failed.
     pub fn follow_encryption(&mut self, wanted: bool, site: &SiteKeys) -> Result<(), ChangeError> {
         self.writer.keyring().set_site(site.clone());
-        let now = self.writer.superblock().encryption;
+        let now = self.encryption;
         match (wanted, site.current()) {
             (true, Some(site_key)) => {
                 if matches!(now, Encryption::On(key) if key.site_key_id() == site_key.id()) {
@@ -33,8 +33,9 @@ impl Receiver {
     /// # Errors
     /// The journal has failed, or the key can't be opened.
     pub fn set_encryption(&mut self, encryption: Encryption) -> Result<(), ChangeError> {
-        if self.writer.superblock().encryption != encryption {
+        if self.encryption != encryption {
             self.writer.change(Change::SetEncryption(encryption))?;
+            self.encryption = encryption;
         }
         Ok(())
     }

@@ -72,9 +72,9 @@ impl TargetVm {
                 let remedy = "the journal fills up meanwhile: free space on the datastore, or replicate the VM anew if its journal is damaged";
                 self.alert("promotion-stuck", Severity::Critical, message, remedy);
             }
-            ReceiverEvent::LockInTheWay { cut } => self.lock_in_the_way(cut),
+            ReceiverEvent::LockInTheWay { cut } => self.lock_in_the_way(Some(cut)),
             ReceiverEvent::ViewInTheWay { through_seq } => self.view_in_the_way(through_seq),
-            ReceiverEvent::LockOutOfTheWay => drop(self.lock().alerts.remove("lock-in-the-way")),
+            ReceiverEvent::LockOutOfTheWay => self.lock_in_the_way(None),
             ReceiverEvent::Failed { failure, durable_through } => {
                 let reason = error_chain(&failure);
                 let message = format!("the storage in {} failed: {reason}", self.folder.path().display());

@@ -1,18 +1,27 @@
 //! Checkpoints that are kept when they grow older than the history.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use journal::writer::ChangeError;
 use tokio::sync::oneshot;
 
-use super::TargetVm;
+use super::{TargetVm, kept_locks};
 use crate::api::CheckpointId;
 use crate::api::status::Severity;
+use crate::receive::error_chain;
 use crate::receive::manifest::LockedCheckpoint;
 use crate::receive::target_error::TargetError;
 
 /// Locks of one VM at most: each takes some 200 bytes of the journal's manifest, which has room for 384 KiB in all.
 const MAX_LOCKS: usize = 1000;
+
+/// Wait between attempts to keep a lock that is in the way.
+const RETRY_WAIT: Duration = Duration::from_secs(10);
+
+const GIVEN_UP: &str = "lock-given-up";
+/// The alert of a lock that can neither be kept nor given up.
+pub(super) const IN_THE_WAY: &str = "lock-in-the-way";
 
 /// The end of a manifest's writing, if that could begin.
 type Written = Option<oneshot::Receiver<Result<(), ChangeError>>>;
@@ -42,10 +51,11 @@ impl TargetVm {
                 if locked.len() >= MAX_LOCKS {
                     return Err(TargetError::TooManyLocks { vm: self.vm, most: MAX_LOCKS });
                 }
-                locked.push(LockedCheckpoint { checkpoint, cut: listed.cut, time_us: listed.time_us });
+                locked.push(LockedCheckpoint::from(&listed));
                 locked.sort_by_key(|locked| locked.cut);
             }
-            inner.alerts.remove("lock-given-up");
+            inner.alerts.remove(GIVEN_UP);
+            inner.alerts.remove(kept_locks::LOST);
             self.tell_locks(&inner);
             // Also if it is there already: whoever asked for it first may not have seen it become durable.
             (is_new, self.write_manifest(&inner))
@@ -74,46 +84,83 @@ impl TargetVm {
         let released = self.runtime.spawn(released).await.unwrap_or_else(|error| {
             Err(crate::receive::files::host("unlocking a checkpoint", std::io::Error::other(error)))
         })?;
-        self.lock().alerts.remove("lock-given-up");
+        self.lock().alerts.remove(GIVEN_UP);
         Ok(released.into_iter().next())
     }
 
-    /// A locked checkpoint keeps a full journal from making room: it is given up, if the group prefers that to an end of its replication (C5).
-    pub(super) fn lock_in_the_way(self: &Arc<Self>, cut: u64) {
+    /// A locked checkpoint keeps a full journal from making room, or none does any more.
+    pub(super) fn lock_in_the_way(self: &Arc<Self>, cut: Option<u64>) {
+        let mut inner = self.lock();
+        inner.lock_in_the_way = cut;
+        if cut.is_none() {
+            inner.alerts.remove(IN_THE_WAY);
+        } else if !std::mem::replace(&mut inner.is_keeping_lock, true) {
+            drop(inner);
+            self.runtime.spawn(self.clone().keep_locks());
+        }
+        self.lock_told.notify_one();
+    }
+
+    /// Makes overlays for the locks that are in the way, one after the other.
+    async fn keep_locks(self: Arc<Self>) {
+        loop {
+            let cut = {
+                let mut inner = self.lock();
+                let cut = inner.lock_in_the_way.filter(|_| !inner.closed);
+                inner.is_keeping_lock = cut.is_some();
+                cut
+            };
+            let Some(cut) = cut else { return };
+            if let Err(error) = self.keep_lock(cut).await {
+                self.lock_not_kept(cut, &error_chain(&error));
+            }
+            // Whoever is told of the pins looks again; a failure may have passed some time later.
+            let _ = tokio::time::timeout(RETRY_WAIT, self.lock_told.notified()).await;
+        }
+    }
+
+    async fn keep_lock(self: &Arc<Self>, cut: u64) -> Result<(), TargetError> {
+        let _one = self.locking.lock().await;
+        let is_due = {
+            let inner = self.lock();
+            // Else it is on its way out, or has its overlays: the receiver is told of that.
+            inner.manifest.locked.iter().any(|locked| locked.cut == cut)
+                && !inner.kept_locks.contains_key(&cut)
+        };
+        if is_due {
+            self.make_overlays(cut).await?;
+            tracing::info!(vm = %self.vm, cut, "a locked checkpoint is kept by copying from now on: the journal has no room");
+        }
+        self.tell_locks(&self.lock());
+        Ok(())
+    }
+
+    /// A locked checkpoint can't be kept: it is given up, if the group prefers that to an end of its replication (C5). False if it isn't.
+    pub(super) fn lock_not_kept(self: &Arc<Self>, cut: u64, why: &str) -> bool {
         let inner = self.lock();
         let Some(time_us) =
             inner.manifest.locked.iter().find(|locked| locked.cut == cut).map(|locked| locked.time_us)
         else {
             // It is on its way out: the receiver is told of that.
-            return;
+            return true;
         };
         let gives_up = inner.manifest.vm().is_ok_and(|definition| definition.give_up_history);
         drop(inner);
-        let journal = self.folder.journal();
-        let (code, severity, message, remedy) = if gives_up {
+        let what = format!(
+            "the journal {} has no room, and the locked checkpoint of {time_us} can't be kept by copying what promotion changes: {why}",
+            self.folder.journal().display()
+        );
+        if gives_up {
             // Others of the same cut are just as much in the way.
             self.give_up_locks(move |locked| locked.cut == cut);
-            (
-                "lock-given-up",
-                Severity::Warning,
-                format!(
-                    "the journal {} has no room: the lock of the checkpoint of {time_us} was given up",
-                    journal.display()
-                ),
-                "raise the VM's journal limit, or unlock checkpoints in time",
-            )
+            let remedy =
+                "raise the VM's journal limit or the VRA's target.scratch_mib, or unlock checkpoints in time";
+            self.alert(GIVEN_UP, Severity::Warning, format!("{what}; its lock was given up"), remedy);
         } else {
-            (
-                "lock-in-the-way",
-                Severity::Critical,
-                format!(
-                    "the journal {} has no room, and the locked checkpoint of {time_us} keeps it from making some",
-                    journal.display()
-                ),
-                "unlock it, or raise the VM's journal limit",
-            )
-        };
-        self.alert(code, severity, message, remedy);
+            let remedy = "unlock it, or raise the VM's journal limit: until then replication pauses";
+            self.alert(IN_THE_WAY, Severity::Critical, what, remedy);
+        }
+        gives_up
     }
 
     /// Locks are given up, soon: nobody waits for that. Should it fail, the receiver finds them in the way once more.
@@ -124,7 +171,7 @@ impl TargetVm {
         let vm = self.clone();
         self.runtime.spawn(async move {
             if let Err(error) = vm.clone().release(is_given_up).await {
-                let error = crate::receive::error_chain(&error);
+                let error = error_chain(&error);
                 tracing::warn!(vm = %vm.vm, error, "locked checkpoints were not given up");
             }
         });
@@ -152,12 +199,16 @@ impl TargetVm {
         let mut inner = self.lock();
         inner.releasing.clear();
         if result.is_err() {
-            inner.manifest.locked.extend(&released);
+            inner.manifest.locked.extend(released.iter().cloned());
             inner.manifest.locked.sort_by_key(|locked| locked.cut);
             // The file may lack them.
             self.write_manifest(&inner);
         }
         self.tell_locks(&inner);
+        drop(inner);
+        if result.is_ok() {
+            self.drop_overlays();
+        }
         result.map(|()| released)
     }
 

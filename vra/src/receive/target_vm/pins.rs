@@ -38,6 +38,28 @@ struct Pinned {
     /// But for what was copied to the view's scratch, up to here (C5).
     kept_seq: u64,
     disks: Vec<Weak<ViewDisk>>,
+    purpose: Purpose,
+}
+
+/// What a pin is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// A view, or the opening of something.
+    #[default]
+    View,
+    /// A locked checkpoint that has overlays.
+    Lock,
+    /// A view on top of these: their own pin stands for it.
+    OnLock,
+    /// A view that was given up: it reads errors, and keeps nothing.
+    Ended,
+}
+
+impl Pinned {
+    /// What it keeps from being promoted begins here.
+    fn needed_seq(&self) -> Option<u64> {
+        matches!(self.purpose, Purpose::View | Purpose::Lock).then(|| self.seq.max(self.kept_seq))
+    }
 }
 
 impl PinBook {
@@ -48,25 +70,39 @@ impl PinBook {
         Self { pins: awaited.iter().map(pinned).collect(), next: awaited.len() as u64, awaited }
     }
 
+    /// How many are of views.
     pub(super) fn count(&self) -> usize {
-        self.pins.len()
+        let is_view = |pinned: &&Pinned| matches!(pinned.purpose, Purpose::View | Purpose::OnLock);
+        self.pins.values().filter(is_view).count()
+    }
+
+    /// One for overlays that are to be opened again: it keeps everything meanwhile.
+    pub(super) fn await_overlays(&mut self) -> u64 {
+        let id = self.next;
+        self.next += 1;
+        self.pins.insert(id, Pinned { purpose: Purpose::Lock, ..Pinned::default() });
+        id
     }
 
     /// What is still needed, with these locks.
     pub(super) fn needed<'a>(&self, locks: impl IntoIterator<Item = &'a LockedCheckpoint>) -> Pins {
         Pins {
-            view: self.pins.values().map(|pinned| pinned.seq.max(pinned.kept_seq)).min(),
+            view: self.pins.values().filter_map(Pinned::needed_seq).min(),
             lock: locks.into_iter().map(|locked| locked.cut).min(),
+            has_views: self.count() > 0,
         }
     }
 
     /// The views that keep a promotion from ending at this number.
     pub(super) fn in_the_way(&self, through_seq: u64) -> Vec<InTheWay> {
-        let blocking = self.pins.iter().filter(|(_, pinned)| pinned.seq.max(pinned.kept_seq) < through_seq);
+        let is_blocking = |pinned: &Pinned| pinned.needed_seq().is_some_and(|needed| needed < through_seq);
+        let blocking = self.pins.iter().filter(|(_, pinned)| is_blocking(pinned));
         let view = |(pin, pinned): (&u64, &Pinned)| InTheWay {
             pin: *pin,
             seq: pinned.seq,
             kept_seq: pinned.seq.max(pinned.kept_seq),
+            is_lock: pinned.purpose == Purpose::Lock,
+            is_awaited: self.awaited.iter().any(|(id, _)| id == pin),
             disks: pinned.disks.iter().filter_map(Weak::upgrade).collect(),
         };
         blocking.map(view).collect()
@@ -76,6 +112,13 @@ impl PinBook {
     pub(super) fn keep(&mut self, pin: u64, through_seq: u64) {
         if let Some(pinned) = self.pins.get_mut(&pin) {
             pinned.kept_seq = pinned.kept_seq.max(through_seq);
+        }
+    }
+
+    /// The view keeps nothing any more.
+    pub(super) fn end(&mut self, pin: u64) {
+        if let Some(pinned) = self.pins.get_mut(&pin) {
+            pinned.purpose = Purpose::Ended;
         }
     }
 
@@ -109,6 +152,11 @@ impl TargetVm {
         drop(Pin { vm: self.clone(), id, reopenings });
     }
 
+    /// The pin of that number.
+    pub(super) fn pin_of(self: &Arc<Self>, id: u64) -> Pin {
+        Pin { vm: self.clone(), id, reopenings: self.lock().reopenings }
+    }
+
     pub(super) fn tell_pins(&self, inner: &Inner, answer: Option<oneshot::Sender<u64>>) {
         if let Some(vm) = inner.key {
             self.worker.tell(Input::SetPins { vm, pins: inner.needed(), locks_changed: false, answer });
@@ -126,7 +174,10 @@ impl TargetVm {
 impl Inner {
     /// What is still needed.
     pub(super) fn needed(&self) -> Pins {
-        self.pins.needed(self.manifest.locked.iter().chain(&self.releasing))
+        let kept = &self.kept_locks;
+        let locks = self.manifest.locked.iter().chain(&self.releasing);
+        // Overlays have a pin of their own.
+        self.pins.needed(locks.filter(|locked| !kept.contains_key(&locked.cut)))
     }
 }
 
@@ -136,6 +187,13 @@ impl Pin {
         let mut inner = self.vm.lock();
         let pinned = inner.pins.pins.entry(self.id).or_default();
         (pinned.seq, pinned.kept_seq) = (seq, kept_seq);
+        self.vm.tell_pins(&inner, None);
+    }
+
+    /// What it is for.
+    pub(super) fn is_for(&self, purpose: Purpose) {
+        let mut inner = self.vm.lock();
+        inner.pins.pins.entry(self.id).or_default().purpose = purpose;
         self.vm.tell_pins(&inner, None);
     }
 

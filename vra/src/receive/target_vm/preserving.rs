@@ -2,13 +2,15 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use journal::recovery::SurveyOptions;
+use journal::format::Footer;
+use journal::recovery::{Segment, SurveyOptions, each_footer, survey};
 use journal::storage::ring::{Access, DirectFile};
-use journal::view::Reader;
+use journal::storage::{Blocking, Purpose};
+use journal::view::ViewError;
 
-use super::TargetVm;
+use super::{TargetVm, locks};
 use crate::api::status::Severity;
 use crate::receive::error_chain;
 use crate::receive::files;
@@ -19,9 +21,11 @@ use crate::view::{Below, PreserveError, ViewDisk};
 const LOOK_WAIT: Duration = Duration::from_millis(100);
 /// Between two tries, while a view can't be kept and may not end.
 const RETRY_WAIT: Duration = Duration::from_secs(2);
+/// How long a view is waited for that can't be kept for a reason that may pass, such as a hiccup of the datastore.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 const EXPIRED: &str = "view-expired";
-const IN_THE_WAY: &str = "view-in-the-way";
+pub(super) const IN_THE_WAY: &str = "view-in-the-way";
 
 /// A view that is in the way.
 pub(super) struct InTheWay {
@@ -30,6 +34,10 @@ pub(super) struct InTheWay {
     pub(super) seq: u64,
     /// Everything up to here may be promoted already.
     pub(super) kept_seq: u64,
+    /// It is a locked checkpoint with overlays.
+    pub(super) is_lock: bool,
+    /// It was open before the files were, and its disks are not served again yet.
+    pub(super) is_awaited: bool,
     /// Its disks, if they are served.
     pub(super) disks: Vec<Arc<ViewDisk>>,
 }
@@ -41,6 +49,7 @@ impl TargetVm {
         inner.wanted_way = through_seq;
         if through_seq.is_none() {
             inner.alerts.remove(IN_THE_WAY);
+            inner.alerts.remove(locks::IN_THE_WAY);
         }
         if through_seq.is_some() && !std::mem::replace(&mut inner.is_making_way, true) {
             drop(inner);
@@ -73,21 +82,23 @@ impl TargetVm {
     }
 
     /// Copies what a promotion through this number is about to change beneath open views.
-    fn keep_views(&self, through_seq: u64) -> Result<Way, TargetError> {
+    fn keep_views(self: &Arc<Self>, through_seq: u64) -> Result<Way, TargetError> {
         let views = self.lock().pins.in_the_way(through_seq);
-        let served: Vec<_> = views.into_iter().filter(|view| !view.disks.is_empty()).collect();
-        if served.is_empty() {
-            return Ok(Way::Made);
-        }
+        let (served, unserved): (Vec<_>, Vec<_>) = views.into_iter().partition(|view| !view.disks.is_empty());
         let mut way = Way::Made;
-        let mut storage = files::ring()?;
-        let file = storage.add_file(DirectFile::open(&self.folder.journal(), Access::ReadOnly)?);
-        let options = SurveyOptions { keys: self.keys.site(), ..SurveyOptions::default() };
-        let reader = Reader::open(&mut storage, file, &options).map_err(TargetError::View)?;
+        // Others are about to be opened, or to be closed.
+        for view in unserved.into_iter().filter(|view| view.is_awaited) {
+            way = way.and(self.may_end_view(&view, &PreserveError::NotServed));
+        }
+        if served.is_empty() {
+            return Ok(way);
+        }
+        let changes = self.changes(&served, through_seq)?;
         for view in served {
             let kept = view.disks.iter().try_for_each(|disk| {
                 let below = self.below(disk.number())?;
-                self.keep(&reader, &view, disk, through_seq, below).map_err(KeepError::View)
+                let after_seq = view.kept_seq.max(view.seq);
+                self.keep(&changes, disk, after_seq, through_seq, below).map_err(KeepError::View)
             });
             match kept {
                 Ok(()) => {
@@ -95,14 +106,33 @@ impl TargetVm {
                     self.view_kept(view.pin, through_seq);
                 }
                 Err(KeepError::Files(error)) => return Err(error),
-                Err(KeepError::View(error)) => {
-                    if !self.end_view(&view, &error) {
-                        way = Way::Blocked;
-                    }
-                }
+                Err(KeepError::View(error)) => way = way.and(self.may_end_view(&view, &error)),
             }
         }
         Ok(way)
+    }
+
+    /// What the records write that promotion through this number is about to carry, as far as these views don't have it.
+    fn changes(&self, views: &[InTheWay], through_seq: u64) -> Result<Vec<Footer>, TargetError> {
+        let after_seq = views.iter().map(|view| view.kept_seq.max(view.seq)).min().unwrap_or_default();
+        let mut storage = files::ring()?;
+        let file = storage.add_file(DirectFile::open(&self.folder.journal(), Access::ReadOnly)?);
+        let options = SurveyOptions { keys: self.keys.site(), ..SurveyOptions::default() };
+        let survey =
+            survey(&mut storage, file, &options).map_err(|source| TargetError::View(source.into()))?;
+        if survey.tail.seq < through_seq || survey.damage.is_some() {
+            let (oldest_seq, newest_seq) = (survey.superblock.oldest_seq(), survey.tail.seq);
+            return Err(TargetError::View(ViewError::Gone { seq: through_seq, oldest_seq, newest_seq }));
+        }
+        // Nothing is promoted meanwhile: the views are in the way.
+        let is_concerned =
+            |segment: &&Segment| segment.last().seq > after_seq && segment.header.after.seq < through_seq;
+        let segments: Vec<Segment> = survey.segments.iter().filter(is_concerned).cloned().collect();
+        let mut footers = Vec::with_capacity(segments.len());
+        let mut io = Blocking::new(&mut storage, file, Purpose::View);
+        each_footer(&segments, &mut io, &survey.superblock, |footer| footers.push(footer))
+            .map_err(|source| TargetError::View(source.into()))?;
+        Ok(footers)
     }
 
     fn below(&self, volume: u16) -> Result<Below, KeepError> {
@@ -114,25 +144,52 @@ impl TargetVm {
 
     fn keep(
         &self,
-        reader: &Reader,
-        view: &InTheWay,
+        changes: &[Footer],
         disk: &Arc<ViewDisk>,
+        after_seq: u64,
         through_seq: u64,
         mut below: Below,
     ) -> Result<(), PreserveError> {
-        let ranges = changed(reader, disk.number(), view.kept_seq.max(view.seq), through_seq);
+        let ranges = changed(changes, disk.number(), after_seq, through_seq);
         disk.preserve(through_seq, &ranges, &mut below)
     }
 
     fn view_kept(&self, pin: u64, through_seq: u64) {
         let mut inner = self.lock();
         inner.pins.keep(pin, through_seq);
+        inner.not_kept_since.remove(&pin);
         self.tell_pins(&inner, None);
+    }
+
+    fn view_ended(&self, view: &InTheWay) {
+        view.disks.iter().for_each(|disk| disk.set_gone());
+        let mut inner = self.lock();
+        inner.pins.end(view.pin);
+        inner.not_kept_since.remove(&view.pin);
+        self.tell_pins(&inner, None);
+    }
+
+    /// A view can't be kept now: it ends, if that can't change by itself or has lasted.
+    fn may_end_view(self: &Arc<Self>, view: &InTheWay, error: &PreserveError) -> Way {
+        let since = *self.lock().not_kept_since.entry(view.pin).or_insert_with(Instant::now);
+        if error.may_pass() && since.elapsed() < PATIENCE {
+            tracing::warn!(vm = %self.vm, seq = view.seq, error = error_chain(error), "an open view can't be kept yet");
+            return Way::Blocked;
+        }
+        if self.end_view(view, error) { Way::Made } else { Way::Blocked }
     }
 
     /// A view that can't be kept ends, if replication is worth more than it, as for locks; else replication waits for somebody to close it.
     /// False if it does.
-    fn end_view(&self, view: &InTheWay, error: &PreserveError) -> bool {
+    fn end_view(self: &Arc<Self>, view: &InTheWay, error: &PreserveError) -> bool {
+        if view.is_lock {
+            if !self.lock_not_kept(view.seq, &error_chain(error)) {
+                return false;
+            }
+            // Views on top of it end too.
+            self.view_ended(view);
+            return true;
+        }
         let gives_up = self.definition().give_up_history;
         let what = format!(
             "a view of the VM at record {} stands in the way of the journal {}, which has no room, and can't be kept: {}",
@@ -145,21 +202,27 @@ impl TargetVm {
             self.alert(IN_THE_WAY, Severity::Critical, what, remedy);
             return false;
         }
-        view.disks.iter().for_each(|disk| disk.set_gone());
+        self.view_ended(view);
         self.lock().alerts.remove(EXPIRED);
         let remedy = "the view reads errors now: close it. A view with more scratch, or a larger journal, would have lasted";
         self.alert(EXPIRED, Severity::Critical, format!("{what}; it was given up"), remedy);
-        self.view_kept(view.pin, u64::MAX);
         true
     }
 }
 
 /// Whether views are out of the way.
+#[derive(Clone, Copy)]
 enum Way {
-    /// Those that are served.
+    /// Those that could be.
     Made,
-    /// One can't be kept, and may not end.
+    /// One can't be kept, and may not end yet.
     Blocked,
+}
+
+impl Way {
+    fn and(self, other: Self) -> Self {
+        if matches!(self, Self::Made) { other } else { self }
+    }
 }
 
 enum KeepError {
@@ -175,9 +238,9 @@ impl From<TargetError> for KeepError {
 }
 
 /// What of a volume the records after `after_seq` and up to `through_seq` write: disjoint, in order.
-fn changed(reader: &Reader, volume: u16, after_seq: u64, through_seq: u64) -> Vec<Range<u64>> {
+fn changed(footers: &[Footer], volume: u16, after_seq: u64, through_seq: u64) -> Vec<Range<u64>> {
     let mut ranges: Vec<Range<u64>> = Vec::new();
-    for footer in reader.footers() {
+    for footer in footers {
         for extent in footer.extents_of(volume) {
             let seq = footer.base_seq + u64::from(extent.seq_delta.get());
             if seq > after_seq && seq <= through_seq {

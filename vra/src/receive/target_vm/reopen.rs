@@ -7,12 +7,23 @@ use journal::recovery::SurveyOptions;
 use journal::storage::ring::{Access, DirectFile};
 use journal::view::{Reader, ViewError};
 
-use super::{TargetVm, attach_files};
+use super::{TargetVm, attach_files, locks, preserving};
 use crate::receive::files::{self, VmFiles};
 use crate::receive::target_error::TargetError;
 
 /// Wait between attempts to open a VM's files again after a failure.
 const REOPEN_WAIT: Duration = Duration::from_secs(5);
+
+/// Alerts that a receiver raises and takes back.
+const OF_THE_RECEIVER: [&str; 7] = [
+    "storage-failed",
+    "journal-full",
+    "datastore-full",
+    "history-shortened",
+    "promotion-stuck",
+    locks::IN_THE_WAY,
+    preserving::IN_THE_WAY,
+];
 
 impl TargetVm {
     /// Opens the files again after a failure, until it works or the VM is closed.
@@ -81,19 +92,28 @@ impl TargetVm {
         let bad_ranges = self.promoted.reopened(superblock.low_water.seq, &files.opened.bad_ranges);
         let key = (inner.next_key)();
         // Before the worker does anything with the files (C2).
-        inner.manifest.forget_stale_locks(superblock);
+        let overlays = inner.kept_locks.keys().copied().collect();
+        inner.manifest.forget_stale_locks(superblock, &overlays);
         let is_noted = inner.manifest == files.manifest;
         let pins = inner.needed();
-        inner.status = attach_files(&self.worker, key, files, self.window_bytes, pins, Arc::downgrade(self));
+        let (window_bytes, vm) = (self.settings.window_bytes, Arc::downgrade(self));
+        // By what is in force, which the file may not have yet.
+        inner.status = attach_files(&self.worker, key, files, &inner.manifest, window_bytes, pins, vm);
+        // Whoever receives now begins anew with what it tells.
+        (inner.wanted_way, inner.lock_in_the_way) = (None, None);
+        OF_THE_RECEIVER.iter().for_each(|code| drop(inner.alerts.remove(code)));
         (inner.key, inner.not_open) = (Some(key), None);
         inner.reopenings += 1;
-        inner.alerts.remove("storage-failed");
         if !is_noted {
             // What was to be written when the storage failed.
             self.write_manifest(&inner);
         }
         drop(inner);
         self.tell_bad_ranges(&bad_ranges);
+        if let Err(error) = self.follow_encryption() {
+            let error = crate::receive::error_chain(&error);
+            tracing::warn!(vm = %self.vm, error, "the journal's encryption doesn't follow the definition");
+        }
         tracing::info!(vm = %self.vm, "the journal is open again");
         true
     }

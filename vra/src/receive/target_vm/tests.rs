@@ -25,6 +25,16 @@ async fn pair(name: &str) -> (Datastore, Target, Source) {
     (datastore, target, source)
 }
 
+/// A lock of a checkpoint that there isn't.
+fn stranger(counter: u64, cut: u64) -> LockedCheckpoint {
+    LockedCheckpoint { checkpoint: id(counter), cut, time_us: TimeUs(1), member_set_version: 1, tag: None }
+}
+
+/// Puts something in the overlays' place.
+fn let_no_overlay_be(vm: &TargetVm, cut: u64) {
+    std::fs::create_dir_all(vm.folder().overlay(cut, 0)).expect("made");
+}
+
 fn locked(vm: &TargetVm) -> Vec<u64> {
     vm.locked_checkpoints().iter().map(|locked| locked.checkpoint.counter).collect()
 }
@@ -57,11 +67,7 @@ async fn a_lock_is_in_force_once_it_is_durable_and_not_at_all_otherwise() {
     // As one that another request has just begun to lock.
     let vm = target.vm();
     let listed = vm.checkpoints().await.expect("open").find(id(2)).cloned().expect("listed");
-    vm.lock().manifest.locked.push(LockedCheckpoint {
-        checkpoint: id(2),
-        cut: listed.cut,
-        time_us: listed.time_us,
-    });
+    vm.lock().manifest.locked.push(LockedCheckpoint::from(&listed));
     vm.lock_checkpoint(id(2)).await.expect("locked");
     target.restart().await;
     assert_eq!(locked(&target.vm()), [1, 2], "who asks again is promised no less");
@@ -92,11 +98,7 @@ async fn what_could_not_be_noted_is_noted_when_the_files_are_open_again() {
     let (_datastore, mut target, _source) = pair("noted").await;
     let vm = target.vm();
     let listed = vm.checkpoints().await.expect("open").find(id(2)).cloned().expect("listed");
-    vm.lock().manifest.locked.push(LockedCheckpoint {
-        checkpoint: id(2),
-        cut: listed.cut,
-        time_us: listed.time_us,
-    });
+    vm.lock().manifest.locked.push(LockedCheckpoint::from(&listed));
     target.fail_storage().await;
     target.restart().await;
     assert_eq!(locked(&target.vm()), [2]);
@@ -108,8 +110,8 @@ async fn a_lock_without_its_checkpoint_is_forgotten_at_the_next_opening() {
     let (_datastore, mut target, _source) = pair("stale").await;
     let vm = target.vm();
     vm.lock_checkpoint(id(2)).await.expect("locked");
-    let stale = LockedCheckpoint { checkpoint: id(9), cut: 1, time_us: TimeUs(1) };
-    vm.lock().manifest.locked.push(stale);
+    let stale = stranger(9, 1);
+    vm.lock().manifest.locked.push(stale.clone());
     let written = vm.write_manifest(&vm.lock()).expect("open");
     written.await.expect("open").expect("written");
     for _ in 0..2 {
@@ -127,7 +129,7 @@ async fn a_lock_without_its_checkpoint_is_forgotten_at_the_next_opening() {
 async fn locks_that_cannot_be_noted_are_refused_with_the_reason() {
     let (_datastore, target, _source) = pair("many").await;
     let vm = target.vm();
-    let other = |counter| LockedCheckpoint { checkpoint: id(counter), cut: 1 << 40, time_us: TimeUs(1) };
+    let other = |counter| stranger(counter, 1 << 40);
     vm.lock().manifest.locked.extend((100..1100).map(other));
     let error = vm.lock_checkpoint(id(1)).await.expect_err("too many").to_string();
     assert!(error.contains("1000 checkpoints") && error.contains("unlock some"), "{error}");
@@ -154,11 +156,15 @@ async fn alerts_of_locks_go_when_their_reason_has_gone_and_tell_the_newest() {
     for counter in [1, 2] {
         vm.lock_checkpoint(id(counter)).await.expect("locked");
         cuts.push(vm.locked_checkpoints().last().expect("locked").cut);
+        let_no_overlay_be(&vm, cuts[counter as usize - 1]);
     }
     vm.clone().event(ReceiverEvent::LockInTheWay { cut: cuts[0] });
+    wait_for("raised", || alert(&vm, "lock-in-the-way").is_some()).await;
     let first = alert(&vm, "lock-in-the-way").expect("raised");
+    assert!(first.message.contains("lock-") && first.message.contains("directory"), "{first:?}");
     vm.clone().event(ReceiverEvent::LockInTheWay { cut: cuts[1] });
-    assert_ne!(alert(&vm, "lock-in-the-way").expect("raised").message, first.message, "another one is");
+    let is_other = || alert(&vm, "lock-in-the-way").is_some_and(|alert| alert.message != first.message);
+    wait_for("another one is", is_other).await;
     vm.clone().event(ReceiverEvent::LockOutOfTheWay);
     assert_eq!(alert(&vm, "lock-in-the-way"), None);
     assert_eq!(locked(&vm), [1, 2]);
@@ -166,8 +172,8 @@ async fn alerts_of_locks_go_when_their_reason_has_gone_and_tell_the_newest() {
     group.vms[0].give_up_history = true;
     vm.redefine(&group).expect("only a limit");
     vm.clone().event(ReceiverEvent::LockInTheWay { cut: cuts[0] });
-    let first = alert(&vm, "lock-given-up").expect("raised");
     wait_for("given up", || locked(&vm) == [2]).await;
+    let first = alert(&vm, "lock-given-up").expect("raised");
     vm.clone().event(ReceiverEvent::LockInTheWay { cut: cuts[1] });
     wait_for("given up", || locked(&vm).is_empty()).await;
     assert_ne!(alert(&vm, "lock-given-up").expect("raised").message, first.message, "the second one is told");
@@ -210,6 +216,7 @@ async fn locks_in_the_way_of_a_full_journal_are_told_again_when_they_can_be_give
     for counter in [1, 2] {
         vm.lock_checkpoint(id(counter)).await.expect("locked");
     }
+    let_no_overlay_be(&vm, vm.locked_checkpoints()[0].cut);
     while alert(&vm, "journal-full").is_none() {
         for _ in 0..100 {
             source.random_write();
@@ -218,7 +225,8 @@ async fn locks_in_the_way_of_a_full_journal_are_told_again_when_they_can_be_give
         tokio::time::sleep(Duration::from_millis(50)).await;
         assert!(source.published_through() < 30_000, "the journal is not full");
     }
-    assert_eq!((alert(&vm, "lock-in-the-way").is_some(), locked(&vm)), (true, vec![1, 2]));
+    wait_for("told", || alert(&vm, "lock-in-the-way").is_some()).await;
+    assert_eq!(locked(&vm), [1, 2]);
     vpg.revision += 1;
     vpg.vms[0].give_up_history = true;
     vm.redefine(&vpg).expect("only a limit");

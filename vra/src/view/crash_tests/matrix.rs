@@ -257,7 +257,7 @@ impl World {
             ScratchFile::open_in(
                 boot,
                 &self.path,
-                &self.live,
+                Some(&self.live),
                 &self.owner,
                 &self.keys(),
                 std::time::Instant::now(),
@@ -300,7 +300,7 @@ impl World {
             ScratchFile::make_in(
                 boot,
                 &world.path,
-                &world.live,
+                Some(&world.live),
                 &world.owner,
                 &world.keys(),
                 SMALL_DISK_BYTES,

@@ -75,7 +75,8 @@ enum Kind {
 #[derive(Debug)]
 struct Lasting {
     header: Header,
-    live: PathBuf,
+    /// The file that holds the map while a process has it; without one nothing is there that was not made durable.
+    live: Option<PathBuf>,
     /// Until the map is taken.
     parts: Option<(Words, Pages)>,
 }
@@ -116,14 +117,27 @@ impl ScratchFile {
         keys: &ScratchKeys<'_>,
         limit_bytes: u64,
     ) -> Result<Self, ScratchError> {
-        Self::make_in(this_boot(), path, live, owner, keys, limit_bytes)
+        Self::make_in(this_boot(), path, Some(live), owner, keys, limit_bytes)
+    }
+
+    /// Makes a scratch file that no guest writes to: after the process's death what was made durable is there, and no more.
+    ///
+    /// # Errors
+    /// [`ScratchError`]; the file is gone again then.
+    pub fn make_overlay(
+        path: &Path,
+        owner: &ScratchOwner,
+        keys: &ScratchKeys<'_>,
+        limit_bytes: u64,
+    ) -> Result<Self, ScratchError> {
+        Self::make_in(Uuid::nil(), path, None, owner, keys, limit_bytes)
     }
 
     /// As [`ScratchFile::make`], in a given run of the kernel.
     pub(in crate::view) fn make_in(
         boot: Uuid,
         path: &Path,
-        live: &Path,
+        live: Option<&Path>,
         owner: &ScratchOwner,
         keys: &ScratchKeys<'_>,
         limit_bytes: u64,
@@ -142,21 +156,21 @@ impl ScratchFile {
             reserve(&file, path, shape.file_bytes())?;
             let words = vec![0; shape.words()];
             let pages = Pages::new(file_id, words.clone(), &vec![(0, 0); shape.pages() as usize]);
-            let words = Words::create(live, header.boot, file_id, &words).map_err(memory(path, live))?;
+            let words = make_words(live, header.boot, file_id, &words, path)?;
             // The header comes last: without it nobody takes the file for a scratch.
             for offset_bytes in HEADER_OFFSETS {
                 write_page(&file, offset_bytes, &header.encode()).map_err(io_error("write", path))?;
             }
             let synced = noted::during(Deed::Sync, || file.sync_all());
             synced.and_then(|()| sync_folder(path)).map_err(io_error("sync", path))?;
-            Ok(Lasting { header, live: live.into(), parts: Some((words, pages)) })
+            Ok(Lasting { header, live: live.map(Path::to_owned), parts: Some((words, pages)) })
         })();
         match made {
             Ok(lasting) => {
                 Ok(Self { file, cipher, path: path.into(), kind: Kind::Lasting(Box::new(lasting)) })
             }
             Err(error) => {
-                let _ = remove(path, live);
+                let _ = live.map_or_else(|| remove_overlay(path), |live| remove(path, live));
                 Err(error)
             }
         }
@@ -174,14 +188,27 @@ impl ScratchFile {
         keys: &ScratchKeys<'_>,
         lock_until: Instant,
     ) -> Result<Self, ScratchError> {
-        Self::open_in(this_boot(), path, live, owner, keys, lock_until)
+        Self::open_in(this_boot(), path, Some(live), owner, keys, lock_until)
+    }
+
+    /// The same of a file of [`ScratchFile::make_overlay`].
+    ///
+    /// # Errors
+    /// [`ScratchError`]; the file is as it was.
+    pub fn open_overlay(
+        path: &Path,
+        owner: &ScratchOwner,
+        keys: &ScratchKeys<'_>,
+        lock_until: Instant,
+    ) -> Result<Self, ScratchError> {
+        Self::open_in(Uuid::nil(), path, None, owner, keys, lock_until)
     }
 
     /// As [`ScratchFile::open`], in a given run of the kernel.
     pub(in crate::view) fn open_in(
         boot: Uuid,
         path: &Path,
-        live: &Path,
+        live: Option<&Path>,
         owner: &ScratchOwner,
         keys: &ScratchKeys<'_>,
         lock_until: Instant,
@@ -201,13 +228,13 @@ impl ScratchFile {
         let versions = read_pages(&file, file_id, shape, &mut settled, path)?;
         // What was read may not be durable yet, and the older copies are written over next (C1).
         sync(&file).map_err(io_error("sync", path))?;
-        let words = if !boot.is_nil() && header.boot == boot {
+        let words = if let Some(live) = live.filter(|_| !boot.is_nil() && header.boot == boot) {
             let words = Words::open(live, boot, file_id, shape.words()).map_err(memory(path, live))?;
             words.ok_or_else(|| ScratchError::LiveMapLost { path: path.into(), live: live.into() })?
         } else {
             let mut words = settled.clone();
             drop_stale(shape, &mut words, &versions).map_err(damaged(path))?;
-            Words::create(live, boot, file_id, &words).map_err(memory(path, live))?
+            make_words(live, boot, file_id, &words, path)?
         };
         let pages = Pages::new(file_id, settled, &versions);
         let parts = Some((words, pages));
@@ -215,12 +242,34 @@ impl ScratchFile {
             file,
             cipher,
             path: path.into(),
-            kind: Kind::Lasting(Box::new(Lasting { header, live: live.into(), parts })),
+            kind: Kind::Lasting(Box::new(Lasting { header, live: live.map(Path::to_owned), parts })),
         };
         if header.boot != boot {
             scratch.write_header(boot)?;
         }
         Ok(scratch)
+    }
+
+    /// Opens a file of [`ScratchFile::make_overlay`] to read, beside a process that may be adding to it: what it has is never changed.
+    ///
+    /// # Errors
+    /// [`ScratchError`].
+    pub fn look_at_overlay(
+        path: &Path,
+        keys: &ScratchKeys<'_>,
+    ) -> Result<(Self, ScratchOwner), ScratchError> {
+        let file = open_to_look(path)?;
+        // The map is read after the header: it has at least what was kept by then.
+        let header = read_header(&file, path)?;
+        let cipher = keys.cipher(&header, path)?;
+        let Header { file_id, shape, owner, .. } = header;
+        let mut words = vec![0; shape.words()];
+        let versions = read_pages(&file, file_id, shape, &mut words, path)?;
+        let pages = Pages::new(file_id, words.clone(), &versions);
+        drop_stale(shape, &mut words, &versions).map_err(damaged(path))?;
+        let parts = Some((make_words(None, Uuid::nil(), file_id, &words, path)?, pages));
+        let kind = Kind::Lasting(Box::new(Lasting { header, live: None, parts }));
+        Ok((Self { file, cipher, path: path.into(), kind }, owner))
     }
 
     /// Whose a scratch file is; none where the file isn't one for certain.
@@ -229,6 +278,11 @@ impl ScratchFile {
     /// [`ScratchError::Busy`] while a process has it, [`ScratchError::Missing`] or [`ScratchError::Io`].
     pub fn owner(path: &Path) -> Result<Option<ScratchOwner>, ScratchError> {
         Ok(read_locked(path)?.map(|header| header.owner))
+    }
+
+    /// Another descriptor of it.
+    pub(in crate::view) fn duplicate(&self) -> Result<File, ScratchError> {
+        self.file.try_clone().map_err(io_error("duplicate the descriptor of", &self.path))
     }
 
     /// Where it is.
@@ -283,7 +337,9 @@ impl ScratchFile {
         }
         map.end_commit();
         self.write_header(Uuid::nil())?;
-        let _ = std::fs::remove_file(live);
+        if let Some(live) = live {
+            let _ = std::fs::remove_file(live);
+        }
         Ok(())
     }
 
@@ -308,12 +364,14 @@ impl ScratchFile {
         }
     }
 
-    /// The same of a file that nobody has open.
+    /// The same of a file that nobody has open. The lock is waited for until `lock_until`, and tried once in any case.
     ///
     /// # Errors
-    /// As for [`ScratchFile::owner`].
-    pub fn kept_seq_at(path: &Path) -> Result<u64, ScratchError> {
-        Ok(read_locked(path)?.map_or(0, |header| header.kept_seq))
+    /// [`ScratchError`].
+    pub fn kept_seq_at(path: &Path, lock_until: Instant) -> Result<u64, ScratchError> {
+        let file = open_to_look(path)?;
+        lock(&file, path, lock_until)?;
+        read_header(&file, path).map(|header| header.kept_seq)
     }
 
     /// The header that says how much was copied, to be written without holding anybody up; [`ScratchFile::kept`] takes it.
@@ -323,7 +381,7 @@ impl ScratchFile {
         };
         let kept_seq = lasting.header.kept_seq.max(through_seq);
         let header = Header { sequence: lasting.header.sequence + 1, kept_seq, ..lasting.header };
-        let file = self.file.try_clone().map_err(io_error("duplicate the descriptor of", &self.path))?;
+        let file = self.duplicate()?;
         Ok(Keeping { file, path: self.path.clone(), header })
     }
 
@@ -366,15 +424,33 @@ fn write_header(file: &File, path: &Path, header: &Header) -> Result<(), Scratch
 /// # Errors
 /// [`ScratchError::Io`].
 pub fn remove(path: &Path, live: &Path) -> Result<(), ScratchError> {
-    for path in [path, live] {
-        match std::fs::remove_file(path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                return Err(io_error("remove", path)(source));
-            }
-            _ => {}
-        }
+    remove_overlay(path).and_then(|()| remove_overlay(live))
+}
+
+/// Removes a file of [`ScratchFile::make_overlay`], if it is there.
+///
+/// # Errors
+/// [`ScratchError::Io`].
+pub fn remove_overlay(path: &Path) -> Result<(), ScratchError> {
+    match std::fs::remove_file(path) {
+        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(io_error("remove", path)(source)),
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+/// Memory for a map, with what it says: in the file `live`, or this process's own.
+fn make_words(
+    live: Option<&Path>,
+    boot: Uuid,
+    file_id: Uuid,
+    fill: &[u64],
+    path: &Path,
+) -> Result<Words, ScratchError> {
+    let made = match live {
+        Some(live) => Words::create(live, boot, file_id, fill),
+        None => Words::own_with(fill),
+    };
+    made.map_err(memory(path, live.unwrap_or(path)))
 }
 
 fn open_file(path: &Path, is_new: bool) -> io::Result<File> {
@@ -424,11 +500,16 @@ fn try_lock(file: &File) -> io::Result<bool> {
 }
 
 /// The header of a file that no process has open; none where the file isn't a scratch for certain.
-fn read_locked(path: &Path) -> Result<Option<Header>, ScratchError> {
-    let file = File::open(path).map_err(|source| match source.kind() {
+fn open_to_look(path: &Path) -> Result<File, ScratchError> {
+    File::open(path).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => ScratchError::Missing { path: path.into() },
         _ => io_error("open", path)(source),
-    })?;
+    })
+}
+
+/// The header of a file, if it has one for certain.
+fn read_locked(path: &Path) -> Result<Option<Header>, ScratchError> {
+    let file = open_to_look(path)?;
     if !try_lock(&file).map_err(io_error("lock", path))? {
         return Err(ScratchError::Busy { path: path.into() });
     }

@@ -23,6 +23,8 @@ pub(in crate::view) enum Place {
     Below,
     /// In the scratch file, from this byte on.
     Scratch(u64),
+    /// As it was, in the scratch file of the disk beneath, from this byte on.
+    Kept(u64),
     /// Reads zeroes.
     Zeroes,
 }

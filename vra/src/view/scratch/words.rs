@@ -43,6 +43,15 @@ impl Words {
         Self::map(None, 0, len)
     }
 
+    /// The same, with `fill` as their content.
+    pub(super) fn own_with(fill: &[u64]) -> io::Result<Self> {
+        let words = Self::own(fill.len())?;
+        for (word, value) in words.iter().zip(fill) {
+            word.store(*value, Ordering::Relaxed);
+        }
+        Ok(words)
+    }
+
     /// Makes a file of words, with `fill` as its content, where one of that name is replaced as a whole. Its memory is reserved.
     pub(super) fn create(path: &Path, boot: Uuid, file_id: Uuid, fill: &[u64]) -> io::Result<Self> {
         let mut fresh = path.as_os_str().to_owned();

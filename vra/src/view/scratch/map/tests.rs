@@ -86,6 +86,7 @@ proptest! {
                     let found = match run.place {
                         Place::Below => None,
                         Place::Zeroes => Some(0),
+                        Place::Kept(_) => unreachable!("nothing is beneath"),
                         Place::Scratch(from) => Some(file[((from - data) / SECTOR_BYTES + sector) as usize]),
                     };
                     prop_assert_eq!(found, model[(at / SECTOR_BYTES + sector) as usize]);
