@@ -49,7 +49,12 @@ fn slot_bytes(limit_bytes: u64) -> u64 {
 /// How far the journal of a definition may go, if its slots have `slot_bytes`.
 pub(super) fn limits(definition: &VmDefinition, slot_bytes: u64) -> Limits {
     let max_slots = u32::try_from(definition.journal_limit_bytes / slot_bytes).unwrap_or(u32::MAX);
-    Limits { max_slots: max_slots.max(FIRST_SLOTS), grow_slots: GROW_SLOTS, group_bytes: GROUP_BYTES }
+    Limits {
+        max_slots: max_slots.max(FIRST_SLOTS),
+        min_slots: 0,
+        grow_slots: GROW_SLOTS,
+        group_bytes: GROUP_BYTES,
+    }
 }
 
 /// The VM of a definition, with its volumes checked.
