@@ -149,6 +149,7 @@ pub(super) fn open(
 ) -> Result<VmFiles, TargetError> {
     let path = folder.journal();
     let failed = |source| TargetError::Journal { path: path.clone(), source };
+    folder.tighten();
     let mut storage = ring()?;
     let file = storage.add_file(DirectFile::open(&path, Access::Exclusive)?);
     let options = OpenOptions { vm_id: Some(vm.0), trusted_through, keys };

@@ -6,6 +6,7 @@ mod pins;
 mod preserving;
 mod reopen;
 mod scrubbing;
+mod site_keys;
 mod space;
 
 use std::collections::BTreeMap;

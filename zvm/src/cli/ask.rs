@@ -256,7 +256,7 @@ impl<'a> Ask<'a> {
 
     pub(super) async fn run(&self, command: Command) -> Result<(), Failure> {
         match command {
-            Command::Init { .. } | Command::Serve => Err(Failure::Unexpected),
+            Command::Init { .. } | Command::Serve { .. } => Err(Failure::Unexpected),
             Command::Status { watch, check } => self.status(watch, check).await,
             Command::Inventory => self.print(Request::Inventory).await,
             Command::Vra(command) => self.vra(command).await,

@@ -354,7 +354,10 @@ impl Receiver {
         match self.promoting.stage {
             Stage::Announcing { ticket, through, due } if ticket == changed => {
                 let superblock = self.writer.superblock();
-                if superblock.promotion_intent_seq == through.seq && !superblock.state.is_base_sync() {
+                if self.promoting.closing {
+                    // Announced is enough: the next opening goes on from there.
+                    self.promoting.stage = Stage::Idle;
+                } else if superblock.promotion_intent_seq == through.seq && !superblock.state.is_base_sync() {
                     self.carry(through, due);
                 } else {
                     self.promoting.stage = Stage::Idle;
@@ -411,3 +414,6 @@ impl Receiver {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
