@@ -180,6 +180,7 @@ async fn answer(manager: &Manager, request: Request) -> Result<Response, ApiErro
             Response::Vra(Box::new(manager.set_vra_address(&vra, &address).await?))
         }
         Request::VpgCreate(spec) => Response::Task(manager.create_vpg(spec).await?),
+        Request::VpgEdit { vpg, edit } => Response::Vpg(Box::new(manager.edit_vpg(&vpg, &edit).await?)),
         Request::VpgShow { vpg } => Response::Vpg(Box::new(manager.show_vpg(&vpg).await?)),
         Request::VpgDelete { vpg, keep_disks, force } => {
             Response::Task(manager.delete_vpg(&vpg, keep_disks, force).await?)

@@ -93,7 +93,10 @@ impl TargetHost {
                     tokio::task::spawn_blocking(move || {
                         let vms: Vec<_> =
                             vms.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
-                        vms.iter().for_each(|vm| vm.look_at_space());
+                        for vm in vms {
+                            vm.look_at_space();
+                            vm.look_at_journal_size();
+                        }
                     });
                 }
             }

@@ -1,6 +1,7 @@
 //! One VM at its target, for the daemon: its state, its checkpoints, its disks as they were.
 
 mod events;
+mod journal_size;
 mod locks;
 mod pins;
 mod preserving;
