@@ -179,7 +179,7 @@ class Journal:
         """What the batches of a segment hold, up to the first place where none continues it."""
         block, slot_place, extents, events, at, is_hiding = self.superblock, self.slot_place(segment.slot), [], [], PAGE, False
         last_seq, last_crc, last_open_count = segment.after_seq, segment.after_batch_crc, 0
-        while found := self.read_batch(slot_place + at, end - at):
+        while found := self.read_batch(slot_place + at, end - at, segment.begin.startswith(b"HFSEGEND")):
             batch, batch_extents, batch_events = found
             is_local, is_tail = batch.flags & 1, batch.generation == block.tail_generation
             is_stale = batch.first_seq < block.generation_first_seq if is_tail else batch.last_seq > block.generation_fork_seq
@@ -197,8 +197,8 @@ class Journal:
                 and (found[0].open_count == segment.open_count or place < segment.carried_end) for place, found in later)
         return Content(extents, events, last_seq, last_crc, at, is_hiding)
 
-    def read_batch(self, place, room):
-        """(header, extents, events) of the batch at a place of the file, or None if no valid one is there."""
+    def read_batch(self, place, room, is_sealed=False):
+        """(header, extents, events) of the batch at a place of the file, or None if no valid one is there. Of a sealed one payloads may be damaged."""
         batch = BATCH.parse(self.read(place, BATCH.size))
         records_end = BATCH.size + RECORD.size * batch.record_count
         crcs_end = records_end + 4 * batch.crc_count
@@ -212,12 +212,12 @@ class Journal:
             record = RECORD.parse(data, BATCH.size + RECORD.size * index)
             payload = data[record.payload_offset : record.payload_offset + record.payload_len]
             own_crcs = crcs[record.first_crc : record.first_crc + units(record.payload_len)]
-            if len(payload) != record.payload_len or not is_intact(payload, own_crcs):
+            if not (is_whole := len(payload) == record.payload_len and is_intact(payload, own_crcs)) and not is_sealed:
                 return None
             if record.kind in (WRITE, ZEROES, SYNC_DATA):
                 at = None if record.kind == ZEROES else place + record.payload_offset
                 extents.append(Extent(record.seq, record.volume, record.offset, record.len, at, own_crcs))
-            elif record.kind != VOID:
+            elif record.kind != VOID and is_whole:
                 events.append(Event(record.seq or batch.first_seq, record, payload))
         return batch, extents, events
 

@@ -80,6 +80,23 @@ impl Ownership {
 
 /// Scans a slot's bytes, which begin with its header. Nothing after `trusted_through`, if given, is believed.
 pub fn scan(slot: &[u8], header: &SegmentHeader, ownership: Ownership, trusted_through: Option<u64>) -> Scan {
+    let parse = |bytes| BatchView::parse(bytes).map(|batch| (batch, Vec::new()));
+    scan_by(parse, slot, header, ownership, trusted_through)
+}
+
+/// The same for a segment that is known to end with record `last_seq`: damaged payloads don't end the walk, for what they are of stands in
+/// their batches' heads. Whoever reads a payload checks it; checkpoints whose payload is damaged are left out.
+pub fn scan_heads(slot: &[u8], header: &SegmentHeader, ownership: Ownership, last_seq: u64) -> Scan {
+    scan_by(BatchView::parse_damaged, slot, header, ownership, Some(last_seq))
+}
+
+fn scan_by<'a>(
+    parse: impl Fn(&'a [u8]) -> Result<(BatchView<'a>, Vec<BatchError>), BatchError>,
+    slot: &'a [u8],
+    header: &SegmentHeader,
+    ownership: Ownership,
+    trusted_through: Option<u64>,
+) -> Scan {
     let mut found = Scan {
         end_bytes: PAGE_BYTES as u64,
         last: header.after,
@@ -94,8 +111,8 @@ pub fn scan(slot: &[u8], header: &SegmentHeader, ownership: Ownership, trusted_t
         if rest.len() < BatchHeader::LEN {
             return found;
         }
-        let batch = match BatchView::parse(rest) {
-            Ok(batch) => batch,
+        let (batch, damage) = match parse(rest) {
+            Ok(parsed) => parsed,
             Err(BatchError::Magic) => return found,
             Err(error) => {
                 found.stop = ScanStop::Damaged(error);
@@ -126,7 +143,7 @@ pub fn scan(slot: &[u8], header: &SegmentHeader, ownership: Ownership, trusted_t
             found.stop = ScanStop::Stale;
             return found;
         }
-        found.footer.add(&batch, found.end_bytes);
+        found.footer.add_damaged(&batch, found.end_bytes, &damage);
         found.end_bytes += batch.len_bytes() as u64;
         last_open_count = link.open_count;
         if !batch.is_local() {

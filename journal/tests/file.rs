@@ -74,7 +74,8 @@ impl Target {
     fn open(path: &Path) -> Self {
         let (mut storage, file) = ring(path, Access::Exclusive);
         let opened = open(&mut storage, file, &OpenOptions::default()).expect("open");
-        let mut writer = Writer::new(opened, Limits { max_slots: 8, grow_slots: 2, group_bytes: 1 << 20 });
+        let mut writer =
+            Writer::new(opened, Limits { max_slots: 8, min_slots: 0, grow_slots: 2, group_bytes: 1 << 20 });
         writer
             .change(Change::Claim { generation: GENERATION, parent: Uuid::nil(), first_seq: 1 })
             .expect("claim");

@@ -99,7 +99,7 @@ impl Fixture {
         let opened = open(&mut storage, file, &options).expect("as writer");
         assert_eq!(opened.tail.seq, tail_seq);
         let (generation, hidden) = (opened.superblock.tail_generation, opened.hidden);
-        let limits = Limits { max_slots: 16, grow_slots: 2, group_bytes: 1 << 20 };
+        let limits = Limits { max_slots: 16, min_slots: 0, grow_slots: 2, group_bytes: 1 << 20 };
         let link = BatchLink {
             journal_id: opened.superblock.journal_id,
             generation,
@@ -187,7 +187,7 @@ fn records_behind_a_batch_with_a_damaged_header_are_named() {
     let survey = fixture.assert_readable().survey;
     let newest = survey.segments.last().expect("three segments").header.clone();
     let (after_seq, slot) = (survey.tail.seq, newest.slot);
-    let hidden = Hidden { segment: 3, slot, after_seq, resumes_seq: after_seq + 2 };
+    let hidden = Hidden { segment: 3, slot, after_seq, resumes_seq: Some(after_seq + 2) };
     assert_eq!((survey.damage, survey.hidden), (None, Some(hidden)));
     assert_eq!(fixture.assert_writable(after_seq), Some(hidden), "the next writer is told, too");
 }

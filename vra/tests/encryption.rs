@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
@@ -90,6 +91,13 @@ async fn an_encrypted_journal_needs_its_key_and_nothing_else_changes() {
     }
     target.ask(Request::CloseView(CloseView { view: view.view })).await;
 
+    // Keys without the one that the history needs are not taken: after a restart nothing could be read.
+    let keys = vec![SiteKeyLine(second.to_line().to_string())];
+    let refused = target.refusal(Request::SetSiteKeys(SetSiteKeys { keys })).await;
+    let names = refused.message.contains(&first.id().to_string());
+    assert!(refused.code == ErrorCode::Conflict && names, "{refused}");
+    assert_eq!(target.status().await.site_keys, [first.id().to_string()]);
+
     // Another site key: new segments have a new key, and the older ones are read with the older key.
     give(&target, &[&second, &first]).await;
     target.wait_for("turned", uses(&second)).await;
@@ -118,6 +126,8 @@ async fn an_encrypted_journal_needs_its_key_and_nothing_else_changes() {
         if let Some(keys) = keys {
             let lines: Vec<String> = keys.iter().map(|key| key.to_line().to_string()).collect();
             std::fs::write(target.path("keys"), lines.join("\n")).expect("keys");
+            let mode = std::fs::Permissions::from_mode(0o600);
+            std::fs::set_permissions(target.path("keys"), mode).expect("keys");
             command.arg("--key-file").arg(target.path("keys"));
         }
         command.output().expect("vra-journal")
@@ -130,4 +140,12 @@ async fn an_encrypted_journal_needs_its_key_and_nothing_else_changes() {
         let told = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert!(!refused.status.success() && told.contains(&lacking.id().to_string()), "{told}");
     }
+    // A key file that others can read is refused.
+    std::fs::set_permissions(target.path("keys"), std::fs::Permissions::from_mode(0o644)).expect("keys");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vra-journal"));
+    let refused =
+        command.arg("checkpoints").arg(&journal).arg("--key-file").arg(target.path("keys")).output();
+    let refused = refused.expect("vra-journal");
+    let told = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && told.contains("chmod 600"), "{told}");
 }

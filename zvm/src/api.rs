@@ -1,5 +1,9 @@
 //! What the `zvm` command asks of `zvm serve`: JSON frames over a unix socket, as VRAs use them (`vra::control`).
 
+mod vpg;
+
+pub use vpg::{VmSpec, VpgEdit, VpgSpec, defaults};
+
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -13,7 +17,7 @@ use crate::model::event::Event;
 use crate::model::status::VpgReport;
 use crate::model::task::Task;
 use crate::model::test_run::TestRun;
-use crate::model::vpg::{Priority, Vpg};
+use crate::model::vpg::Vpg;
 use crate::model::vra::Vra;
 
 /// Longest JSON message in either direction, in bytes.
@@ -92,6 +96,13 @@ pub enum Request {
     VpgShow {
         /// Its name or id.
         vpg: String,
+    },
+    /// Changes a group's settings. Answer: [`Response::Vpg`].
+    VpgEdit {
+        /// Its name or id.
+        vpg: String,
+        /// What changes.
+        edit: VpgEdit,
     },
     /// Deletes a group. Answer: [`Response::Task`].
     VpgDelete {
@@ -219,104 +230,6 @@ pub struct SiteKeyList {
     pub file: PathBuf,
     /// Their names, the one in use first.
     pub ids: Vec<String>,
-}
-
-/// A group to be created, as the user describes it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VpgSpec {
-    /// Its name.
-    pub name: String,
-    /// For people.
-    #[serde(default)]
-    pub description: String,
-    /// Which group goes first when there is not enough for all.
-    #[serde(default = "defaults::priority")]
-    pub priority: Priority,
-    /// Name or id of the VRA that keeps the journals.
-    pub target: String,
-    /// Name of a datastore in the inventory, or the absolute path of a folder at the target.
-    pub datastore: String,
-    /// Space for each VM's journal, bytes.
-    #[serde(default = "defaults::journal_limit_bytes")]
-    pub journal_limit_bytes: u64,
-    /// How long history is wanted, seconds.
-    #[serde(default = "defaults::history_s")]
-    pub history_s: u64,
-    /// Time between checkpoints, milliseconds.
-    #[serde(default = "defaults::checkpoint_interval_ms")]
-    pub checkpoint_interval_ms: u32,
-    /// Longest time that a checkpoint may hold guests' writes, milliseconds.
-    #[serde(default = "defaults::hold_deadline_ms")]
-    pub hold_deadline_ms: u32,
-    /// The RPO to be warned beyond, seconds.
-    #[serde(default = "defaults::rpo_target_s")]
-    pub rpo_target_s: u64,
-    /// Give up old checkpoints rather than stop replicating when a full sync does not fit the journal.
-    #[serde(default = "defaults::give_up_history")]
-    pub give_up_history: bool,
-    /// Encrypt journals and scratch at rest.
-    #[serde(default)]
-    pub encrypt: bool,
-    /// The VMs.
-    pub vms: Vec<VmSpec>,
-}
-
-/// A VM of a group to be created.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VmSpec {
-    /// Its name or UUID in the inventory.
-    pub vm: String,
-    /// Another target than the group's.
-    #[serde(default)]
-    pub target: Option<String>,
-    /// Another datastore than the group's.
-    #[serde(default)]
-    pub datastore: Option<String>,
-    /// Another journal limit than the group's, bytes.
-    #[serde(default)]
-    pub journal_limit_bytes: Option<u64>,
-}
-
-/// What a group gets that its user says nothing of.
-pub mod defaults {
-    use crate::model::vpg::Priority;
-
-    /// Medium.
-    pub fn priority() -> Priority {
-        Priority::Medium
-    }
-
-    /// 10 GiB.
-    pub fn journal_limit_bytes() -> u64 {
-        10 << 30
-    }
-
-    /// 4 hours.
-    pub fn history_s() -> u64 {
-        4 * 3_600
-    }
-
-    /// 5 seconds.
-    pub fn checkpoint_interval_ms() -> u32 {
-        5_000
-    }
-
-    /// 100 milliseconds.
-    pub fn hold_deadline_ms() -> u32 {
-        100
-    }
-
-    /// Half a minute.
-    pub fn rpo_target_s() -> u64 {
-        30
-    }
-
-    /// Yes: replication is worth more than old checkpoints.
-    pub fn give_up_history() -> bool {
-        true
-    }
 }
 
 /// A moment that a user names.

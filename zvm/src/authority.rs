@@ -3,7 +3,7 @@
 //! Every certificate carries its owner as a URI name: `urn:holdfast:zvm:<uuid>` or `urn:holdfast:vra:<uuid>`. The
 //! authority decides the names; of a VRA's signing request it takes the public key alone.
 
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -16,7 +16,9 @@ use rustls::pki_types::pem::PemObject;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 use vra::api::enroll::hex;
+use vra::config::{SecretFileError, read_secret};
 use vra::pki::{Credentials, Role};
+use zeroize::Zeroizing;
 
 const DAY: Duration = Duration::from_secs(86_400);
 const AUTHORITY_DAYS: u32 = 20 * 365;
@@ -135,8 +137,7 @@ impl Authority {
     /// Opens the authority that [`Authority::create`] made.
     pub fn open(pki_dir: &Path) -> Result<Self, AuthorityError> {
         let files = Files::new(pki_dir);
-        check_private(&files.ca_key)?;
-        let key_pem = read(&files.ca_key)?;
+        let key_pem = read_key(&files.ca_key)?;
         let key = KeyPair::from_pem(&key_pem)
             .map_err(|_| AuthorityError::Damaged { path: files.ca_key.clone(), what: "private key" })?;
         let certificate_pem = read(&files.ca_cert)?;
@@ -206,8 +207,7 @@ impl Authority {
     }
 
     fn load_identity(&self, files: &Files) -> Result<Credentials, AuthorityError> {
-        check_private(&files.identity)?;
-        let pem = read(&files.identity)?;
+        let pem = read_key(&files.identity)?;
         let own = (pem.as_str(), files.identity.as_path());
         Credentials::from_pem(own, own, (&self.certificate_pem, &files.ca_cert))
             .ok()
@@ -267,16 +267,14 @@ fn leaf_params(
     Ok((params, hex(&serial).trim_start_matches('0').to_owned(), not_after_us))
 }
 
-fn check_private(path: &Path) -> Result<(), AuthorityError> {
-    let metadata = std::fs::metadata(path).map_err(|source| match source.kind() {
-        std::io::ErrorKind::NotFound => AuthorityError::NotInitialised { path: path.into() },
-        _ => AuthorityError::File { path: path.into(), source },
-    })?;
-    let mode = metadata.permissions().mode() & 0o777;
-    if mode & 0o077 != 0 {
-        return Err(AuthorityError::KeyExposed { path: path.into(), mode });
-    }
-    Ok(())
+fn read_key(path: &Path) -> Result<Zeroizing<String>, AuthorityError> {
+    read_secret(path).map_err(|error| match error {
+        SecretFileError::Exposed { path, mode } => AuthorityError::KeyExposed { path, mode },
+        SecretFileError::File { path, source } if source.kind() == std::io::ErrorKind::NotFound => {
+            AuthorityError::NotInitialised { path }
+        }
+        SecretFileError::File { path, source } => AuthorityError::File { path, source },
+    })
 }
 
 fn read(path: &Path) -> Result<String, AuthorityError> {
@@ -293,6 +291,8 @@ fn replace(path: &Path, bytes: &[u8], mode: u32) -> Result<(), AuthorityError> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use vra::pki::PeerCertificate;
 
     use super::*;

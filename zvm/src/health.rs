@@ -258,7 +258,7 @@ impl<'a> Look<'a> {
             rpo: source.map(|vm| vm.rpo),
             sync: source.and_then(|vm| vm.sync),
             journal_used_bytes: target.map(|vm| vm.journal_used_bytes),
-            journal_limit_bytes: member.journal_limit_bytes,
+            journal_limit_bytes: member.journal_limit_bytes(),
         }
     }
 

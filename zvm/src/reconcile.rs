@@ -420,7 +420,8 @@ fn plan_site_keys(desired: &Desired, observed: &Observed, plan: &mut Plan) {
             desired.vpgs.iter().any(|vpg| vpg.settings.encrypt && vpg.targets().contains(vra));
         let encrypts = last.status.target_vms.iter().any(|vm| vm.site_key.is_some());
         if (is_to_encrypt || encrypts || last.status.awaits_site_key)
-            && last.status.site_keys != desired.site_keys.ids
+            // A VRA has those of its own file behind them.
+            && !last.status.site_keys.starts_with(&desired.site_keys.ids)
         {
             let kind = ActionKind::SetSiteKeys(desired.site_keys.request.clone());
             plan.actions.push(Action { vra: *vra, kind });

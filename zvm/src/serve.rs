@@ -16,6 +16,7 @@ use crate::api::{MAX_MESSAGE_BYTES, Outcome, Request, RequestFrame, Response, Re
 use crate::config::Config;
 use crate::inventory::static_file::StaticFile;
 use crate::manager::{Manager, StartError};
+use crate::site_key_file::LostSiteKeys;
 
 /// Connections to the unix socket at once; more wait.
 const MAX_CONNECTIONS: usize = 64;
@@ -33,7 +34,7 @@ pub struct Server {
 
 impl Server {
     /// Opens the state and the sockets. Must run inside tokio.
-    pub async fn open(config: Config) -> Result<Self, StartError> {
+    pub async fn open(config: Config, lost: LostSiteKeys) -> Result<Self, StartError> {
         let lock_path = config.state_dir.join("lock");
         let socket = config.socket.clone();
         // Without a state folder the missing keys are the better thing to tell.
@@ -43,7 +44,7 @@ impl Server {
         {
             return Err(StartError::Locked { path: lock_path });
         }
-        let manager = Manager::open(config).await?;
+        let manager = Manager::open(config, lost).await?;
         let lock = lock.map_err(|source| StartError::Socket { path: lock_path, source })?;
         let enrolment = manager.listen_for_enrolment()?;
         let listener =
@@ -179,6 +180,7 @@ async fn answer(manager: &Manager, request: Request) -> Result<Response, ApiErro
             Response::Vra(Box::new(manager.set_vra_address(&vra, &address).await?))
         }
         Request::VpgCreate(spec) => Response::Task(manager.create_vpg(spec).await?),
+        Request::VpgEdit { vpg, edit } => Response::Vpg(Box::new(manager.edit_vpg(&vpg, &edit).await?)),
         Request::VpgShow { vpg } => Response::Vpg(Box::new(manager.show_vpg(&vpg).await?)),
         Request::VpgDelete { vpg, keep_disks, force } => {
             Response::Task(manager.delete_vpg(&vpg, keep_disks, force).await?)

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use vra::api::vpg::JournalSize;
+
 const BINARY_UNITS: [(&str, u64); 5] =
     [("B", 1), ("KiB", 1 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("TiB", 1 << 40)];
 
@@ -22,6 +24,16 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
         _ => Err(format!(
             "{text:?} is not a size; write a whole number and B, KiB, MiB, GiB or TiB, as in 10GiB"
         )),
+    }
+}
+
+/// Reads the size of a journal: as [`parse_bytes`], or a part of the VM's disks such as `25%`.
+pub fn parse_journal_size(text: &str) -> Result<JournalSize, String> {
+    match text.trim().strip_suffix('%') {
+        None => parse_bytes(text).map(JournalSize::Bytes),
+        Some(percent) => percent.trim().parse().map(JournalSize::Percent).map_err(|_| {
+            format!("{text:?} is not a part of the disks; write a whole number of percent, as in 25%")
+        }),
     }
 }
 
@@ -65,6 +77,9 @@ mod tests {
 
     #[test]
     fn sizes_are_read() {
+        assert_eq!(parse_journal_size("25%"), Ok(JournalSize::Percent(25)));
+        assert_eq!(parse_journal_size("2 GiB"), Ok(JournalSize::Bytes(2 << 30)));
+        assert!(parse_journal_size("2.5%").is_err() && parse_journal_size("-1%").is_err());
         assert_eq!(parse_bytes("10GiB"), Ok(10 << 30));
         assert_eq!(parse_bytes(" 4 kib "), Ok(4096));
         assert_eq!(parse_bytes("512"), Ok(512));

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 
 use uuid::Uuid;
+use vra::api::vpg::{JournalSize, VmDefinition};
 use vra::api::*;
-use zvm::api::{VmSpec, VpgSpec, defaults};
+use zvm::api::{VmSpec, VpgEdit, VpgSpec, defaults};
 use zvm::inventory::{Inventory, static_file};
-use zvm::manager::spec::{Context, resolve};
-use zvm::model::vpg::Vpg;
+use zvm::manager::spec::{Context, edited, resolve};
+use zvm::model::vpg::{Vpg, VpgSettings};
 use zvm::model::vra::{Vra, VraState};
 
 #[test]
@@ -41,19 +42,86 @@ fn settings_of_a_vm_go_before_those_of_the_group() {
     spec.vms[0].journal_limit_bytes = Some(1 << 30);
     let vpg = site.create(&spec, &site.db_volumes()).unwrap();
     assert_eq!(vpg.settings.vms[0].datastore.to_str(), Some("/elsewhere"));
-    assert_eq!(vpg.settings.vms[0].journal_limit_bytes, 1 << 30);
+    assert_eq!(vpg.settings.vms[0].journal_size.limit_bytes, 1 << 30);
+}
+
+#[test]
+fn journals_are_as_large_as_their_disks_want_it_and_can_be_edited() {
+    let site = Site::new();
+    let mut spec = spec(&["db", "web"]);
+    spec.journal_limit_percent = Some(50);
+    spec.journal_warning = Some(JournalSize::Percent(40));
+    spec.vms[1].journal_limit_bytes = Some(2 << 30);
+    spec.vms[1].journal_warning = Some(JournalSize::Bytes(1 << 30));
+    spec.vms[1].journal_minimum_bytes = Some(256 << 20);
+    let mut served = site.db_volumes();
+    served.push(site.volume("web", 0, "/images/web"));
+    let vpg = site.create(&spec, &served).unwrap();
+    let sizes = |vpg: &Vpg| {
+        let definition = vpg.definition(|vra| site.vras.get(&vra)).unwrap();
+        let size =
+            |vm: &VmDefinition| (vm.journal_limit(), vm.journal_warning_bytes(), vm.journal_minimum_bytes);
+        definition.vms.iter().map(size).collect::<Vec<_>>()
+    };
+    let disks_bytes: u64 = vpg.settings.vms[0].volumes.iter().map(|volume| volume.size_bytes).sum();
+    let db = (disks_bytes / 2, Some(disks_bytes * 40 / 100), 0);
+    assert_eq!(
+        sizes(&vpg),
+        [db, (2 << 30, Some(1 << 30), 256 << 20)],
+        "a VM's own limit goes before the group's"
+    );
+
+    let edit = VpgEdit {
+        journal_limit: Some(JournalSize::Bytes(4 << 30)),
+        no_journal_warning: true,
+        history_s: Some(7_200),
+        vms: vec!["web".into()],
+        ..VpgEdit::default()
+    };
+    let settings = edited(&vpg, &edit).unwrap();
+    assert_eq!(settings.history_s, 7_200);
+    let vpg = Vpg { settings, ..vpg };
+    assert_eq!(sizes(&vpg), [db, (4 << 30, None, 256 << 20)]);
+    let too_much = VpgEdit { journal_minimum_bytes: Some(5 << 30), ..edit.clone() };
+    assert!(edited(&vpg, &too_much).unwrap_err().message.contains("above its journal limit"));
+    let unknown = VpgEdit { vms: vec!["nope".into()], ..edit };
+    assert_eq!(edited(&vpg, &unknown).unwrap_err().code, ErrorCode::NotFound);
+
+    // As an older manager wrote it.
+    let mut older = serde_json::to_value(&vpg.settings).unwrap();
+    for member in older["vms"].as_array_mut().unwrap() {
+        let member = member.as_object_mut().unwrap();
+        assert!(member.contains_key("journal_limit_bytes"));
+        member.retain(|key, _| !key.starts_with("journal_") || key == "journal_limit_bytes");
+    }
+    let older: VpgSettings = serde_json::from_value(older).unwrap();
+    assert_eq!(
+        (older.vms[1].journal_size.limit_bytes, older.vms[1].journal_size.minimum_bytes),
+        (4 << 30, 0)
+    );
 }
 
 #[test]
 fn what_is_wrong_is_named() {
     type Change = fn(&mut VpgSpec);
-    let cases: [(Change, ErrorCode, &str); 16] = [
+    let cases: [(Change, ErrorCode, &str); 19] = [
         (|spec| spec.name = "a/b".into(), ErrorCode::BadRequest, "cannot be the name"),
         (|spec| spec.name = "taken".into(), ErrorCode::Conflict, "there is a VPG \"taken\" already"),
         (|spec| spec.checkpoint_interval_ms = 500, ErrorCode::BadRequest, "1000 to 3600000 ms"),
         (|spec| spec.hold_deadline_ms = 5_000, ErrorCode::BadRequest, "the hold deadline"),
         (|spec| spec.journal_limit_bytes = 5, ErrorCode::BadRequest, "must be 64 MiB to 1024 TiB, not 5 B"),
         (|spec| spec.vms[0].journal_limit_bytes = Some(u64::MAX), ErrorCode::BadRequest, "the journal limit"),
+        (|spec| spec.journal_limit_percent = Some(0), ErrorCode::BadRequest, "1 to 10000 percent, not 0"),
+        (
+            |spec| spec.journal_warning = Some(JournalSize::Bytes(11 << 30)),
+            ErrorCode::BadRequest,
+            "warning threshold of VM \"db\", 11 GiB, is above its journal limit, 10 GiB",
+        ),
+        (
+            |spec| spec.journal_minimum_bytes = 1 << 40,
+            ErrorCode::BadRequest,
+            "minimum of VM \"db\", 1 TiB, is above",
+        ),
         (|spec| spec.history_s = 1, ErrorCode::BadRequest, "history"),
         (|spec| spec.vms.clear(), ErrorCode::BadRequest, "1 to 256 VMs"),
         (|spec| spec.vms[0].vm = "nope".into(), ErrorCode::NotFound, "no VM \"nope\""),
@@ -116,8 +184,7 @@ fn disks_must_be_served_as_the_inventory_has_them() {
 }
 
 fn spec(vms: &[&str]) -> VpgSpec {
-    let vm =
-        |vm: &&str| VmSpec { vm: (*vm).into(), target: None, datastore: None, journal_limit_bytes: None };
+    let vm = |vm: &&str| VmSpec { vm: (*vm).into(), ..VmSpec::default() };
     VpgSpec {
         name: "shop".into(),
         description: String::new(),
@@ -125,6 +192,9 @@ fn spec(vms: &[&str]) -> VpgSpec {
         target: "vra-b".into(),
         datastore: "ds1".into(),
         journal_limit_bytes: defaults::journal_limit_bytes(),
+        journal_limit_percent: None,
+        journal_warning: None,
+        journal_minimum_bytes: 0,
         history_s: defaults::history_s(),
         checkpoint_interval_ms: defaults::checkpoint_interval_ms(),
         hold_deadline_ms: defaults::hold_deadline_ms(),

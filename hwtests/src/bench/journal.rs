@@ -269,7 +269,7 @@ impl Journal {
             encryption: Encryption::Never,
         };
         create(&mut storage, file, &new)?;
-        let limits = Limits { max_slots: slot_count, grow_slots: 4, group_bytes: 8 << 20 };
+        let limits = Limits { max_slots: slot_count, min_slots: 0, grow_slots: 4, group_bytes: 8 << 20 };
         let options =
             OpenOptions { keys: Keys::new(SiteKeys::new(vec![site_key()])), ..OpenOptions::default() };
         let writer = Writer::new(open(&mut storage, file, &options)?, limits);

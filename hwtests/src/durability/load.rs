@@ -180,6 +180,9 @@ impl Load {
             target,
             datastore: datastore.to_owned(),
             journal_limit_bytes: self.journal_limit_bytes,
+            journal_limit_percent: None,
+            journal_warning: None,
+            journal_minimum_bytes: 0,
             // What is sealed is promoted at once, beneath the load.
             history_s: 0,
             give_up_history: true,

@@ -74,7 +74,8 @@ impl Target {
         create(&mut storage, journal, &new)?;
         let opened = open(&mut storage, journal, &OpenOptions::default())?;
         let disk = storage.add_file(DirectFile::open(&folder.disk(0), Access::Exclusive)?);
-        let limits = Limits { max_slots: settings.max_slots, grow_slots: 1, group_bytes: 8 << 20 };
+        let limits =
+            Limits { max_slots: settings.max_slots, min_slots: 0, grow_slots: 1, group_bytes: 8 << 20 };
         let policy = ReceiverPolicy {
             limits,
             // As the product sets it for a checkpoint every second.

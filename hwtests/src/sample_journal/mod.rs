@@ -27,7 +27,7 @@ const JOURNAL_ID: Uuid = Uuid::from_u128(1);
 const SYNC_ID: u64 = 9;
 /// Payload in a batch; several batches fit into the smallest slot.
 const BATCH_PAYLOAD_BYTES: usize = 12 << 10;
-const LIMITS: Limits = Limits { max_slots: 64, grow_slots: 2, group_bytes: 1 << 20 };
+const LIMITS: Limits = Limits { max_slots: 64, min_slots: 0, grow_slots: 2, group_bytes: 1 << 20 };
 
 /// A journal that is being written, with a model of its disks.
 pub struct SampleJournal<'a> {

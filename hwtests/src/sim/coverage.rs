@@ -93,6 +93,8 @@ pub enum Happening {
     Carried,
     /// The copied segment is encrypted.
     CarriedEncrypted,
+    /// An opening sealed a segment whose seal a crash had lost.
+    SealedLate,
     /// An encrypted journal got another key.
     KeyRotated,
     /// An opening failed and the next one went on.
@@ -190,6 +192,7 @@ impl Happening {
         Self::FailedWithGroupAhead,
         Self::Carried,
         Self::CarriedEncrypted,
+        Self::SealedLate,
         Self::KeyRotated,
         Self::OpenedAgain,
         Self::Promoted,
@@ -356,4 +359,7 @@ const REQUIRED_FAULTS: &[(Fault, Purpose)] = &[
     (Fault::FailedSync, Purpose::Carry),
     (Fault::FailedSync, Purpose::RecoveryDisk),
     (Fault::NoSpace, Purpose::Grow),
+    (Fault::NoSpace, Purpose::Reserve),
+    (Fault::NoSpace, Purpose::Promotion),
+    (Fault::NoSpace, Purpose::RecoveryDisk),
 ];

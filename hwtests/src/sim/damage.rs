@@ -78,6 +78,8 @@ pub(super) fn look(site: &TargetSite, ledger: &Ledger, env: &mut Env) -> Result<
 /// Promotes as far as the newest checkpoint lets it. False if there is nothing to promote.
 fn promote_all(site: &TargetSite, env: &mut Env) -> Result<bool, String> {
     let told = |what: &str, error: &dyn std::fmt::Debug| format!("promoting over damage: {what}: {error:?}");
+    // Thin recovery disks take space where something was punched before.
+    site.disk.set_capacity_bytes(u64::MAX);
     let mut storage = site.disk.storage();
     // One whose footer a crash kept from being written can't be read at all then.
     let Ok(reader) = Reader::open(&mut storage, site.journal, &site.survey_options()) else {
@@ -89,7 +91,7 @@ fn promote_all(site: &TargetSite, env: &mut Env) -> Result<bool, String> {
     if opened.superblock.state.is_base_sync() {
         return Ok(false);
     }
-    let limits = Limits { max_slots: 40, grow_slots: 1, group_bytes: 1 << 20 };
+    let limits = Limits { max_slots: 40, min_slots: 0, grow_slots: 1, group_bytes: 1 << 20 };
     let mut writer = Writer::new(opened, limits);
     let segments = writer.closed_segments().take_while(|segment| segment.last.seq <= newest.checkpoint.cut);
     let mut segments: Vec<_> = segments.cloned().collect();

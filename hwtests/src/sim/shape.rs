@@ -17,8 +17,11 @@ pub(super) struct SiteShape {
 
 impl SiteShape {
     pub(super) fn any(identity: &VmIdentity, env: &mut Env) -> Self {
+        let max_slots = 3 + env.rng.below(12) as u32;
         let limits = Limits {
-            max_slots: 3 + env.rng.below(12) as u32,
+            max_slots,
+            // Some keep a part of what they may have.
+            min_slots: if max_slots.is_multiple_of(3) { max_slots / 2 } else { 0 },
             grow_slots: 1 + env.rng.below(3) as u32,
             group_bytes: 4096 << env.rng.below(6),
         };

@@ -6,7 +6,7 @@ use journal::format::{FIRST_SLOT_OFFSET_BYTES, VolumeState};
 use journal::planted::{Bug, planted};
 use journal::promotion::{PromotionAction, PromotionFile};
 use journal::recovery::{
-    NewJournal, OpenError, OpenOptions, Opened, SegmentError, SurveyOptions, create, open,
+    Content, NewJournal, OpenError, OpenOptions, Opened, Segment, SegmentError, SurveyOptions, create, open,
 };
 use journal::storage::sim::{Crash, SimDisk, SimStorage};
 use journal::storage::{Blocking, FileId, Op, Purpose, Storage};
@@ -429,10 +429,17 @@ impl TargetSite {
                 env.happened(Happening::CarriedEncrypted);
             }
         }
+        let unsealed = |segment: &Segment| matches!(segment.content, Content::Scanned(_));
+        if opened.segments.iter().rev().skip(1).any(unsealed) {
+            env.happened(Happening::SealedLate);
+        }
         if opened.superblock.promotion_intent_seq > opened.superblock.low_water.seq {
             env.happened(Happening::PromotionResumed);
         }
         let writer = Writer::new(opened, self.policy.limits);
+        if writer.closed_segments().any(|segment| segment.trailer.is_none()) {
+            return Err("a segment that takes no more batches was opened without being sealed".into());
+        }
         let reserved = vec![self.reserved; self.recovery_disks.len()];
         Ok(Some(Receiver::new(self.identity.clone(), self.policy, writer, events, &reserved)))
     }

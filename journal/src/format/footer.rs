@@ -9,8 +9,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{FORMAT_VERSION, PAGE_BYTES};
 use crate::batch::{
-    BatchView, CRC_UNIT_BYTES, MAX_RECORD_PAYLOAD, MAX_VOLUME_BYTES, MAX_VOLUMES, Record, RecordError,
-    RecordHeader, RecordKind, check_record, unit_count,
+    BatchError, BatchView, CRC_UNIT_BYTES, MAX_RECORD_PAYLOAD, MAX_VOLUME_BYTES, MAX_VOLUMES, Record,
+    RecordError, RecordHeader, RecordKind, check_record, unit_count,
 };
 
 /// First eight bytes of a footer.
@@ -202,16 +202,35 @@ impl FooterBuilder {
                 events += event_len_bytes(record.payload().len());
             }
         }
+        Some(self.len_bytes_and(extents, crcs, events))
+    }
+
+    /// How long the footer is, in bytes.
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes_and(0, 0, 0)
+    }
+
+    fn len_bytes_and(&self, extents: usize, crcs: usize, events_len_bytes: usize) -> u64 {
         let len_bytes = size_of::<FooterHeader>()
             + (self.footer.extents.len() + extents) * size_of::<ExtentEntry>()
             + (self.footer.crcs.len() + crcs) * 4
             + self.events_len_bytes
-            + events;
-        Some(len_bytes.next_multiple_of(PAGE_BYTES) as u64)
+            + events_len_bytes;
+        len_bytes.next_multiple_of(PAGE_BYTES) as u64
     }
 
     /// Takes a batch that stands at this place in the slot, in bytes from the slot's start.
     pub fn add(&mut self, batch: &BatchView<'_>, batch_offset_bytes: u64) {
+        self.add_damaged(batch, batch_offset_bytes, &[]);
+    }
+
+    /// The same for a batch of which payloads are damaged: events that have such a payload are left out.
+    pub fn add_damaged(&mut self, batch: &BatchView<'_>, batch_offset_bytes: u64, damage: &[BatchError]) {
+        let is_damaged = |seq: u64| {
+            let mut damaged = damage.iter();
+            damaged
+                .any(|error| matches!(error, BatchError::PayloadCrc { seq: damaged, .. } if *damaged == seq))
+        };
         for record in batch.records() {
             let kind = record.kind();
             if kind.changes_data() {
@@ -245,7 +264,7 @@ impl FooterBuilder {
                     });
                     done_bytes += len_bytes;
                 }
-            } else if kind != RecordKind::Void {
+            } else if kind != RecordKind::Void && !is_damaged(record.seq()) {
                 self.events_len_bytes += event_len_bytes(record.payload().len());
                 let position_seq = if batch.is_local() { batch.last_seq() } else { record.seq() };
                 let record = Record {

@@ -42,13 +42,11 @@ pub const fn slot_offset_bytes(slot: u32, slot_len_bytes: u64) -> u64 {
     FIRST_SLOT_OFFSET_BYTES + slot as u64 * slot_len_bytes
 }
 
-/// Where the first and the last page of each slot are, in bytes from the file's start.
-pub(crate) fn edge_pages(superblock: &Superblock) -> impl Iterator<Item = u64> + use<> {
-    let slot_len_bytes = superblock.slot_len_bytes;
-    (0..superblock.slot_count).flat_map(move |slot| {
-        let begin = slot_offset_bytes(slot, slot_len_bytes);
-        [begin, begin + slot_len_bytes - PAGE_BYTES as u64]
-    })
+/// Where the pages are by which a slot is recognised, in bytes from the file's start: its first, the second, where its first batch begins,
+/// and its last.
+pub(crate) fn edge_pages(slot: u32, slot_len_bytes: u64) -> [u64; 3] {
+    let (begin, page) = (slot_offset_bytes(slot, slot_len_bytes), PAGE_BYTES as u64);
+    [begin, begin + page, begin + slot_len_bytes - page]
 }
 
 /// A place in the stream: its last record so far, and the CRC of the batch that holds it.
@@ -60,8 +58,8 @@ pub struct ChainPoint {
     pub batch_crc: u32,
 }
 
-/// CRC32C of a page whose CRC field, at `crc_offset`, counts as zero.
-fn page_crc(page: &[u8], crc_offset: usize) -> u32 {
+/// CRC32C of a page, or of more, whose CRC field, at `crc_offset`, counts as zero.
+pub fn page_crc(page: &[u8], crc_offset: usize) -> u32 {
     let crc = crc32c::crc32c(&page[..crc_offset]);
     let crc = crc32c::crc32c_append(crc, &[0; 4]);
     crc32c::crc32c_append(crc, &page[crc_offset + 4..])

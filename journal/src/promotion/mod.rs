@@ -6,19 +6,20 @@
 //! read. Then it syncs the disks. Doing it again after a crash, whole or in part, gives the same disks.
 
 mod chunks;
+mod footers;
 mod run;
 mod runs;
+mod slot_read;
 
 use std::collections::{BTreeMap, VecDeque};
+use std::ops::Range;
 
 use crate::bad_ranges::{BadRange, BadRanges};
-use crate::batch::RecordKind;
 use crate::crypt::Ciphers;
 use crate::format::bad_list::MAX_BAD_RANGES;
-use crate::format::{ChainPoint, Footer, FooterEvent, PAGE_BYTES, Superblock, slot_offset_bytes};
+use crate::format::{ChainPoint, PAGE_BYTES, Superblock};
 use crate::index::IndexBuilder;
 use crate::planted::{Bug, planted};
-use crate::scan::{Ownership, scan};
 use crate::storage::{AlignedBuf, Op, Purpose, StorageError};
 use crate::writer::ClosedSegment;
 
@@ -26,6 +27,7 @@ use chunks::{Chunk, Chunks};
 use run::Run;
 pub use runs::TransferSizes;
 use runs::{Runs, Work};
+use slot_read::SlotRead;
 
 /// A file that a promotion works on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +80,7 @@ pub enum PromotionError {
     /// The journal's file failed.
     #[error("the journal's file failed")]
     Journal(#[source] StorageError),
-    /// A segment's footer and batches are damaged: it isn't known what it holds.
+    /// A segment's footer and the head of one of its batches are damaged: it isn't known what it holds.
     #[error("segment {number} is damaged after record {after_seq}, and so is its footer")]
     Segment {
         /// The segment.
@@ -132,6 +134,8 @@ enum Stage {
         /// How many have not told yet.
         missing: usize,
         builders: Vec<IndexBuilder>,
+        /// Slots that are read whole, by segment.
+        slots: BTreeMap<usize, SlotRead>,
     },
     Carrying(Box<Carrying>),
     Syncing,
@@ -149,10 +153,10 @@ struct Carrying {
     next_run: u64,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 enum Doing {
     ReadFooter { segment: usize },
-    ReadSlot { segment: usize },
+    ReadSlot { segment: usize, range: Range<u64> },
     ReadChunk { read: usize },
     ReadPage { read: usize, offset_bytes: u64 },
     ReadBase { run: u64 },
@@ -164,7 +168,7 @@ enum Doing {
 
 impl Doing {
     /// What of a disk is being written now: the next chunk may share pages with it.
-    fn is_of_runs(self) -> bool {
+    fn is_of_runs(&self) -> bool {
         matches!(self, Self::ReadBase { .. } | Self::Write { .. } | Self::Punch { .. } | Self::Reserve)
     }
 }
@@ -197,7 +201,7 @@ impl Promotion {
             ciphers,
             reserved,
             sizes,
-            stage: Stage::Footers { next: skipped, missing, builders },
+            stage: Stage::Footers { next: skipped, missing, builders, slots: BTreeMap::new() },
             ready: VecDeque::new(),
             running: BTreeMap::new(),
             next_token: 1,
@@ -260,12 +264,7 @@ impl Promotion {
         let Some((doing, file)) = self.running.remove(&token) else { return Ok(false) };
         match (doing, result) {
             (Doing::ReadFooter { segment }, result) => self.footer_read(segment, result.ok().flatten()),
-            (Doing::ReadSlot { segment }, result) => {
-                let mut slot =
-                    result.map_err(PromotionError::Journal)?.expect("a read gives its buffer back");
-                self.segments[segment].cipher.decrypt_slot(&mut slot);
-                self.slot_read(segment, &slot)?;
-            }
+            (Doing::ReadSlot { segment, range }, result) => self.slot_read(segment, &range, result)?,
             (Doing::ReadChunk { read }, result) => self.chunk_read(read, result)?,
             (Doing::ReadPage { read, offset_bytes }, result) => {
                 self.page_read(read, offset_bytes, result)?;
@@ -378,68 +377,6 @@ impl Promotion {
                 }
                 Stage::Syncing => self.stage = Stage::Done,
                 Stage::Footers { .. } | Stage::Carrying(_) | Stage::Done => return,
-            }
-        }
-    }
-
-    fn ask_for_footer(&mut self, segment: usize) {
-        let ClosedSegment { header, trailer, .. } = &self.segments[segment];
-        let Some(trailer) = trailer else { return self.ask_for_slot(segment) };
-        let offset_bytes =
-            slot_offset_bytes(header.slot, self.superblock.slot_len_bytes) + trailer.data_end_bytes;
-        self.reading_bytes += trailer.footer_len_bytes;
-        let op = Op::Read { offset_bytes, buffer: AlignedBuf::zeroed(trailer.footer_len_bytes as usize) };
-        self.ready.push_back((Doing::ReadFooter { segment }, PromotionFile::Journal, op));
-    }
-
-    /// A segment without a footer that can be believed is read whole.
-    fn ask_for_slot(&mut self, segment: usize) {
-        let slot_len_bytes = self.superblock.slot_len_bytes;
-        let offset_bytes = slot_offset_bytes(self.segments[segment].header.slot, slot_len_bytes);
-        self.reading_bytes += slot_len_bytes;
-        let op = Op::Read { offset_bytes, buffer: AlignedBuf::zeroed(slot_len_bytes as usize) };
-        self.ready.push_back((Doing::ReadSlot { segment }, PromotionFile::Journal, op));
-    }
-
-    fn footer_read(&mut self, segment: usize, bytes: Option<AlignedBuf>) {
-        let trailer = self.segments[segment].trailer.as_ref();
-        self.reading_bytes -= trailer.map_or(0, |trailer| trailer.footer_len_bytes);
-        let footer = bytes.zip(trailer).and_then(|(mut bytes, trailer)| {
-            self.segments[segment].cipher.decrypt(trailer.data_end_bytes, &mut bytes);
-            Footer::decode(&bytes, trailer.footer_crc, trailer.data_end_bytes).ok()
-        });
-        match footer {
-            Some(footer) => self.take_footer(segment, &footer),
-            None => self.ask_for_slot(segment),
-        }
-    }
-
-    fn slot_read(&mut self, segment: usize, slot: &[u8]) -> Result<(), PromotionError> {
-        self.reading_bytes -= self.superblock.slot_len_bytes;
-        let ClosedSegment { header, last, .. } = &self.segments[segment];
-        let found = scan(slot, header, Ownership::of(&self.superblock), None);
-        if found.last.seq < last.seq {
-            let (number, after_seq) = (header.number, found.last.seq);
-            return Err(PromotionError::Segment { number, after_seq });
-        }
-        self.take_footer(segment, &found.footer());
-        Ok(())
-    }
-
-    fn take_footer(&mut self, segment: usize, footer: &Footer) {
-        let Stage::Footers { missing, builders, .. } = &mut self.stage else { return };
-        *missing -= 1;
-        let slot = self.segments[segment].header.slot;
-        for (number, builder) in (0_u16..).zip(builders) {
-            let base_seq = self.superblock.volumes[usize::from(number)].base_seq;
-            builder.add(footer, slot, self.superblock.slot_len_bytes, number, base_seq, self.through.seq);
-        }
-        for FooterEvent { record, .. } in &footer.events {
-            if record.kind == RecordKind::Resize
-                && let Some(size_bytes) = self.size_bytes.get_mut(usize::from(record.volume))
-            {
-                // Disks only grow (E3), so the largest is the last.
-                *size_bytes = record.len_bytes.max(*size_bytes);
             }
         }
     }

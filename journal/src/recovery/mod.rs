@@ -13,7 +13,10 @@ pub use footers::each_footer;
 pub use rebuild::{Rebuilt, newest_manifest, rebuild};
 pub use salvage::Salvage;
 pub(crate) use survey::read_superblock;
-pub use survey::{Content, Damage, Hidden, Segment, SegmentError, Survey, SurveyOptions, survey, survey_as};
+pub use survey::{
+    Content, Damage, Hidden, Segment, SegmentError, Survey, SurveyOptions, choose_superblock, survey,
+    survey_as,
+};
 
 use crate::bad_ranges::BadRanges;
 use crate::crypt::{Encryption, KeyError, Keyring, Keys, SALT_BYTES, SegmentKey};
@@ -225,15 +228,7 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
 
     if matches!(superblock.state, JournalState::HistoryGivenUp { .. }) {
         // The writer that gave it up may have died before it had erased all of it.
-        let erase = |offset_bytes| Op::Write {
-            offset_bytes,
-            pieces: vec![AlignedBuf::zeroed(PAGE_BYTES).into_bytes()],
-        };
-        let len_bytes = io.file_len_bytes()?;
-        let pages = edge_pages(&superblock).filter(|offset| offset + PAGE_BYTES as u64 <= len_bytes);
-        for result in io.purpose(Purpose::Seal).run_all(pages.map(erase).collect()) {
-            result?;
-        }
+        erase_segments(&mut io, &superblock)?;
     }
     // A growth or a shrinking that was cut short may have left space behind the last slot.
     let len_bytes = slot_offset_bytes(superblock.slot_count, superblock.slot_len_bytes);
@@ -256,6 +251,31 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
         io.purpose(Purpose::Carry).sync()?;
     }
     Ok(Opened { superblock, segments, tail, manifest, bad_ranges, hidden, free_slots, keyring, salt })
+}
+
+/// Zeroes the pages by which slots are recognised. Those that read zeroes are left alone: their space may have been given back, and a full
+/// datastore has none for them.
+fn erase_segments<S: Storage>(io: &mut Blocking<'_, S>, superblock: &Superblock) -> Result<(), StorageError> {
+    let slot_len_bytes = superblock.slot_len_bytes;
+    let file_len_bytes = io.file_len_bytes()?;
+    let is_there = |offset_bytes: &u64| offset_bytes + PAGE_BYTES as u64 <= file_len_bytes;
+    let slots: Vec<u32> = (0..superblock.slot_count).collect();
+    for chunk in slots.chunks(survey::SLOTS_AT_ONCE) {
+        let pages = chunk.iter().flat_map(|slot| edge_pages(*slot, slot_len_bytes)).filter(is_there);
+        let pages: Vec<u64> = pages.collect();
+        let read = |&offset_bytes: &u64| Op::Read { offset_bytes, buffer: AlignedBuf::zeroed(PAGE_BYTES) };
+        let found = io.purpose(Purpose::Survey).run_all(pages.iter().map(read).collect());
+        // What can't be read may be mended by the write.
+        let is_zero = |page: &Result<Option<AlignedBuf>, _>| matches!(page, Ok(Some(page)) if page.iter().all(|byte| *byte == 0));
+        let erased = pages.into_iter().zip(found).filter(|(_, page)| !is_zero(page));
+        let write = |(offset_bytes, _)| {
+            let pieces = vec![AlignedBuf::zeroed(PAGE_BYTES).into_bytes()];
+            Op::Write { offset_bytes, pieces }
+        };
+        let written = io.purpose(Purpose::Seal).run_all(erased.map(write).collect());
+        written.into_iter().try_for_each(|result| result.map(drop))?;
+    }
+    Ok(())
 }
 
 /// What a segment that begins now is encrypted with. An opening begins a segment of one number once, so no two have one salt.

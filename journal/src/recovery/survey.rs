@@ -7,7 +7,7 @@ use super::decide::{self, Choice, SegmentFacts, Verdict};
 use super::salvage::Salvage;
 use crate::bad_ranges::BadRanges;
 use crate::batch::{BATCH_MAGIC, BatchHeader};
-use crate::crypt::{Cipher, Ciphers, Keyring, SiteKeys};
+use crate::crypt::{Cipher, Ciphers, Encryption, Keyring, SiteKeys};
 use crate::format::bad_list::{BadList, BadListError};
 use crate::format::manifest::{MAX_MANIFEST_BYTES, Manifest, ManifestError};
 use crate::format::{
@@ -15,7 +15,7 @@ use crate::format::{
     MANIFEST_SLOT_BYTES, PAGE_BYTES, SUPERBLOCK_OFFSETS, SegmentHeader, SegmentTrailer, Superblock,
     SuperblockError, slot_offset_bytes,
 };
-use crate::scan::{Ownership, Scan, ScanStop, resume, scan};
+use crate::scan::{Ownership, Scan, ScanStop, resume, scan, scan_heads};
 use crate::storage::{AlignedBuf, Blocking, FileId, Op, Purpose, Storage, StorageError};
 
 /// All that counts in a journal's file.
@@ -101,10 +101,10 @@ impl Segment {
         }
     }
 
-    /// Its footer, read from the file if it is sealed. A damaged footer is replaced by scanning the batches.
+    /// Its footer, read from the file if it is sealed. A damaged footer is replaced by walking the batches' heads.
     ///
     /// # Errors
-    /// The file failed, or neither footer nor batches can be believed.
+    /// The file failed, or neither the footer nor the heads can be believed.
     pub fn footer<S: Storage>(
         &self,
         io: &mut Blocking<'_, S>,
@@ -126,7 +126,7 @@ impl Segment {
             Err(error) if error.is_medium() => FooterError::Unreadable,
             Err(error) => return Err(error.into()),
         };
-        let found = self.rescan(io, superblock)?;
+        let found = self.walk_heads(io, superblock)?;
         if found.last != trailer.last {
             return Err(SegmentError::Damaged {
                 number: self.header.number,
@@ -138,11 +138,8 @@ impl Segment {
         Ok(found.footer())
     }
 
-    /// Reads and checks all its batches, up to the first that is damaged or can't be read.
-    ///
-    /// # Errors
-    /// The file failed.
-    pub fn rescan<S: Storage>(
+    /// Reads its batches' heads, up to the first that is damaged or can't be read.
+    fn walk_heads<S: Storage>(
         &self,
         io: &mut Blocking<'_, S>,
         superblock: &Superblock,
@@ -152,7 +149,7 @@ impl Segment {
         let len_bytes = self.data_end_bytes() as usize + PAGE_BYTES;
         let mut bytes = Salvage::new(true).read(io, slot_offset, len_bytes)?;
         self.cipher.decrypt_slot(&mut bytes);
-        Ok(scan(&bytes, &self.header, Ownership::of(superblock), None))
+        Ok(scan_heads(&bytes, &self.header, Ownership::of(superblock), self.last().seq))
     }
 }
 
@@ -162,7 +159,7 @@ pub enum SegmentError {
     /// The file failed.
     #[error("the journal's file failed")]
     Storage(#[from] StorageError),
-    /// Footer and batches are damaged.
+    /// The footer and the head of a batch are damaged.
     #[error("segment {number} is damaged after record {after_seq} ({stop}), and so is its footer")]
     Damaged {
         /// The segment.
@@ -198,8 +195,8 @@ pub struct Hidden {
     pub slot: u32,
     /// The last record that can be read.
     pub after_seq: u64,
-    /// The first one that is known to lie behind what can't be read.
-    pub resumes_seq: u64,
+    /// The first one that is known to lie behind what can't be read; none if nothing can be told, since what is there is encrypted.
+    pub resumes_seq: Option<u64>,
 }
 
 /// How to look.
@@ -323,7 +320,8 @@ pub fn survey_as<S: Storage>(
     })
 }
 
-/// A segment whose first page is gone, and that had no last page yet: its first batch tells that it was there.
+/// A segment whose first page is gone, and that had no last page yet: its first batch tells that it was there. In a journal that has been
+/// encrypted that may be anything but zeroes: what is free is zeroed there, or has its segment's pages still.
 fn find_headless<S: Storage>(
     io: &mut Blocking<'_, S>,
     superblock: &Superblock,
@@ -335,6 +333,8 @@ fn find_headless<S: Storage>(
     let file_len_bytes = io.file_len_bytes()?;
     let is_there = |slot: &u32| slot_offset_bytes(slot + 1, slot_len_bytes) <= file_len_bytes;
     let is_known = |slot: u32| known.iter().any(|known| known.header.slot == slot);
+    // Without its first page nobody knows the key of an encrypted one. While a history is given up, what is left of it doesn't count.
+    let may_be_encrypted = superblock.encryption != Encryption::Never && !superblock.state.is_base_sync();
     let unknown: Vec<u32> =
         (0..superblock.slot_count).filter(is_there).filter(|slot| !is_known(*slot)).collect();
     for chunk in unknown.chunks(SLOTS_AT_ONCE) {
@@ -346,6 +346,10 @@ fn find_headless<S: Storage>(
             let Some(page) = salvage.page(second_page(slot), page)? else { continue };
             let Ok((batch, _)) = BatchHeader::ref_from_prefix(&page) else { continue };
             if batch.magic != BATCH_MAGIC || batch.journal_id != *superblock.journal_id.as_bytes() {
+                if may_be_encrypted && page.iter().any(|byte| *byte != 0) {
+                    let after_seq = tail.seq;
+                    return Ok(Some(Hidden { segment: 0, slot: *slot, after_seq, resumes_seq: None }));
+                }
                 continue;
             }
             let offset_bytes = slot_offset_bytes(*slot, slot_len_bytes);
@@ -360,7 +364,6 @@ fn find_headless<S: Storage>(
                 carried_end_bytes: PAGE_BYTES as u64,
                 begin_time_us: 0,
                 slot_len_bytes,
-                // Without its first page nobody knows the key of an encrypted one, and nothing of it is recognised.
                 encryption: None,
             };
             let end_bytes = slot_len_bytes - PAGE_BYTES as u64;
@@ -369,7 +372,7 @@ fn find_headless<S: Storage>(
                     segment: 0,
                     slot: *slot,
                     after_seq: tail.seq,
-                    resumes_seq: seq + 1,
+                    resumes_seq: Some(seq + 1),
                 }));
             }
         }
@@ -392,7 +395,17 @@ pub(crate) fn read_superblock<S: Storage>(
         Err(error) if skip_unreadable && error.is_medium() => Ok(Err(SuperblockError::Unreadable)),
         copy => copy,
     };
-    let (first, second) = (readable(first)?, readable(second)?);
+    choose_superblock(readable(first)?, readable(second)?)
+}
+
+/// The copy of the superblock that counts, of what [`Superblock::decode`] gave for both: as [`survey`] chooses it.
+///
+/// # Errors
+/// None counts, or a newer release wrote one.
+pub fn choose_superblock(
+    first: Result<Superblock, SuperblockError>,
+    second: Result<Superblock, SuperblockError>,
+) -> Result<Superblock, OpenError> {
     let sequence = |copy: &Result<Superblock, _>| copy.as_ref().map_or(0, |copy| copy.sequence);
     let kinds = (decide::Copy::of(&first), decide::Copy::of(&second));
     let choice = decide::choose_superblock(kinds.0, kinds.1, sequence(&first), sequence(&second));
@@ -501,9 +514,10 @@ impl Slot {
 
     /// What is behind its end. Once another opening took the segment over, that opening decided where it ends.
     fn hidden(&self, superblock: &Superblock) -> Option<Hidden> {
-        let (Some(scan), Some(resumes_seq)) = (&self.scan, self.resumes_seq) else { return None };
+        let (Some(scan), Some(_)) = (&self.scan, self.resumes_seq) else { return None };
         let SegmentHeader { number: segment, slot, open_count, .. } = self.header;
         let after_seq = scan.last.seq;
+        let resumes_seq = self.resumes_seq;
         (open_count == superblock.open_count).then_some(Hidden { segment, slot, after_seq, resumes_seq })
     }
 
@@ -558,4 +572,4 @@ fn read_slots<S: Storage>(
 }
 
 /// How many slots' pages are read together.
-const SLOTS_AT_ONCE: usize = 256;
+pub(super) const SLOTS_AT_ONCE: usize = 256;

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use bytes::Bytes;
 use nix::errno::Errno;
 
-use self::file::{Dirty, Fate, SECTOR_BYTES, SimFile, put};
+use self::file::{Dirty, Fate, SECTOR_BYTES, SimFile, pages, put};
 pub use self::strike::{OpKind, Strike};
 use super::{Completion, FileId, Op, Purpose, Storage, StorageError};
 
@@ -215,6 +215,17 @@ impl SimDisk {
         sim_file.flip(at, bit).then_some(at)
     }
 
+    /// A range of a file can't be read any more, page by page, until it is written.
+    pub fn break_pages(&self, file: FileId, range: std::ops::Range<u64>) {
+        let mut inner = self.lock();
+        inner.files[file.0 as usize].broken.extend(pages(range.start, range.end - range.start));
+    }
+
+    /// How much space all files take together, in bytes.
+    pub fn used_bytes(&self) -> u64 {
+        self.lock().files.iter().map(SimFile::used_bytes).sum()
+    }
+
     /// What can be read of a file now.
     pub fn contents(&self, file: FileId) -> Vec<u8> {
         let inner = self.lock();
@@ -316,7 +327,10 @@ impl Inner {
         let result = match op {
             Op::Read { offset_bytes, mut buffer } => {
                 let sim_file = &self.files[file.0 as usize];
-                if offset_bytes + buffer.len() as u64 > sim_file.len_bytes {
+                let len_bytes = buffer.len() as u64;
+                if offset_bytes + len_bytes > sim_file.len_bytes
+                    || sim_file.is_broken(offset_bytes, len_bytes)
+                {
                     error(Errno::EIO)
                 } else {
                     sim_file.read(offset_bytes, &mut buffer);
@@ -324,28 +338,32 @@ impl Inner {
                 }
             }
             Op::Write { offset_bytes, pieces } => {
-                self.write(file, purpose, offset_bytes, gather(&pieces), |_| true);
-                Ok(None)
+                let bytes = gather(&pieces);
+                if self.has_room(file, purpose, offset_bytes, bytes.len() as u64) {
+                    self.write(file, purpose, offset_bytes, bytes, |_| true);
+                    Ok(None)
+                } else {
+                    error(Errno::ENOSPC)
+                }
             }
             Op::Sync => {
                 self.files[file.0 as usize].sync(after_write);
                 Ok(None)
             }
             Op::Allocate { offset_bytes, len_bytes } => {
-                let used: u64 = self.files.iter().map(|file| file.len_bytes).sum();
-                let sim_file = &mut self.files[file.0 as usize];
-                let grown = (offset_bytes + len_bytes).saturating_sub(sim_file.len_bytes);
-                if grown > 0 && used + grown > self.capacity_bytes {
-                    self.cover(Fault::NoSpace, purpose);
-                    error(Errno::ENOSPC)
-                } else {
-                    sim_file.len_bytes += grown;
+                if self.has_room(file, purpose, offset_bytes, len_bytes) {
+                    let sim_file = &mut self.files[file.0 as usize];
+                    sim_file.len_bytes = sim_file.len_bytes.max(offset_bytes + len_bytes);
+                    sim_file.reserve(offset_bytes, len_bytes);
                     Ok(None)
+                } else {
+                    error(Errno::ENOSPC)
                 }
             }
             Op::Punch { offset_bytes, len_bytes } => {
                 let zeroes = vec![0; len_bytes as usize].into();
                 self.write(file, purpose, offset_bytes, zeroes, |_| true);
+                self.files[file.0 as usize].holes.extend(pages(offset_bytes, len_bytes));
                 Ok(None)
             }
             Op::Truncate { len_bytes } => {
@@ -354,6 +372,17 @@ impl Inner {
             }
         };
         Completion { token, result }
+    }
+
+    /// Whether the disk has the space that a range of a file lacks.
+    fn has_room(&mut self, file: FileId, purpose: Purpose, offset_bytes: u64, len_bytes: u64) -> bool {
+        let lacking = self.files[file.0 as usize].lacking_bytes(offset_bytes, len_bytes);
+        let used: u64 = self.files.iter().map(SimFile::used_bytes).sum();
+        let has_room = lacking == 0 || used + lacking <= self.capacity_bytes;
+        if !has_room {
+            self.cover(Fault::NoSpace, purpose);
+        }
+        has_room
     }
 
     fn takes_error(&mut self, verb: &'static str) -> bool {
@@ -377,7 +406,10 @@ impl Inner {
         let write = self.next_write;
         self.next_write += 1;
         let sim_file = &mut self.files[file.0 as usize];
-        sim_file.len_bytes = sim_file.len_bytes.max(offset_bytes + bytes.len() as u64);
+        let len_bytes = bytes.len() as u64;
+        sim_file.len_bytes = sim_file.len_bytes.max(offset_bytes + len_bytes);
+        sim_file.reserve(offset_bytes, len_bytes);
+        pages(offset_bytes, len_bytes).for_each(|page| _ = sim_file.broken.remove(&page));
         for index in 0..(bytes.len() / SECTOR_BYTES) as u64 {
             if !keeps(index) {
                 continue;
@@ -444,6 +476,8 @@ impl Inner {
             });
             if fate.keeps(sector) {
                 put(&mut self.files[index].durable, sector, &dirty.data);
+            } else {
+                self.files[index].undo(sector);
             }
         }
     }

@@ -1,5 +1,7 @@
 //! Changes of the superblock: who owns the tail, where the base is, how long the file is, what the manifest says.
 
+use std::collections::BTreeSet;
+
 use uuid::Uuid;
 
 use crate::bad_ranges::BadRanges;
@@ -344,15 +346,24 @@ impl Writer {
         before.push(vec![(Purpose::BadList, Op::Sync)]);
     }
 
-    /// First and last pages of all slots, zeroed: while a sync writes to the recovery disks, a rebuild without superblocks must not take
-    /// what was given up, or promoted before, for a history.
+    /// The pages by which slots are recognised, all zero: while a sync writes to the recovery disks, a rebuild without superblocks must not
+    /// take what was given up, or promoted before, for a history. Nothing takes space that a full datastore doesn't have: what was given
+    /// back is punched, and gets its space again before it is used (C3).
     fn segments_erased(&self) -> Vec<Vec<(Purpose, Op)>> {
-        let erase = |offset_bytes| {
-            let pieces = vec![segment::page(&[0; PAGE_BYTES])];
-            (Purpose::Seal, Op::Write { offset_bytes, pieces })
+        let slot_len_bytes = self.superblock.slot_len_bytes;
+        let given_back: BTreeSet<u32> = self.free_slots.unreserved().collect();
+        let erase = |slot: u32| {
+            edge_pages(slot, slot_len_bytes).map(|offset_bytes| {
+                let op = if given_back.contains(&slot) {
+                    Op::Punch { offset_bytes, len_bytes: PAGE_BYTES as u64 }
+                } else {
+                    Op::Write { offset_bytes, pieces: vec![segment::page(&[0; PAGE_BYTES])] }
+                };
+                (Purpose::Seal, op)
+            })
         };
-        let pages = edge_pages(&self.superblock);
-        vec![pages.map(erase).collect(), vec![(Purpose::Seal, Op::Sync)]]
+        let pages = (0..self.superblock.slot_count).flat_map(erase).collect();
+        vec![pages, vec![(Purpose::Seal, Op::Sync)]]
     }
 
     /// Grows the file: the new slots count when the superblock says so.

@@ -46,10 +46,25 @@ impl Writer {
         if self.wants_to_grow() {
             return Some(self.grow());
         }
-        if self.riders.is_empty() {
+        if !self.riders.is_empty() {
+            return Some(Step::new(vec![std::mem::take(&mut self.riders)], Effect::None));
+        }
+        self.keep_minimum()
+    }
+
+    /// One more slot with its space, while the journal has fewer than it is to keep.
+    fn keep_minimum(&mut self) -> Option<Step> {
+        let with_space = self.superblock.slot_count as usize - self.free_slots.unreserved().count();
+        if with_space >= self.limits.min_slots.min(self.limits.max_slots) as usize
+            || self.superblock.state.is_base_sync()
+            || self.no_space
+        {
             return None;
         }
-        Some(Step::new(vec![std::mem::take(&mut self.riders)], Effect::None))
+        if let Some(step) = self.reserve_slot() {
+            return Some(step);
+        }
+        (self.superblock.slot_count < self.limits.max_slots).then(|| self.grow())
     }
 
     /// Gathers waiting batches into one write, or nothing if none waits or there is no room.

@@ -6,6 +6,7 @@
 //! segment is written already: its own sync begins when the other one has ended, so groups become durable in order.
 
 mod change;
+mod closed;
 mod drive;
 mod group;
 mod promotion;
@@ -13,20 +14,22 @@ mod segment;
 mod slots;
 mod step;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use bytes::Bytes;
 use uuid::Uuid;
 
 use crate::bad_ranges::BadRanges;
 use crate::batch::BatchView;
-use crate::crypt::{Cipher, Keyring};
-use crate::format::{ChainPoint, SegmentHeader, SegmentTrailer, Superblock};
+use crate::crypt::{Encryption, Keyring, SiteKeyId};
+use crate::format::{ChainPoint, Superblock};
 use crate::planted::{Bug, planted};
 use crate::recovery::{Content, Opened, Segment};
 use crate::storage::{Op, Purpose, StorageError};
 
 pub use change::{Change, ChangeError, ClaimError, Grant};
+pub use closed::ClosedSegment;
+use closed::seal_unsealed;
 pub use drive::drive;
 use segment::OpenSegment;
 use slots::FreeSlots;
@@ -37,6 +40,8 @@ use step::{Effect, Step};
 pub struct Limits {
     /// Most slots that the file may have.
     pub max_slots: u32,
+    /// So many slots keep their space, free or not.
+    pub min_slots: u32,
     /// How many slots it grows by.
     pub grow_slots: u32,
     /// Most bytes of batches in one write.
@@ -45,7 +50,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_slots: 1024, grow_slots: 4, group_bytes: 8 << 20 }
+        Self { max_slots: 1024, min_slots: 0, grow_slots: 4, group_bytes: 8 << 20 }
     }
 }
 
@@ -179,35 +184,6 @@ pub struct Writer {
     poisoned: bool,
 }
 
-/// A segment that takes no more batches.
-#[derive(Clone, Debug)]
-pub struct ClosedSegment {
-    /// Its first page.
-    pub header: SegmentHeader,
-    /// The stream's place after it.
-    pub last: ChainPoint,
-    /// Its last page; none if a crash kept its seal from being written.
-    pub trailer: Option<SegmentTrailer>,
-    /// What reads it.
-    pub cipher: Cipher,
-}
-
-impl ClosedSegment {
-    fn of(segment: &Segment) -> Self {
-        let trailer = match &segment.content {
-            Content::Sealed(trailer) => Some(SegmentTrailer::clone(trailer)),
-            Content::Scanned(_) => None,
-        };
-        let (header, last, cipher) = (segment.header.clone(), segment.last(), segment.cipher.clone());
-        Self { header, last, trailer, cipher }
-    }
-
-    /// When its last batch was received, µs since the Unix epoch; when its first was, if more isn't known (C6).
-    pub fn end_time_us(&self) -> u64 {
-        self.trailer.as_ref().map_or(self.header.begin_time_us, |trailer| trailer.end_time_us)
-    }
-}
-
 #[derive(Debug)]
 struct Queued {
     batch: Bytes,
@@ -222,11 +198,12 @@ impl Writer {
         let next_number = segments.last().map_or(superblock.low_water_segment, |last| last.header.number + 1);
         let mut closed: VecDeque<ClosedSegment> = segments.iter().map(ClosedSegment::of).collect();
         let newest_us = closed.iter().map(ClosedSegment::end_time_us).max().unwrap_or_default();
+        let riders = seal_unsealed(&segments, &mut closed, superblock.slot_len_bytes);
         // The last segment is this opening's own copy if it isn't sealed: it takes more.
         let open = match segments.into_iter().next_back() {
             Some(Segment { header, content: Content::Scanned(scan), cipher }) => {
                 closed.pop_back();
-                Some(OpenSegment::resume(header, cipher, *scan))
+                Some(OpenSegment::resume(header, cipher, *scan, None))
             }
             _ => None,
         };
@@ -249,7 +226,7 @@ impl Writer {
             claims_pending: 0,
             told_intent_seq: 0,
             next_ticket: 1,
-            riders: Vec::new(),
+            riders,
             step: None,
             ahead: None,
             next_token: 1,
@@ -349,7 +326,11 @@ impl Writer {
         match result {
             Ok(()) => {}
             Err(error) if step.is_growing() && error.is_no_space() => {
-                self.step = None;
+                if let Some(Effect::Reserved(slot)) = self.step.take().map(Step::into_effect)
+                    && self.free_slots.found_without_space(slot)
+                {
+                    return;
+                }
                 self.no_space = true;
                 self.report_full();
                 return;
@@ -442,6 +423,18 @@ impl Writer {
     /// The journal's keys.
     pub fn keyring(&self) -> &Keyring {
         &self.keyring
+    }
+
+    /// Names of the site keys without which the journal can't be read, or not be opened again for writing.
+    pub fn site_key_ids(&self) -> BTreeSet<SiteKeyId> {
+        let open = self.open.as_ref().map(OpenSegment::header);
+        let headers = self.closed.iter().map(|segment| &segment.header).chain(open);
+        let of_segments = headers.filter_map(|header| Some(header.encryption.as_ref()?.key.site_key_id()));
+        let next = match &self.superblock.encryption {
+            Encryption::On(key) => Some(key.site_key_id()),
+            Encryption::Never | Encryption::Off => None,
+        };
+        of_segments.chain(next).collect()
     }
 
     /// The segments that take no more batches, oldest first.

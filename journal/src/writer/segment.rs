@@ -32,9 +32,15 @@ impl OpenSegment {
         Self { header, cipher, end_bytes: PAGE_BYTES as u64, last, footer, end_time_us }
     }
 
-    /// The segment as recovery copied it. When its last batch was received is not known until the next one comes.
-    pub(super) fn resume(header: SegmentHeader, cipher: Cipher, scan: Scan) -> Self {
-        let end_time_us = header.begin_time_us;
+    /// The segment as recovery found it. When its last batch was received is not known until the next one comes: `end_time_us` at the latest,
+    /// if that is known.
+    pub(super) fn resume(
+        header: SegmentHeader,
+        cipher: Cipher,
+        scan: Scan,
+        end_time_us: Option<u64>,
+    ) -> Self {
+        let end_time_us = header.begin_time_us.max(end_time_us.unwrap_or_default());
         Self { header, cipher, end_bytes: scan.end_bytes, last: scan.last, footer: scan.footer, end_time_us }
     }
 
@@ -63,6 +69,11 @@ impl OpenSegment {
     /// Whether a batch, its part of the footer and the trailer have room, and the journal's own records after it.
     pub(super) fn fits(&self, batch: &Bytes, slot_len_bytes: u64) -> bool {
         self.fits_local(batch, slot_len_bytes.saturating_sub(LOCAL_ROOM_BYTES))
+    }
+
+    /// Whether footer and trailer have room: always, but in a file that was not written by this software.
+    pub(super) fn can_be_sealed(&self, slot_len_bytes: u64) -> bool {
+        self.end_bytes + self.footer.len_bytes() + PAGE_BYTES as u64 <= slot_len_bytes
     }
 
     /// The same for a batch of the journal's own.

@@ -49,6 +49,11 @@ impl FreeSlots {
         }
     }
 
+    /// Those whose space was given back, or may have been, lowest first.
+    pub(super) fn unreserved(&self) -> impl Iterator<Item = u32> {
+        self.unreserved.iter().copied()
+    }
+
     /// How many that have their space can be used and leave one for an opening.
     pub(super) fn spare_reserved(&self) -> usize {
         self.reserved.len().min(self.len().saturating_sub(1))
@@ -57,6 +62,12 @@ impl FreeSlots {
     /// Takes the lowest one that has its space.
     pub(super) fn take(&mut self) -> Option<u32> {
         self.reserved.pop_first()
+    }
+
+    /// The datastore had no room for this one's space. Says whether another one may have its space still.
+    pub(super) fn found_without_space(&mut self, slot: u32) -> bool {
+        self.doubtful.remove(&slot);
+        !self.doubtful.is_empty()
     }
 
     /// The one to reserve next: rather one that may have its space still.

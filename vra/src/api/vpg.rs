@@ -12,6 +12,32 @@ pub const MAX_VMS_PER_VPG: usize = 256;
 /// How much space a definition may give a VM's journal, in bytes: 64 MiB to 1 PiB.
 pub const JOURNAL_LIMIT_BYTES: std::ops::RangeInclusive<u64> = 64 << 20..=1 << 50;
 
+/// How much of its VM's disks a journal may be given, in percent.
+pub const JOURNAL_PERCENT: std::ops::RangeInclusive<u32> = 1..=10_000;
+
+/// A size of a VM's journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JournalSize {
+    /// So many bytes.
+    Bytes(u64),
+    /// So much of the VM's disks together, in percent.
+    Percent(u32),
+}
+
+impl JournalSize {
+    /// What it is for disks of so many bytes together, in bytes.
+    pub fn of(self, disks_bytes: u64) -> u64 {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Percent(percent) => {
+                let bytes = u128::from(disks_bytes) * u128::from(percent) / 100;
+                u64::try_from(bytes).unwrap_or(u64::MAX)
+            }
+        }
+    }
+}
+
 /// A VPG, as every VRA of it gets it. A VRA is source of the VMs whose [`VmDefinition::source`] has its id, and target of those
 /// whose [`VmDefinition::target`] has it.
 ///
@@ -56,11 +82,40 @@ pub struct VmDefinition {
     pub datastore: PathBuf,
     /// Target: space for the journal, in bytes.
     pub journal_limit_bytes: u64,
+    /// Target: the same in percent of the VM's disks together, within [`JOURNAL_LIMIT_BYTES`]; `journal_limit_bytes` means nothing then.
+    #[serde(default)]
+    pub journal_limit_percent: Option<u32>,
+    /// Target: from here on the use of the journal is an alert, `journal-warning`; without, none is.
+    #[serde(default)]
+    pub journal_warning: Option<JournalSize>,
+    /// Target: space that the journal keeps even if the history doesn't need it, in bytes.
+    #[serde(default)]
+    pub journal_minimum_bytes: u64,
     /// Target: how long history is kept if the journal is large enough, in seconds.
     pub history_s: u64,
     /// Target: when a full sync doesn't fit into the journal, give up the older checkpoints (with an alert) rather than stop
     /// replicating.
     pub give_up_history: bool,
+}
+
+impl VmDefinition {
+    /// Size of all its disks, in bytes.
+    pub fn disks_bytes(&self) -> u64 {
+        self.volumes.iter().fold(0, |sum, volume| sum.saturating_add(volume.size_bytes))
+    }
+
+    /// Space for the journal, in bytes.
+    pub fn journal_limit(&self) -> u64 {
+        self.journal_limit_percent.map_or(self.journal_limit_bytes, |percent| {
+            let bytes = JournalSize::Percent(percent).of(self.disks_bytes());
+            bytes.clamp(*JOURNAL_LIMIT_BYTES.start(), *JOURNAL_LIMIT_BYTES.end())
+        })
+    }
+
+    /// From where on the use of the journal is an alert, in bytes.
+    pub fn journal_warning_bytes(&self) -> Option<u64> {
+        self.journal_warning.map(|warning| warning.of(self.disks_bytes()))
+    }
 }
 
 /// A disk of a VM.
@@ -187,4 +242,38 @@ pub struct TagCheckpoint {
     pub vpg: VpgId,
     /// The name, 1 to 128 bytes. The same tag again makes another checkpoint.
     pub tag: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_of_journals_follow_the_disks_and_older_definitions_have_none() {
+        let old = serde_json::json!({
+            "id": VmId::random(), "name": "db", "journal": JournalId::random(), "source": { "id": VraId::random(), "address": "a:1" },
+            "target": { "id": VraId::random(), "address": "b:1" }, "datastore": "/ds", "journal_limit_bytes": 1_u64 << 30,
+            "history_s": 3600, "give_up_history": true,
+            "volumes": [
+                { "id": VolumeId::random(), "number": 0, "size_bytes": 60_u64 << 30, "logical_block_bytes": 512, "source_path": "/a" },
+                { "id": VolumeId::random(), "number": 1, "size_bytes": 40_u64 << 30, "logical_block_bytes": 512, "source_path": "/b" }
+            ]
+        });
+        let mut vm: VmDefinition = serde_json::from_value(old).expect("an older release's");
+        assert_eq!((vm.journal_limit(), vm.journal_warning_bytes()), (1 << 30, None));
+        assert_eq!(vm.journal_minimum_bytes, 0);
+        vm.journal_limit_percent = Some(25);
+        vm.journal_warning = Some(JournalSize::Percent(20));
+        assert_eq!((vm.journal_limit(), vm.journal_warning_bytes()), (25 << 30, Some(20 << 30)));
+        vm.journal_limit_percent = Some(u32::MAX);
+        assert_eq!(vm.journal_limit(), 1 << 50, "the most that there is");
+        vm.volumes[1].size_bytes = 0;
+        (vm.volumes[0].size_bytes, vm.journal_limit_percent) = (512, Some(1));
+        assert_eq!(vm.journal_limit(), 64 << 20, "the least that there is");
+        vm.journal_warning = Some(JournalSize::Bytes(5));
+        assert_eq!(
+            serde_json::to_value(vm.journal_warning).expect("JSON"),
+            serde_json::json!({ "bytes": 5 })
+        );
+    }
 }

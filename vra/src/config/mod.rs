@@ -1,7 +1,9 @@
 //! Configuration (`/etc/holdfast/vra.toml`) and persistent state.
 
+mod secret_file;
 mod store;
 
+pub use secret_file::{SecretFileError, SiteKeyFileError, read_secret, read_site_keys};
 pub use store::{Store, StoreError, write_atomic};
 
 use std::fs::File;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Component, PathBuf};
 
 use crate::api::volume::{MAX_NAME_BYTES, MAX_VOLUMES_PER_VM};
-use crate::api::vpg::{JOURNAL_LIMIT_BYTES, MAX_VMS_PER_VPG, VmDefinition};
+use crate::api::vpg::{JOURNAL_LIMIT_BYTES, JOURNAL_PERCENT, JournalSize, MAX_VMS_PER_VPG, VmDefinition};
 use crate::api::{ApiError, ErrorCode, VpgDefinition, VraId};
 
 /// Checks all that can be checked without looking at disks.
@@ -83,14 +83,48 @@ fn check_vm(vm: &VmDefinition) -> Result<(), ApiError> {
             )));
         }
     }
-    if !JOURNAL_LIMIT_BYTES.contains(&vm.journal_limit_bytes) {
+    check_journal(vm)
+}
+
+fn check_journal(vm: &VmDefinition) -> Result<(), ApiError> {
+    let limit_bytes = vm.journal_limit();
+    if !JOURNAL_LIMIT_BYTES.contains(&limit_bytes) {
         return Err(bad(format!(
-            "the journal limit of VM {} is {} bytes; it must be {} to {}",
+            "the journal limit of VM {} is {limit_bytes} bytes; it must be {} to {}",
             vm.name,
-            vm.journal_limit_bytes,
             JOURNAL_LIMIT_BYTES.start(),
             JOURNAL_LIMIT_BYTES.end()
         )));
+    }
+    let percent = |size: JournalSize| match size {
+        JournalSize::Percent(percent) => Some(percent),
+        JournalSize::Bytes(_) => None,
+    };
+    let percents = [
+        ("journal limit", vm.journal_limit_percent),
+        ("journal warning threshold", vm.journal_warning.and_then(percent)),
+    ];
+    for (what, percent) in percents {
+        if let Some(percent) = percent.filter(|percent| !JOURNAL_PERCENT.contains(percent)) {
+            return Err(bad(format!(
+                "the {what} of VM {} is {percent} percent of its disks; it must be {} to {}",
+                vm.name,
+                JOURNAL_PERCENT.start(),
+                JOURNAL_PERCENT.end()
+            )));
+        }
+    }
+    let below_limit = [
+        ("journal warning threshold", vm.journal_warning_bytes()),
+        ("journal minimum", Some(vm.journal_minimum_bytes)),
+    ];
+    for (what, bytes) in below_limit {
+        if let Some(bytes) = bytes.filter(|bytes| *bytes > limit_bytes) {
+            return Err(bad(format!(
+                "the {what} of VM {} is {bytes} bytes, above its journal limit, {limit_bytes}",
+                vm.name
+            )));
+        }
     }
     Ok(())
 }
@@ -143,6 +177,9 @@ mod tests {
             target: VraEndpoint { id: target, address: "[::1]:9710".to_owned() },
             datastore: "/data/x".into(),
             journal_limit_bytes: *JOURNAL_LIMIT_BYTES.start(),
+            journal_limit_percent: None,
+            journal_warning: None,
+            journal_minimum_bytes: 0,
             history_s: 3600,
             give_up_history: true,
         };
@@ -168,7 +205,7 @@ mod tests {
     fn each_bad_value_is_named() {
         type Change = fn(&mut VpgDefinition);
         let own = VraId::random();
-        let cases: [(Change, &str); 10] = [
+        let cases: [(Change, &str); 14] = [
             (|d| d.name = String::new(), "VPG name"),
             (|d| d.checkpoint_interval_ms = 10, "checkpoint_interval_ms is 10; it must be 1000 to 3600000"),
             (|d| d.vms.clear(), "the number of VMs is 0"),
@@ -179,6 +216,19 @@ mod tests {
             (|d| d.vms[0].source.address = "host".to_owned(), "\"host\""),
             (|d| d.vms[0].journal_limit_bytes = 5, "is 5 bytes; it must be 67108864 to"),
             (|d| d.vms[0].journal_limit_bytes = u64::MAX, "to 1125899906842624"),
+            (
+                |d| d.vms[0].journal_limit_percent = Some(0),
+                "limit of VM db/1 ä is 0 percent of its disks; it must be 1 to",
+            ),
+            (
+                |d| d.vms[0].journal_warning = Some(JournalSize::Percent(0)),
+                "threshold of VM db/1 ä is 0 percent",
+            ),
+            (
+                |d| d.vms[0].journal_warning = Some(JournalSize::Bytes(1 << 30)),
+                "threshold of VM db/1 ä is 1073741824 bytes, above its journal limit, 67108864",
+            ),
+            (|d| d.vms[0].journal_minimum_bytes = 1 << 30, "minimum of VM db/1 ä is 1073741824 bytes, above"),
         ];
         for (change, text) in cases {
             let mut bad = definition(own);

@@ -41,13 +41,8 @@ pub enum DaemonError {
         path: PathBuf,
     },
     /// The file of the site's keys.
-    #[error("cannot take the site's keys from {}, which `target.site_key_file` names", path.display())]
-    SiteKeys {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        source: std::io::Error,
-    },
+    #[error("cannot take the site's keys from `target.site_key_file`")]
+    SiteKeys(#[from] crate::config::SiteKeyFileError),
     /// Threads that write journals.
     #[error("cannot start the threads that write journals")]
     Targets(#[from] crate::receive::TargetError),

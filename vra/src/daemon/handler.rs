@@ -78,10 +78,10 @@ impl Daemon {
         let text = Zeroizing::new(lines.join("\n"));
         let keys = SiteKeys::parse(&text)
             .map_err(|error| ApiError::new(ErrorCode::BadRequest, format!("not site keys: {error}")))?;
-        let ids: Vec<_> = keys.iter().map(SiteKey::id).collect();
+        let ids: Vec<_> = self.targets.keys().with_own(&keys).iter().map(SiteKey::id).collect();
         if ids != self.targets.keys().ids() {
+            self.targets.set_keys(keys).await?;
             tracing::info!(?ids, "took the site's keys");
-            self.targets.set_keys(keys).await;
             self.retry_targets().await;
         }
         Ok(())

@@ -31,19 +31,15 @@ pub use identity::LocalIdentity;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use journal::crypt::SiteKeys;
 use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
 use ublk::arena::Arena;
 use ublk::process::ProcessSettings;
 use ublk::reactor::{ReactorSettings, Reactors};
-use zeroize::Zeroizing;
 
 use self::doors::Doors;
 use self::linking::SharedLink;
@@ -54,7 +50,7 @@ use self::views::LiveView;
 use self::volumes::LiveVolume;
 use crate::api::{ApiError, TimeUs, ViewId, VmId, VolumeId, VpgId, VraId};
 use crate::checkpoint::Checkpointer;
-use crate::config::Config;
+use crate::config::{Config, read_site_keys};
 use crate::control::UnixServer;
 use crate::pki::Trust;
 use crate::receive::{ScrubSettings, TargetHost, TargetSettings};
@@ -168,7 +164,7 @@ impl Daemon {
             ..TargetSettings::STANDARD
         })?;
         if let Some(path) = &config.target.site_key_file {
-            targets.keys().set(read_site_keys(path)?);
+            targets.keys().set_own(read_site_keys(path)?);
         }
         let checkpointer = Checkpointer::start(sources::incarnation())
             .map_err(|source| DaemonError::System { action: "start the checkpointer", source })?;
@@ -229,16 +225,6 @@ impl Daemon {
 /// A lock that is good even when a thread panicked while it had it: what it guards is changed in single steps.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn read_site_keys(path: &Path) -> Result<SiteKeys, DaemonError> {
-    let failed = |source| DaemonError::SiteKeys { path: path.to_owned(), source };
-    let mode = std::fs::metadata(path).map_err(failed)?.permissions().mode();
-    if mode & 0o077 != 0 {
-        return Err(failed(std::io::Error::other("others can read it: chmod 600")));
-    }
-    let text = Zeroizing::new(std::fs::read_to_string(path).map_err(failed)?);
-    SiteKeys::parse(&text).map_err(|error| failed(std::io::Error::other(error)))
 }
 
 fn lock_state(config: &Config) -> Result<Flock<File>, DaemonError> {

@@ -154,7 +154,9 @@ impl From<TargetError> for ApiError {
             | TargetError::Manifest { .. }
             | TargetError::NoManifest { .. }
             | TargetError::DiskCut { .. } => ErrorCode::Corrupt,
-            TargetError::JournalDiffers { .. } | TargetError::VolumesDiffer { .. } => ErrorCode::Conflict,
+            TargetError::JournalDiffers { .. }
+            | TargetError::VolumesDiffer { .. }
+            | TargetError::SiteKeyMissing { .. } => ErrorCode::Conflict,
             TargetError::JournalLimit { .. } | TargetError::Definition(_) => ErrorCode::BadRequest,
             TargetError::NotOpen { .. } | TargetError::NoCheckpoint { .. } => ErrorCode::NotReady,
             TargetError::UnknownVm(_) | TargetError::NoSuchCheckpoint { .. } | TargetError::View(_) => {

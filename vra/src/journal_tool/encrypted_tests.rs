@@ -55,7 +55,8 @@ impl Sample {
 
 fn key_file(journal: &TestJournal, name: &str, key: &SiteKey) -> String {
     let path = journal.folder.join(name);
-    std::fs::write(&path, format!("# a site's\n{}\n", *key.to_line())).expect("written");
+    let text = format!("# a site's\n{}\n", *key.to_line());
+    crate::config::write_atomic(&path, text.as_bytes(), 0o600).expect("written");
     path.to_string_lossy().into_owned()
 }
 

@@ -27,15 +27,12 @@ mod text;
 mod verify;
 
 use std::io::Write;
-use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::Context;
 use clap::Parser;
-use journal::crypt::SiteKeys;
-use zeroize::Zeroizing;
 
 use self::args::{Args, Command};
+use crate::config::read_site_keys;
 use crate::report::chain;
 
 /// Exit code when `verify` or `dump` found damage, or `extract` went on over it.
@@ -59,7 +56,7 @@ pub fn main() -> ExitCode {
 }
 
 fn run(args: &Args, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
-    let keys = args.key_file.as_deref().map(read_keys).transpose()?.unwrap_or_default();
+    let keys = args.key_file.as_deref().map(read_site_keys).transpose()?.unwrap_or_default();
     match &args.command {
         Command::Ls { datastores, json } => list::run(datastores, &keys, *json, out)?,
         Command::Inspect { journal, json } => inspect::run(journal, &keys, *json, out)?,
@@ -82,12 +79,6 @@ fn run(args: &Args, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
         Command::Serve(serve) => serve::run(serve, &keys, out)?,
     }
     Ok(ExitCode::SUCCESS)
-}
-
-fn read_keys(path: &Path) -> anyhow::Result<SiteKeys> {
-    let cannot = || format!("cannot read the site keys in {}", path.display());
-    let text = Zeroizing::new(std::fs::read_to_string(path).with_context(cannot)?);
-    SiteKeys::parse(&text).with_context(cannot)
 }
 
 #[cfg(test)]

@@ -4,8 +4,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use journal::crypt::SiteKeys;
-use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, VolumeState};
-use journal::recovery::{OpenError, Rebuilt, Survey, SurveyOptions, newest_manifest, rebuild, survey_as};
+use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, SuperblockError, VolumeState};
+use journal::recovery::{
+    OpenError, Rebuilt, Survey, SurveyOptions, choose_superblock, newest_manifest, rebuild, survey_as,
+};
 use journal::storage::ring::{Access, DirectFile};
 use journal::storage::{Blocking, FileId, Purpose};
 use journal::view::{Reader, ViewError};
@@ -278,20 +280,28 @@ pub(super) fn rebuilt(
 
 /// Why the history ends before the last record that is there.
 fn cut_short(survey: &Survey) -> Option<String> {
-    let (first, until) = match (&survey.damage, &survey.hidden) {
-        (Some(damage), _) => (damage.after_seq + 1, damage.resumes_after_seq),
-        (None, Some(hidden)) => (hidden.after_seq + 1, hidden.resumes_seq - 1),
+    let (after_seq, until) = match (&survey.damage, &survey.hidden) {
+        (Some(damage), _) => (damage.after_seq, Some(damage.resumes_after_seq)),
+        (None, Some(hidden)) => (hidden.after_seq, hidden.resumes_seq.map(|resumes_seq| resumes_seq - 1)),
         (None, None) => return None,
     };
-    Some(format!("records {first} to {until} cannot be read"))
+    let first = after_seq + 1;
+    Some(match until {
+        Some(until) => format!("records {first} to {until} cannot be read"),
+        None => format!(
+            "an encrypted segment has lost its first page: if it was the newest, records from {first} on cannot be read"
+        ),
+    })
 }
 
 /// The superblock that counts, as it is in the file now; nothing if none can be read.
 pub(super) fn read_superblock(storage: &mut ToolStorage, file: FileId) -> Option<Superblock> {
     let mut io = Blocking::new(storage, file, Purpose::View);
-    let copies = SUPERBLOCK_OFFSETS
-        .map(|offset_bytes| Superblock::decode(&io.read(offset_bytes, PAGE_BYTES).ok()?).ok());
-    copies.into_iter().flatten().max_by_key(|copy| copy.sequence)
+    let [first, second] = SUPERBLOCK_OFFSETS.map(|offset_bytes| match io.read(offset_bytes, PAGE_BYTES) {
+        Ok(page) => Superblock::decode(&page),
+        Err(_) => Err(SuperblockError::Unreadable),
+    });
+    choose_superblock(first, second).ok()
 }
 
 /// Opens a journal's file.

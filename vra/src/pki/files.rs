@@ -1,17 +1,18 @@
 //! Key and certificate files of one process, under `<state>/pki`.
 
 use std::fmt;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use rcgen::{CertificateParams, DnType, KeyPair, SanType};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use sha2::{Digest, Sha256};
+use zeroize::Zeroizing;
 
 use super::{Identity, PeerCertificate, PkiError};
 use crate::api::enroll::Token;
-use crate::config::write_atomic;
+use crate::config::{SecretFileError, read_secret, write_atomic};
 
 /// What a process needs to prove who it is and to check others.
 pub struct Credentials {
@@ -171,18 +172,11 @@ impl PkiDir {
         Ok(credentials)
     }
 
-    fn read_key(&self) -> Result<String, PkiError> {
-        let path = self.key_path();
-        let metadata = std::fs::metadata(&path).map_err(|source| PkiError::File {
-            action: "read",
-            path: path.clone(),
-            source,
-        })?;
-        let mode = metadata.mode() & 0o7777;
-        if mode & 0o077 != 0 {
-            return Err(PkiError::KeyReadable { path, mode });
-        }
-        read(&path)
+    fn read_key(&self) -> Result<Zeroizing<String>, PkiError> {
+        read_secret(&self.key_path()).map_err(|error| match error {
+            SecretFileError::Exposed { path, mode } => PkiError::KeyReadable { path, mode },
+            SecretFileError::File { path, source } => PkiError::File { action: "read", path, source },
+        })
     }
 
     fn write(&self, path: &Path, text: &str) -> Result<(), PkiError> {

@@ -48,8 +48,10 @@ fn slot_bytes(limit_bytes: u64) -> u64 {
 
 /// How far the journal of a definition may go, if its slots have `slot_bytes`.
 pub(super) fn limits(definition: &VmDefinition, slot_bytes: u64) -> Limits {
-    let max_slots = u32::try_from(definition.journal_limit_bytes / slot_bytes).unwrap_or(u32::MAX);
-    Limits { max_slots: max_slots.max(FIRST_SLOTS), grow_slots: GROW_SLOTS, group_bytes: GROUP_BYTES }
+    let slots = |slots: u64| u32::try_from(slots).unwrap_or(u32::MAX);
+    let max_slots = slots(definition.journal_limit() / slot_bytes).max(FIRST_SLOTS);
+    let min_slots = slots(definition.journal_minimum_bytes.div_ceil(slot_bytes)).min(max_slots);
+    Limits { max_slots, min_slots, grow_slots: GROW_SLOTS, group_bytes: GROUP_BYTES }
 }
 
 /// The VM of a definition, with its volumes checked.
@@ -98,12 +100,15 @@ pub(super) fn make(
             Encryption::On(key.wrap(definition.journal.0, site_key))
         }
     };
-    let slot_len_bytes = slot_bytes(definition.journal_limit_bytes);
-    let first_bytes = u64::from(FIRST_SLOTS) * slot_len_bytes;
-    if definition.journal_limit_bytes < first_bytes {
-        let limit_bytes = definition.journal_limit_bytes;
-        return Err(TargetError::JournalLimit { limit_bytes, least_bytes: first_bytes });
+    let limit_bytes = definition.journal_limit();
+    let slot_len_bytes = slot_bytes(limit_bytes);
+    let least_bytes = u64::from(FIRST_SLOTS) * slot_len_bytes;
+    if limit_bytes < least_bytes {
+        return Err(TargetError::JournalLimit { limit_bytes, least_bytes });
     }
+    // The minimum is there from the start.
+    let slot_count = FIRST_SLOTS.max(limits(definition, slot_len_bytes).min_slots);
+    let first_bytes = u64::from(slot_count) * slot_len_bytes;
     let disk_bytes: Vec<u64> = identity.volumes.iter().map(|volume| volume.size_bytes).collect();
     let made = folder.make(&definition.datastore, &disk_bytes, first_bytes + (1 << 20))?;
     let manifest = Manifest::new(vpg, definition.id, disk_bytes.len(), made.is_reserved());
@@ -112,7 +117,7 @@ pub(super) fn make(
         vm_id: definition.id.0,
         vpg_id: vpg.id.0,
         slot_len_bytes,
-        slot_count: FIRST_SLOTS,
+        slot_count,
         volumes: identity
             .volumes
             .iter()
@@ -144,6 +149,7 @@ pub(super) fn open(
 ) -> Result<VmFiles, TargetError> {
     let path = folder.journal();
     let failed = |source| TargetError::Journal { path: path.clone(), source };
+    folder.tighten();
     let mut storage = ring()?;
     let file = storage.add_file(DirectFile::open(&path, Access::Exclusive)?);
     let options = OpenOptions { vm_id: Some(vm.0), trusted_through, keys };

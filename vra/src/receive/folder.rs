@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -86,6 +86,11 @@ pub const JOURNAL_FILE: &str = "journal.hfj";
 /// Name of the journal's file while the VM's files are being made.
 const UNFINISHED_JOURNAL_FILE: &str = "journal.hfj.new";
 
+/// Mode of the VM's folder, and of its group's: what is in them are the VM's disks.
+const FOLDER_MODE: u32 = 0o700;
+/// Mode of the files in it.
+const FILE_MODE: u32 = 0o600;
+
 /// Recovery disks are this long or a little longer, in whole pages, since all their I/O is direct.
 const DISK_UNIT_BYTES: u64 = 4096;
 
@@ -146,6 +151,30 @@ impl VmFolder {
         self.journal().exists()
     }
 
+    /// Takes from others the right to read the VM's folder and files, which somebody may have copied here with the modes of elsewhere. What
+    /// can't be changed is logged: the files can be used all the same.
+    pub fn tighten(&self) {
+        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        let own = entries.filter(|entry| is_own_name(&entry.file_name().to_string_lossy()));
+        let files = own.map(|entry| (entry.path(), FILE_MODE));
+        for (path, mode) in std::iter::once((self.path.clone(), FOLDER_MODE)).chain(files) {
+            let tighten = || {
+                let found = fs::symlink_metadata(&path)?;
+                if found.file_type().is_symlink() || found.permissions().mode() & 0o077 == 0 {
+                    return Ok(());
+                }
+                fs::set_permissions(&path, fs::Permissions::from_mode(mode))
+            };
+            if let Err(error) = tighten() {
+                tracing::warn!(
+                    path = %path.display(),
+                    %error,
+                    "others can read a VM's data here, and its mode can't be changed: do it by hand, folders 0700, files 0600"
+                );
+            }
+        }
+    }
+
     /// Begins to make the VM's files in `datastore`: folder, recovery disks of the given sizes, with their space reserved. The journal is then
     /// to be made at [`Unfinished::journal`].
     ///
@@ -170,10 +199,15 @@ impl VmFolder {
         }
         let mut made =
             Unfinished { folder: self.clone(), disks: Vec::new(), reserved: true, finished: false };
-        fs::create_dir_all(&self.path).map_err(|error| self.explain("creating", &self.path, error))?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(FOLDER_MODE)
+            .create(&self.path)
+            .map_err(|error| self.explain("creating", &self.path, error))?;
         self.clear_unfinished(disk_bytes.len())?;
         let marker = self.path.join(UNFINISHED_JOURNAL_FILE);
-        File::create(&marker).map_err(|error| self.explain("creating", &marker, error))?;
+        let create = || OpenOptions::new().write(true).create_new(true).mode(FILE_MODE).open(&marker);
+        create().map_err(|error| self.explain("creating", &marker, error))?;
         sync_folder(&self.path).map_err(|error| self.explain("syncing", &self.path, error))?;
         for (volume, &bytes) in (0_u16..).zip(disk_bytes) {
             let path = self.disk(volume);
@@ -224,10 +258,7 @@ impl VmFolder {
         let unfinished = self.path.join(UNFINISHED_JOURNAL_FILE);
         let disks = (0..disk_count as u16).map(|volume| self.disk(volume));
         let mut disks: Vec<PathBuf> = disks.filter(|path| path.exists()).collect();
-        if disks.is_empty() {
-            return Ok(());
-        }
-        if !unfinished.exists() {
+        if !disks.is_empty() && !unfinished.exists() {
             return Err(FolderError::OrphanDisks { path: self.path.clone() });
         }
         disks.push(unfinished);
@@ -308,7 +339,7 @@ impl Drop for Unfinished {
 
 /// Makes a disk that reads zeroes. Says whether its space is reserved.
 fn make_disk(path: &Path, len_bytes: u64) -> io::Result<bool> {
-    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    let file = OpenOptions::new().write(true).create_new(true).mode(FILE_MODE).open(path)?;
     let len = i64::try_from(len_bytes).map_err(|_| io::ErrorKind::FileTooLarge)?;
     let reserved = match fallocate(&file, FallocateFlags::empty(), 0, len) {
         Ok(()) => true,
@@ -372,6 +403,19 @@ mod tests {
         fs::write(made.journal(), b"journal").expect("the journal");
         made.finish().expect("finished");
         assert!(folder.is_complete());
+        let mode = |path: &Path| fs::metadata(path).expect("it is there").permissions().mode() & 0o777;
+        let assert_private = || {
+            assert_eq!((mode(folder.path()), mode(&folder.journal())), (0o700, 0o600));
+            assert_eq!(mode(&folder.disk(1)), 0o600);
+        };
+        assert_private();
+        assert_eq!(mode(folder.path().parent().expect("the group's")), 0o700);
+        for (path, mode) in [(folder.journal(), 0o644), (folder.disk(1), 0o664), (folder.path.clone(), 0o755)]
+        {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("its mode");
+        }
+        folder.tighten();
+        assert_private();
         assert_eq!(fs::metadata(folder.disk(1)).expect("disk 1").len(), 266_240, "whole pages");
         fs::write(folder.path().join("notes.txt"), b"mine").expect("a stranger's file");
         folder.remove().expect("removed");
@@ -386,6 +430,9 @@ mod tests {
         let folder = folder(&datastore);
         drop(folder.make(&datastore, &[1 << 20], 0).expect("made"));
         assert_eq!(fs::read_dir(&datastore).expect("datastore").count(), 0);
+        // The process ended before there was a disk.
+        fs::create_dir_all(folder.path()).expect("the folder");
+        fs::write(folder.path().join(UNFINISHED_JOURNAL_FILE), b"").expect("the marker");
         let cut_short = folder.make(&datastore, &[1 << 20], 0).expect("made");
         std::mem::forget(cut_short);
         folder.make(&datastore, &[1 << 20], 0).expect("made again").finish().expect("finished");

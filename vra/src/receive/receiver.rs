@@ -340,9 +340,12 @@ impl Receiver {
     /// The first sealed segment after a number, if it has been full for `cold_us`.
     pub(super) fn sealed_segment(&self, after_number: u64, cold_us: u64) -> Option<Sealed> {
         let oldest_number = self.writer.superblock().low_water_segment;
-        let segment = self.writer.closed_segment_after(after_number)?;
-        let is_cold = segment.trailer.is_some()
-            && segment.end_time_us().saturating_add(cold_us) <= self.writer.receive_time_us();
+        let mut segment = self.writer.closed_segment_after(after_number)?;
+        while segment.trailer.is_none() {
+            // What is in it is checked by whoever needs it: without a seal it can't be told where it should end.
+            segment = self.writer.closed_segment_after(segment.header.number)?;
+        }
+        let is_cold = segment.end_time_us().saturating_add(cold_us) <= self.writer.receive_time_us();
         let slot_len_bytes = self.writer.superblock().slot_len_bytes;
         is_cold.then(|| Sealed { segment: segment.clone(), oldest_number, slot_len_bytes })
     }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use journal::crypt::SiteKeyId;
 use journal::recovery::OpenError;
 use journal::storage::ring::OpenFileError;
 use journal::view::ViewError;
@@ -36,6 +37,16 @@ pub enum TargetError {
         "the VPG's journals are to be encrypted, and this VRA has no site key: it comes from the ZVM, or from `target.site_key_file`"
     )]
     NoSiteKey,
+    /// Keys were to be replaced by others without one that is needed.
+    #[error(
+        "the site's keys were not taken: site key {key}, which the journal of VM {vm} needs, is not among them. Put it back into the ZVM's file of site keys, from a backup, and restart the ZVM"
+    )]
+    SiteKeyMissing {
+        /// Whose journal.
+        vm: VmId,
+        /// The key's name.
+        key: SiteKeyId,
+    },
     /// A segment of the journal can't be read.
     #[error("journal {} can't be read", path.display())]
     Segment {

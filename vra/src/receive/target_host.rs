@@ -104,6 +104,7 @@ impl TargetHost {
                         let all: Vec<_> = spaces.iter().flatten().copied().collect();
                         for (vm, space) in vms.iter().zip(spaces) {
                             vm.tell_space(space.is_some_and(|space| space.is_low(&all)));
+                            vm.look_at_journal_size();
                         }
                     });
                 }
@@ -188,16 +189,27 @@ impl TargetHost {
         &self.keys
     }
 
-    /// Puts other site keys in force: journals whose keys the former one wrapped get new keys. Those that couldn't be opened for want of a
-    /// key are to be tried again.
-    pub async fn set_keys(&self, keys: SiteKeys) {
+    /// Puts other site keys in force, beside those of the host's own file: journals whose keys the former one wrapped get new keys. Those
+    /// that couldn't be opened for want of a key are to be tried again.
+    ///
+    /// # Errors
+    /// A journal that is open needs a key that is not among them: its history could not be read after a restart.
+    pub async fn set_keys(&self, keys: SiteKeys) -> Result<(), TargetError> {
         let _changing = self.changing.lock().await;
-        self.keys.set(keys);
+        let all = self.keys.with_own(&keys);
+        for vm in self.vms() {
+            let missing = vm.site_key_ids().await.into_iter().find(|id| all.find(*id).is_none());
+            if let Some(key) = missing {
+                return Err(TargetError::SiteKeyMissing { vm: vm.id(), key });
+            }
+        }
+        self.keys.set(&keys);
         for vm in self.vms() {
             if let Err(error) = vm.follow_encryption() {
                 tracing::warn!(vm = %vm.id(), error = %super::error_chain(&error), "the journal's encryption doesn't follow");
             }
         }
+        Ok(())
     }
 
     /// Keeps a VM's history from a number on, from the very opening of its files on (C3), until [`TargetHost::stop_awaiting`]. To be called

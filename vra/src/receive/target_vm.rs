@@ -1,12 +1,14 @@
 //! One VM at its target, for the daemon: its state, its checkpoints, its disks as they were.
 
 mod events;
+mod journal_size;
 mod kept_locks;
 mod locks;
 mod pins;
 mod preserving;
 mod reopen;
 mod scrubbing;
+mod site_keys;
 mod space;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,13 +1,13 @@
 //! The threads that do the target's I/O: each has one ring and serves many VMs' receivers.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use bytes::Bytes;
-use journal::crypt::SiteKeys;
+use journal::crypt::{SiteKeyId, SiteKeys};
 use journal::promotion::{PromotionAction, PromotionFile};
 use journal::storage::ring::{DirectFile, RingStorage, RingWaker};
 use journal::storage::{Completion, FileId, Purpose, Storage};
@@ -76,6 +76,11 @@ pub(super) enum Input {
         after_number: u64,
         cold_us: u64,
         answer: oneshot::Sender<Option<Sealed>>,
+    },
+    /// Names of the site keys that the journal needs.
+    SiteKeys {
+        vm: VmKey,
+        answer: oneshot::Sender<BTreeSet<SiteKeyId>>,
     },
     SetPolicy {
         vm: VmKey,
@@ -273,6 +278,7 @@ impl WorkerState {
             | Input::SetManifest { vm, .. }
             | Input::SetEncryption { vm, .. }
             | Input::SealedSegment { vm, .. }
+            | Input::SiteKeys { vm, .. }
             | Input::SetPolicy { vm, .. }
             | Input::SetPins { vm, .. }
             | Input::Checkpoints { vm, .. }
@@ -302,6 +308,10 @@ impl WorkerState {
                 Input::SealedSegment { after_number, cold_us, answer, .. } => {
                     // Nobody may wait for it any more.
                     let _ = answer.send(vm.receiver.sealed_segment(after_number, cold_us));
+                }
+                Input::SiteKeys { answer, .. } => {
+                    // Nobody may wait for it any more.
+                    let _ = answer.send(vm.receiver.site_key_ids());
                 }
                 Input::SetPolicy { policy, .. } => vm.receiver.set_policy(policy),
                 Input::SetPins { pins, locks_changed, answer, .. } => {

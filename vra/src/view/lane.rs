@@ -6,7 +6,8 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock};
+use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, SuperblockError};
+use journal::recovery::choose_superblock;
 use journal::view::{ViewError, still_there};
 use ublk::arena::{Arena, Slot, SlotRef};
 use ublk::serve::{Completion, Errno, FileIo, FileOp, IoBuffer, Lane, Op, Port, Request, Waker};
@@ -43,7 +44,7 @@ pub(super) struct ViewLane {
 struct Check {
     jobs: Vec<u32>,
     /// What each copy said, as far as read.
-    copies: [Option<Superblock>; 2],
+    copies: [Result<Superblock, SuperblockError>; 2],
 }
 
 enum Job {
@@ -260,7 +261,8 @@ impl ViewLane {
         }
         let Some(slot) = self.take_slot() else { return };
         let jobs = std::mem::take(&mut self.unconfirmed);
-        self.check = Some(Check { jobs, copies: [None, None] });
+        let copies = [Err(SuperblockError::Unreadable), Err(SuperblockError::Unreadable)];
+        self.check = Some(Check { jobs, copies });
         submit_check(0, slot, port);
     }
 
@@ -270,15 +272,17 @@ impl ViewLane {
 
     fn check_done(&mut self, copy: u32, result: Result<(), Errno>, buffer: IoBuffer, port: &mut dyn Port) {
         let (Some(check), IoBuffer::Owned(slot)) = (&mut self.check, buffer) else { return };
-        check.copies[copy as usize] =
-            result.is_ok().then(|| Superblock::decode(&slot[..PAGE_BYTES]).ok()).flatten();
+        if result.is_ok() {
+            check.copies[copy as usize] = Superblock::decode(&slot[..PAGE_BYTES]);
+        }
         if copy == 0 {
             submit_check(1, slot, port);
             return;
         }
         drop(slot);
         let Some(check) = self.check.take() else { return };
-        let newest = check.copies.into_iter().flatten().max_by_key(|copy| copy.sequence);
+        let [first, second] = check.copies;
+        let newest = choose_superblock(first, second).ok();
         // Two copies that cannot be read mean that nothing can be said: better no data than wrong data.
         match newest.filter(|superblock| still_there(superblock, self.disk.kept_seq()).is_ok()) {
             Some(superblock) => {

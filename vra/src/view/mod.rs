@@ -18,7 +18,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use journal::crypt::Cipher;
-use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock};
+use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, SuperblockError};
+use journal::recovery::choose_superblock;
 use journal::storage::AlignedBuf;
 use journal::view::{VolumeView, still_there};
 use nix::errno::Errno;
@@ -432,13 +433,13 @@ impl ViewDisk {
             return !self.is_gone();
         }
         let journal = &self.files[plan::JOURNAL_FILE.0 as usize];
-        let copies = SUPERBLOCK_OFFSETS.map(|offset_bytes| {
+        let [first, second] = SUPERBLOCK_OFFSETS.map(|offset_bytes| {
             let mut page = AlignedBuf::zeroed(PAGE_BYTES);
-            journal.read_exact_at(&mut page, offset_bytes).ok()?;
-            Superblock::decode(&page).ok()
+            let read = journal.read_exact_at(&mut page, offset_bytes);
+            read.map_err(|_| SuperblockError::Unreadable).and_then(|()| Superblock::decode(&page))
         });
-        let newest = copies.into_iter().flatten().max_by_key(|copy| copy.sequence);
-        newest.is_some_and(|superblock| still_there(&superblock, self.kept_seq()).is_ok())
+        choose_superblock(first, second)
+            .is_ok_and(|superblock| still_there(&superblock, self.kept_seq()).is_ok())
     }
 
     /// Where each part of a range is. To be asked for once [`Reading::begin`] was called, if it is for a read.

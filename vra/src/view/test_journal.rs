@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 const GENERATION: Uuid = Uuid::from_u128(0x6e);
 const JOURNAL_ID: Uuid = Uuid::from_u128(1);
-const LIMITS: Limits = Limits { max_slots: 64, grow_slots: 4, group_bytes: 1 << 20 };
+const LIMITS: Limits = Limits { max_slots: 64, min_slots: 0, grow_slots: 4, group_bytes: 1 << 20 };
 
 /// The journal of a VM with one volume, in a folder of its own that goes with it.
 pub(crate) struct TestJournal {
@@ -123,6 +123,13 @@ impl TestJournal {
         let options = OpenOptions { keys: self.keys.clone(), ..OpenOptions::default() };
         let opened = open(&mut self.storage, self.file, &options).expect("open");
         self.writer = Writer::new(opened, LIMITS);
+    }
+
+    /// The writer as it is. Another one, of another opening, stays behind.
+    pub(crate) fn take_writer(&mut self) -> Writer {
+        let options = OpenOptions { keys: self.keys.clone(), ..OpenOptions::default() };
+        let opened = open(&mut self.storage, self.file, &options).expect("open");
+        std::mem::replace(&mut self.writer, Writer::new(opened, LIMITS))
     }
 
     pub(crate) fn change(&mut self, change: Change) {

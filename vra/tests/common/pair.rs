@@ -35,6 +35,9 @@ pub fn definition(source: &Vra, target: &Vra, volumes: &[VolumeInfo]) -> VpgDefi
         target: target.endpoint.clone(),
         datastore: target.path("datastore"),
         journal_limit_bytes: 512 << 20,
+        journal_limit_percent: None,
+        journal_warning: None,
+        journal_minimum_bytes: 0,
         history_s: 3600,
         give_up_history: true,
     };

@@ -6,14 +6,15 @@ use std::time::{Duration, Instant};
 use clap::{Args, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use uuid::Uuid;
+use vra::api::vpg::JournalSize;
 use vra::api::{DoorRequest, TimeUs};
 
 use super::{Command, Failure, VpgFile, show};
-use crate::api::{At, Client, MAX_LIST, Request, Response};
+use crate::api::{At, Client, MAX_LIST, Request, Response, VpgEdit};
 use crate::config::Config;
 use crate::model::status::VpgStatus;
 use crate::model::task::{Task, TaskState};
-use crate::units::parse_duration;
+use crate::units::{parse_bytes, parse_duration, parse_journal_size};
 
 /// VRAs and the tokens that let them enrol.
 #[derive(Debug, Subcommand)]
@@ -64,6 +65,8 @@ pub(super) enum TokenCommand {
 pub(super) enum VpgCommand {
     /// Protect VMs together.
     Create(Box<VpgCreate>),
+    /// Change a group's settings. What isn't given stays.
+    Edit(Box<VpgEditArgs>),
     /// One group with its VMs.
     Show {
         /// Its name or id.
@@ -96,6 +99,31 @@ pub(super) struct VpgCreate {
     vpg: VpgFile,
     #[command(flatten)]
     wait: Wait,
+}
+
+/// What is to be another one of a group.
+#[derive(Debug, Args)]
+pub(super) struct VpgEditArgs {
+    /// Its name or id.
+    vpg: String,
+    /// How long history is wanted.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    history: Option<Duration>,
+    /// Space for each VM's journal, or how many percent of the VM's disks.
+    #[arg(long, value_name = "SIZE|PERCENT%", value_parser = parse_journal_size)]
+    journal_limit: Option<JournalSize>,
+    /// Warn when a VM's journal uses this much, or so many percent of the VM's disks.
+    #[arg(long, value_name = "SIZE|PERCENT%", value_parser = parse_journal_size)]
+    journal_warning: Option<JournalSize>,
+    /// Don't warn any more.
+    #[arg(long, conflicts_with = "journal_warning")]
+    no_journal_warning: bool,
+    /// Space that each VM's journal keeps even if the history doesn't need it.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    journal_minimum: Option<u64>,
+    /// Only the journal of this VM, by name or UUID; once for each.
+    #[arg(long = "vm", value_name = "VM")]
+    vms: Vec<String>,
 }
 
 /// Whether to wait for a task.
@@ -256,7 +284,7 @@ impl<'a> Ask<'a> {
 
     pub(super) async fn run(&self, command: Command) -> Result<(), Failure> {
         match command {
-            Command::Init { .. } | Command::Serve => Err(Failure::Unexpected),
+            Command::Init { .. } | Command::Serve { .. } => Err(Failure::Unexpected),
             Command::Status { watch, check } => self.status(watch, check).await,
             Command::Inventory => self.print(Request::Inventory).await,
             Command::Vra(command) => self.vra(command).await,
@@ -316,6 +344,18 @@ impl<'a> Ask<'a> {
                 };
                 let spec = create.vpg.or(file).into_spec().map_err(Failure::Usage)?;
                 self.task(Request::VpgCreate(spec), &create.wait).await
+            }
+            VpgCommand::Edit(edit) => {
+                let edit = *edit;
+                let changes = VpgEdit {
+                    history_s: edit.history.map(|history| history.as_secs()),
+                    journal_limit: edit.journal_limit,
+                    journal_warning: edit.journal_warning,
+                    no_journal_warning: edit.no_journal_warning,
+                    journal_minimum_bytes: edit.journal_minimum,
+                    vms: edit.vms,
+                };
+                self.print(Request::VpgEdit { vpg: edit.vpg, edit: changes }).await
             }
             VpgCommand::Show { vpg } => self.print(Request::VpgShow { vpg }).await,
             VpgCommand::List => {

@@ -20,6 +20,7 @@ use crate::api::ClientError;
 use crate::config::Config;
 use crate::manager::{self, StartError};
 use crate::serve::Server;
+use crate::site_key_file::LostSiteKeys;
 
 pub use shape::VpgFile;
 
@@ -46,7 +47,11 @@ enum Command {
         name: String,
     },
     /// Run the manager.
-    Serve,
+    Serve {
+        /// Go on without site keys that the manager had and that are not in its file any more. What they encrypted can't be read again.
+        #[arg(long)]
+        forget_lost_site_keys: bool,
+    },
     /// Groups with their RPO, what is wrong and what to do about it.
     Status {
         /// Show again every two seconds until interrupted.
@@ -163,7 +168,10 @@ async fn execute(cli: Cli) -> Result<(), Failure> {
     let config = Config::load(cli.config.as_deref())?;
     match cli.command {
         Command::Init { name } => init(&config, &name, cli.json).await,
-        Command::Serve => serve(config).await,
+        Command::Serve { forget_lost_site_keys } => {
+            let lost = if forget_lost_site_keys { LostSiteKeys::Forget } else { LostSiteKeys::Refuse };
+            serve(config, lost).await
+        }
         command => ask::Ask::new(&config, cli.json).run(command).await,
     }
 }
@@ -182,13 +190,13 @@ async fn init(config: &Config, name: &str, json: bool) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn serve(config: Config) -> Result<(), Failure> {
+async fn serve(config: Config, lost: LostSiteKeys) -> Result<(), Failure> {
     let filter = tracing_subscriber::EnvFilter::try_from_env("HOLDFAST_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,sqlx=warn"));
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
     let socket = config.socket.clone();
-    let server = Server::open(config).await?;
+    let server = Server::open(config, lost).await?;
     let address = server.enrolment_address()?;
     tracing::info!(socket = %socket.display(), enrolment = %address, "the manager runs");
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;

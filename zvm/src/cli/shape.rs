@@ -3,11 +3,12 @@
 use std::path::Path;
 
 use serde::Deserialize;
+use vra::api::vpg::JournalSize;
 use vra::config::{MAX_CONFIG_BYTES, read_text};
 
 use crate::api::{VmSpec, VpgSpec, defaults};
 use crate::model::vpg::Priority;
-use crate::units::{parse_bytes, parse_duration};
+use crate::units::{parse_bytes, parse_duration, parse_journal_size};
 
 /// A group in a TOML file: sizes and durations as text. `docs/zvm.md` shows it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize, clap::Args)]
@@ -27,9 +28,15 @@ pub struct VpgFile {
     /// Datastore of the inventory, or absolute path of a folder at the target.
     #[arg(long, value_name = "NAME|PATH")]
     pub datastore: Option<String>,
-    /// Space for each VM's journal [default: 10 GiB].
-    #[arg(long, value_name = "SIZE")]
+    /// Space for each VM's journal, or how many percent of the VM's disks [default: 10 GiB].
+    #[arg(long, value_name = "SIZE|PERCENT%")]
     pub journal_limit: Option<String>,
+    /// Warn when a VM's journal uses this much, or so many percent of the VM's disks.
+    #[arg(long, value_name = "SIZE|PERCENT%")]
+    pub journal_warning: Option<String>,
+    /// Space that each VM's journal keeps even if the history doesn't need it.
+    #[arg(long, value_name = "SIZE")]
+    pub journal_minimum: Option<String>,
     /// How long history is wanted [default: 4h].
     #[arg(long, value_name = "DURATION")]
     pub history: Option<String>,
@@ -72,6 +79,10 @@ pub struct VmTable {
     pub datastore: Option<String>,
     /// Another journal limit than the group's.
     pub journal_limit: Option<String>,
+    /// Another warning threshold than the group's.
+    pub journal_warning: Option<String>,
+    /// Another minimum than the group's.
+    pub journal_minimum: Option<String>,
 }
 
 impl VpgFile {
@@ -93,6 +104,8 @@ impl VpgFile {
             target: self.target.or(other.target),
             datastore: self.datastore.or(other.datastore),
             journal_limit: self.journal_limit.or(other.journal_limit),
+            journal_warning: self.journal_warning.or(other.journal_warning),
+            journal_minimum: self.journal_minimum.or(other.journal_minimum),
             history: self.history.or(other.history),
             checkpoint_interval: self.checkpoint_interval.or(other.checkpoint_interval),
             hold_deadline: self.hold_deadline.or(other.hold_deadline),
@@ -107,22 +120,24 @@ impl VpgFile {
     /// What the manager is asked for.
     pub fn into_spec(self) -> Result<VpgSpec, String> {
         let missing = |what: &str, how: &str| format!("{what} is missing: give {how}");
-        let plain = self
-            .vms
-            .into_iter()
-            .map(|vm| Ok(VmSpec { vm, target: None, datastore: None, journal_limit_bytes: None }));
+        let plain = self.vms.into_iter().map(|vm| Ok(VmSpec { vm, ..VmSpec::default() }));
         let special = self.vm.into_iter().map(|vm| {
+            let (journal_limit_bytes, journal_limit_percent) = limit(vm.journal_limit.as_deref())?;
             Ok(VmSpec {
                 vm: vm.name,
                 target: vm.target,
                 datastore: vm.datastore,
-                journal_limit_bytes: vm.journal_limit.as_deref().map(parse_bytes).transpose()?,
+                journal_limit_bytes,
+                journal_limit_percent,
+                journal_warning: vm.journal_warning.as_deref().map(parse_journal_size).transpose()?,
+                journal_minimum_bytes: vm.journal_minimum.as_deref().map(parse_bytes).transpose()?,
             })
         });
         let vms = plain.chain(special).collect::<Result<Vec<_>, String>>()?;
         if vms.is_empty() {
             return Err(missing("a VM", "--vm for each VM of the group, or `vms` in the file"));
         }
+        let (journal_limit_bytes, journal_limit_percent) = limit(self.journal_limit.as_deref())?;
         Ok(VpgSpec {
             name: self
                 .name
@@ -136,10 +151,10 @@ impl VpgFile {
             datastore: self
                 .datastore
                 .ok_or_else(|| missing("the datastore", "--datastore, or `datastore` in the file"))?,
-            journal_limit_bytes: match self.journal_limit {
-                Some(limit) => parse_bytes(&limit)?,
-                None => defaults::journal_limit_bytes(),
-            },
+            journal_limit_bytes: journal_limit_bytes.unwrap_or_else(defaults::journal_limit_bytes),
+            journal_limit_percent,
+            journal_warning: self.journal_warning.as_deref().map(parse_journal_size).transpose()?,
+            journal_minimum_bytes: self.journal_minimum.as_deref().map_or(Ok(0), parse_bytes)?,
             history_s: match self.history {
                 Some(history) => parse_duration(&history)?.as_secs(),
                 None => defaults::history_s(),
@@ -163,6 +178,15 @@ impl VpgFile {
     }
 }
 
+/// A journal limit: in bytes, or in percent of the disks.
+fn limit(text: Option<&str>) -> Result<(Option<u64>, Option<u32>), String> {
+    Ok(match text.map(parse_journal_size).transpose()? {
+        None => (None, None),
+        Some(JournalSize::Bytes(bytes)) => (Some(bytes), None),
+        Some(JournalSize::Percent(percent)) => (None, Some(percent)),
+    })
+}
+
 fn milliseconds(text: &str) -> Result<u32, String> {
     u32::try_from(parse_duration(text)?.as_millis()).map_err(|_| format!("{text} is too long"))
 }
@@ -177,6 +201,8 @@ target = "vra-b"
 datastore = "ds1"
 history = "24h"
 checkpoint_interval = "1s"
+journal_limit = "25%"
+journal_warning = "8 GiB"
 vms = ["web"]
 
 [[vm]]
@@ -195,6 +221,8 @@ journal_limit = "50 GiB"
         );
         assert_eq!(spec.vms[0].journal_limit_bytes, None);
         assert_eq!(spec.vms[1].journal_limit_bytes, Some(50 << 30));
+        assert_eq!((spec.journal_limit_percent, spec.journal_minimum_bytes), (Some(25), 0));
+        assert_eq!(spec.journal_warning, Some(JournalSize::Bytes(8 << 30)));
         assert!(spec.give_up_history);
     }
 

@@ -37,7 +37,7 @@ use crate::model::vpg::Vpg;
 use crate::model::vra::{Vra, VraState};
 use crate::reconcile::{Desired, Observed, SiteKeyWish};
 use crate::remote::Remote;
-use crate::site_key_file::{SiteKeyError, SiteKeyFile};
+use crate::site_key_file::{LostSiteKeys, SiteKeyError, SiteKeyFile};
 use crate::store::{self, Connection, Store, StoreError};
 
 /// Everything that the parts of the manager share.
@@ -124,15 +124,15 @@ pub enum StartError {
 
 impl Manager {
     /// Opens the state that [`initialise`] made. Must run inside tokio.
-    pub async fn open(config: Config) -> Result<Arc<Self>, StartError> {
+    pub async fn open(config: Config, lost: LostSiteKeys) -> Result<Arc<Self>, StartError> {
         let clock = Clock::new();
         let authority = Authority::open(&config.pki_dir())?;
         let credentials = authority.open_identity(&config.pki_dir(), clock.now_us())?;
-        let site_keys = SiteKeyFile::open(&config.site_key_path())?;
         let store = Store::open(&config.database_path()).await?;
         let mixed = || StartError::Mixed { state_dir: config.state_dir.clone() };
         let site = store::site::get(&mut *store.read().await?).await?.ok_or_else(mixed)?;
         let zvm = credentials.own.identity.as_zvm().filter(|zvm| *zvm == site.zvm).ok_or_else(mixed)?;
+        let site_keys = site_keys::open(&config, &store, lost, TimeUs(clock.now_us())).await?;
         let remote = Remote::new(config.listen.ip(), credentials.clone())?;
         Ok(Arc::new(Self {
             config,

@@ -1,11 +1,33 @@
 //! Keys of the site, for encrypted journals.
 
-use vra::api::{ApiError, ErrorCode};
+use vra::api::{ApiError, ErrorCode, TimeUs};
 use vra::report::chain;
 
-use super::{Manager, internal};
+use super::{Manager, StartError, internal};
 use crate::api::SiteKeyList;
+use crate::config::Config;
 use crate::model::event::{Entity, EventKind};
+use crate::site_key_file::{LostSiteKeys, NotedSiteKeys, SiteKeyFile};
+use crate::store::{self, Store, StoreError};
+
+/// Opens the file of site keys, and notes their names in the database: should the file be lost, that tells.
+pub(super) async fn open(
+    config: &Config,
+    store: &Store,
+    lost: LostSiteKeys,
+    now_us: TimeUs,
+) -> Result<SiteKeyFile, StartError> {
+    let mut tx = store.begin().await?;
+    let groups = store::vpgs::list(&mut tx).await?;
+    let noted = NotedSiteKeys {
+        ids: store::site_keys::list(&mut tx).await?,
+        are_in_use: groups.iter().any(|group| group.settings.encrypt),
+    };
+    let file = SiteKeyFile::open(&config.site_key_path(), &noted, lost)?;
+    store::site_keys::replace(&mut tx, &file.ids(), now_us).await?;
+    tx.commit().await.map_err(StoreError::from)?;
+    Ok(file)
+}
 
 impl Manager {
     /// The names of the site's keys.
@@ -19,6 +41,7 @@ impl Manager {
         let list = self.list_site_keys();
         let description = format!("Site key {} is used from now on", list.ids[0]);
         let mut tx = self.store.begin().await.map_err(internal)?;
+        store::site_keys::replace(&mut tx, &list.ids, self.now_us()).await.map_err(internal)?;
         self.note(&mut tx, EventKind::SiteKeyRotated, true, Entity::zvm(), description, None)
             .await
             .map_err(internal)?;

@@ -4,13 +4,13 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 
 use vra::api::volume::{MAX_VOLUMES_PER_VM, VolumeInfo};
-use vra::api::vpg::{JOURNAL_LIMIT_BYTES, MAX_VMS_PER_VPG, VolumeDefinition};
+use vra::api::vpg::{JOURNAL_LIMIT_BYTES, JOURNAL_PERCENT, JournalSize, MAX_VMS_PER_VPG, VolumeDefinition};
 use vra::api::{ApiError, ErrorCode, JournalId, TimeUs, VmId, VpgId, VraId};
 
 use super::check_name;
-use crate::api::{VmSpec, VpgSpec};
+use crate::api::{VmSpec, VpgEdit, VpgSpec};
 use crate::inventory::{FindVmError, Inventory, Vm};
-use crate::model::vpg::{Member, Vpg, VpgSettings, VpgState};
+use crate::model::vpg::{JournalBounds, Member, Vpg, VpgSettings, VpgState};
 use crate::model::vra::Vra;
 use crate::units::format_bytes;
 
@@ -42,7 +42,7 @@ struct Place<'a> {
     source: &'a Vra,
     target: &'a Vra,
     datastore: PathBuf,
-    journal_limit_bytes: u64,
+    journal_size: JournalBounds,
 }
 
 /// Looks up every name and checks every limit.
@@ -143,23 +143,15 @@ fn place<'a>(spec: &'a VpgSpec, vm_spec: &'a VmSpec, context: &Context<'a>) -> R
             target.name, vm.name
         )));
     }
-    let journal_limit_bytes = vm_spec.journal_limit_bytes.unwrap_or(spec.journal_limit_bytes);
-    if !JOURNAL_LIMIT_BYTES.contains(&journal_limit_bytes) {
-        return Err(bad(format!(
-            "the journal limit of VM {:?} must be {} to {}, not {}",
-            vm.name,
-            format_bytes(*JOURNAL_LIMIT_BYTES.start()),
-            format_bytes(*JOURNAL_LIMIT_BYTES.end()),
-            format_bytes(journal_limit_bytes)
-        )));
-    }
+    let journal_size = journal_size(spec, vm_spec);
+    check_journal(&vm.name, &journal_size, None)?;
     let datastore = vm_spec.datastore.as_ref().unwrap_or(&spec.datastore);
     Ok(Place {
         vm,
         source,
         target,
         datastore: find_datastore(context.inventory, datastore, target)?,
-        journal_limit_bytes,
+        journal_size,
     })
 }
 
@@ -209,6 +201,7 @@ fn member(place: &Place<'_>, served: &[VolumeInfo]) -> Result<Member, ApiError> 
         return Err(ApiError::new(ErrorCode::Conflict, message)
             .remedy("detach those that are not the VM's with `vra detach`, or correct the inventory"));
     }
+    check_journal(&place.vm.name, &place.journal_size, Some(&volumes))?;
     Ok(Member {
         vm: vm_id,
         name: place.vm.name.clone(),
@@ -216,9 +209,96 @@ fn member(place: &Place<'_>, served: &[VolumeInfo]) -> Result<Member, ApiError> 
         source: place.source.id,
         target: place.target.id,
         datastore: place.datastore.clone(),
-        journal_limit_bytes: place.journal_limit_bytes,
+        journal_size: place.journal_size,
         volumes,
     })
+}
+
+fn journal_size(spec: &VpgSpec, vm_spec: &VmSpec) -> JournalBounds {
+    let (limit_bytes, limit_percent) = match (vm_spec.journal_limit_bytes, vm_spec.journal_limit_percent) {
+        (None, None) => (spec.journal_limit_bytes, spec.journal_limit_percent),
+        (bytes, percent) => (bytes.unwrap_or(spec.journal_limit_bytes), percent),
+    };
+    JournalBounds {
+        limit_bytes,
+        limit_percent,
+        warning: vm_spec.journal_warning.or(spec.journal_warning),
+        minimum_bytes: vm_spec.journal_minimum_bytes.unwrap_or(spec.journal_minimum_bytes),
+    }
+}
+
+/// Checks how large a VM's journal may and must be, as far as that can be said without knowing its disks, or all of it.
+pub(super) fn check_journal(
+    vm: &str,
+    size: &JournalBounds,
+    volumes: Option<&[VolumeDefinition]>,
+) -> Result<(), ApiError> {
+    if size.limit_percent.is_none() && !JOURNAL_LIMIT_BYTES.contains(&size.limit_bytes) {
+        return Err(bad(format!(
+            "the journal limit of VM {vm:?} must be {} to {}, not {}",
+            format_bytes(*JOURNAL_LIMIT_BYTES.start()),
+            format_bytes(*JOURNAL_LIMIT_BYTES.end()),
+            format_bytes(size.limit_bytes)
+        )));
+    }
+    let warning_percent = match size.warning {
+        Some(JournalSize::Percent(percent)) => Some(percent),
+        _ => None,
+    };
+    for (what, percent) in [("limit", size.limit_percent), ("warning threshold", warning_percent)] {
+        if let Some(percent) = percent {
+            check_range(&format!("the journal {what} of VM {vm:?}"), percent, &JOURNAL_PERCENT, "percent")?;
+        }
+    }
+    let Some(volumes) = volumes else { return Ok(()) };
+    let disks_bytes = volumes.iter().fold(0_u64, |sum, volume| sum.saturating_add(volume.size_bytes));
+    let limit_bytes = size.limit_for(disks_bytes);
+    let warning_bytes = size.warning.map(|warning| warning.of(disks_bytes));
+    for (what, bytes) in [("warning threshold", warning_bytes), ("minimum", Some(size.minimum_bytes))] {
+        if let Some(bytes) = bytes.filter(|bytes| *bytes > limit_bytes) {
+            return Err(bad(format!(
+                "the journal {what} of VM {vm:?}, {}, is above its journal limit, {}",
+                format_bytes(bytes),
+                format_bytes(limit_bytes)
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// A group's settings with what an edit changes.
+pub fn edited(vpg: &Vpg, edit: &VpgEdit) -> Result<VpgSettings, ApiError> {
+    let mut settings = vpg.settings.clone();
+    if let Some(history_s) = edit.history_s {
+        check_range("history", history_s, &HISTORY_S, "s")?;
+        settings.history_s = history_s;
+    }
+    for name in &edit.vms {
+        if !settings.vms.iter().any(|member| is_named(member, name)) {
+            let message = format!("VPG {:?} has no VM {name:?}", vpg.name);
+            return Err(ApiError::new(ErrorCode::NotFound, message).remedy("`zvm vpg show` lists its VMs"));
+        }
+    }
+    let is_meant =
+        |member: &&mut Member| edit.vms.is_empty() || edit.vms.iter().any(|name| is_named(member, name));
+    for member in settings.vms.iter_mut().filter(is_meant) {
+        let size = &mut member.journal_size;
+        match edit.journal_limit {
+            Some(JournalSize::Bytes(bytes)) => (size.limit_bytes, size.limit_percent) = (bytes, None),
+            Some(JournalSize::Percent(percent)) => size.limit_percent = Some(percent),
+            None => {}
+        }
+        if edit.journal_warning.is_some() || edit.no_journal_warning {
+            size.warning = edit.journal_warning;
+        }
+        size.minimum_bytes = edit.journal_minimum_bytes.unwrap_or(size.minimum_bytes);
+        check_journal(&member.name, size, Some(&member.volumes))?;
+    }
+    Ok(settings)
+}
+
+fn is_named(member: &Member, name: &str) -> bool {
+    member.name == name || member.vm.to_string() == name
 }
 
 fn find_vra<'a>(vras: &'a BTreeMap<VraId, Vra>, name_or_id: &str) -> Result<&'a Vra, ApiError> {

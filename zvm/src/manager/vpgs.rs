@@ -1,9 +1,9 @@
-//! Groups: create, show, delete.
+//! Groups: create, edit, show, delete.
 
 use vra::api::{ApiError, ErrorCode, Request, Response};
 
 use super::{Manager, internal, spec};
-use crate::api::{VpgDetails, VpgSpec};
+use crate::api::{VpgDetails, VpgEdit, VpgSpec};
 use crate::health;
 use crate::model::event::{Entity, EventKind};
 use crate::model::task::{Task, TaskKind};
@@ -49,6 +49,35 @@ impl Manager {
         tracing::info!(vpg = %vpg.id, name = vpg.name, vms = vpg.settings.vms.len(), "a VPG was created");
         self.wake.notify_one();
         Ok(task)
+    }
+
+    /// Changes a group's settings; the engine takes them to its VRAs.
+    pub async fn edit_vpg(&self, name: &str, edit: &VpgEdit) -> Result<VpgDetails, ApiError> {
+        let vpg = self.find_vpg(name).await?;
+        if vpg.state != VpgState::Active {
+            return Err(ApiError::new(ErrorCode::Conflict, format!("VPG {name} is being deleted")));
+        }
+        let settings = spec::edited(&vpg, edit)?;
+        if settings != vpg.settings {
+            let save = async {
+                let mut tx = self.store.begin().await?;
+                let is_saved = store::vpgs::set_settings(&mut tx, vpg.id, vpg.revision, &settings).await?;
+                if is_saved {
+                    let description = format!("VPG {} was changed", vpg.name);
+                    let kind = EventKind::EditProtectionGroup;
+                    self.note(&mut tx, kind, true, Entity::vpg(vpg.id), description, None).await?;
+                    tx.commit().await?;
+                }
+                Ok::<_, StoreError>(is_saved)
+            };
+            if !save.await.map_err(internal)? {
+                let message = format!("VPG {name} was changed by somebody else meanwhile");
+                return Err(ApiError::new(ErrorCode::Conflict, message).remedy("look at it, and try again"));
+            }
+            tracing::info!(vpg = %vpg.id, name = vpg.name, "a VPG was changed");
+            self.wake.notify_one();
+        }
+        self.show_vpg(name).await
     }
 
     /// A group, wanted and as it is.

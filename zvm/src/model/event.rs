@@ -53,6 +53,8 @@ named! {
     EventKind {
         /// A group was created.
         CreateProtectionGroup = "CreateProtectionGroup",
+        /// A group's settings were changed.
+        EditProtectionGroup = "EditProtectionGroup",
         /// A group was deleted.
         RemoveProtectionGroup = "RemoveProtectionGroup",
         /// A test was started.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use vra::api::vpg::{VmDefinition, VolumeDefinition, VpgDefinition};
+use vra::api::vpg::{JOURNAL_LIMIT_BYTES, JournalSize, VmDefinition, VolumeDefinition, VpgDefinition};
 use vra::api::{JournalId, TimeUs, VmId, VpgId, VraId};
 
 use super::named;
@@ -72,10 +72,28 @@ pub struct Member {
     pub target: VraId,
     /// The target's folder.
     pub datastore: PathBuf,
-    /// Space for its journal, bytes.
-    pub journal_limit_bytes: u64,
+    /// How large its journal may and must be.
+    #[serde(flatten)]
+    pub journal_size: JournalBounds,
     /// Its disks.
     pub volumes: Vec<VolumeDefinition>,
+}
+
+/// How large a VM's journal may and must be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalBounds {
+    /// Space for it, bytes.
+    #[serde(rename = "journal_limit_bytes")]
+    pub limit_bytes: u64,
+    /// The same in percent of the VM's disks; the bytes mean nothing then.
+    #[serde(rename = "journal_limit_percent", default)]
+    pub limit_percent: Option<u32>,
+    /// From where on its use is an alert.
+    #[serde(rename = "journal_warning", default)]
+    pub warning: Option<JournalSize>,
+    /// Space that it keeps even if the history doesn't need it, bytes.
+    #[serde(rename = "journal_minimum_bytes", default)]
+    pub minimum_bytes: u64,
 }
 
 named! {
@@ -109,6 +127,25 @@ pub struct Removal {
     pub force: bool,
 }
 
+impl Member {
+    /// Space for its journal, bytes.
+    pub fn journal_limit_bytes(&self) -> u64 {
+        let disks_bytes =
+            self.volumes.iter().fold(0_u64, |sum, volume| sum.saturating_add(volume.size_bytes));
+        self.journal_size.limit_for(disks_bytes)
+    }
+}
+
+impl JournalBounds {
+    /// Space for the journal of disks of so many bytes, bytes.
+    pub fn limit_for(&self, disks_bytes: u64) -> u64 {
+        self.limit_percent.map_or(self.limit_bytes, |percent| {
+            let bytes = JournalSize::Percent(percent).of(disks_bytes);
+            bytes.clamp(*JOURNAL_LIMIT_BYTES.start(), *JOURNAL_LIMIT_BYTES.end())
+        })
+    }
+}
+
 impl Vpg {
     /// Every VRA that has a part in it.
     pub fn vras(&self) -> BTreeSet<VraId> {
@@ -140,7 +177,10 @@ impl Vpg {
                     source: vra_of(member.source)?.endpoint(),
                     target: vra_of(member.target)?.endpoint(),
                     datastore: member.datastore.clone(),
-                    journal_limit_bytes: member.journal_limit_bytes,
+                    journal_limit_bytes: member.journal_size.limit_bytes,
+                    journal_limit_percent: member.journal_size.limit_percent,
+                    journal_warning: member.journal_size.warning,
+                    journal_minimum_bytes: member.journal_size.minimum_bytes,
                     history_s: settings.history_s,
                     give_up_history: settings.give_up_history,
                 })

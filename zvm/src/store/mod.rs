@@ -8,6 +8,7 @@ pub mod certificates;
 pub mod events;
 pub mod leftovers;
 pub mod site;
+pub mod site_keys;
 pub mod tasks;
 pub mod test_runs;
 pub mod tokens;
@@ -139,7 +140,10 @@ fn migrator() -> Migrator {
     let step = |version, name: &'static str, sql: &'static str| {
         Migration::new(version, name.into(), MigrationType::Simple, sql.into_sql_str(), false)
     };
-    Migrator::with_migrations(vec![step(1, "initial", include_str!("../../migrations/0001_initial.sql"))])
+    Migrator::with_migrations(vec![
+        step(1, "initial", include_str!("../../migrations/0001_initial.sql")),
+        step(2, "site_keys", include_str!("../../migrations/0002_site_keys.sql")),
+    ])
 }
 
 /// Reads columns of one table's row into the manager's types.

@@ -4,7 +4,7 @@ use sqlx::sqlite::SqliteRow;
 use vra::api::{TimeUs, VpgId};
 
 use super::{Connection, Reader, StoreError, int, to_json};
-use crate::model::vpg::{Removal, Vpg, VpgState};
+use crate::model::vpg::{Removal, Vpg, VpgSettings, VpgState};
 
 /// All of them, by name.
 pub async fn list(db: &mut Connection) -> Result<Vec<Vpg>, StoreError> {
@@ -49,6 +49,23 @@ pub async fn set_applied(db: &mut Connection, vpg: VpgId, revision: u64) -> Resu
         .execute(db)
         .await?;
     Ok(())
+}
+
+/// Changes a group's settings, and raises the revision, so that its VRAs get them; false if the group is another one by now.
+pub async fn set_settings(
+    db: &mut Connection,
+    vpg: VpgId,
+    revision: u64,
+    settings: &VpgSettings,
+) -> Result<bool, StoreError> {
+    let query = "UPDATE vpg SET settings = $3, revision = revision + 1 WHERE id = $1 AND revision = $2";
+    let changed = sqlx::query(query)
+        .bind(vpg.to_string())
+        .bind(int(revision))
+        .bind(to_json(settings))
+        .execute(db)
+        .await?;
+    Ok(changed.rows_affected() == 1)
 }
 
 /// Raises the revision, so that the definition goes out again.

@@ -9,7 +9,7 @@ use vra::api::view::ViewInfo;
 use vra::api::vpg::VolumeDefinition;
 use vra::api::*;
 use zvm::model::test_run::{TestDetails, TestRun, TestState, TestView};
-use zvm::model::vpg::{Member, Priority, Removal, Vpg, VpgSettings, VpgState};
+use zvm::model::vpg::{JournalBounds, Member, Priority, Removal, Vpg, VpgSettings, VpgState};
 use zvm::model::vra::{Vra, VraState};
 use zvm::reconcile::*;
 
@@ -87,7 +87,12 @@ impl World {
             source,
             target,
             datastore: "/srv".into(),
-            journal_limit_bytes: 1 << 30,
+            journal_size: JournalBounds {
+                limit_bytes: 1 << 30,
+                limit_percent: None,
+                warning: None,
+                minimum_bytes: 0,
+            },
             volumes: vec![VolumeDefinition {
                 id: VolumeId::random(),
                 number: 0,

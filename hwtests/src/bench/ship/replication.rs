@@ -261,6 +261,9 @@ fn definition(folder: &Path, source: VraId, target: VraEndpoint) -> VpgDefinitio
         target,
         datastore: folder.to_owned(),
         journal_limit_bytes: 4 * RUN_BYTES,
+        journal_limit_percent: None,
+        journal_warning: None,
+        journal_minimum_bytes: 0,
         history_s: 3600,
         give_up_history: true,
     };

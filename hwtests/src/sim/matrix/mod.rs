@@ -147,7 +147,7 @@ pub struct Matrix {
 }
 
 /// All kinds of operations that a target's storage meets, besides readers'.
-const OP_KINDS: [OpKind; 36] = [
+const OP_KINDS: [OpKind; 37] = [
     (Purpose::Survey, "read"),
     (Purpose::Create, "allocate"),
     (Purpose::Create, "fdatasync"),
@@ -158,6 +158,7 @@ const OP_KINDS: [OpKind; 36] = [
     (Purpose::Append, "fdatasync"),
     (Purpose::Append, "write"),
     (Purpose::Seal, "fdatasync"),
+    (Purpose::Seal, "punch"),
     (Purpose::Seal, "write"),
     (Purpose::Superblock, "fdatasync"),
     (Purpose::Superblock, "write"),
@@ -199,7 +200,7 @@ const OPENING_OP_KINDS: [OpKind; 8] = [
 ];
 
 /// What must have happened in the scenarios.
-const HAPPENINGS: [Happening; 13] = [
+const HAPPENINGS: [Happening; 14] = [
     Happening::BaseSyncEnded,
     Happening::HistoryGivenUp,
     Happening::ForkJournaled,
@@ -207,6 +208,7 @@ const HAPPENINGS: [Happening; 13] = [
     Happening::DiedWithGroupAhead,
     Happening::Carried,
     Happening::CarriedEncrypted,
+    Happening::SealedLate,
     Happening::Promoted,
     Happening::PromotionResumed,
     Happening::Shrunk,

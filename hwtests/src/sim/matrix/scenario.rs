@@ -62,7 +62,7 @@ impl Scenario {
     pub(super) fn shape(&self) -> SiteShape {
         let policy = ReceiverPolicy {
             // Groups so short that one is written while the one before is synced.
-            limits: Limits { max_slots: self.max_slots, grow_slots: 1, group_bytes: 8 << 10 },
+            limits: Limits { max_slots: self.max_slots, min_slots: 0, grow_slots: 1, group_bytes: 8 << 10 },
             history_us: HISTORY_US,
             promotion: TransferSizes { run_max_bytes: 8 << 10, punch_min_bytes: 1024, chunk_bytes: 16 << 10 },
             give_up_history: self.gives_up_history,
@@ -295,6 +295,9 @@ pub(super) const ALL: [Scenario; 10] = [
             Seal,
             Settle,
             Write(1),
+            Settle,
+            // Nobody knows then which free slots have their space.
+            Restart,
             Settle,
             Watch,
             MaxSlots(3),

@@ -1,13 +1,25 @@
 //! A simulated file: what of it is durable, and what was written since.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 
 use bytes::Bytes;
 
 use super::super::Purpose;
 use super::{Fault, SimRng};
+use crate::format::PAGE_BYTES;
 
 pub(super) const SECTOR_BYTES: usize = 512;
+
+/// The pages that a range of a file touches.
+pub(super) fn pages(offset_bytes: u64, len_bytes: u64) -> Range<u64> {
+    let page = PAGE_BYTES as u64;
+    offset_bytes / page..(offset_bytes + len_bytes).div_ceil(page)
+}
+
+fn page_of(sector: u64) -> u64 {
+    sector * SECTOR_BYTES as u64 / PAGE_BYTES as u64
+}
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct SimFile {
@@ -15,6 +27,10 @@ pub(super) struct SimFile {
     /// Written and not synced, by sector.
     pub(super) dirty: BTreeMap<u64, Dirty>,
     pub(super) len_bytes: u64,
+    /// Pages whose space was given back: they read zeroes, and to write them takes space.
+    pub(super) holes: BTreeSet<u64>,
+    /// Pages that can't be read until they are written.
+    pub(super) broken: BTreeSet<u64>,
 }
 
 #[derive(Clone, Debug)]
@@ -28,6 +44,32 @@ pub(super) struct Dirty {
 }
 
 impl SimFile {
+    /// How much space it takes, in bytes.
+    pub(super) fn used_bytes(&self) -> u64 {
+        self.len_bytes - (self.holes.len() * PAGE_BYTES) as u64
+    }
+
+    /// How much more space it takes once a range has all of its own, in bytes.
+    pub(super) fn lacking_bytes(&self, offset_bytes: u64, len_bytes: u64) -> u64 {
+        let grown = (offset_bytes + len_bytes).saturating_sub(self.len_bytes);
+        grown + (self.holes.range(pages(offset_bytes, len_bytes)).count() * PAGE_BYTES) as u64
+    }
+
+    /// A range has its space.
+    pub(super) fn reserve(&mut self, offset_bytes: u64, len_bytes: u64) {
+        pages(offset_bytes, len_bytes).for_each(|page| _ = self.holes.remove(&page));
+    }
+
+    /// Whether the disk can't give a range back.
+    pub(super) fn is_broken(&self, offset_bytes: u64, len_bytes: u64) -> bool {
+        self.broken.range(pages(offset_bytes, len_bytes)).next().is_some()
+    }
+
+    /// What was written to a sector is lost: if it was given back, it has its content and its space again.
+    pub(super) fn undo(&mut self, sector: u64) {
+        self.holes.remove(&page_of(sector));
+    }
+
     /// Copies what is durable as a whole and then the few sectors that aren't: most reads meet none.
     pub(super) fn read(&self, offset_bytes: u64, into: &mut [u8]) {
         let there = self.durable.get(offset_bytes as usize..).unwrap_or_default();
@@ -61,6 +103,7 @@ impl SimFile {
         self.len_bytes = len_bytes;
         self.durable.truncate(len_bytes as usize);
         drop(self.dirty.split_off(&(len_bytes / SECTOR_BYTES as u64)));
+        drop(self.holes.split_off(&len_bytes.div_ceil(PAGE_BYTES as u64)));
     }
 
     pub(super) fn sync(&mut self, before_write: u64) {

@@ -111,6 +111,8 @@ impl Inner {
             if dirty.write == write && torn.is_none_or(|torn| torn.keeps(sector)) {
                 put(&mut sim_file.durable, sector, &dirty.data[..SECTOR_BYTES]);
                 sim_file.dirty.remove(&sector);
+            } else {
+                sim_file.undo(sector);
             }
         }
     }
@@ -119,7 +121,11 @@ impl Inner {
     fn lose_all(&mut self) {
         self.in_flight.clear();
         self.orphans.clear();
-        self.files.iter_mut().for_each(|file| file.dirty.clear());
+        for file in &mut self.files {
+            for sector in std::mem::take(&mut file.dirty).into_keys() {
+                file.undo(sector);
+            }
+        }
         self.die(Crash::PowerCut, None);
     }
 }

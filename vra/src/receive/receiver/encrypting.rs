@@ -1,6 +1,8 @@
 //! Encryption at rest: whether the journal encrypts, and with which key.
 
-use journal::crypt::{Encryption, NewKey, SiteKeys};
+use std::collections::BTreeSet;
+
+use journal::crypt::{Encryption, NewKey, SiteKeyId, SiteKeys};
 use journal::writer::{Change, ChangeError};
 
 use super::Receiver;
@@ -26,6 +28,11 @@ impl Receiver {
             (false, _) if matches!(now, Encryption::On(_)) => self.set_encryption(Encryption::Off),
             _ => Ok(()),
         }
+    }
+
+    /// Names of the site keys that the journal needs.
+    pub(in crate::receive) fn site_key_ids(&self) -> BTreeSet<SiteKeyId> {
+        self.writer.site_key_ids()
     }
 
     /// Whether segments are encrypted from now on, and with which key.

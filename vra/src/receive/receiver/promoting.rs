@@ -354,7 +354,10 @@ impl Receiver {
         match self.promoting.stage {
             Stage::Announcing { ticket, through, due } if ticket == changed => {
                 let superblock = self.writer.superblock();
-                if superblock.promotion_intent_seq == through.seq && !superblock.state.is_base_sync() {
+                if self.promoting.closing {
+                    // Announced is enough: the next opening goes on from there.
+                    self.promoting.stage = Stage::Idle;
+                } else if superblock.promotion_intent_seq == through.seq && !superblock.state.is_base_sync() {
                     self.carry(through, due);
                 } else {
                     self.promoting.stage = Stage::Idle;
@@ -380,11 +383,20 @@ impl Receiver {
         let is_quiet = now.mono_us.saturating_sub(self.last_append_us) > QUIET_US && self.writer.is_idle();
         let is_too_long = self.writer.superblock().slot_count > self.policy.limits.max_slots;
         let least = if is_quiet || is_too_long { 0 } else { least };
-        if self.writer.surplus_slot_count(SPARE_SLOTS) > least
-            && let Ok(ticket) = self.writer.change(Change::Shrink { spare_slots: SPARE_SLOTS })
+        let spare_slots = self.spare_slots();
+        if self.writer.surplus_slot_count(spare_slots) > least
+            && let Ok(ticket) = self.writer.change(Change::Shrink { spare_slots })
         {
             self.promoting.stage = Stage::Shrinking { ticket };
         }
+    }
+
+    /// Free slots that keep their space besides those that the journal never fills: as many as its minimum has.
+    fn spare_slots(&self) -> u32 {
+        let slot_count = self.writer.superblock().slot_count as usize;
+        let kept = slot_count - self.writer.free_slot_count().min(slot_count) + RESERVED_SLOTS;
+        let missing = (self.policy.limits.min_slots as usize).saturating_sub(kept);
+        SPARE_SLOTS.max(u32::try_from(missing).unwrap_or(u32::MAX))
     }
 
     /// When something that comes now was received, in microseconds (C6): goes on from the newest time in the journal by the monotonic clock,
@@ -411,3 +423,6 @@ impl Receiver {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,6 +3,7 @@
 use std::mem::offset_of;
 
 use journal::crypt::{WRAPPED_KEY_BYTES, WrappedKey};
+use journal::format::page_crc;
 use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -337,13 +338,6 @@ pub(super) fn decode_page(
         *word = from.get();
     }
     Ok(map.sequence.get())
-}
-
-/// CRC32C of a page whose CRC field, at `crc_offset`, counts as zero.
-fn page_crc(page: &[u8], crc_offset: usize) -> u32 {
-    let crc = crc32c::crc32c(&page[..crc_offset]);
-    let crc = crc32c::crc32c_append(crc, &[0; 4]);
-    crc32c::crc32c_append(crc, &page[crc_offset + 4..])
 }
 
 #[cfg(test)]

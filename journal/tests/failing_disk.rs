@@ -1,0 +1,262 @@
+//! What a disk that fails, loses what was not synced, or is full, does to a journal.
+#![cfg(feature = "sim")]
+
+mod sim_target;
+
+use journal::bad_ranges::BadRange;
+use journal::format::{JournalState, slot_offset_bytes};
+use journal::promotion::PromotionError;
+use journal::recovery::{Content, Hidden};
+use journal::storage::Purpose;
+use journal::storage::sim::Crash;
+use journal::view::Reader;
+use journal::writer::{Change, ClosedSegment, Event, State};
+
+use sim_target::{SLOT_BYTES, Site, Target};
+
+const PAGE: u64 = 4096;
+
+/// A sealed segment with three batches: two pages at 0, two at 64 KiB with a checkpoint, one at 128 KiB. Then a segment that stays open.
+fn sealed(target: &mut Target<'_>) -> ClosedSegment {
+    target.base_sync();
+    target.write(0, &[1, 2]);
+    target.append();
+    target.write(64 << 10, &[3, 4]);
+    target.checkpoint("kept");
+    target.append();
+    target.write(128 << 10, &[5]);
+    target.append();
+    target.change(Change::Seal);
+    target.write(0, &[9]);
+    target.append();
+    target.writer.closed_segments().next().expect("a sealed segment").clone()
+}
+
+/// Where a page of the journal is that has this byte, in bytes from the file's start.
+fn place_of(site: &Site, fill: u8) -> u64 {
+    let contents = site.disk.contents(site.journal);
+    let run = contents.windows(4096).position(|window| window.iter().all(|byte| *byte == fill));
+    run.expect("it is in the file") as u64
+}
+
+fn footer_place(segment: &ClosedSegment) -> u64 {
+    let trailer = segment.trailer.as_ref().expect("it is sealed");
+    Site::place(segment.header.slot, trailer.data_end_bytes)
+}
+
+fn recovered(site: &Site, offset_bytes: u64) -> u8 {
+    site.disk.contents(site.recovery_disk)[offset_bytes as usize]
+}
+
+#[test]
+fn a_footer_and_payloads_that_cannot_be_read_stop_no_promotion() {
+    let site = Site::new(4);
+    let mut target = site.target();
+    let segment = sealed(&mut target);
+    let footer = footer_place(&segment);
+    site.disk.break_pages(site.journal, footer..footer + 1);
+    // The second page of the first record lies in two pages of the file.
+    let place = place_of(&site, 2);
+    site.disk.break_pages(site.journal, place..place + PAGE);
+    let flipped = place_of(&site, 4);
+    assert!(site.disk.flip_bit(site.journal, flipped..flipped + 1).is_some());
+    let promoted = target.carry(1).expect("only the payloads are lost");
+    assert_eq!(promoted.through, segment.last);
+    let bad: Vec<BadRange> = promoted.bad_ranges.iter().collect();
+    let covers = |offset: u64| {
+        bad.iter().any(|bad| bad.offset_bytes <= offset && offset < bad.offset_bytes + bad.len_bytes)
+    };
+    assert!(covers(PAGE) && covers((64 << 10) + PAGE), "{bad:?}");
+    assert!(!covers(64 << 10) && !covers(128 << 10), "{bad:?}");
+    assert_eq!((recovered(&site, 64 << 10), recovered(&site, 128 << 10)), (3, 5));
+}
+
+#[test]
+fn a_footer_and_a_flipped_bit_leave_views_what_is_whole() {
+    let site = Site::new(4);
+    let mut target = site.target();
+    let segment = sealed(&mut target);
+    drop(target);
+    let footer = footer_place(&segment);
+    site.disk.break_pages(site.journal, footer..footer + 1);
+    let flipped = place_of(&site, 4);
+    assert!(site.disk.flip_bit(site.journal, flipped..flipped + 1).is_some());
+    let reader = Reader::open(&mut site.disk.storage(), site.journal, &Default::default()).expect("readable");
+    assert_eq!(reader.catalogue().checkpoints().len(), 1, "its payload is whole");
+    let view = reader.view(reader.newest_seq()).expect("the newest");
+    let read = |offset_bytes: u64| {
+        let mut bytes = vec![0; 4096];
+        let volume = view.volume(0).expect("a volume");
+        let read =
+            volume.read(&mut site.disk.storage(), site.journal, offset_bytes, &mut bytes, |_, _, _| Ok(()));
+        read.map(|()| bytes[0])
+    };
+    assert_eq!(read(64 << 10).expect("whole"), 3);
+    assert!(read((64 << 10) + PAGE).is_err(), "damaged");
+    assert_eq!(read(128 << 10).expect("behind it"), 5);
+}
+
+#[test]
+fn a_promotion_ends_where_nobody_knows_what_a_segment_holds() {
+    let site = Site::new(4);
+    let mut target = site.target();
+    let segment = sealed(&mut target);
+    let footer = footer_place(&segment);
+    site.disk.break_pages(site.journal, footer..footer + 1);
+    let head = Site::place(segment.header.slot, PAGE);
+    site.disk.break_pages(site.journal, head..head + 1);
+    let error = target.carry(1).expect_err("the first batch's head is lost too");
+    assert!(matches!(error, PromotionError::Segment { number: 1, .. }), "{error}");
+}
+
+/// Footer and trailer go with the next group's write, and a power cut may lose them and keep the group.
+#[test]
+fn a_segment_whose_seal_was_lost_is_sealed_by_the_next_opening() {
+    let site = Site::new(4);
+    let mut target = site.target();
+    let sealed = sealed(&mut target);
+    drop(target);
+    // As if the seal had never reached the disk: what lies there reads zeroes.
+    let trailer = Site::place(sealed.header.slot, SLOT_BYTES - PAGE);
+    site.zero_pages(trailer, 1);
+    site.zero_pages(footer_place(&sealed), 1);
+    let survey = site.survey();
+    assert!(matches!(survey.segments[0].content, Content::Scanned(_)), "no seal");
+
+    let mut target = site.target();
+    let again = target.writer.closed_segments().next().expect("still there").clone();
+    let next_begin_us = site.survey().segments[1].header.begin_time_us;
+    let trailer = again.trailer.expect("sealed");
+    assert_eq!((again.last, trailer.end_time_us), (sealed.last, next_begin_us));
+    let survey = site.survey();
+    assert!(matches!(survey.segments[0].content, Content::Sealed(_)), "in the file too");
+    // A flipped bit in it is a damaged record now, and not the end of the history.
+    drop(target);
+    let flipped = place_of(&site, 4);
+    assert!(site.disk.flip_bit(site.journal, flipped..flipped + 1).is_some());
+    target = site.target();
+    let promoted = target.carry(1).expect("promoted");
+    assert_eq!(promoted.bad_ranges.iter().count(), 1);
+}
+
+#[test]
+fn a_history_is_given_up_on_a_full_datastore_with_holes_in_the_file() {
+    let site = Site::new(10);
+    let mut target = site.target();
+    sealed(&mut target);
+    target.change(Change::Shrink { spare_slots: 1 });
+    assert!(target.writer.superblock().slot_count < 10);
+    // All slots but the last few are used and freed, so that there are holes before the end.
+    for round in 0..6 {
+        target.write(0, &[round, round, round, round, round, round]);
+        target.append();
+        target.change(Change::Seal);
+    }
+    target.promote(5);
+    target.change(Change::Shrink { spare_slots: 0 });
+    let holes = {
+        let (len_bytes, used_bytes) =
+            (site.disk.contents(site.journal).len() as u64, site.journal_used_bytes());
+        len_bytes - used_bytes
+    };
+    assert!(holes >= SLOT_BYTES, "{holes} bytes of holes");
+
+    site.disk.set_capacity_bytes(site.disk.used_bytes());
+    let events = target.change(Change::GiveUpHistory { sync_id: 7 });
+    assert!(matches!(events[..], [Event::Changed { .. }]), "{events:?}");
+    assert_eq!(target.writer.state(), State::Running);
+    assert!(matches!(target.writer.superblock().state, JournalState::HistoryGivenUp { .. }));
+    drop(target);
+    for crash in [Crash::Kill, Crash::PowerCut] {
+        site.disk.crash(crash);
+        site.disk.fence();
+        let opened = site.open().expect("nothing of it takes space");
+        assert!(opened.segments.is_empty());
+    }
+    // And the sync ends, in what space there is.
+    let mut target = site.target();
+    target.base_sync();
+    target.write(0, &[7]);
+    target.append();
+}
+
+#[test]
+fn an_erasure_that_was_cut_short_is_done_again() {
+    let site = Site::new(6);
+    let mut target = site.target();
+    sealed(&mut target);
+    site.disk.arm_crash_at(Purpose::Seal, 3, Crash::PowerCut);
+    target.writer.change(Change::GiveUpHistory { sync_id: 7 }).expect("allowed");
+    target.drive_to_death();
+    drop(target);
+    site.disk.fence();
+    let opened = site.open().expect("open");
+    assert!(matches!(opened.superblock.state, JournalState::HistoryGivenUp { .. }));
+    let contents = site.disk.contents(site.journal);
+    for slot in 0..opened.superblock.slot_count {
+        let begin = slot_offset_bytes(slot, SLOT_BYTES) as usize;
+        let page =
+            |at: usize| contents.get(at..at + 4096).is_none_or(|page| page.iter().all(|byte| *byte == 0));
+        let last = begin + SLOT_BYTES as usize - 4096;
+        assert!(page(begin) && page(begin + 4096) && page(last), "slot {slot}");
+    }
+}
+
+#[test]
+fn a_newest_encrypted_segment_without_its_first_page_is_noticed() {
+    for site in [Site::encrypted(4), Site::new(4)] {
+        let mut target = site.target();
+        sealed(&mut target);
+        drop(target);
+        let survey = site.survey();
+        let (newest, tail) = (survey.segments[1].header.clone(), survey.tail);
+        assert_eq!(survey.hidden, None);
+        let place = Site::place(newest.slot, 0);
+        assert!(site.disk.flip_bit(site.journal, place..place + PAGE).is_some());
+        let survey = site.survey();
+        let Some(Hidden { slot, after_seq, resumes_seq, .. }) = survey.hidden else {
+            panic!("records after {} are lost, and nothing tells", survey.tail.seq)
+        };
+        assert_eq!((slot, after_seq), (newest.slot, newest.after.seq));
+        assert_eq!(resumes_seq.is_none(), newest.encryption.is_some());
+        assert!(survey.tail.seq < tail.seq);
+        assert_eq!(site.open().expect("open").hidden.map(|hidden| hidden.slot), Some(newest.slot));
+    }
+}
+
+#[test]
+fn what_an_encrypted_journal_gave_up_is_no_lost_segment() {
+    let site = Site::encrypted(6);
+    let mut target = site.target();
+    sealed(&mut target);
+    target.change(Change::GiveUpHistory { sync_id: 7 });
+    target.base_sync();
+    target.write(0, &[7]);
+    target.append();
+    drop(target);
+    assert_eq!(site.survey().hidden, None);
+}
+
+#[test]
+fn a_minimum_is_kept_allocated() {
+    let site = Site::new(3);
+    let mut target = site.target();
+    sealed(&mut target);
+    let with_space = |site: &Site| (site.journal_used_bytes() - (1 << 20)) / SLOT_BYTES;
+    target.limit(12, 8);
+    assert_eq!((target.writer.superblock().slot_count, with_space(&site)), (8, 8), "it grows to it");
+    for round in 0..7 {
+        target.write(0, &[round; 6]);
+        target.append();
+        target.change(Change::Seal);
+    }
+    assert!(target.writer.superblock().slot_count > 8);
+    let closed = target.writer.closed_segments().len();
+    target.promote(closed);
+    target.change(Change::Shrink { spare_slots: 0 });
+    target.drive();
+    assert_eq!(with_space(&site), 8, "what a shrinking took is there again");
+    target.limit(12, 0);
+    target.change(Change::Shrink { spare_slots: 0 });
+    assert!(with_space(&site) < 8);
+}

@@ -1,0 +1,146 @@
+//! Groups as users describe them.
+
+use serde::{Deserialize, Serialize};
+use vra::api::vpg::JournalSize;
+
+use crate::model::vpg::Priority;
+
+/// A group to be created, as the user describes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VpgSpec {
+    /// Its name.
+    pub name: String,
+    /// For people.
+    #[serde(default)]
+    pub description: String,
+    /// Which group goes first when there is not enough for all.
+    #[serde(default = "defaults::priority")]
+    pub priority: Priority,
+    /// Name or id of the VRA that keeps the journals.
+    pub target: String,
+    /// Name of a datastore in the inventory, or the absolute path of a folder at the target.
+    pub datastore: String,
+    /// Space for each VM's journal, bytes.
+    #[serde(default = "defaults::journal_limit_bytes")]
+    pub journal_limit_bytes: u64,
+    /// The same in percent of the VM's disks; the bytes mean nothing then.
+    #[serde(default)]
+    pub journal_limit_percent: Option<u32>,
+    /// From where on the use of a journal is an alert.
+    #[serde(default)]
+    pub journal_warning: Option<JournalSize>,
+    /// Space that each VM's journal keeps even if the history doesn't need it, bytes.
+    #[serde(default)]
+    pub journal_minimum_bytes: u64,
+    /// How long history is wanted, seconds.
+    #[serde(default = "defaults::history_s")]
+    pub history_s: u64,
+    /// Time between checkpoints, milliseconds.
+    #[serde(default = "defaults::checkpoint_interval_ms")]
+    pub checkpoint_interval_ms: u32,
+    /// Longest time that a checkpoint may hold guests' writes, milliseconds.
+    #[serde(default = "defaults::hold_deadline_ms")]
+    pub hold_deadline_ms: u32,
+    /// The RPO to be warned beyond, seconds.
+    #[serde(default = "defaults::rpo_target_s")]
+    pub rpo_target_s: u64,
+    /// Give up old checkpoints rather than stop replicating when a full sync does not fit the journal.
+    #[serde(default = "defaults::give_up_history")]
+    pub give_up_history: bool,
+    /// Encrypt journals and scratch at rest.
+    #[serde(default)]
+    pub encrypt: bool,
+    /// The VMs.
+    pub vms: Vec<VmSpec>,
+}
+
+/// What is to be another one of a group. What isn't said stays.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VpgEdit {
+    /// How long history is wanted, seconds.
+    #[serde(default)]
+    pub history_s: Option<u64>,
+    /// Space for each VM's journal.
+    #[serde(default)]
+    pub journal_limit: Option<JournalSize>,
+    /// From where on the use of a journal is an alert.
+    #[serde(default)]
+    pub journal_warning: Option<JournalSize>,
+    /// No such alert any more.
+    #[serde(default)]
+    pub no_journal_warning: bool,
+    /// Space that each VM's journal keeps, bytes.
+    #[serde(default)]
+    pub journal_minimum_bytes: Option<u64>,
+    /// Names or ids of the VMs whose journals these are; without, all of the group.
+    #[serde(default)]
+    pub vms: Vec<String>,
+}
+
+/// A VM of a group to be created.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmSpec {
+    /// Its name or UUID in the inventory.
+    pub vm: String,
+    /// Another target than the group's.
+    #[serde(default)]
+    pub target: Option<String>,
+    /// Another datastore than the group's.
+    #[serde(default)]
+    pub datastore: Option<String>,
+    /// Another journal limit than the group's, bytes.
+    #[serde(default)]
+    pub journal_limit_bytes: Option<u64>,
+    /// Another journal limit than the group's, in percent of the VM's disks.
+    #[serde(default)]
+    pub journal_limit_percent: Option<u32>,
+    /// Another warning threshold than the group's.
+    #[serde(default)]
+    pub journal_warning: Option<JournalSize>,
+    /// Another minimum than the group's, bytes.
+    #[serde(default)]
+    pub journal_minimum_bytes: Option<u64>,
+}
+
+/// What a group gets that its user says nothing of.
+pub mod defaults {
+    use crate::model::vpg::Priority;
+
+    /// Medium.
+    pub fn priority() -> Priority {
+        Priority::Medium
+    }
+
+    /// 10 GiB.
+    pub fn journal_limit_bytes() -> u64 {
+        10 << 30
+    }
+
+    /// 4 hours.
+    pub fn history_s() -> u64 {
+        4 * 3_600
+    }
+
+    /// 5 seconds.
+    pub fn checkpoint_interval_ms() -> u32 {
+        5_000
+    }
+
+    /// 100 milliseconds.
+    pub fn hold_deadline_ms() -> u32 {
+        100
+    }
+
+    /// Half a minute.
+    pub fn rpo_target_s() -> u64 {
+        30
+    }
+
+    /// Yes: replication is worth more than old checkpoints.
+    pub fn give_up_history() -> bool {
+        true
+    }
+}
