@@ -109,6 +109,16 @@ impl LocalHold {
         Ok(Self { held, began_mono_us: now.mono_us })
     }
 
+    /// Each member and the last number that belongs to the checkpoint.
+    pub fn cuts(&self) -> impl Iterator<Item = (VmId, u64)> {
+        self.held.iter().map(|(vm, epoch)| (*vm, epoch.cut()))
+    }
+
+    /// Whether a member isn't held any more: the group can't get its checkpoint.
+    pub fn is_over(&self) -> bool {
+        self.held.iter().any(|(_, epoch)| epoch.is_over())
+    }
+
     /// All members of all hosts are held: writes the records and lets the completions go. `checkpoint` has the group's
     /// fields; each member writes its own cut.
     pub fn release(self, checkpoint: &Checkpoint, now: Now) -> Result<TakenCheckpoint, CheckpointRefusal> {

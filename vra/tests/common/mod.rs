@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 #![allow(unreachable_pub, reason = "shared by several test binaries")]
 
+pub mod nbd;
 pub mod pair;
 pub mod vra;
 
