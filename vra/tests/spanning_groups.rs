@@ -2,168 +2,23 @@
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use ::vra::api::status::{SourceMode, TargetState};
-use ::vra::api::{
-    CheckpointId, CheckpointInfo, CloseView, DoorAddress, JournalId, PointInTime, Request, ViewMode, VmId,
-    VpgDefinition, VraStatus,
-};
+use ::vra::api::{CheckpointInfo, JournalId, Request, TagCheckpoint, VmId, VraId, VraStatus};
 use common::TestCa;
-use common::nbd::NbdClient;
-use common::pair::{DISK_BYTES, apply, checkpoints, definition, door, open, open_view, tag};
-use common::vra::{PATIENCE, Vra};
-
-/// Each link of the chain has a sector of its own.
-const LINK_BYTES: u64 = 512;
+use common::pair::{DISK_BYTES, definition, tag};
+use common::spanning::{Site, chain};
+use common::vra::Vra;
 
 /// Links of the chain between two checkpoints at least.
 const LEAST_LINKS: u64 = 20;
 
-struct Site {
-    sources: Vec<Vra>,
-    targets: Vec<Vra>,
-    doors: Vec<DoorAddress>,
-    vms: Vec<VmId>,
-    definition: VpgDefinition,
-}
-
-impl Site {
-    /// Three sources with a VM each, whose journals are on two targets, streaming.
-    async fn streaming(name: &str, ca: &TestCa) -> Self {
-        let start = |role: &str, number: usize| Vra::start(&format!("{name}-{role}{number}"), Some(ca));
-        let sources: Vec<Vra> = (0..3).map(|number| start("s", number)).collect();
-        let targets: Vec<Vra> = (0..2).map(|number| start("t", number)).collect();
-        let (mut doors, mut vms, mut whole) = (Vec::new(), Vec::new(), None::<VpgDefinition>);
-        for (number, source) in sources.iter().enumerate() {
-            let vm = VmId::random();
-            let disk = source.disk("0.raw", DISK_BYTES);
-            let volume = source.attach(vm, &format!("vm{number}"), &disk).await;
-            doors.push(door(&volume));
-            vms.push(vm);
-            let mut part = definition(source, &targets[number % 2], &[volume]);
-            match &mut whole {
-                Some(whole) => whole.vms.append(&mut part.vms),
-                None => whole = Some(part),
-            }
-        }
-        let mut definition = whole.expect("three parts");
-        definition.coordinators = sources.iter().map(|source| source.id).collect();
-        let site = Self { sources, targets, doors, vms, definition };
-        for vra in site.targets.iter().chain(&site.sources) {
-            apply(vra, &site.definition).await;
-        }
-        site.wait_until_streaming().await;
-        site
-    }
-
-    async fn wait_until_streaming(&self) {
-        for source in &self.sources {
-            let streams = |status: &VraStatus| {
-                status.source_vms.iter().all(|vm| vm.mode == SourceMode::Streaming && vm.connected)
-            };
-            source.wait_for("streaming", streams).await;
-        }
-        for target in &self.targets {
-            let journals =
-                |status: &VraStatus| status.target_vms.iter().all(|vm| vm.state == TargetState::Journaling);
-            target.wait_for("journaling", journals).await;
-        }
-    }
-
-    /// Checkpoints that all journals hold, in the order of their times.
-    async fn offered(&self) -> Vec<CheckpointInfo> {
-        let vpg = self.definition.id;
-        let (one, other) =
-            (checkpoints(&self.targets[0], vpg).await, checkpoints(&self.targets[1], vpg).await);
-        let is_there = |info: &CheckpointInfo| other.iter().any(|at| at.id == info.id && at.complete);
-        one.into_iter().filter(|info| info.complete && is_there(info)).collect()
-    }
-
-    /// Waits until a checkpoint is offered that was taken after a time.
-    async fn wait_for_newer(&self, than: u64) -> CheckpointInfo {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let newest = self.offered().await.pop();
-            if let Some(newest) = newest.filter(|info| info.time_us.0 > than) {
-                return newest;
-            }
-            assert!(Instant::now() < deadline, "no checkpoint comes:\n{}", self.sources[0].log());
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    }
-
-    async fn wait_until_offered(&self, id: CheckpointId) {
-        let deadline = Instant::now() + PATIENCE;
-        while !self.offered().await.iter().any(|info| info.id == id) {
-            assert!(Instant::now() < deadline, "checkpoint {id} isn't offered");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    }
-
-    /// How far the chain has come at a checkpoint, of which every VM must show its part.
-    async fn newest_link(&self, checkpoint: CheckpointId, links: &[usize]) -> u64 {
-        let mut disks = BTreeMap::new();
-        for target in &self.targets {
-            let at = PointInTime::Checkpoint { checkpoint };
-            let view = open_view(target, &open(self.definition.id, at, ViewMode::ReadOnly)).await;
-            for disk in &view.disks {
-                let mut client = NbdClient::connect(&disk.door).expect("a view's door");
-                let mut shown = Vec::new();
-                for offset_bytes in (0..DISK_BYTES).step_by(1 << 20) {
-                    shown.extend(client.read(offset_bytes, 1 << 20).expect("read"));
-                }
-                disks.insert(disk.vm, shown);
-            }
-            target.ask(Request::CloseView(CloseView { view: view.view })).await;
-        }
-        let shows = |link: u64, vm: usize| {
-            let at = (link * LINK_BYTES) as usize;
-            disks[&self.vms[vm]][at..at + 8] == link.to_le_bytes()
-        };
-        let numbered = || (1..).zip(links.iter().copied());
-        let newest = numbered().filter(|(link, vm)| shows(*link, *vm)).map(|(link, _)| link).last();
-        let newest = newest.unwrap_or_default();
-        for (link, vm) in numbered().take(newest as usize) {
-            assert!(
-                shows(link, vm),
-                "checkpoint {checkpoint} has link {newest} and not link {link} of VM {vm}"
-            );
-        }
-        newest
-    }
-}
-
-/// Writes links, each after the answer to the one before, on one VM after the other; gives the VM of each.
-fn chain(doors: Vec<DoorAddress>, stop: Arc<AtomicBool>) -> JoinHandle<Vec<usize>> {
-    std::thread::spawn(move || {
-        let mut clients: Vec<NbdClient> =
-            doors.iter().map(|door| NbdClient::connect(door).expect("a disk's door")).collect();
-        let mut links = Vec::new();
-        while !stop.load(Ordering::Relaxed) {
-            let link = links.len() as u64 + 1;
-            if (link + 1) * LINK_BYTES > DISK_BYTES {
-                break;
-            }
-            let vm = (link as usize * 7 + link as usize / 5) % clients.len();
-            links.push(vm);
-            let mut sector = [0; LINK_BYTES as usize];
-            sector[..8].copy_from_slice(&link.to_le_bytes());
-            clients[vm].write(link * LINK_BYTES, &sector).expect("a guest's write never fails");
-            std::thread::sleep(Duration::from_micros(300));
-        }
-        links
-    })
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn every_checkpoint_over_three_hosts_holds_a_beginning_of_the_chain() {
     let ca = TestCa::new();
-    let site = Site::streaming("chain", &ca).await;
+    let site = Site::streaming("chain", &ca, |_, _| {}).await;
     let vpg = site.definition.id;
     let first = site.wait_for_newer(0).await;
     let stop = Arc::new(AtomicBool::new(false));
@@ -199,7 +54,7 @@ async fn every_checkpoint_over_three_hosts_holds_a_beginning_of_the_chain() {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_member_there_is_no_checkpoint_and_whoever_is_next_says_so() {
     let ca = TestCa::new();
-    let mut site = Site::streaming("missing", &ca).await;
+    let mut site = Site::streaming("missing", &ca, |_, _| {}).await;
     let before = site.wait_for_newer(0).await;
     for dead in [2, 0] {
         let next = if dead == 0 { 1 } else { 0 };
@@ -212,7 +67,7 @@ async fn without_a_member_there_is_no_checkpoint_and_whoever_is_next_says_so() {
         let status = site.sources[next].wait_for("an alert", is_named).await;
         assert_eq!(status.vpgs[0].coordinator, Some(site.sources[next].id));
         assert_eq!(status.vpgs[0].missing, [site.sources[dead].id]);
-        let refused = site.sources[next].refusal(Request::TagCheckpoint(::vra::api::TagCheckpoint {
+        let refused = site.sources[next].refusal(Request::TagCheckpoint(TagCheckpoint {
             vpg: site.definition.id,
             tag: "without it".to_owned(),
         }));
@@ -236,7 +91,7 @@ async fn a_definition_that_names_coordinators_wrongly_is_refused() {
     let volume = vra.attach(VmId::random(), "db", &vra.disk("0.raw", DISK_BYTES)).await;
     let mut wrong = definition(&vra, &vra, &[volume]);
     wrong.vms[0].journal = JournalId::random();
-    wrong.coordinators = vec![::vra::api::VraId::random()];
+    wrong.coordinators = vec![VraId::random()];
     let error = vra.refusal(Request::ApplyVpg(wrong)).await;
     assert!(error.message.contains("is not a source VRA of it"), "{error}");
 }

@@ -4,6 +4,7 @@
 
 pub mod nbd;
 pub mod pair;
+pub mod spanning;
 pub mod vra;
 
 use std::path::Path;

@@ -110,6 +110,8 @@ pub(super) struct Common {
     incarnation: Uuid,
     counter: u64,
     next_hold: u64,
+    /// Of what is being done.
+    now_mono_us: u64,
     pub(super) liveness: Liveness,
     pub(super) trips: RoundTrips,
     outputs: VecDeque<SpanningOutput>,
@@ -129,6 +131,7 @@ impl Common {
     }
 
     pub(super) fn send(&mut self, to: VraId, message: GroupMessage) {
+        self.liveness.said(to, self.now_mono_us);
         self.outputs.push_back(SpanningOutput::Send { to, message });
     }
 
@@ -158,6 +161,7 @@ impl SpanningGroups {
             counter: 0,
             // Names of holds of another run mean nothing here.
             next_hold: incarnation.as_u64_pair().1,
+            now_mono_us: 0,
             liveness: Liveness::default(),
             trips: RoundTrips::default(),
             outputs: VecDeque::new(),
@@ -167,6 +171,7 @@ impl SpanningGroups {
 
     /// Adds a group or changes it. Its next checkpoint comes one interval from now at the latest.
     pub fn set_group(&mut self, group: SpanningGroup, now: Now) {
+        self.common.now_mono_us = now.mono_us;
         let due_mono_us = now.mono_us + group.interval_us;
         match self.groups.get_mut(&group.vpg) {
             Some(state) => {
@@ -188,6 +193,7 @@ impl SpanningGroups {
 
     /// Takes no more part in a group.
     pub fn remove_group(&mut self, vpg: VpgId, now: Now) {
+        self.common.now_mono_us = now.mono_us;
         if let Some(mut state) = self.groups.remove(&vpg) {
             state.coordinator.end(&mut state.participant, &mut self.common, now);
             state.participant.end(now);
@@ -222,6 +228,7 @@ impl SpanningGroups {
 
     /// Takes a message of another VRA, whose certificate says that it is `from`. One that is no peer isn't heard.
     pub fn receive(&mut self, from: VraId, message: GroupMessage, now: Now, holder: &mut dyn Holder) {
+        self.common.now_mono_us = now.mono_us;
         if !self.common.liveness.heard(from, now.mono_us) {
             return;
         }
@@ -255,12 +262,12 @@ impl SpanningGroups {
 
     /// Does what has become due.
     pub fn tick(&mut self, now: Now, holder: &mut dyn Holder) {
-        if self.common.liveness.is_alive_due(now.mono_us) {
-            let peers: Vec<VraId> = self.common.liveness.peers().collect();
-            peers.into_iter().for_each(|peer| self.common.send(peer, GroupMessage::Alive));
-        }
+        self.common.now_mono_us = now.mono_us;
         for State { group, participant, coordinator } in self.groups.values_mut() {
             coordinator.tick((group, participant, &mut self.common), now, holder);
+        }
+        for peer in self.common.liveness.due(now.mono_us) {
+            self.common.send(peer, GroupMessage::Alive);
         }
     }
 
