@@ -22,6 +22,8 @@ pub struct HeldEpoch {
     word: StateWord,
     cut: u64,
     deadline_mono_us: u64,
+    /// When its deadline was found to have passed; 0 before.
+    expired_mono_us: AtomicU64,
 }
 
 /// Why a held VM wrote no checkpoint record.
@@ -41,7 +43,7 @@ impl HeldEpoch {
         let hold = NEXT_HOLD.fetch_add(1, Ordering::Relaxed);
         let word = StateWord::holding();
         let cut = core.hold(hold)?;
-        Ok(Self { core, hold, word, cut, deadline_mono_us })
+        Ok(Self { core, hold, word, cut, deadline_mono_us, expired_mono_us: AtomicU64::new(0) })
     }
 
     /// The last number that belongs to the checkpoint.
@@ -74,7 +76,16 @@ impl HeldEpoch {
 
     /// Lets it expire if its time has come. Says whether this call did it.
     pub fn expire_if_due(&self, now: Now) -> bool {
-        now.mono_us >= self.deadline_mono_us && self.expire()
+        let expired = now.mono_us >= self.deadline_mono_us && self.expire();
+        if expired {
+            self.expired_mono_us.store(now.mono_us, Ordering::Relaxed);
+        }
+        expired
+    }
+
+    /// When it expired, if its deadline ended it, in µs by the monotonic clock.
+    pub fn expired_mono_us(&self) -> Option<u64> {
+        Some(self.expired_mono_us.load(Ordering::Relaxed)).filter(|expired_us| *expired_us > 0)
     }
 
     /// Lets the held completions go without a record, unless it has committed. Says whether this call did it.

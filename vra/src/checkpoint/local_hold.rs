@@ -119,6 +119,12 @@ impl LocalHold {
         self.held.iter().any(|(_, epoch)| epoch.is_over())
     }
 
+    /// How long completions have been held, in µs: until now, or until the deadline let them go.
+    pub fn held_us(&self, now: Now) -> u64 {
+        let expired_us = self.held.iter().filter_map(|(_, epoch)| epoch.expired_mono_us()).max();
+        expired_us.unwrap_or(now.mono_us).saturating_sub(self.began_mono_us)
+    }
+
     /// All members of all hosts are held: writes the records and lets the completions go. `checkpoint` has the group's
     /// fields; each member writes its own cut.
     pub fn release(self, checkpoint: &Checkpoint, now: Now) -> Result<TakenCheckpoint, CheckpointRefusal> {

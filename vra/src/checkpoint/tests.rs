@@ -125,7 +125,8 @@ fn past_its_deadline_a_member_writes_nothing() {
     let ticket = vm.write();
     let held = held.expect("watched");
     assert!(!held.expire_if_due(at(99)));
-    assert!(held.expire_if_due(at(100)));
+    assert!(held.expire_if_due(at(105)));
+    assert_eq!(hold.held_us(at(400)), 105, "held until it was let go");
     assert!(!vm.lands_held(ticket));
     let refused = hold.release(&checkpoint(), at(100));
     let vm_id = vm.member.vm;

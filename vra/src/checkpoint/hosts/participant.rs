@@ -23,8 +23,6 @@ struct HeldGroup {
     coordinator: VraId,
     member_set_version: u64,
     local: LocalHold,
-    began_mono_us: u64,
-    deadline_us: u64,
 }
 
 /// A hold that ended.
@@ -69,8 +67,6 @@ impl Participant {
             coordinator: from,
             member_set_version: group.member_set_version,
             local,
-            began_mono_us: now.mono_us,
-            deadline_us,
         });
         Ok(Held { at: asked.at, hold: name, members: cuts })
     }
@@ -90,7 +86,8 @@ impl Participant {
             kind: release.kind,
             tag: release.tag.clone(),
         };
-        let held_us = self.note(held.began_mono_us, held.deadline_us, now);
+        let held_us = held.local.held_us(now);
+        self.holds.note(held_us);
         let taken = held.local.release(&checkpoint, now).map(drop).map_err(|refusal| match refusal {
             CheckpointRefusal::Commit { refusal: CommitRefusal::Expired, .. } => DeclineCode::Expired,
             _ => DeclineCode::NotPublished,
@@ -108,7 +105,7 @@ impl Participant {
     /// Lets go of what is held.
     pub(super) fn end(&mut self, now: Now) {
         if let Some(held) = self.held.take() {
-            self.note(held.began_mono_us, held.deadline_us, now);
+            self.holds.note(held.local.held_us(now));
             held.local.abort();
         }
     }
@@ -116,12 +113,6 @@ impl Participant {
     /// How long completions were held.
     pub(super) fn holds(&self) -> &HoldLog {
         &self.holds
-    }
-
-    fn note(&mut self, began_mono_us: u64, deadline_us: u64, now: Now) -> u64 {
-        let held_us = now.mono_us.saturating_sub(began_mono_us).min(deadline_us);
-        self.holds.note(held_us);
-        held_us
     }
 }
 
