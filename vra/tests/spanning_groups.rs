@@ -22,7 +22,7 @@ async fn every_checkpoint_over_three_hosts_holds_a_beginning_of_the_chain() {
     let vpg = site.definition.id;
     let first = site.wait_for_newer(0).await;
     let stop = Arc::new(AtomicBool::new(false));
-    let writing = chain(site.doors.clone(), Arc::clone(&stop));
+    let writing = chain(site.doors.clone(), Arc::clone(&stop), Duration::from_micros(300));
     tokio::time::sleep(Duration::from_secs(6)).await;
     // Any source makes one that is asked for.
     let tagged = tag(&site.sources[2], vpg, "by hand").await;

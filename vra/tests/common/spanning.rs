@@ -137,7 +137,7 @@ impl Site {
 }
 
 /// Writes links, each after the answer to the one before, on one VM after the other; gives the VM of each.
-pub fn chain(doors: Vec<DoorAddress>, stop: Arc<AtomicBool>) -> JoinHandle<Vec<usize>> {
+pub fn chain(doors: Vec<DoorAddress>, stop: Arc<AtomicBool>, pause: Duration) -> JoinHandle<Vec<usize>> {
     std::thread::spawn(move || {
         let mut clients: Vec<NbdClient> =
             doors.iter().map(|door| NbdClient::connect(door).expect("a disk's door")).collect();
@@ -152,7 +152,7 @@ pub fn chain(doors: Vec<DoorAddress>, stop: Arc<AtomicBool>) -> JoinHandle<Vec<u
             let mut sector = [0; LINK_BYTES as usize];
             sector[..8].copy_from_slice(&link.to_le_bytes());
             clients[vm].write(link * LINK_BYTES, &sector).expect("a guest's write never fails");
-            std::thread::sleep(Duration::from_micros(300));
+            std::thread::sleep(pause);
         }
         links
     })
