@@ -33,7 +33,7 @@ pub(super) struct EndedHold {
 }
 
 impl Participant {
-    /// Holds the group's VMs on this host. `hold` is a name that no other hold of this run has.
+    /// Holds the group's VMs on this host. `name` is one that no other hold of this run has.
     pub(super) fn hold(
         &mut self,
         group: &SpanningGroup,
