@@ -14,8 +14,19 @@ pub enum Planted {
     SyncOverWrites,
     /// D2: the hold flag is set after the cut is read and the lock is gone.
     FlagAfterCut,
+    /// D2: the last write was received after the cut was read and before the flag was set, as a race of threads has it: it isn't
+    /// held.
+    WriteBetweenCutAndFlag,
     /// D2: reads are not held.
     ReadsNotHeld,
+    /// D2: a hold that has expired writes its record all the same.
+    RecordAfterExpiry,
+    /// D1: an epoch is a counter alone.
+    EpochWithoutNonce,
+    /// D2: a coordinator releases each host as soon as it is held, without the others.
+    ReleasedBeforeAllHold,
+    /// D3: where a journal lacks a checkpoint of the group, its newest older one stands for it.
+    MemberSubstituted,
     /// After a reconnect the sender goes on with what was never sent, instead of what is not durable.
     ResendSkipped,
     /// The target acknowledges as durable what it has received.

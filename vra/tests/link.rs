@@ -14,7 +14,7 @@ use vra::api::enroll::{EnrollError, EnrollErrorCode, EnrollOutcome, EnrollReques
 use vra::api::vpg::VraEndpoint;
 use vra::api::{ApiError, HelloReply, Request, Response, SetTrust, VraId};
 use vra::control::{Caller, Client, ClientError, Handler, read_frame, serve_stream, write_frame};
-use vra::link::{Accepted, Link, LinkError, LinkSettings, Peer, StreamKind};
+use vra::link::{Accepted, Link, LinkError, LinkSettings, Peer, StreamKind, open_stream};
 use vra::pki::{Credentials, EnrollClientError, Identity, PkiDir, Trust, enroll, enroll_server_tls};
 
 fn bind_at(listen: SocketAddr, credentials: Credentials) -> (Link, mpsc::Receiver<Accepted>) {
@@ -75,6 +75,9 @@ async fn data_flows_between_vras_and_control_only_from_the_zvm() {
         serve_stream(&mut stream.recv, &mut stream.send, Caller::Local, &OnlyHello(b_id)).await
     });
     let connection = zvm.connect(Identity::vra(b_id), &b.local_address().to_string()).await.expect("connect");
+    let (_send, mut refused) = open_stream(&connection, StreamKind::Group, "b").await.expect("opens");
+    let reset = refused.read(&mut [0; 1]).await.expect_err("a ZVM has no checkpoints with VRAs");
+    assert!(matches!(reset, quinn::ReadError::Reset(code) if code.into_inner() == 3), "{reset}");
     let client = Client::quic(&connection, "test").await.expect("hello");
     assert_eq!(client.hello().vra, b_id);
     drop(client);

@@ -29,6 +29,28 @@ fn a_group_reaches_its_target_first_then_its_source_then_is_applied() {
 }
 
 #[test]
+fn every_source_of_a_group_gets_the_definition_with_the_others_in_the_order_of_coordination() {
+    let mut world = World::new();
+    let (one, other, target) = (world.add_vra("a"), world.add_vra("b"), world.add_vra("c"));
+    world.add_vpg(one, target);
+    world.add_member(other, target);
+    let first = world.plan();
+    assert_eq!(applies(&first), [target]);
+    world.finish_all(&first, ActionOutcome::Done);
+    let second = world.plan();
+    let mut sources = [one, other];
+    sources.sort_unstable();
+    let mut told = applies(&second);
+    told.sort_unstable();
+    assert_eq!(told, sources);
+    let orders = pick(&second, |action| match &action.kind {
+        ActionKind::ApplyVpg(definition) => Some(definition.coordinators.clone()),
+        _ => None,
+    });
+    assert_eq!(orders, [sources.to_vec(), sources.to_vec()]);
+}
+
+#[test]
 fn an_encrypted_group_has_its_keys_at_the_target_alone_and_before_anything_else() {
     let mut world = World::new();
     let (source, target) = (world.add_vra("a"), world.add_vra("b"));

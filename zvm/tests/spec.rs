@@ -144,14 +144,22 @@ fn what_is_wrong_is_named() {
 }
 
 #[test]
-fn vms_of_two_hosts_are_refused_for_their_checkpoints_would_not_be_one_moment() {
+fn vms_of_two_hosts_are_one_group_whose_sources_coordinate_in_the_order_of_their_ids() {
     let site = Site::new();
     let mut spec = spec(&["db", "far"]);
     spec.target = "vra-c".into();
     spec.datastore = "/srv".into();
-    let error = site.create(&spec, &site.db_volumes()).unwrap_err();
-    assert_eq!(error.code, ErrorCode::Unsupported);
-    assert!(error.remedy.unwrap().contains("one group for the VMs of each host"));
+    let mut served = site.db_volumes();
+    let error = site.create(&spec, &served).unwrap_err();
+    assert!(error.message.contains("of VM \"far\" is not served by VRA vra-b"), "{error}");
+    served.push(site.volume("far", 0, "/images/far"));
+    let vpg = site.create(&spec, &served).unwrap();
+    let definition = vpg.definition(|vra| site.vras.get(&vra)).unwrap();
+    let mut expected = [site.vra("vra-a"), site.vra("vra-b")];
+    expected.sort_unstable();
+    assert_eq!(definition.coordinators, expected);
+    let alone = site.create(&self::spec(&["db"]), &site.db_volumes()).unwrap();
+    assert!(alone.definition(|vra| site.vras.get(&vra)).unwrap().coordinators.is_empty());
 }
 
 #[test]
@@ -266,7 +274,18 @@ impl Site {
 
     fn create(&self, spec: &VpgSpec, served: &[VolumeInfo]) -> Result<Vpg, ApiError> {
         let context = Context { inventory: &self.inventory, vras: &self.vras, vpgs: &self.vpgs };
-        resolve(spec, &context)?.into_vpg(served, TimeUs(1))
+        let resolved = resolve(spec, &context)?;
+        // Each VRA tells of its own VMs alone.
+        let of = |vra: &Vra| {
+            let hosts: Vec<_> = self.inventory.hosts_of_vra(&vra.name).collect();
+            let here = |volume: &&VolumeInfo| {
+                let vm = self.inventory.find_vm(&volume.vm_name).unwrap();
+                hosts.contains(&vm.host.as_str())
+            };
+            served.iter().filter(here).cloned().collect()
+        };
+        let served = resolved.sources().into_iter().map(|(id, vra)| (id, of(vra))).collect();
+        resolved.into_vpg(&served, TimeUs(1))
     }
 
     fn vra(&self, name: &str) -> VraId {

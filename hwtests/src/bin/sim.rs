@@ -1,6 +1,7 @@
 //! Runs the simulation's seeds: one to look into, or many.
 
 use clap::Parser;
+use hwtests::sim::hosts::{run_hosts_seed, run_many_hosts};
 use hwtests::sim::{
     Case, Coverage, Effort, PlantedBug, run_case, run_many, run_matrix, run_seed, trace_seed,
 };
@@ -23,6 +24,9 @@ struct Options {
     /// Print what happens, if it is one seed.
     #[arg(long)]
     trace: bool,
+    /// Checkpoints across hosts instead of the whole way of a write.
+    #[arg(long, conflicts_with = "matrix")]
+    hosts: bool,
     /// The crash matrix instead of seeds: scripted runs that crash at every operation in every way.
     #[arg(long)]
     matrix: bool,
@@ -39,13 +43,17 @@ fn main() -> anyhow::Result<()> {
     let bug = match options.bug.as_deref() {
         None => None,
         Some("list") => {
-            PlantedBug::all().iter().for_each(|bug| println!("{bug}"));
+            let all = PlantedBug::all().into_iter().chain(PlantedBug::of_hosts());
+            all.for_each(|bug| println!("{bug}"));
             return Ok(());
         }
         Some(name) => Some(bug_of(name)?),
     };
     if options.matrix {
         return matrix(&options, bug);
+    }
+    if options.hosts {
+        return hosts(&options, bug);
     }
     let coverage = match options.seeds {
         1 if options.trace => trace_seed(options.from, bug)?,
@@ -59,6 +67,23 @@ fn main() -> anyhow::Result<()> {
     let missing = coverage.missing();
     if !missing.is_empty() {
         println!("not reached: {}", missing.join(", "));
+    }
+    Ok(())
+}
+
+fn hosts(options: &Options, bug: Option<PlantedBug>) -> anyhow::Result<()> {
+    let reached = match options.seeds {
+        1 => run_hosts_seed(options.from, bug, options.trace)?,
+        count => run_many_hosts(options.from..options.from.saturating_add(count), bug)?,
+    };
+    println!("{} seeds from {}: every promise was kept", options.seeds, options.from);
+    if options.coverage {
+        println!("{:>10}  links\n{:>10}  epochs by the clock", reached.links, reached.epochs);
+        reached.counts.iter().for_each(|(what, count)| println!("{count:>10}  {what:?}"));
+    }
+    let missing = reached.missing();
+    if !missing.is_empty() {
+        println!("not reached: {missing:?}");
     }
     Ok(())
 }
@@ -82,7 +107,8 @@ fn matrix(options: &Options, bug: Option<PlantedBug>) -> anyhow::Result<()> {
 }
 
 fn bug_of(name: &str) -> anyhow::Result<PlantedBug> {
-    let found = PlantedBug::all().into_iter().find(|bug| bug.to_string() == name);
+    let mut all = PlantedBug::all().into_iter().chain(PlantedBug::of_hosts());
+    let found = all.find(|bug| bug.to_string() == name);
     found.ok_or_else(|| anyhow::anyhow!("no bug is called {name}: see --bug list"))
 }
 

@@ -11,6 +11,7 @@ mod door;
 mod env;
 mod group;
 mod guest;
+pub mod hosts;
 mod ledger;
 mod local_disk;
 mod matrix;
@@ -88,40 +89,49 @@ fn told_by(panic: &(dyn std::any::Any + Send)) -> String {
 /// # Errors
 /// The lowest seed that failed among those that were run.
 pub fn run_many(seeds: std::ops::Range<u64>, bug: Option<PlantedBug>) -> Result<Coverage, Failure> {
+    on_all_cores(seeds, |seed| run_seed(seed, bug), Coverage::add)
+}
+
+/// Runs seeds on all cores until one fails, and adds up what they reached.
+fn on_all_cores<T: Default + Send>(
+    seeds: std::ops::Range<u64>,
+    run: impl Fn(u64) -> Result<T, Failure> + Sync,
+    add: impl Fn(&mut T, &T) + Sync,
+) -> Result<T, Failure> {
     keep_freed_memory();
     let next = AtomicU64::new(seeds.start);
     let stop = AtomicBool::new(false);
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let worker = || {
-        let mut coverage = Coverage::default();
+        let mut sum = T::default();
         while !stop.load(Ordering::Relaxed) {
             let seed = next.fetch_add(1, Ordering::Relaxed);
             if seed >= seeds.end {
                 break;
             }
-            match run_seed(seed, bug) {
-                Ok(reached) => coverage.add(&reached),
+            match run(seed) {
+                Ok(reached) => add(&mut sum, &reached),
                 Err(failure) => {
                     stop.store(true, Ordering::Relaxed);
                     return Err(failure);
                 }
             }
         }
-        Ok(coverage)
+        Ok(sum)
     };
-    let results: Vec<Result<Coverage, Failure>> = std::thread::scope(|scope| {
+    let results: Vec<Result<T, Failure>> = std::thread::scope(|scope| {
         let running: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
         running.into_iter().map(|thread| thread.join().expect("a seed's panic is caught")).collect()
     });
-    let mut coverage = Coverage::default();
+    let mut sum = T::default();
     let mut failures = Vec::new();
     for result in results {
         match result {
-            Ok(reached) => coverage.add(&reached),
+            Ok(reached) => add(&mut sum, &reached),
             Err(failure) => failures.push(failure),
         }
     }
-    failures.into_iter().min_by_key(|failure| failure.seed).map_or(Ok(coverage), Err)
+    failures.into_iter().min_by_key(|failure| failure.seed).map_or(Ok(sum), Err)
 }
 
 /// The allocator gives nothing back to the kernel: worlds are many, short and alike.

@@ -21,6 +21,11 @@ impl PlantedBug {
         journal.chain(OF_VRA.into_iter().map(Self::Vra)).collect()
     }
 
+    /// All that the simulation of checkpoints across hosts must find.
+    pub fn of_hosts() -> Vec<Self> {
+        OF_HOSTS.into_iter().map(Self::Vra).collect()
+    }
+
     /// Plants one bug, or none, for code that this thread runs.
     pub(super) fn plant(bug: Option<Self>) {
         journal::planted::plant(match bug {
@@ -57,4 +62,13 @@ const OF_VRA: [Planted; 12] = [
     Planted::PromotionPastPin,
     Planted::PromotionEndsInSync,
     Planted::WallClockAges,
+];
+
+/// Those of checkpoints across hosts.
+const OF_HOSTS: [Planted; 5] = [
+    Planted::EpochWithoutNonce,
+    Planted::WriteBetweenCutAndFlag,
+    Planted::RecordAfterExpiry,
+    Planted::ReleasedBeforeAllHold,
+    Planted::MemberSubstituted,
 ];

@@ -413,7 +413,7 @@ impl Vm {
                             Frame::Grant(grant) => self.granted(grant, env)?,
                             Frame::Ack(ack) => self.ledger.acknowledged(ack.durable_through)?,
                             Frame::Refuse(refuse) => self.refused(key, refuse, env)?,
-                            Frame::Open(_) => return Err("the target sent an open".into()),
+                            frame => return Err(format!("the target sent a frame: {}", frame.name())),
                         }
                         self.streams.send_down(key, &frame);
                     }

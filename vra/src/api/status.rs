@@ -80,8 +80,21 @@ pub struct VpgStatus {
     pub last_checkpoint: Option<LastCheckpoint>,
     /// Target: complete checkpoints held.
     pub checkpoint_count: u64,
-    /// Source: epochs that ended without a checkpoint since the start (deadline, or a member that wasn't ready).
+    /// Source: epochs that ended without a checkpoint since the start (deadline, or a member that wasn't ready), of those that this VRA
+    /// coordinated.
     pub aborted_epochs: u64,
+    /// Source: who takes its checkpoints by the clock, as this VRA sees it.
+    #[serde(default)]
+    pub coordinator: Option<VraId>,
+    /// Source: VRAs of the group that don't answer; without them there are no checkpoints (D3).
+    #[serde(default)]
+    pub missing: Vec<VraId>,
+    /// Source: why the newest epoch without a checkpoint had none, of those that this VRA coordinated.
+    #[serde(default)]
+    pub last_failure: Option<String>,
+    /// Source: how long checkpoints held the writes of guests on this host.
+    #[serde(default)]
+    pub hold: HoldTimes,
 }
 
 /// The newest checkpoint of a VPG.
@@ -188,6 +201,12 @@ pub struct HoldTimes {
     pub last_us: u64,
     /// The longest one.
     pub max_us: u64,
+    /// Half of the last thousand were not longer.
+    #[serde(default)]
+    pub median_us: u64,
+    /// 99 of a hundred of the last thousand were not longer.
+    #[serde(default)]
+    pub p99_us: u64,
 }
 
 /// A VM at its target.

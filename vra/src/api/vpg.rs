@@ -1,5 +1,6 @@
 //! Virtual protection groups and their checkpoints.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -8,6 +9,9 @@ use super::{CheckpointId, JournalId, TimeUs, VmId, VolumeId, VpgId, VraId};
 
 /// Most VMs of one VPG.
 pub const MAX_VMS_PER_VPG: usize = 256;
+
+/// Most source VRAs of one VPG.
+pub const MAX_SOURCES_PER_VPG: usize = 64;
 
 /// How much space a definition may give a VM's journal, in bytes: 64 MiB to 1 PiB.
 pub const JOURNAL_LIMIT_BYTES: std::ops::RangeInclusive<u64> = 64 << 20..=1 << 50;
@@ -59,8 +63,36 @@ pub struct VpgDefinition {
     /// Target: encrypt journals and scratch at rest.
     #[serde(default)]
     pub encrypt: bool,
+    /// Source VRAs in the order in which they coordinate the group's checkpoints: the first that is live does. Those that it doesn't
+    /// name follow in the order of their ids.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub coordinators: Vec<VraId>,
     /// The VMs.
     pub vms: Vec<VmDefinition>,
+}
+
+impl VpgDefinition {
+    /// Its source VRAs in the order in which they coordinate, and the VMs of each.
+    pub fn sources(&self) -> Vec<SourceVra<'_>> {
+        let mut by_id: BTreeMap<VraId, SourceVra<'_>> = BTreeMap::new();
+        for vm in &self.vms {
+            let source = SourceVra { endpoint: &vm.source, vms: Vec::new() };
+            by_id.entry(vm.source.id).or_insert(source).vms.push(vm);
+        }
+        let mut sources: Vec<SourceVra<'_>> =
+            self.coordinators.iter().filter_map(|vra| by_id.remove(vra)).collect();
+        sources.extend(by_id.into_values());
+        sources
+    }
+}
+
+/// A source VRA of a VPG.
+#[derive(Clone, Debug)]
+pub struct SourceVra<'a> {
+    /// The VRA and the way to it.
+    pub endpoint: &'a VraEndpoint,
+    /// Its VMs in the VPG, in the definition's order.
+    pub vms: Vec<&'a VmDefinition>,
 }
 
 /// A VM of a VPG.

@@ -13,6 +13,7 @@ use journal::batch::{Checkpoint, CheckpointKind, Epoch};
 use uuid::Uuid;
 
 use super::held_epoch::HeldEpoch;
+use super::hold_log::HoldLog;
 use super::local_hold::{CheckpointRefusal, LocalHold, Member, TakenCheckpoint};
 use crate::api::VpgId;
 use crate::api::status::HoldTimes;
@@ -80,8 +81,9 @@ impl Checkpointer {
     pub fn set_group(&self, vpg: VpgId, settings: GroupSettings) {
         let due_mono_us = self.shared.clock.now().mono_us + settings.interval_us;
         let mut groups = self.shared.groups();
-        let status = groups.by_vpg.remove(&vpg).map(|group| group.status).unwrap_or_default();
-        groups.by_vpg.insert(vpg, Group { settings, due_mono_us, status });
+        let former = groups.by_vpg.remove(&vpg).map(|group| (group.status, group.holds));
+        let (status, holds) = former.unwrap_or_default();
+        groups.by_vpg.insert(vpg, Group { settings, due_mono_us, status, holds });
         self.shared.groups_changed.notify_all();
     }
 
@@ -112,9 +114,16 @@ impl Checkpointer {
         self.shared.hold(members, deadline_us)
     }
 
+    /// The clock of the holds' deadlines.
+    pub fn clock(&self) -> Clock {
+        self.shared.clock
+    }
+
     /// What became of a group's checkpoints; none for an unknown group.
     pub fn status(&self, vpg: VpgId) -> Option<GroupStatus> {
-        self.shared.groups().by_vpg.get(&vpg).map(|group| group.status.clone())
+        let groups = self.shared.groups();
+        let group = groups.by_vpg.get(&vpg)?;
+        Some(GroupStatus { hold: group.holds.times(), ..group.status.clone() })
     }
 }
 
@@ -152,6 +161,7 @@ struct Group {
     settings: GroupSettings,
     due_mono_us: u64,
     status: GroupStatus,
+    holds: HoldLog,
 }
 
 struct Holds {
@@ -193,10 +203,7 @@ impl Shared {
         });
         match &taken {
             Ok(taken) => {
-                let hold = &mut group.status.hold;
-                hold.count += 1;
-                hold.last_us = taken.held_us;
-                hold.max_us = hold.max_us.max(taken.held_us);
+                group.holds.note(taken.held_us);
                 group.status.last = Some(taken.clone());
             }
             Err(refusal) => {

@@ -10,6 +10,7 @@ use super::state_word::StateWord;
 use crate::capture::modes::{HoldRefusal, PublishRefusal};
 use crate::capture::numbering::VmCore;
 use crate::clock::Now;
+use crate::planted::{Planted, is_planted};
 
 /// Tells the holds of this process apart; a VM has one at a time.
 static NEXT_HOLD: AtomicU64 = AtomicU64::new(1);
@@ -21,6 +22,8 @@ pub struct HeldEpoch {
     word: StateWord,
     cut: u64,
     deadline_mono_us: u64,
+    /// When its deadline was found to have passed; 0 before.
+    expired_mono_us: AtomicU64,
 }
 
 /// Why a held VM wrote no checkpoint record.
@@ -40,7 +43,7 @@ impl HeldEpoch {
         let hold = NEXT_HOLD.fetch_add(1, Ordering::Relaxed);
         let word = StateWord::holding();
         let cut = core.hold(hold)?;
-        Ok(Self { core, hold, word, cut, deadline_mono_us })
+        Ok(Self { core, hold, word, cut, deadline_mono_us, expired_mono_us: AtomicU64::new(0) })
     }
 
     /// The last number that belongs to the checkpoint.
@@ -61,7 +64,8 @@ impl HeldEpoch {
     /// All members are held: publishes this VM's record, with its own cut, and lets the held completions go. Returns the
     /// record's number.
     pub fn commit(&self, checkpoint: &Checkpoint, now: Now) -> Result<u64, CommitRefusal> {
-        if self.expire_if_due(now) || !self.word.commit() {
+        let is_lost = self.expire_if_due(now) || !self.word.commit();
+        if is_lost && !is_planted(Planted::RecordAfterExpiry) {
             return Err(CommitRefusal::Expired);
         }
         let body = Checkpoint { cut: self.cut, ..checkpoint.clone() }.encode();
@@ -72,7 +76,16 @@ impl HeldEpoch {
 
     /// Lets it expire if its time has come. Says whether this call did it.
     pub fn expire_if_due(&self, now: Now) -> bool {
-        now.mono_us >= self.deadline_mono_us && self.expire()
+        let expired = now.mono_us >= self.deadline_mono_us && self.expire();
+        if expired {
+            self.expired_mono_us.store(now.mono_us, Ordering::Relaxed);
+        }
+        expired
+    }
+
+    /// When it expired, if its deadline ended it, in µs by the monotonic clock.
+    pub fn expired_mono_us(&self) -> Option<u64> {
+        Some(self.expired_mono_us.load(Ordering::Relaxed)).filter(|expired_us| *expired_us > 0)
     }
 
     /// Lets the held completions go without a record, unless it has committed. Says whether this call did it.

@@ -109,6 +109,22 @@ impl LocalHold {
         Ok(Self { held, began_mono_us: now.mono_us })
     }
 
+    /// Each member and the last number that belongs to the checkpoint.
+    pub fn cuts(&self) -> impl Iterator<Item = (VmId, u64)> {
+        self.held.iter().map(|(vm, epoch)| (*vm, epoch.cut()))
+    }
+
+    /// Whether a member isn't held any more: the group can't get its checkpoint.
+    pub fn is_over(&self) -> bool {
+        self.held.iter().any(|(_, epoch)| epoch.is_over())
+    }
+
+    /// How long completions have been held, in µs: until now, or until the deadline let them go.
+    pub fn held_us(&self, now: Now) -> u64 {
+        let expired_us = self.held.iter().filter_map(|(_, epoch)| epoch.expired_mono_us()).max();
+        expired_us.unwrap_or(now.mono_us).saturating_sub(self.began_mono_us)
+    }
+
     /// All members of all hosts are held: writes the records and lets the completions go. `checkpoint` has the group's
     /// fields; each member writes its own cut.
     pub fn release(self, checkpoint: &Checkpoint, now: Now) -> Result<TakenCheckpoint, CheckpointRefusal> {

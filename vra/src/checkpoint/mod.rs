@@ -1,7 +1,10 @@
-//! Checkpoints of a group: one moment in several VMs, held together (D1 to D3). `docs/capture.md` has the protocol.
+//! Checkpoints of a group: one moment in several VMs, held together (D1 to D3), on one host or, in [`hosts`], on several.
+//! `docs/capture.md` has the protocol.
 
 mod checkpointer;
 mod held_epoch;
+mod hold_log;
+pub mod hosts;
 mod local_hold;
 mod state_word;
 #[cfg(test)]

@@ -21,14 +21,14 @@ impl Wake for NoBell {
     fn wake(&self) {}
 }
 
-struct Vm {
-    member: Member,
+pub(super) struct Vm {
+    pub(super) member: Member,
     consumer: Consumer,
     lane: u32,
 }
 
 impl Vm {
-    fn new(number: u128) -> Self {
+    pub(super) fn new(number: u128) -> Self {
         let (producer, consumer) = ring(256, 1);
         let limits = CoreLimits { writes_in_flight: 16, retained_bytes: 1 << 20 };
         let core = Arc::new(VmCore::new(producer, limits, 1, 1 << 20));
@@ -40,7 +40,7 @@ impl Vm {
         Self { member: Member { vm: VmId(Uuid::from_u128(number)), core }, consumer, lane }
     }
 
-    fn write(&self) -> Ticket {
+    pub(super) fn write(&self) -> Ticket {
         let range = ByteRange::new(512 * self.member.core.with(|core, _| core.numbers().0), 512);
         let new = NewWrite { lane: self.lane, token: 0, volume: 0, range };
         match self.member.core.receive(&new, &mut Offer::Zeroes, 0, &mut Wakeups::default()) {
@@ -50,11 +50,11 @@ impl Vm {
     }
 
     /// Whether the write's completion is held.
-    fn lands_held(&self, ticket: Ticket) -> bool {
+    pub(super) fn lands_held(&self, ticket: Ticket) -> bool {
         self.member.core.landed(ticket, true, &mut Wakeups::default()).held
     }
 
-    fn checkpoints(&mut self) -> Vec<(u64, Checkpoint)> {
+    pub(super) fn checkpoints(&mut self) -> Vec<(u64, Checkpoint)> {
         let mut found = Vec::new();
         self.consumer.walk(0, |entry| {
             if entry.kind == RecordKind::Checkpoint {
@@ -125,7 +125,8 @@ fn past_its_deadline_a_member_writes_nothing() {
     let ticket = vm.write();
     let held = held.expect("watched");
     assert!(!held.expire_if_due(at(99)));
-    assert!(held.expire_if_due(at(100)));
+    assert!(held.expire_if_due(at(105)));
+    assert_eq!(hold.held_us(at(400)), 105, "held until it was let go");
     assert!(!vm.lands_held(ticket));
     let refused = hold.release(&checkpoint(), at(100));
     let vm_id = vm.member.vm;

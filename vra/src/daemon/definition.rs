@@ -4,7 +4,9 @@ use std::collections::BTreeSet;
 use std::path::{Component, PathBuf};
 
 use crate::api::volume::{MAX_NAME_BYTES, MAX_VOLUMES_PER_VM};
-use crate::api::vpg::{JOURNAL_LIMIT_BYTES, JOURNAL_PERCENT, JournalSize, MAX_VMS_PER_VPG, VmDefinition};
+use crate::api::vpg::{
+    JOURNAL_LIMIT_BYTES, JOURNAL_PERCENT, JournalSize, MAX_SOURCES_PER_VPG, MAX_VMS_PER_VPG, VmDefinition,
+};
 use crate::api::{ApiError, ErrorCode, VpgDefinition, VraId};
 
 /// Checks all that can be checked without looking at disks.
@@ -16,13 +18,7 @@ pub fn check(definition: &VpgDefinition, own: VraId, datastores: &[PathBuf]) -> 
     limits("checkpoint_interval_ms", definition.checkpoint_interval_ms.into(), 1_000, 3_600_000)?;
     limits("hold_deadline_ms", definition.hold_deadline_ms.into(), 10, 1_000)?;
     limits("the number of VMs", definition.vms.len() as u64, 1, MAX_VMS_PER_VPG as u64)?;
-    let source = definition.vms[0].source.id;
-    if let Some(vm) = definition.vms.iter().find(|vm| vm.source.id != source) {
-        return Err(bad(format!(
-            "VM {} has another source VRA than the first VM of VPG \"{}\": all of a VPG must have the same one",
-            vm.name, definition.name
-        )));
-    }
+    check_sources(definition)?;
     let mut vms = BTreeSet::new();
     let mut journals = BTreeSet::new();
     let mut volumes = BTreeSet::new();
@@ -36,6 +32,31 @@ pub fn check(definition: &VpgDefinition, own: VraId, datastores: &[PathBuf]) -> 
         }
         if vm.target.id == own {
             check_datastore(vm, datastores)?;
+        }
+    }
+    Ok(())
+}
+
+/// Checks the VRAs that have checkpoints together.
+fn check_sources(definition: &VpgDefinition) -> Result<(), ApiError> {
+    let sources = definition.sources();
+    limits("the number of source VRAs", sources.len() as u64, 1, MAX_SOURCES_PER_VPG as u64)?;
+    for source in &sources {
+        if let Some(vm) = source.vms.iter().find(|vm| vm.source.address != source.endpoint.address) {
+            return Err(bad(format!(
+                "source VRA {} has the address \"{}\" for VM {} and \"{}\" for another VM: give it one",
+                source.endpoint.id, vm.source.address, vm.name, source.endpoint.address
+            )));
+        }
+    }
+    let mut seen = BTreeSet::new();
+    for vra in &definition.coordinators {
+        let is_source = sources.iter().any(|source| source.endpoint.id == *vra);
+        if !is_source || !seen.insert(*vra) {
+            return Err(bad(format!(
+                "coordinator {vra} of VPG \"{}\" is named twice or is not a source VRA of it",
+                definition.name
+            )));
         }
     }
     Ok(())
@@ -191,6 +212,7 @@ mod tests {
             checkpoint_interval_ms: 5000,
             hold_deadline_ms: 100,
             encrypt: false,
+            coordinators: Vec::new(),
             vms: vec![vm],
         }
     }
@@ -202,10 +224,35 @@ mod tests {
     }
 
     #[test]
+    fn sources_come_in_the_order_of_coordination_and_older_definitions_have_none() {
+        let own = VraId::random();
+        let mut spanning = definition(own);
+        for number in 2..=3_u128 {
+            let mut vm = spanning.vms[0].clone();
+            (vm.id, vm.journal) = (VmId::random(), JournalId::random());
+            vm.volumes[0].id = VolumeId::random();
+            vm.source.id = VraId(uuid::Uuid::from_u128(number));
+            spanning.vms.push(vm);
+        }
+        spanning.vms[0].source.id = VraId(uuid::Uuid::from_u128(9));
+        let order = |definition: &VpgDefinition| -> Vec<u128> {
+            definition.sources().iter().map(|source| source.endpoint.id.0.as_u128()).collect()
+        };
+        check(&spanning, own, &["/data".into()]).expect("three sources");
+        assert_eq!(order(&spanning), [2, 3, 9]);
+        let older = serde_json::to_string(&spanning).expect("JSON");
+        assert!(!older.contains("coordinators"), "{older}");
+        assert_eq!(serde_json::from_str::<VpgDefinition>(&older).expect("older"), spanning);
+        spanning.coordinators = vec![VraId(uuid::Uuid::from_u128(9)), VraId(uuid::Uuid::from_u128(3))];
+        check(&spanning, own, &["/data".into()]).expect("an order");
+        assert_eq!(order(&spanning), [9, 3, 2]);
+    }
+
+    #[test]
     fn each_bad_value_is_named() {
         type Change = fn(&mut VpgDefinition);
         let own = VraId::random();
-        let cases: [(Change, &str); 14] = [
+        let cases: [(Change, &str); 17] = [
             (|d| d.name = String::new(), "VPG name"),
             (|d| d.checkpoint_interval_ms = 10, "checkpoint_interval_ms is 10; it must be 1000 to 3600000"),
             (|d| d.vms.clear(), "the number of VMs is 0"),
@@ -214,6 +261,17 @@ mod tests {
             (|d| d.vms[0].volumes[0].size_bytes = 1000, "has 1000 bytes, which is not a multiple"),
             (|d| d.vms[0].volumes[0].logical_block_bytes = 520, "blocks of 520 bytes"),
             (|d| d.vms[0].source.address = "host".to_owned(), "\"host\""),
+            (|d| d.coordinators = vec![VraId::random()], "is not a source VRA of it"),
+            (|d| d.coordinators = vec![d.vms[0].source.id; 2], "is named twice"),
+            (
+                |d| {
+                    let mut other = d.vms[0].clone();
+                    (other.id, other.journal) = (VmId::random(), JournalId::random());
+                    other.source.address = "b:9710".to_owned();
+                    d.vms.push(other);
+                },
+                "has the address \"b:9710\" for VM db/1 ä and \"a:9710\" for another VM",
+            ),
             (|d| d.vms[0].journal_limit_bytes = 5, "is 5 bytes; it must be 67108864 to"),
             (|d| d.vms[0].journal_limit_bytes = u64::MAX, "to 1125899906842624"),
             (

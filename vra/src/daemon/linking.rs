@@ -134,6 +134,7 @@ async fn serve_accepted(daemon: &Arc<Daemon>, mut accepted: mpsc::Receiver<Accep
                 tokio::spawn(serve_control(daemon, stream));
             }
             StreamKind::Data => daemon.take_data_stream(stream),
+            StreamKind::Group => daemon.take_group_stream(stream),
         }
     }
 }

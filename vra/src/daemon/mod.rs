@@ -14,8 +14,12 @@ mod handler;
 mod identity;
 mod linking;
 mod restore;
+mod source_groups;
 mod source_status;
 mod sources;
+mod spanning;
+mod spanning_lines;
+mod spanning_status;
 mod state;
 mod status;
 mod targets;
@@ -27,6 +31,7 @@ mod vpgs;
 pub use alerts::{AlertBook, Finding};
 pub use definition::check as check_definition;
 pub use error::DaemonError;
+pub use group_checkpoints::GroupCheckpoints;
 pub use identity::LocalIdentity;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -44,6 +49,7 @@ use ublk::reactor::{ReactorSettings, Reactors};
 use self::doors::Doors;
 use self::linking::SharedLink;
 use self::sources::LiveSource;
+use self::spanning::Spanning;
 use self::state::{State, StateFile};
 use self::view_restore::Orphans;
 use self::views::LiveView;
@@ -98,6 +104,7 @@ async fn serve(config: &Config) -> Result<(), DaemonError> {
     tasks.spawn(look_for_wrong(Arc::clone(&daemon)));
     tasks.spawn(Arc::clone(&daemon).tick_sources());
     tasks.spawn(Arc::clone(&daemon).keep_serving());
+    tasks.spawn(Arc::clone(&daemon).drive_spanning());
     let handler = Arc::clone(&daemon);
     tasks.spawn(async move { server.serve(handler).await });
     tracing::info!(vra = %daemon.vra, name = config.name, version = env!("CARGO_PKG_VERSION"), "started");
@@ -132,6 +139,8 @@ pub(crate) struct Daemon {
     /// Those of them that a site key is missing for.
     awaiting_keys: Mutex<BTreeSet<VmId>>,
     checkpointer: Checkpointer,
+    /// Checkpoints of VPGs whose VMs are on several hosts.
+    spanning: Spanning,
     /// What the checkpointer was told of each group: revision, and which cores.
     groups: Mutex<BTreeMap<VpgId, (u64, Vec<usize>)>>,
     alerts: Mutex<AlertBook>,
@@ -168,6 +177,7 @@ impl Daemon {
         }
         let checkpointer = Checkpointer::start(sources::incarnation())
             .map_err(|source| DaemonError::System { action: "start the checkpointer", source })?;
+        let spanning = Spanning::new(vra, sources::incarnation(), checkpointer.clock());
         let doors = Doors::open(config, Arc::new(reactors), arena)?;
         Ok(Self {
             config: config.clone(),
@@ -180,6 +190,7 @@ impl Daemon {
             target_problems: Mutex::default(),
             awaiting_keys: Mutex::default(),
             checkpointer,
+            spanning,
             sources: Mutex::default(),
             groups: Mutex::default(),
             doors,
@@ -208,6 +219,7 @@ impl Daemon {
     }
 
     async fn stop(&self) {
+        self.spanning.stop();
         lock(&self.sources).clear();
         let link = lock(&self.link).take();
         if let Some(link) = link {

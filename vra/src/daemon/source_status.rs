@@ -6,6 +6,7 @@ use std::sync::Arc;
 use journal::batch::CheckpointKind;
 
 use super::sources::LiveSource;
+use super::spanning_status::status_of;
 use super::vpgs::missing_volumes;
 use super::{Daemon, Finding, lock};
 use crate::api::status::{HoldTimes, LastCheckpoint, Rpo, SourceMode, SourceVmStatus, VpgStatus};
@@ -78,6 +79,9 @@ impl Daemon {
                 ),
             ));
         }
+        if self.spanning.status(vpg.id).is_some() {
+            return self.tag_spanning(&vpg, &tag).await;
+        }
         let taken =
             tokio::task::block_in_place(|| self.checkpointer.take(tag.vpg, CheckpointKind::Tagged, &tag.tag));
         taken.map(|taken| info_of(&taken, &vpg)).map_err(|refusal| {
@@ -92,6 +96,9 @@ impl Daemon {
 
     /// A VPG as its source sees it.
     pub(super) fn source_vpg_status(&self, vpg: &VpgDefinition) -> VpgStatus {
+        if let Some(status) = self.spanning.status(vpg.id) {
+            return status_of(vpg, status);
+        }
         let status = self.checkpointer.status(vpg.id).unwrap_or_default();
         VpgStatus {
             vpg: vpg.id,
@@ -104,6 +111,10 @@ impl Daemon {
             }),
             checkpoint_count: 0,
             aborted_epochs: status.aborted_epochs,
+            coordinator: vpg.vms.iter().any(|vm| vm.source.id == self.vra).then_some(self.vra),
+            missing: Vec::new(),
+            last_failure: status.last_refusal.map(|refusal| refusal.to_string()),
+            hold: status.hold,
         }
     }
 
@@ -118,7 +129,10 @@ impl Daemon {
             (_, Mode::Overflow { .. } | Mode::Lost) => SourceMode::Overflowed,
             (_, Mode::Stopped) => SourceMode::Connecting,
         };
-        let group = self.checkpointer.status(source.vpg()).unwrap_or_default();
+        let hold = match self.spanning.status(source.vpg()) {
+            Some(status) => status.hold,
+            None => self.checkpointer.status(source.vpg()).unwrap_or_default().hold,
+        };
         SourceVmStatus {
             vm: definition.id,
             name: definition.name.clone(),
@@ -134,7 +148,7 @@ impl Daemon {
             retained_bytes: snapshot.retained_bytes,
             retained_limit_bytes: snapshot.retained_limit_bytes,
             sent_bytes: sender.sent_bytes,
-            hold: group.hold,
+            hold,
             local_errors: snapshot.local_errors,
         }
     }

@@ -18,7 +18,7 @@ use crate::api::{ApiError, ErrorCode, GenerationId, TimeUs, VmId, VpgId};
 use crate::capture::{
     CaptureLimits, FileSequenceStore, ProtectedDisk, RetainedEntries, SourceAction, SourceAlert, SourceVm,
 };
-use crate::checkpoint::{GroupSettings, Member};
+use crate::checkpoint::Member;
 use crate::clock::Clock;
 use crate::link::StreamKind;
 use crate::report::chain;
@@ -65,6 +65,11 @@ impl LiveSource {
 
     pub(super) fn vm(&self) -> &SourceVm {
         &self.vm
+    }
+
+    /// As a member of its group.
+    pub(super) fn member(&self) -> Member {
+        Member { vm: self.definition.id, core: Arc::clone(self.vm.core()) }
     }
 
     pub(super) fn sender(&self) -> SenderStatus {
@@ -202,41 +207,6 @@ impl Daemon {
             notes,
             left: AtomicBool::new(false),
         })
-    }
-
-    /// Tells the checkpointer which groups are whole: one with a member that isn't protected now gets no checkpoints (D3).
-    fn follow_groups(&self, state: &State) {
-        let sources = lock(&self.sources);
-        let mut groups = lock(&self.groups);
-        let mut whole = BTreeMap::new();
-        for vpg in state.vpgs.values() {
-            let members: Option<Vec<Member>> = vpg
-                .vms
-                .iter()
-                .map(|vm| {
-                    let live = sources.get(&vm.id)?;
-                    Some(Member { vm: vm.id, core: Arc::clone(live.vm.core()) })
-                })
-                .collect();
-            let Some(members) = members else { continue };
-            let settings = GroupSettings {
-                members,
-                interval_us: u64::from(vpg.checkpoint_interval_ms) * 1000,
-                deadline_us: u64::from(vpg.hold_deadline_ms) * 1000,
-                member_set_version: vpg.member_set_version.into(),
-            };
-            let key: Vec<usize> =
-                settings.members.iter().map(|member| Arc::as_ptr(&member.core).addr()).collect();
-            let key = (vpg.revision, key);
-            if groups.get(&vpg.id) != Some(&key) {
-                self.checkpointer.set_group(vpg.id, settings);
-            }
-            whole.insert(vpg.id, key);
-        }
-        for vpg in groups.keys().filter(|vpg| !whole.contains_key(vpg)) {
-            self.checkpointer.remove_group(*vpg);
-        }
-        *groups = whole;
     }
 
     /// A VM's disks by number, if all are served.

@@ -36,6 +36,8 @@ pub enum StreamKind {
     Control = b'C',
     /// One VM's data; from a VRA only.
     Data = b'D',
+    /// What a source VRA says to another one of checkpoints that they take together; from a VRA only.
+    Group = b'G',
 }
 
 /// How the link is set up.
@@ -238,6 +240,7 @@ async fn read_header(mut stream: Accepted) -> Option<Accepted> {
     let kind = match (read, header) {
         (Ok(Ok(())), [a, b, c, b'C']) if [a, b, c] == STREAM_MAGIC => StreamKind::Control,
         (Ok(Ok(())), [a, b, c, b'D']) if [a, b, c] == STREAM_MAGIC => StreamKind::Data,
+        (Ok(Ok(())), [a, b, c, b'G']) if [a, b, c] == STREAM_MAGIC => StreamKind::Group,
         (Ok(Err(quinn::ReadExactError::ReadError(_))), _) => return None,
         _ => {
             tracing::warn!(peer = %stream.peer.identity, "reset a stream that doesn't begin as holdfast/1 does");
@@ -247,7 +250,7 @@ async fn read_header(mut stream: Accepted) -> Option<Accepted> {
     };
     let role = match kind {
         StreamKind::Control => Role::Zvm,
-        StreamKind::Data => Role::Vra,
+        StreamKind::Data | StreamKind::Group => Role::Vra,
     };
     if stream.peer.identity.role != role {
         tracing::warn!(peer = %stream.peer.identity, ?kind, "reset a stream that this peer's role doesn't allow");

@@ -41,7 +41,8 @@ pub type CheckpointKey = (TimeUs, CheckpointId);
 const CHUNK_LEN: usize = 512;
 
 impl ListedCheckpoint {
-    pub(crate) fn of(checkpoint: &Checkpoint) -> Self {
+    /// As a journal's record has it.
+    pub fn of(checkpoint: &Checkpoint) -> Self {
         let nonce = checkpoint.epoch.nonce.as_u128();
         Self {
             time_us: TimeUs(checkpoint.time_us),
@@ -125,7 +126,8 @@ impl CheckpointList {
         self.iter_back_from(end).next()
     }
 
-    pub(crate) fn push(&mut self, entry: ListedCheckpoint) {
+    /// Puts one into its place.
+    pub fn push(&mut self, entry: ListedCheckpoint) {
         let newest = self.last();
         if newest.is_none_or(|newest| newest.key() < entry.key()) {
             self.is_disordered |= newest.is_some_and(|newest| newest.cut > entry.cut);

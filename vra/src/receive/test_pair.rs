@@ -69,6 +69,7 @@ pub(super) fn definition(datastore: &std::path::Path, volumes: u16) -> VpgDefini
         checkpoint_interval_ms: 1000,
         hold_deadline_ms: 100,
         encrypt: false,
+        coordinators: Vec::new(),
         vms: vec![VmDefinition {
             id: VmId::random(),
             name: "machine".into(),

@@ -1,7 +1,7 @@
 use zerocopy::little_endian::{U16, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{Ack, Grant, Open, PROTOCOL_VERSION, Refuse};
+use super::{Ack, Grant, GroupMessage, Open, PROTOCOL_VERSION, Refuse};
 
 /// First bytes of every frame, different from those of a batch: a reader can tell the two apart.
 pub const FRAME_MAGIC: [u8; 4] = *b"HFst";
@@ -23,6 +23,20 @@ pub enum FrameKind {
     Refuse,
     /// [`Ack`], 4.
     Ack,
+    /// [`GroupMessage::Alive`], 5.
+    Alive,
+    /// [`GroupMessage::Hold`], 6.
+    Hold,
+    /// [`GroupMessage::Held`], 7.
+    Held,
+    /// [`GroupMessage::Decline`], 8.
+    Decline,
+    /// [`GroupMessage::Release`], 9.
+    Release,
+    /// [`GroupMessage::Abort`], 10.
+    Abort,
+    /// [`GroupMessage::Recorded`], 11.
+    Recorded,
 }
 
 /// Any frame.
@@ -36,6 +50,8 @@ pub enum Frame {
     Refuse(Refuse),
     /// The target says how far it is.
     Ack(Ack),
+    /// Source VRAs make a checkpoint of a group.
+    Group(GroupMessage),
 }
 
 /// Why bytes from the peer are not a frame.
@@ -122,6 +138,13 @@ impl Frame {
             FrameKind::Grant => Self::Grant(Grant::parse_body(body)?),
             FrameKind::Refuse => Self::Refuse(Refuse::parse_body(body)?),
             FrameKind::Ack => Self::Ack(Ack::parse_body(body)?),
+            FrameKind::Alive
+            | FrameKind::Hold
+            | FrameKind::Held
+            | FrameKind::Decline
+            | FrameKind::Release
+            | FrameKind::Abort
+            | FrameKind::Recorded => Self::Group(GroupMessage::parse_body(kind, body)?),
         })
     }
 
@@ -132,6 +155,7 @@ impl Frame {
             Self::Grant(grant) => grant.encode(),
             Self::Refuse(refuse) => refuse.encode(),
             Self::Ack(ack) => ack.encode().to_vec(),
+            Self::Group(message) => message.encode(),
         }
     }
 
@@ -142,6 +166,7 @@ impl Frame {
             Self::Grant(_) => FrameKind::Grant.name(),
             Self::Refuse(_) => FrameKind::Refuse.name(),
             Self::Ack(_) => FrameKind::Ack.name(),
+            Self::Group(message) => message.kind().name(),
         }
     }
 }
@@ -153,6 +178,13 @@ impl FrameKind {
             Self::Grant => 2,
             Self::Refuse => 3,
             Self::Ack => 4,
+            Self::Alive => 5,
+            Self::Hold => 6,
+            Self::Held => 7,
+            Self::Decline => 8,
+            Self::Release => 9,
+            Self::Abort => 10,
+            Self::Recorded => 11,
         }
     }
 
@@ -162,6 +194,13 @@ impl FrameKind {
             Self::Grant => "grant",
             Self::Refuse => "refuse",
             Self::Ack => "ack",
+            Self::Alive => "alive",
+            Self::Hold => "hold",
+            Self::Held => "held",
+            Self::Decline => "decline",
+            Self::Release => "release",
+            Self::Abort => "abort",
+            Self::Recorded => "recorded",
         }
     }
 }
@@ -210,6 +249,13 @@ impl Header {
             2 => FrameKind::Grant,
             3 => FrameKind::Refuse,
             4 => FrameKind::Ack,
+            5 => FrameKind::Alive,
+            6 => FrameKind::Hold,
+            7 => FrameKind::Held,
+            8 => FrameKind::Decline,
+            9 => FrameKind::Release,
+            10 => FrameKind::Abort,
+            11 => FrameKind::Recorded,
             found if header.version.get() == PROTOCOL_VERSION => return Err(WireError::Kind { found }),
             _ => return Err(WireError::Version { found: header.version.get() }),
         };
@@ -245,144 +291,4 @@ pub(super) fn fixed_body<T: FromBytes + Unaligned + Immutable + KnownLayout + Co
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-    use uuid::Uuid;
-
-    use super::*;
-    use crate::api::{GenerationId, JournalId, VmId, VolumeId, VpgId};
-    use crate::wire::{MAX_ANCESTORS, MAX_VOLUMES, RefuseCode, VolumeShape};
-
-    fn uuid() -> impl Strategy<Value = Uuid> {
-        any::<u128>().prop_map(Uuid::from_u128)
-    }
-
-    fn volumes() -> impl Strategy<Value = Vec<VolumeShape>> {
-        prop::collection::vec((uuid(), any::<bool>(), 1..1_u64 << 40), 1..=MAX_VOLUMES).prop_map(|shapes| {
-            let shape = |(index, (id, small, blocks)): (usize, (Uuid, bool, u64))| {
-                let logical_block_bytes = if small { 512 } else { 4096 };
-                VolumeShape {
-                    volume: index as u16,
-                    id: VolumeId(id),
-                    logical_block_bytes,
-                    size_bytes: blocks * u64::from(logical_block_bytes),
-                }
-            };
-            shapes.into_iter().enumerate().map(shape).collect()
-        })
-    }
-
-    fn open() -> impl Strategy<Value = Frame> {
-        let ids = (uuid(), uuid(), uuid(), uuid());
-        let ancestors = prop::collection::vec(uuid(), 0..=MAX_ANCESTORS);
-        (ids, any::<(u64, u64)>(), 1..u64::MAX, ancestors, volumes()).prop_map(
-            |((vm, vpg, journal, generation), (offered, required), first_seq, ancestors, volumes)| {
-                Frame::Open(Open {
-                    features_offered: offered | required,
-                    features_required: required,
-                    vm: VmId(vm),
-                    vpg: VpgId(vpg),
-                    journal: JournalId(journal),
-                    generation: GenerationId(generation),
-                    ancestors: ancestors.into_iter().map(GenerationId).collect(),
-                    first_seq,
-                    volumes,
-                })
-            },
-        )
-    }
-
-    fn grant() -> impl Strategy<Value = Frame> {
-        let numbers = any::<(u64, u64, u64, u32, u32)>();
-        (numbers, any::<bool>(), any::<bool>()).prop_map(
-            |((features, open_count, durable_through, tail_crc, window_bytes), fresh, new)| {
-                Frame::Grant(Grant {
-                    features,
-                    open_count,
-                    durable_through,
-                    tail_crc,
-                    fresh_image: fresh,
-                    new_generation: new,
-                    window_bytes,
-                })
-            },
-        )
-    }
-
-    fn refuse() -> impl Strategy<Value = Frame> {
-        (any::<u16>(), any::<u64>(), ".{0,200}").prop_map(|(code, detail, text)| {
-            Frame::Refuse(Refuse { code: RefuseCode::from_code(code), detail, text })
-        })
-    }
-
-    fn ack() -> impl Strategy<Value = Frame> {
-        any::<(u64, u64, u64, u32, u32)>().prop_map(|(open_count, a, b, memory_us, disk_us)| {
-            let (received_through, durable_through) = (a.max(b), a.min(b));
-            Frame::Ack(Ack { open_count, received_through, durable_through, memory_us, disk_us })
-        })
-    }
-
-    fn any_frame() -> impl Strategy<Value = Frame> {
-        prop_oneof![open(), grant(), refuse(), ack()]
-    }
-
-    proptest! {
-        #[test]
-        fn every_frame_comes_back_equal_and_bounded(frame in any_frame()) {
-            let bytes = frame.encode();
-            prop_assert!(bytes.len() <= MAX_FRAME_BYTES);
-            let header = bytes.first_chunk().expect("a frame has a header");
-            prop_assert_eq!(frame_len_bytes(header), Ok(bytes.len()));
-            prop_assert_eq!(Frame::parse(&bytes), Ok(frame));
-        }
-
-        #[test]
-        fn what_parses_has_one_encoding(frame in any_frame(), at in any::<prop::sample::Index>(), bit in 0..8_u32) {
-            let mut bytes = frame.encode();
-            let at = at.index(bytes.len());
-            bytes[at] ^= 1 << bit;
-            // The version in a refusal's header is the only thing that may vary.
-            if let Ok(parsed) = Frame::parse(&bytes) && !(matches!(parsed, Frame::Refuse(_)) && (6..8).contains(&at)) {
-                prop_assert_eq!(parsed.encode(), bytes);
-            }
-        }
-
-        #[test]
-        fn a_cut_frame_is_refused(frame in any_frame(), cut in any::<prop::sample::Index>()) {
-            let bytes = frame.encode();
-            prop_assert!(Frame::parse(&bytes[..cut.index(bytes.len())]).is_err());
-        }
-
-        #[test]
-        fn garbage_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-            let _ = Frame::parse(&bytes);
-        }
-    }
-
-    #[test]
-    fn a_newer_peer_is_named_but_its_refusal_is_read() {
-        let mut open = Frame::Ack(Ack {
-            open_count: 1,
-            received_through: 2,
-            durable_through: 2,
-            memory_us: 0,
-            disk_us: 0,
-        })
-        .encode();
-        open[6] = 9;
-        assert_eq!(Frame::parse(&open), Err(WireError::Version { found: 9 }));
-        let refuse = Refuse { code: RefuseCode::Version, detail: 9, text: "too old".into() };
-        let mut bytes = refuse.encode();
-        bytes[6] = 9;
-        assert_eq!(Frame::parse(&bytes), Ok(Frame::Refuse(refuse)));
-    }
-
-    #[test]
-    fn a_long_refusal_is_cut_at_a_character() {
-        let refuse = Refuse { code: RefuseCode::Storage, detail: 0, text: "é".repeat(5000) };
-        let Ok(Frame::Refuse(parsed)) = Frame::parse(&refuse.encode()) else { panic!("a refusal") };
-        assert!(parsed.text.len() <= crate::wire::SENDABLE_REFUSE_TEXT_BYTES);
-        assert!(parsed.text.len() > 1000);
-        assert!(parsed.text.chars().all(|c| c == 'é'));
-    }
-}
+mod tests;

@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 
 use vra::api::volume::{MAX_VOLUMES_PER_VM, VolumeInfo};
-use vra::api::vpg::{JOURNAL_LIMIT_BYTES, JOURNAL_PERCENT, JournalSize, MAX_VMS_PER_VPG, VolumeDefinition};
+use vra::api::vpg::{
+    JOURNAL_LIMIT_BYTES, JOURNAL_PERCENT, JournalSize, MAX_SOURCES_PER_VPG, MAX_VMS_PER_VPG, VolumeDefinition,
+};
 use vra::api::{ApiError, ErrorCode, JournalId, TimeUs, VmId, VpgId, VraId};
 
 use super::check_name;
@@ -69,25 +71,33 @@ pub fn resolve<'a>(spec: &'a VpgSpec, context: &Context<'a>) -> Result<Resolved<
         members.push(place);
     }
     let sources: HashSet<VraId> = members.iter().map(|place| place.source.id).collect();
-    if sources.len() > 1 {
-        let message = format!("the VMs of {:?} run at {} different VRAs", spec.name, sources.len());
-        return Err(ApiError::new(ErrorCode::Unsupported, message).remedy(
-            "checkpoints across hosts are not offered by this version: make one group for the VMs of each host",
-        ));
+    if sources.len() > MAX_SOURCES_PER_VPG {
+        let message = format!(
+            "the VMs of {:?} run at {} different VRAs; a group may have {MAX_SOURCES_PER_VPG}",
+            spec.name,
+            sources.len()
+        );
+        return Err(ApiError::new(ErrorCode::Unsupported, message).remedy("make several groups of them"));
     }
     Ok(Resolved { spec, members })
 }
 
 impl Resolved<'_> {
-    /// The VRA that serves the group's disks.
-    pub fn source(&self) -> &Vra {
-        self.members[0].source
+    /// The VRAs that serve the group's disks.
+    pub fn sources(&self) -> BTreeMap<VraId, &Vra> {
+        self.members.iter().map(|place| (place.source.id, place.source)).collect()
     }
 
-    /// The group, with its disks found among those that the source serves now.
-    pub fn into_vpg(self, served: &[VolumeInfo], now_us: TimeUs) -> Result<Vpg, ApiError> {
+    /// The group, with its disks found among those that each source serves now.
+    pub fn into_vpg(
+        self,
+        served: &BTreeMap<VraId, Vec<VolumeInfo>>,
+        now_us: TimeUs,
+    ) -> Result<Vpg, ApiError> {
         let spec = self.spec;
-        let vms = self.members.iter().map(|place| member(place, served)).collect::<Result<_, _>>()?;
+        let at_source = |place: &Place<'_>| served.get(&place.source.id).map_or(&[][..], Vec::as_slice);
+        let vms = self.members.iter().map(|place| member(place, at_source(place)));
+        let vms = vms.collect::<Result<_, _>>()?;
         Ok(Vpg {
             id: VpgId::random(),
             name: spec.name.clone(),

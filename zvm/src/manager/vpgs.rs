@@ -1,5 +1,7 @@
 //! Groups: create, edit, show, delete.
 
+use std::collections::BTreeMap;
+
 use vra::api::{ApiError, ErrorCode, Request, Response};
 
 use super::{Manager, internal, spec};
@@ -17,17 +19,22 @@ impl Manager {
         let inventory = self.inventory().inventory;
         let context = spec::Context { inventory: &inventory, vras: &desired.vras, vpgs: &desired.vpgs };
         let resolved = spec::resolve(&spec, &context)?;
-        let source = resolved.source().clone();
-        let served = match self.remote.call(&source.endpoint(), Request::List, self.request_timeout()).await {
-            Ok(Response::Volumes(volumes)) => volumes,
-            Ok(_) => {
-                return Err(ApiError::new(
-                    ErrorCode::Other,
-                    format!("VRA {} gave a wrong answer", source.name),
-                ));
-            }
-            Err(error) => return Err(error.into_api_error(&source.name)),
-        };
+        let mut served = BTreeMap::new();
+        for (id, source) in resolved.sources() {
+            let endpoint = source.endpoint();
+            let asked = self.remote.call(&endpoint, Request::List, self.request_timeout());
+            let volumes = match asked.await {
+                Ok(Response::Volumes(volumes)) => volumes,
+                Ok(_) => {
+                    return Err(ApiError::new(
+                        ErrorCode::Other,
+                        format!("VRA {} gave a wrong answer", source.name),
+                    ));
+                }
+                Err(error) => return Err(error.into_api_error(&source.name)),
+            };
+            served.insert(id, volumes);
+        }
         let vpg = resolved.into_vpg(&served, self.now_us())?;
         let task = self.new_task(TaskKind::CreateProtectionGroup, &vpg.name, Some(vpg.id), "defined");
         let save = async {

@@ -162,6 +162,12 @@ impl Vpg {
         self.settings.vms.iter().map(|member| member.source).collect()
     }
 
+    /// The order in which its source VRAs coordinate checkpoints: that of their ids. A single one needs none.
+    fn coordinators(&self) -> Vec<VraId> {
+        let sources = self.sources();
+        if sources.len() > 1 { sources.into_iter().collect() } else { Vec::new() }
+    }
+
     /// The definition as its VRAs get it; none if one of them is not enrolled (any more).
     pub fn definition<'a>(&self, vra_of: impl Fn(VraId) -> Option<&'a Vra>) -> Option<VpgDefinition> {
         let settings = &self.settings;
@@ -194,6 +200,7 @@ impl Vpg {
             checkpoint_interval_ms: settings.checkpoint_interval_ms,
             hold_deadline_ms: settings.hold_deadline_ms,
             encrypt: settings.encrypt,
+            coordinators: self.coordinators(),
             vms,
         })
     }

@@ -243,6 +243,10 @@ pub(crate) fn vpg_status(vpg: VpgId, revision: u64) -> VpgStatus {
         last_checkpoint: None,
         checkpoint_count: 0,
         aborted_epochs: 0,
+        coordinator: None,
+        missing: Vec::new(),
+        last_failure: None,
+        hold: Default::default(),
     }
 }
 

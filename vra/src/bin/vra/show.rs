@@ -60,10 +60,15 @@ pub(crate) fn status(status: &VraStatus) {
                     last.map_or("-".to_owned(), |last| last.time_us.to_string()),
                     vpg.checkpoint_count.to_string(),
                     vpg.aborted_epochs.to_string(),
+                    match vpg.coordinator {
+                        Some(vra) if vra == status.vra => "this VRA".to_owned(),
+                        Some(vra) => vra.to_string(),
+                        None => "-".to_owned(),
+                    },
                 ]
             })
             .collect();
-        print(&["VPG", "ID", "LAST CHECKPOINT", "CHECKPOINTS", "ABORTED"], &rows);
+        print(&["VPG", "ID", "LAST CHECKPOINT", "CHECKPOINTS", "ABORTED", "COORDINATOR"], &rows);
     }
     if !status.source_vms.is_empty() {
         println!();

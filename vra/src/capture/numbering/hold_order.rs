@@ -49,7 +49,10 @@ impl Core {
         if !is_planted(Planted::FlagAfterCut) {
             self.flags.holding.store(true, Ordering::SeqCst);
         }
-        let cut = self.numbers().0 - 1;
+        let mut cut = self.numbers().0 - 1;
+        if is_planted(Planted::WriteBetweenCutAndFlag) {
+            cut = cut.saturating_sub(1);
+        }
         self.hold = Some(Hold { epoch, cut });
         Ok(cut)
     }
@@ -62,7 +65,9 @@ impl Core {
         now_us: u64,
         wakeups: &mut Wakeups,
     ) -> Result<u64, PublishRefusal> {
-        if self.hold.as_ref().is_none_or(|hold| hold.epoch != epoch) || !self.is_streaming() {
+        let is_held = self.hold.as_ref().is_some_and(|hold| hold.epoch == epoch)
+            || is_planted(Planted::RecordAfterExpiry);
+        if !is_held || !self.is_streaming() {
             return Err(PublishRefusal::NotStreaming);
         }
         let entry = Entry { payload: Payload::Body(body), ..Entry::control(RecordKind::Checkpoint) };
