@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use ::vra::api::{
     CheckpointId, CheckpointInfo, ErrorCode, JournalId, LockCheckpoint, PointInTime, Request, Response,
-    ViewMode, VmId, VolumeId, VpgId,
+    ViewMode, VmId, VolumeId, VpgId, VraStatus,
 };
 use common::TestCa;
 use common::pair::{
@@ -136,6 +136,19 @@ async fn a_locked_checkpoint_stays_until_it_is_unlocked() {
         let extracted = command.output().expect("vra-journal");
         assert!(extracted.status.success(), "{}", String::from_utf8_lossy(&extracted.stderr));
         assert!(std::fs::read(target.path("extracted.raw")).expect("image") == as_newer, "it differs");
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vra-journal"));
+        command.arg("extract").arg(target.path("datastore")).args([
+            "--vpg",
+            &definition.name,
+            "--at",
+            "newer",
+        ]);
+        command.args(["--quiet", "--out-dir"]).arg(target.path("group"));
+        let extracted = command.output().expect("vra-journal");
+        assert!(extracted.status.success(), "{}", String::from_utf8_lossy(&extracted.stderr));
+        let images: Vec<_> = std::fs::read_dir(target.path("group")).expect("folder").flatten().collect();
+        let first = images.iter().find(|image| image.file_name().to_string_lossy().ends_with("-disk-0.raw"));
+        assert!(std::fs::read(first.expect("an image").path()).expect("image") == as_newer, "it differs");
     }
     let at = PointInTime::Checkpoint { checkpoint: newer.id };
     let view = open_view(&target, &open(vpg, at, ViewMode::Scratch)).await;
@@ -154,8 +167,33 @@ async fn a_locked_checkpoint_stays_until_it_is_unlocked() {
         }
         target.ask(Request::CloseView(::vra::api::CloseView { view: view.view })).await;
     }
+    // Unlocked, it is kept for whoever looks at it, over an orderly restart too.
+    let last_view = open_view(&target, &open(vpg, at, ViewMode::Scratch)).await;
     assert!(!lock(&target, vpg, newer.id, false).await.locked);
     assert!(find(&target, vpg, newer.id).await.is_none(), "it is older than the history");
+    target.stop();
+    target.serve();
+    target.wait_for("open", |status| status.target_vms.iter().any(|vm| vm.connected)).await;
+    let served = |status: &VraStatus| {
+        status.views.len() == 1 && status.views.iter().all(|view| view.problem.is_none())
+    };
+    target.wait_for("served", served).await;
+    overrun(&source, vpg, &door(&volumes[0])).await;
+    if let Some(found) = nbdcopy(&last_view.disks[0].door, &target.path("copy.raw")) {
+        assert!(found == as_newer, "the view of what was locked differs");
+    }
+    target.ask(Request::CloseView(::vra::api::CloseView { view: last_view.view })).await;
+    let overlays = || {
+        let entries = std::fs::read_dir(&status.target_vms[0].folder).expect("folder").flatten();
+        entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("lock-")).count()
+    };
+    for _ in 0..100 {
+        if overlays() == 0 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    assert_eq!(overlays(), 0, "nobody needs them any more");
     let last = tag(&source, vpg, "last").await;
     wait_for_checkpoint(&target, vpg, last.id).await;
 }

@@ -227,6 +227,7 @@ impl Daemon {
         }
         tokio::task::block_in_place(|| {
             self.doors.stop_nbd();
+            self.targets.leave();
             self.leave_views();
         });
         self.targets.shut_down().await;

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
+use journal::view::ViewError;
+
 use ublk::serve::Disk;
 
 use super::definition::check_name;
@@ -16,7 +18,7 @@ use crate::api::{
     ApiError, CheckpointInfo, CloseView, DoorAddress, DoorRequest, ErrorCode, OpenView, PointInTime, TimeUs,
     ViewId, ViewInfo, ViewMode, VmId, VpgId,
 };
-use crate::receive::{OpenedView, TargetVm};
+use crate::receive::{OpenedView, TargetError, TargetVm};
 use crate::report::chain;
 use crate::view::{
     ScratchError, ScratchFile, ScratchOwner, ViewDisk, ViewDiskError, ViewSettings, remove_scratch,
@@ -348,7 +350,14 @@ impl Daemon {
             });
         }
         let kept_seq = if kept_seq == u64::MAX { 0 } else { kept_seq };
-        let mut opened = vm.open_former_view(at, kept_seq).await?;
+        let opened = vm.open_former_view(at, kept_seq).await;
+        if let (Err(TargetError::View(ViewError::Gone { seq, .. })), ScratchFrom::Former { .. }) =
+            (&opened, scratch)
+        {
+            // What was kept for it before the files were open keeps it no more.
+            vm.stop_awaiting(*seq);
+        }
+        let mut opened = opened?;
         let definition = vm.definition();
         let ready = wanted.iter().map(|disk| {
             tokio::task::block_in_place(|| {

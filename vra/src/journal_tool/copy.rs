@@ -60,6 +60,9 @@ type Read = Result<bool, ViewError>;
 impl Copy {
     /// Of this disk.
     pub(super) fn new(from: DiskAt) -> anyhow::Result<Self> {
+        if from.has_overlay() {
+            anyhow::bail!("{} is not in journal and recovery disk alone", from.name());
+        }
         let mut storage = ToolStorage::new(64).context("cannot set up io_uring: is it disabled here?")?;
         let journal = storage.add_file(DirectFile::open(&from.journal, Access::ReadOnly)?);
         let disk = DirectFile::open(&from.recovery_disk, Access::ReadOnly)?;

@@ -42,6 +42,8 @@ struct VmPast {
     /// One disk, or all.
     only: Option<u16>,
     disks: Vec<DiskFacts>,
+    /// Overlays have a part of them.
+    has_overlays: bool,
     /// Where their bytes were, if that is still known from when it was looked for.
     found: Option<Vec<DiskAt>>,
 }
@@ -67,11 +69,8 @@ impl VmPast {
             Ok(DiskFacts { vm, number, size_bytes, needed_bytes })
         };
         let disks = found.iter().map(facts).collect::<anyhow::Result<Vec<_>>>()?;
-        Ok(Self { journal: journal.path.clone(), seq, only, disks, found: Some(found) })
-    }
-
-    fn has_overlays(&self) -> bool {
-        self.found.iter().flatten().any(DiskAt::has_overlay)
+        let has_overlays = found.iter().any(DiskAt::has_overlay);
+        Ok(Self { journal: journal.path.clone(), seq, only, disks, has_overlays, found: Some(found) })
     }
 
     /// Where the disks' bytes were, found out anew if it isn't known any more.
@@ -108,7 +107,7 @@ pub(super) fn run(arguments: &Extract, keys: &SiteKeys, out: &mut dyn Write) -> 
     // From here on something is left if the process just ends; before any thread exists, so that all inherit the mask.
     let mut signals = Signals::to_look_for()?;
     // What overlays have a part of is read as a guest would.
-    let has_overlays = vms.iter().any(VmPast::has_overlays);
+    let has_overlays = vms.iter().any(|vm| vm.has_overlays);
     if has_overlays {
         if arguments.skip_damaged {
             bail!(

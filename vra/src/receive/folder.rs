@@ -133,17 +133,22 @@ impl VmFolder {
     }
 
     /// The numbers of locked checkpoints that there are overlays of.
-    pub fn overlay_cuts(&self) -> BTreeSet<u64> {
-        let names = fs::read_dir(&self.path)
-            .into_iter()
-            .flatten()
-            .filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let cut = |name: String| {
-            let (cut, volume) = name.strip_prefix("lock-")?.strip_suffix(".raw")?.split_once('-')?;
-            volume.parse::<u16>().ok()?;
-            cut.parse().ok()
-        };
-        names.filter_map(cut).collect()
+    ///
+    /// # Errors
+    /// The folder can't be read.
+    pub fn overlay_cuts(&self) -> Result<BTreeSet<u64>, FolderError> {
+        let explain = |error| self.explain("reading", &self.path, error);
+        let mut cuts = BTreeSet::new();
+        for entry in fs::read_dir(&self.path).map_err(explain)? {
+            let name = entry.map_err(explain)?.file_name();
+            let cut = name.to_str().and_then(|name| {
+                let (cut, volume) = name.strip_prefix("lock-")?.strip_suffix(".raw")?.split_once('-')?;
+                volume.parse::<u16>().ok()?;
+                cut.parse::<u64>().ok()
+            });
+            cuts.extend(cut);
+        }
+        Ok(cuts)
     }
 
     /// Whether the VM's files were made completely: the journal gets its name last.

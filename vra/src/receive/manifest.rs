@@ -107,11 +107,20 @@ impl Manifest {
     }
 
     /// Forgets locks of checkpoints that can't be opened any more: the history was given up and that could not be noted here. Those that have
-    /// overlays may be older than the history.
-    pub fn forget_stale_locks(&mut self, superblock: &Superblock, overlays: &BTreeSet<u64>) {
-        let has_history = !superblock.state.is_base_sync();
-        let is_there = |cut| cut >= superblock.oldest_seq() || overlays.contains(&cut);
-        self.locked.retain(|locked| has_history && is_there(locked.cut));
+    /// overlays may be older than the history. Gives those that should be there.
+    pub fn forget_stale_locks(
+        &mut self,
+        superblock: &Superblock,
+        overlays: &BTreeSet<u64>,
+    ) -> Vec<LockedCheckpoint> {
+        if superblock.state.is_base_sync() {
+            self.locked.clear();
+            return Vec::new();
+        }
+        let is_stale = |locked: &mut LockedCheckpoint| {
+            locked.cut < superblock.oldest_seq() && !overlays.contains(&locked.cut)
+        };
+        self.locked.extract_if(.., is_stale).collect()
     }
 
     /// The VM's definition.

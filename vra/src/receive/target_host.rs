@@ -162,6 +162,7 @@ impl TargetHost {
             let (found, expected) = (opened.identity.journal, definition.journal);
             return Err(TargetError::JournalDiffers { path: folder.journal(), found, expected });
         }
+        let overlays = folder.overlay_cuts()?;
         let awaited = self.lock_awaited().remove(&vm).unwrap_or_default();
         let counter = self.next_key.clone();
         let next_key = Box::new(move || VmKey(counter.fetch_add(1, Ordering::Relaxed)));
@@ -172,6 +173,7 @@ impl TargetHost {
             self.settings,
             self.keys.clone(),
             awaited.clone(),
+            overlays,
             next_key,
         );
         self.lock().insert(vm, target.clone());
@@ -301,9 +303,15 @@ impl TargetHost {
             .map_err(TargetError::Folder)
     }
 
+    /// The process ends: what views and locks need stays for the next one. To be called before views are let go of.
+    pub fn leave(&self) {
+        self.vms().iter().for_each(|vm| vm.leave_overlays());
+    }
+
     /// Closes all VMs' files, for a planned end.
     pub async fn shut_down(&self) {
         let _changing = self.changing.lock().await;
+        self.leave();
         let vms: Vec<_> = self.lock().drain().map(|(_, vm)| vm).collect();
         for vm in vms {
             vm.close().await;

@@ -12,6 +12,7 @@ mod site_keys;
 mod space;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
@@ -61,6 +62,8 @@ pub struct TargetVm {
     promoted: Promoted,
     /// Rung when a lock is told to be in the way.
     lock_told: Notify,
+    /// The process ends.
+    is_leaving: Arc<AtomicBool>,
     /// Held while locks change: who takes one back must not take back what another request was promised.
     locking: tokio::sync::Mutex<()>,
     inner: Mutex<Inner>,
@@ -155,22 +158,22 @@ impl TargetVm {
         settings: TargetSettings,
         keys: SharedKeys,
         awaited: Vec<u64>,
+        overlays: BTreeSet<u64>,
         mut next_key: Box<dyn FnMut() -> VmKey + Send>,
     ) -> Arc<Self> {
         let key = next_key();
         let (mut manifest, vm) = (files.manifest.clone(), files.identity.vm);
         let superblock = &files.opened.superblock;
-        let mut overlays = folder.overlay_cuts();
-        manifest.forget_stale_locks(superblock, &overlays);
+        let lost = manifest.forget_stale_locks(superblock, &overlays);
         let is_wanted = |cut: &u64| {
             let is_wanted = manifest.locked.iter().any(|locked| locked.cut == *cut) || awaited.contains(cut);
             is_wanted && *cut < superblock.oldest_seq()
         };
         // What nothing was promoted past yet is copied anew if need be.
-        let (wanted, unwanted): (BTreeSet<u64>, BTreeSet<u64>) =
-            std::mem::take(&mut overlays).into_iter().partition(is_wanted);
+        let (wanted, unwanted): (BTreeSet<u64>, BTreeSet<u64>) = overlays.into_iter().partition(is_wanted);
         let mut pins = PinBook::awaiting(awaited);
-        let former: Vec<(u64, u64)> = wanted.iter().map(|cut| (*cut, pins.await_overlays())).collect();
+        let former: Vec<(u64, u64)> =
+            wanted.iter().map(|cut| (*cut, pins.await_overlays(*cut, superblock.oldest_seq()))).collect();
         let is_noted = manifest == files.manifest;
         let runtime = Handle::current();
         let bad_ranges = files.opened.bad_ranges.clone();
@@ -202,13 +205,27 @@ impl TargetVm {
             let promoted = Promoted::new(&bad_ranges);
             let (locking, inner) = (tokio::sync::Mutex::default(), Mutex::new(inner));
             let lock_told = Notify::new();
-            Self { vm, folder, worker, runtime, settings, keys, promoted, locking, lock_told, inner }
+            let is_leaving = Arc::default();
+            Self {
+                vm,
+                folder,
+                worker,
+                runtime,
+                settings,
+                keys,
+                promoted,
+                locking,
+                lock_told,
+                is_leaving,
+                inner,
+            }
         });
         if !is_noted {
             // Nobody waits for it: should it be lost, it is found out again.
             target.write_manifest(&target.lock());
         }
         target.tell_bad_ranges(&bad_ranges);
+        target.tell_lost(&lost);
         unwanted.into_iter().for_each(|cut| target.remove_overlays(cut));
         former.into_iter().for_each(|(cut, pin)| target.await_overlays(cut, pin));
         target
@@ -416,8 +433,6 @@ impl TargetVm {
             kept_seq = kept_seq.max(kept.kept_seq());
         }
         if seq.max(kept_seq) < oldest_seq {
-            // What was kept for it before the files were open keeps it no more.
-            self.stop_awaiting(seq);
             let newest_seq = self.status().durable_through;
             return Err(TargetError::View(ViewError::Gone { seq, oldest_seq, newest_seq }));
         }
@@ -487,12 +502,13 @@ impl TargetVm {
     /// Seals the journal and closes the files.
     pub(super) async fn close(&self) {
         let (answer, closed) = oneshot::channel();
-        self.close_overlays();
         let key = {
             let mut inner = self.lock();
             inner.closed = true;
             inner.key.take()
         };
+        // None is made after that.
+        self.close_overlays();
         if let Some(vm) = key
             && self.worker.tell(Input::Detach { vm, answer })
         {

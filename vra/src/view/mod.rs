@@ -13,7 +13,7 @@ use std::any::Any;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
@@ -247,6 +247,12 @@ impl ViewDisk {
     /// How much of the scratch file is in use, in bytes; none for a read-only view.
     pub fn scratch_used_bytes(&self) -> Option<u64> {
         self.scratch.as_ref().map(|scratch| scratch.lock().map.used_bytes())
+    }
+
+    /// Which file its scratch is: filesystem and number.
+    pub fn scratch_identity(&self) -> Option<(u64, u64)> {
+        let scratch = self.scratch.as_ref()?.lock();
+        scratch.file.file.metadata().ok().map(|metadata| (metadata.dev(), metadata.ino()))
     }
 
     /// Whether a write or sync of the scratch has failed: nothing can be written any more.

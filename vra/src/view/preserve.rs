@@ -35,6 +35,9 @@ pub enum PreserveError {
     /// It can't be read or written any more.
     #[error("the view can't be used any more")]
     Gone,
+    /// A write or sync of its scratch has failed: what was copied before may be lost.
+    #[error("a sync of its scratch has failed: nothing can be copied there until the VRA is started again")]
+    Poisoned,
     /// The scratch is used up.
     #[error("the view's scratch is full")]
     Full,
@@ -58,7 +61,7 @@ impl PreserveError {
         match self {
             Self::NoScratch | Self::Gone | Self::Full => false,
             Self::Read(error) => !matches!(error, ViewError::Corrupt { .. } | ViewError::Gone { .. }),
-            Self::NotServed | Self::Write(_) | Self::Scratch(_) | Self::Reads => true,
+            Self::NotServed | Self::Poisoned | Self::Write(_) | Self::Scratch(_) | Self::Reads => true,
         }
     }
 }
@@ -218,8 +221,11 @@ impl ViewDisk {
         range: &Range<u64>,
         below: &mut Below,
     ) -> Result<(), PreserveError> {
-        if self.is_gone() || scratch.poisoned.load(Ordering::Acquire) {
+        if self.is_gone() {
             return Err(PreserveError::Gone);
+        }
+        if scratch.poisoned.load(Ordering::Acquire) {
+            return Err(PreserveError::Poisoned);
         }
         let found = scratch.lock().map.find(range.start, range.end - range.start);
         for run in found.into_iter().filter(|run| run.place == Place::Below) {

@@ -5,7 +5,8 @@
 //! checkpoint lie on top of it. Overlays are made when the journal needs the room, not before.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -20,13 +21,17 @@ use crate::api::vpg::{VmDefinition, VolumeDefinition};
 use crate::receive::target_error::TargetError;
 use crate::receive::{error_chain, files};
 use crate::view::{
-    ScratchError, ScratchFile, ScratchOwner, ViewDisk, ViewDiskError, ViewSettings, remove_overlay,
+    ScratchError, ScratchFile, ScratchFormatError, ScratchOwner, ViewDisk, ViewDiskError, ViewSettings,
+    remove_overlay,
 };
 
 /// Wait between attempts to open overlays again that another process has.
 const BUSY_WAIT: Duration = Duration::from_secs(2);
 
+/// The alert of locks whose overlays are gone.
 pub(super) const LOST: &str = "lock-lost";
+pub(super) const LOST_REMEDY: &str = "look at the datastore; lock another checkpoint";
+const NOT_OPEN: &str = "lock-not-open";
 
 /// A lock that promotion may pass.
 pub(super) struct KeptLock {
@@ -35,6 +40,8 @@ pub(super) struct KeptLock {
     files: Vec<PathBuf>,
     /// Nobody is to find it again.
     is_released: AtomicBool,
+    /// The process ends: what views need of it is to be found by the next one.
+    is_leaving: Arc<AtomicBool>,
 }
 
 /// What there is of a lock's overlays.
@@ -65,7 +72,7 @@ impl KeptLock {
 
 impl Drop for KeptLock {
     fn drop(&mut self) {
-        if !self.is_released.load(Ordering::Acquire) {
+        if !self.is_released.load(Ordering::Acquire) || self.is_leaving.load(Ordering::Acquire) {
             for disk in &self.disks {
                 if let Err(error) = disk.close_scratch() {
                     tracing::warn!(
@@ -76,7 +83,10 @@ impl Drop for KeptLock {
             }
             return;
         }
-        for path in &self.files {
+        let opened = self.disks.iter().map(|disk| disk.scratch_identity());
+        // The file of that name may be another lock's of the same moment.
+        let own = self.files.iter().zip(opened.chain(std::iter::repeat(None)));
+        for (path, _) in own.filter(|(path, opened)| opened.is_none() || file_identity(path) == *opened) {
             if let Err(error) = remove_overlay(path) {
                 tracing::warn!(error = error_chain(&error), "an overlay of a lock can't be removed");
             }
@@ -105,8 +115,16 @@ impl TargetVm {
     /// # Errors
     /// It can't be kept that way.
     pub(super) async fn make_overlays(self: &Arc<Self>, cut: u64) -> Result<(), TargetError> {
-        let kept = self.open_overlays(cut, 0, Instant::now()).await?;
-        self.lock().kept_locks.insert(cut, Kept::Open(Arc::new(kept)));
+        let pin = self.pin_for(cut, 0, Purpose::Lock);
+        let kept = self.open_overlays(pin, cut, 0, Instant::now()).await?;
+        let mut inner = self.lock();
+        if inner.closed {
+            // It goes again, with its files.
+            drop(inner);
+            kept.release();
+            return Err(TargetError::NotOpen { vm: self.vm, reason: None });
+        }
+        inner.kept_locks.insert(cut, Kept::Open(Arc::new(kept)));
         Ok(())
     }
 
@@ -120,48 +138,59 @@ impl TargetVm {
     async fn open_former(self: Arc<Self>, cut: u64) {
         loop {
             let lock_until = Instant::now() + BUSY_WAIT;
-            let kept_seq = self.overlays_kept_seq(cut);
-            let opened = match kept_seq {
-                Ok(kept_seq) => self.open_overlays(cut, kept_seq, lock_until).await,
+            let kept_seq = self.lock().pins.kept_of_lock(cut);
+            let pin = self.pin_for(cut, kept_seq, Purpose::Lock);
+            let opened = match self.overlays_kept_seq(cut) {
+                Ok(kept_seq) => self.open_overlays(pin, cut, kept_seq, lock_until).await,
                 Err(error) => Err(error),
             };
-            if self.lock().closed {
+            if self.lock().closed || !self.is_former(cut) {
+                // Nobody wants them any more, and whoever let go of them removed their names.
                 return;
             }
             let error = match opened {
                 Ok(kept) => {
                     let former = {
                         let mut inner = self.lock();
-                        if !inner.manifest.locked.iter().any(|locked| locked.cut == cut) {
-                            kept.release();
-                        }
+                        inner.alerts.remove(NOT_OPEN);
                         inner.kept_locks.insert(cut, Kept::Open(Arc::new(kept)))
                     };
                     // Its pin wants the lock that was held.
                     drop(former);
                     self.tell_locks(&self.lock());
+                    // The view that it was opened for may have been closed meanwhile.
+                    self.drop_overlays();
                     return tracing::info!(vm = %self.vm, cut, "the overlays of a locked checkpoint are open again");
                 }
                 Err(error) => error,
             };
+            let journal = self.folder.journal();
+            let why = error_chain(&error);
             if !is_lost(&error) {
-                tracing::warn!(vm = %self.vm, cut, error = error_chain(&error), "overlays of a locked checkpoint can't be opened yet");
+                let message = format!(
+                    "overlays of a locked checkpoint of the journal {} can't be opened: {why}",
+                    journal.display()
+                );
+                let remedy = "mend that: the VRA tries again by itself. Until then the journal keeps all that came after the checkpoint";
+                self.alert(NOT_OPEN, Severity::Warning, message, remedy);
                 tokio::time::sleep(BUSY_WAIT).await;
                 continue;
             }
+            self.lock().alerts.remove(NOT_OPEN);
+            let message = format!("a locked checkpoint of the journal {} is lost: {why}", journal.display());
+            self.alert(LOST, Severity::Critical, message, LOST_REMEDY);
+            // The files stay as long as somebody may look for them.
+            if let Err(error) = self.clone().release(move |locked| locked.cut == cut).await {
+                tracing::warn!(vm = %self.vm, cut, error = error_chain(&error), "a lost lock was not given up");
+            }
             let former = self.lock().kept_locks.remove(&cut);
             drop(former);
-            self.remove_overlays(cut);
-            let journal = self.folder.journal();
-            let message = format!(
-                "a locked checkpoint of the journal {} is lost: {}",
-                journal.display(),
-                error_chain(&error)
-            );
-            self.alert(LOST, Severity::Critical, message, "look at the datastore; lock another checkpoint");
-            self.give_up_locks(move |locked| locked.cut == cut);
-            return;
+            return self.remove_overlays(cut);
         }
+    }
+
+    fn is_former(&self, cut: u64) -> bool {
+        matches!(self.lock().kept_locks.get(&cut), Some(Kept::Former { .. }))
     }
 
     /// Through which number the overlays of a former process keep everything.
@@ -169,11 +198,13 @@ impl TargetVm {
         let definition = self.definition();
         let paths = definition.volumes.iter().map(|volume| self.folder.overlay(cut, volume.number));
         let mut kept_seq = u64::MAX;
-        // A volume that joined later has none.
-        for path in paths.filter(|path| path.exists()) {
-            let found = ScratchFile::kept_seq_at(&path, Instant::now())
-                .map_err(|error| overlay_error(path, error.into()))?;
-            kept_seq = kept_seq.min(found);
+        for path in paths {
+            match ScratchFile::kept_seq_at(&path, Instant::now()) {
+                Ok(found) => kept_seq = kept_seq.min(found),
+                // A volume that joined later has none.
+                Err(ScratchError::Missing { .. }) => {}
+                Err(error) => return Err(overlay_error(path, error.into())),
+            }
         }
         Ok(if kept_seq == u64::MAX { 0 } else { kept_seq })
     }
@@ -181,11 +212,11 @@ impl TargetVm {
     /// Opens the overlays of a locked checkpoint, or makes them if nothing was promoted past it.
     async fn open_overlays(
         self: &Arc<Self>,
+        pin: Pin,
         cut: u64,
         kept_seq: u64,
         lock_until: Instant,
     ) -> Result<KeptLock, TargetError> {
-        let pin = self.pin();
         let oldest_seq = self.oldest_seq().await?;
         let opened = self.open_pinned(pin, oldest_seq, cut, kept_seq, None).await?;
         let vm = self.clone();
@@ -202,7 +233,9 @@ impl TargetVm {
         lock_until: Instant,
     ) -> Result<KeptLock, TargetError> {
         let definition = self.definition();
-        let mut kept = KeptLock { disks: Vec::new(), files: Vec::new(), is_released: false.into() };
+        let is_leaving = Arc::clone(&self.is_leaving);
+        let mut kept =
+            KeptLock { disks: Vec::new(), files: Vec::new(), is_released: false.into(), is_leaving };
         // Without all of them they are of no use: what was made goes again.
         let is_new = kept_seq == 0;
         kept.is_released.store(is_new, Ordering::Release);
@@ -227,7 +260,6 @@ impl TargetVm {
                 ViewSettings { logical_block_bytes: volume.logical_block_bytes, look_for_holes: false };
             let disk = ViewDisk::new(source, settings, Some(file));
             let disk = disk.map_err(|error| overlay_error(path, error))?;
-            opened.pin.is_for(Purpose::Lock);
             opened.pin.shows(&disk)?;
             kept.disks.push(disk);
         }
@@ -242,8 +274,8 @@ impl TargetVm {
         disk_bytes: u64,
     ) -> ScratchOwner {
         ScratchOwner {
-            vra: vm.target.id.0,
-            // No view's.
+            // No VRA's, and no view's: whoever has the folder has its locks.
+            vra: Uuid::nil(),
             view: Uuid::nil(),
             vm: vm.id.0,
             journal: vm.journal.0,
@@ -264,19 +296,26 @@ impl TargetVm {
         }
     }
 
-    /// Lets go of the overlays of checkpoints that are locked no more. Views of them keep theirs.
+    /// Lets go of the overlays of checkpoints that are locked no more. Views of them keep theirs, also those that are to be opened again.
     pub(super) fn drop_overlays(&self) {
         let mut inner = self.lock();
-        let locked: BTreeSet<u64> = inner.manifest.locked.iter().map(|locked| locked.cut).collect();
-        let dropped: Vec<Kept> =
-            inner.kept_locks.extract_if(.., |cut, _| !locked.contains(cut)).map(|(_, kept)| kept).collect();
+        let mut wanted: BTreeSet<u64> = inner.manifest.locked.iter().map(|locked| locked.cut).collect();
+        wanted.extend(inner.pins.awaited_seqs());
+        let dropped: Vec<(u64, Kept)> =
+            inner.kept_locks.extract_if(.., |cut, _| !wanted.contains(cut)).collect();
         drop(inner);
-        for kept in dropped {
-            if let Kept::Open(kept) = &kept {
-                kept.release();
+        for (cut, kept) in dropped {
+            match &kept {
+                Kept::Open(kept) => kept.release(),
+                Kept::Former { .. } => self.remove_overlays(cut),
             }
             drop(kept);
         }
+    }
+
+    /// The process ends: overlays stay for the next one, as long as a view or lock needs them.
+    pub(in crate::receive) fn leave_overlays(&self) {
+        self.is_leaving.store(true, Ordering::Release);
     }
 
     /// Lets go of all overlays, for the next opening.
@@ -290,17 +329,20 @@ fn overlay_error(path: PathBuf, source: ViewDiskError) -> TargetError {
     TargetError::Overlay { path, source }
 }
 
+fn file_identity(path: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
 /// Whether the overlays will never be there again.
 fn is_lost(error: &TargetError) -> bool {
     match error {
-        TargetError::View(_) => true,
-        TargetError::Overlay { source: ViewDiskError::Scratch(error), .. } => matches!(
-            error,
-            ScratchError::Missing { .. }
-                | ScratchError::Format { .. }
-                | ScratchError::Damaged { .. }
-                | ScratchError::Other { .. }
-        ),
+        TargetError::View(ViewError::Gone { .. } | ViewError::NoHistory) => true,
+        TargetError::Overlay { source: ViewDiskError::Scratch(error), .. } => match error {
+            ScratchError::Missing { .. } | ScratchError::Damaged { .. } | ScratchError::Other { .. } => true,
+            // What a newer release wrote is there for it.
+            ScratchError::Format { source, .. } => !matches!(source, ScratchFormatError::Version(_)),
+            _ => false,
+        },
         _ => false,
     }
 }

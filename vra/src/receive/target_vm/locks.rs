@@ -111,11 +111,16 @@ impl TargetVm {
                 cut
             };
             let Some(cut) = cut else { return };
-            if let Err(error) = self.keep_lock(cut).await {
-                self.lock_not_kept(cut, &error_chain(&error));
+            if let Err(error) = self.keep_lock(cut).await
+                && self.lock_not_kept(cut, &error_chain(&error))
+            {
+                // Others of the same cut are just as much in the way.
+                self.give_up_locks(move |locked| locked.cut == cut);
             }
             // Whoever is told of the pins looks again; a failure may have passed some time later.
-            let _ = tokio::time::timeout(RETRY_WAIT, self.lock_told.notified()).await;
+            let is_same = || self.lock().lock_in_the_way == Some(cut);
+            let deadline = tokio::time::Instant::now() + RETRY_WAIT;
+            while is_same() && tokio::time::timeout_at(deadline, self.lock_told.notified()).await.is_ok() {}
         }
     }
 
@@ -135,8 +140,8 @@ impl TargetVm {
         Ok(())
     }
 
-    /// A locked checkpoint can't be kept: it is given up, if the group prefers that to an end of its replication (C5). False if it isn't.
-    pub(super) fn lock_not_kept(self: &Arc<Self>, cut: u64, why: &str) -> bool {
+    /// A locked checkpoint can't be kept: it is to be given up, if the group prefers that to an end of its replication (C5). False if not.
+    pub(super) fn lock_not_kept(&self, cut: u64, why: &str) -> bool {
         let inner = self.lock();
         let Some(time_us) =
             inner.manifest.locked.iter().find(|locked| locked.cut == cut).map(|locked| locked.time_us)
@@ -151,8 +156,6 @@ impl TargetVm {
             self.folder.journal().display()
         );
         if gives_up {
-            // Others of the same cut are just as much in the way.
-            self.give_up_locks(move |locked| locked.cut == cut);
             let remedy =
                 "raise the VM's journal limit or the VRA's target.scratch_mib, or unlock checkpoints in time";
             self.alert(GIVEN_UP, Severity::Warning, format!("{what}; its lock was given up"), remedy);
@@ -161,6 +164,18 @@ impl TargetVm {
             self.alert(IN_THE_WAY, Severity::Critical, what, remedy);
         }
         gives_up
+    }
+
+    /// Tells of locks whose checkpoints are gone though nobody gave them up.
+    pub(super) fn tell_lost(&self, lost: &[LockedCheckpoint]) {
+        let Some(first) = lost.first() else { return };
+        let message = format!(
+            "{} locked checkpoints of the journal {} are lost, the first of {}: they are older than the history, and their overlays are gone",
+            lost.len(),
+            self.folder.journal().display(),
+            first.time_us
+        );
+        self.alert(kept_locks::LOST, Severity::Critical, message, kept_locks::LOST_REMEDY);
     }
 
     /// Locks are given up, soon: nobody waits for that. Should it fail, the receiver finds them in the way once more.
@@ -179,7 +194,7 @@ impl TargetVm {
 
     /// Takes locks out of the manifest. What they keep is let go of when that is durable: else a crash would bring back a lock whose checkpoint
     /// has gone.
-    async fn release(
+    pub(super) async fn release(
         self: Arc<Self>,
         is_released: impl Fn(&LockedCheckpoint) -> bool,
     ) -> Result<Vec<LockedCheckpoint>, TargetError> {

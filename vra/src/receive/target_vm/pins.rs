@@ -76,12 +76,27 @@ impl PinBook {
         self.pins.values().filter(is_view).count()
     }
 
-    /// One for overlays that are to be opened again: it keeps everything meanwhile.
-    pub(super) fn await_overlays(&mut self) -> u64 {
+    /// One for overlays that are to be opened again: they keep what was promoted, and no more is meanwhile.
+    pub(super) fn await_overlays(&mut self, cut: u64, kept_seq: u64) -> u64 {
+        self.add(Pinned { seq: cut, kept_seq, purpose: Purpose::Lock, ..Pinned::default() })
+    }
+
+    fn add(&mut self, pinned: Pinned) -> u64 {
         let id = self.next;
         self.next += 1;
-        self.pins.insert(id, Pinned { purpose: Purpose::Lock, ..Pinned::default() });
+        self.pins.insert(id, pinned);
         id
+    }
+
+    /// Through where the overlays of a locked checkpoint keep everything, as far as is known.
+    pub(super) fn kept_of_lock(&self, cut: u64) -> u64 {
+        let locks = self.pins.values().filter(|pinned| pinned.purpose == Purpose::Lock && pinned.seq == cut);
+        locks.map(|pinned| pinned.kept_seq).max().unwrap_or_default()
+    }
+
+    /// What views show that are to be open again.
+    pub(super) fn awaited_seqs(&self) -> impl Iterator<Item = u64> {
+        self.awaited.iter().map(|(_, seq)| *seq)
     }
 
     /// What is still needed, with these locks.
@@ -102,7 +117,7 @@ impl PinBook {
             seq: pinned.seq,
             kept_seq: pinned.seq.max(pinned.kept_seq),
             is_lock: pinned.purpose == Purpose::Lock,
-            is_awaited: self.awaited.iter().any(|(id, _)| id == pin),
+            is_awaited: pinned.purpose == Purpose::Lock || self.awaited.iter().any(|(id, _)| id == pin),
             disks: pinned.disks.iter().filter_map(Weak::upgrade).collect(),
         };
         blocking.map(view).collect()
@@ -115,11 +130,13 @@ impl PinBook {
         }
     }
 
-    /// The view keeps nothing any more.
+    /// The view keeps nothing any more, nor do those on top of it.
     pub(super) fn end(&mut self, pin: u64) {
-        if let Some(pinned) = self.pins.get_mut(&pin) {
-            pinned.purpose = Purpose::Ended;
-        }
+        let Some(ended) = self.pins.get_mut(&pin) else { return };
+        let (seq, is_lock) = (ended.seq, ended.purpose == Purpose::Lock);
+        ended.purpose = Purpose::Ended;
+        let on_it = |pinned: &&mut Pinned| is_lock && pinned.purpose == Purpose::OnLock && pinned.seq == seq;
+        self.pins.values_mut().filter(on_it).for_each(|pinned| pinned.purpose = Purpose::Ended);
     }
 
     /// The disks of each open view, with the number that it shows.
@@ -133,10 +150,13 @@ impl PinBook {
 impl TargetVm {
     /// Keeps all of the history until the pin is dropped, or told what it needs.
     pub fn pin(self: &Arc<Self>) -> Pin {
+        self.pin_for(0, 0, Purpose::View)
+    }
+
+    /// Keeps what is needed to read at this number, but for what was copied.
+    pub(super) fn pin_for(self: &Arc<Self>, seq: u64, kept_seq: u64, purpose: Purpose) -> Pin {
         let mut inner = self.lock();
-        let id = inner.pins.next;
-        inner.pins.next += 1;
-        inner.pins.pins.insert(id, Pinned::default());
+        let id = inner.pins.add(Pinned { seq, kept_seq, purpose, ..Pinned::default() });
         self.tell_pins(&inner, None);
         Pin { vm: self.clone(), id, reopenings: inner.reopenings }
     }
@@ -150,6 +170,7 @@ impl TargetVm {
         let reopenings = inner.reopenings;
         drop(inner);
         drop(Pin { vm: self.clone(), id, reopenings });
+        self.drop_overlays();
     }
 
     /// The pin of that number.

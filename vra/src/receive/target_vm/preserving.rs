@@ -61,7 +61,8 @@ impl TargetVm {
         loop {
             let wanted = {
                 let mut inner = self.lock();
-                if inner.wanted_way.is_none() || inner.closed {
+                if inner.wanted_way.is_none() || inner.closed || inner.key.is_none() {
+                    inner.not_kept_since.clear();
                     inner.is_making_way = false;
                     return;
                 }
@@ -184,6 +185,12 @@ impl TargetVm {
     fn end_view(self: &Arc<Self>, view: &InTheWay, error: &PreserveError) -> bool {
         if view.is_lock {
             if !self.lock_not_kept(view.seq, &error_chain(error)) {
+                return false;
+            }
+            let (vm, cut) = (Arc::clone(self), view.seq);
+            // Its end is durable before anything is promoted past it.
+            if let Err(error) = self.runtime.block_on(vm.release(move |locked| locked.cut == cut)) {
+                tracing::warn!(vm = %self.vm, cut, error = error_chain(&error), "a lock was not given up");
                 return false;
             }
             // Views on top of it end too.

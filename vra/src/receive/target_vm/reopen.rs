@@ -93,7 +93,7 @@ impl TargetVm {
         let key = (inner.next_key)();
         // Before the worker does anything with the files (C2).
         let overlays = inner.kept_locks.keys().copied().collect();
-        inner.manifest.forget_stale_locks(superblock, &overlays);
+        let lost = inner.manifest.forget_stale_locks(superblock, &overlays);
         let is_noted = inner.manifest == files.manifest;
         let pins = inner.needed();
         let (window_bytes, vm) = (self.settings.window_bytes, Arc::downgrade(self));
@@ -108,7 +108,10 @@ impl TargetVm {
             // What was to be written when the storage failed.
             self.write_manifest(&inner);
         }
+        inner.not_kept_since.clear();
         drop(inner);
+        self.tell_lost(&lost);
+        self.drop_overlays();
         self.tell_bad_ranges(&bad_ranges);
         if let Err(error) = self.follow_encryption() {
             let error = crate::receive::error_chain(&error);

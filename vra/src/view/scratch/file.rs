@@ -524,13 +524,17 @@ fn read_locked(path: &Path) -> Result<Option<Header>, ScratchError> {
 fn read_header(file: &File, path: &Path) -> Result<Header, ScratchError> {
     let format = |source| ScratchError::Format { path: path.into(), source };
     let len_bytes = file.metadata().map_err(io_error("look at", path))?.len();
-    let (mut newest, mut refusal): (Option<Header>, _) = (None, ScratchFormatError::Magic);
+    let (mut newest, mut refusal): (Option<Header>, _) = (None, format(ScratchFormatError::Magic));
     for offset_bytes in HEADER_OFFSETS {
         if offset_bytes + PAGE_BYTES as u64 > len_bytes {
             continue;
         }
         let mut page = AlignedBuf::zeroed(PAGE_BYTES);
-        file.read_exact_at(&mut page, offset_bytes).map_err(io_error("read", path))?;
+        if let Err(source) = file.read_exact_at(&mut page, offset_bytes) {
+            // Both are durable before anybody relies on what they say.
+            refusal = io_error("read", path)(source);
+            continue;
+        }
         match Header::decode(&page) {
             Ok(header) if newest.is_none_or(|newest| header.sequence > newest.sequence) => {
                 newest = Some(header);
@@ -538,10 +542,10 @@ fn read_header(file: &File, path: &Path) -> Result<Header, ScratchError> {
             Ok(_) => {}
             // The other copy may be the older one.
             Err(error @ ScratchFormatError::Version(_)) => return Err(format(error)),
-            Err(error) => refusal = error,
+            Err(error) => refusal = format(error),
         }
     }
-    let header = newest.ok_or_else(|| format(refusal))?;
+    let header = newest.ok_or(refusal)?;
     if len_bytes < header.shape.file_bytes() {
         return Err(format(ScratchFormatError::Field("length: the file was cut short")));
     }

@@ -1,3 +1,5 @@
+use std::os::fd::AsRawFd;
+
 use super::*;
 use crate::api::{CheckpointId, PointInTime};
 use crate::receive::TargetSettings;
@@ -156,6 +158,21 @@ async fn overlays_of_no_lock_go_and_lost_ones_are_told() {
     assert!(!stray.exists(), "nobody needs it");
     assert!(overlay.exists());
     views(&target.vm(), 1, None).await;
+
+    // What another process has may come back.
+    let held = std::fs::File::open(&overlay).expect("overlay");
+    target.host.shut_down().await;
+    // SAFETY: the descriptor is open; no memory is involved.
+    assert_eq!(unsafe { libc::flock(held.as_raw_fd(), libc::LOCK_EX) }, 0);
+    target.restart().await;
+    let vm = target.vm();
+    while !vm.alerts().iter().any(|alert| alert.code == NOT_OPEN) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(overlay.exists() && vm.locked_checkpoints().len() == 1);
+    drop((held, vm));
+    views(&target.vm(), 1, None).await;
+    assert!(!target.vm().alerts().iter().any(|alert| alert.code == NOT_OPEN));
 
     target.host.shut_down().await;
     let mut bytes = std::fs::read(&overlay).expect("overlay");
