@@ -1,5 +1,7 @@
 //! Making and opening a VM's files. All of it blocks: for threads that may.
 
+use std::collections::BTreeSet;
+
 use journal::crypt::{Encryption, Keys, NewKey};
 use journal::format::{DEFAULT_SLOT_BYTES, Footer, FooterEvent, VolumeState};
 use journal::recovery::{NewJournal, OpenOptions, Opened};
@@ -23,6 +25,8 @@ pub(super) struct VmFiles {
     pub(super) events: Vec<FooterEvent>,
     pub(super) journal: DirectFile,
     pub(super) disks: Vec<DirectFile>,
+    /// Numbers of locked checkpoints that there are overlays of.
+    pub(super) overlays: BTreeSet<u64>,
 }
 
 /// Slots that a journal begins with.
@@ -195,7 +199,8 @@ pub(super) fn open(
         }
         disks.push(disk);
     }
-    Ok(VmFiles { manifest, identity, opened, events, journal, disks })
+    let overlays = folder.overlay_cuts()?;
+    Ok(VmFiles { manifest, identity, opened, events, journal, disks, overlays })
 }
 
 pub(super) fn ring() -> Result<RingStorage, TargetError> {

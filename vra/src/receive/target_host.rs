@@ -162,7 +162,6 @@ impl TargetHost {
             let (found, expected) = (opened.identity.journal, definition.journal);
             return Err(TargetError::JournalDiffers { path: folder.journal(), found, expected });
         }
-        let overlays = folder.overlay_cuts()?;
         let awaited = self.lock_awaited().remove(&vm).unwrap_or_default();
         let counter = self.next_key.clone();
         let next_key = Box::new(move || VmKey(counter.fetch_add(1, Ordering::Relaxed)));
@@ -173,7 +172,6 @@ impl TargetHost {
             self.settings,
             self.keys.clone(),
             awaited.clone(),
-            overlays,
             next_key,
         );
         self.lock().insert(vm, target.clone());

@@ -158,12 +158,12 @@ impl TargetVm {
         settings: TargetSettings,
         keys: SharedKeys,
         awaited: Vec<u64>,
-        overlays: BTreeSet<u64>,
         mut next_key: Box<dyn FnMut() -> VmKey + Send>,
     ) -> Arc<Self> {
         let key = next_key();
         let (mut manifest, vm) = (files.manifest.clone(), files.identity.vm);
         let superblock = &files.opened.superblock;
+        let overlays = files.overlays.clone();
         let lost = manifest.forget_stale_locks(superblock, &overlays);
         let is_wanted = |cut: &u64| {
             let is_wanted = manifest.locked.iter().any(|locked| locked.cut == *cut) || awaited.contains(cut);
