@@ -3,6 +3,7 @@
 //!
 //! [`ViewDisk`] needs files and a [`VolumeView`], nothing of the daemon: `vra-journal` serves it from a datastore alone.
 
+mod extents;
 mod lane;
 mod layout;
 mod plan;
@@ -12,7 +13,6 @@ mod scratch;
 use std::any::Any;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -22,7 +22,6 @@ use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, SuperblockErro
 use journal::recovery::choose_superblock;
 use journal::storage::AlignedBuf;
 use journal::view::{VolumeView, still_there};
-use nix::errno::Errno;
 use ublk::arena::{Arena, SLOT_ALIGN_BYTES};
 use ublk::serve::{Allocation, Disk, Extent, FileId, Geometry, Lane, Waker, ZeroLimits};
 
@@ -36,7 +35,7 @@ pub use self::scratch::file::{ScratchFile, ScratchKeys, remove as remove_scratch
 pub use self::scratch::format::{ScratchFormatError, ScratchOwner};
 use self::scratch::gate::Gate;
 pub use self::scratch::map::MapDamage;
-use self::scratch::map::{Place, Run, ScratchMap};
+use self::scratch::map::{Place, ScratchMap};
 pub use self::scratch::{CHUNK_BYTES, SECTOR_BYTES};
 
 /// Memory of one lane for what it fetches: slots and their length in bytes. A request's data is at most a door's slot long, and
@@ -394,45 +393,6 @@ impl ViewDisk {
         }
     }
 
-    /// Holes of the recovery disk as the filesystem knows them; data where it doesn't say, and where what should be there is lost: who
-    /// skipped a hole there would take it for zeroes.
-    fn recovery_disk_extent(&self, offset_bytes: u64, len_bytes: u64) -> Extent {
-        let data = |len_bytes| Extent { len_bytes, allocation: Allocation::Data };
-        if !self.settings.look_for_holes {
-            return data(len_bytes);
-        }
-        let len_bytes = match self.shown().volume.first_bad(offset_bytes..offset_bytes + len_bytes) {
-            Some(bad) if bad.offset_bytes == offset_bytes => return data(bad.len_bytes),
-            Some(bad) => bad.offset_bytes - offset_bytes,
-            None => len_bytes,
-        };
-        let data = data(len_bytes);
-        let fd = self.files[plan::RECOVERY_DISK_FILE.0 as usize].as_raw_fd();
-        let seek = |whence| {
-            // SAFETY: no memory is involved; nobody uses the descriptor's position.
-            let place = unsafe { libc::lseek(fd, offset_bytes as libc::off_t, whence) };
-            u64::try_from(place).ok()
-        };
-        let next_data = match seek(libc::SEEK_DATA) {
-            Some(place) => place,
-            None if Errno::last() == Errno::ENXIO => u64::MAX,
-            None => return data,
-        };
-        if next_data > offset_bytes {
-            // Promotion may have punched what was data at the view's moment: who skips it reads nothing that would tell.
-            if !self.is_still_there() {
-                self.set_gone();
-                return data;
-            }
-            return Extent {
-                len_bytes: len_bytes.min(next_data - offset_bytes),
-                allocation: Allocation::Hole,
-            };
-        }
-        let until = seek(libc::SEEK_HOLE).filter(|place| *place > offset_bytes);
-        Extent { len_bytes: until.map_or(len_bytes, |until| len_bytes.min(until - offset_bytes)), ..data }
-    }
-
     /// Whether the journal's owner still keeps the history, as far as another process can know. Waits for the disk.
     fn is_still_there(&self) -> bool {
         if !self.freshness.is_superblock() {
@@ -448,30 +408,6 @@ impl ViewDisk {
             .is_ok_and(|superblock| still_there(&superblock, self.kept_seq()).is_ok())
     }
 
-    /// Where each part of a range is. To be asked for once [`Reading::begin`] was called, if it is for a read.
-    fn runs(&self, offset_bytes: u64, len_bytes: u64) -> Vec<Run> {
-        let runs = match &self.scratch {
-            Some(scratch) => scratch.lock().map.find(offset_bytes, len_bytes),
-            None => vec![Run { offset_bytes, len_bytes, place: Place::Below }],
-        };
-        let Some(kept) = self.beneath.as_ref().and_then(|beneath| beneath.scratch.as_ref()) else {
-            return runs;
-        };
-        let mut refined = Vec::with_capacity(runs.len());
-        for run in runs {
-            if run.place != Place::Below {
-                refined.push(run);
-                continue;
-            }
-            let found = kept.lock().map.find(run.offset_bytes, run.len_bytes);
-            refined.extend(found.into_iter().map(|run| match run.place {
-                Place::Scratch(from) => Run { place: Place::Kept(from), ..run },
-                _ => run,
-            }));
-        }
-        refined
-    }
-
     /// What the data of a scratch file among [`ViewDisk::files`] is encrypted with.
     fn cipher_of(&self, file: FileId) -> Option<&Cipher> {
         let scratch = if file == self.limits.kept_file {
@@ -480,28 +416,6 @@ impl ViewDisk {
             self.scratch.as_ref().filter(|_| file == plan::SCRATCH_FILE)
         };
         scratch.map(|scratch| &scratch.cipher)
-    }
-
-    /// What was never written in the view, from the start of the range on.
-    fn extent_below(&self, offset_bytes: u64, len_bytes: u64) -> Extent {
-        let shown = self.shown();
-        match shown.volume.index().overlapping(offset_bytes, len_bytes).next() {
-            Some(piece) if piece.offset_bytes <= offset_bytes => {
-                let allocation = if piece.is_zeroes() { Allocation::Hole } else { Allocation::Data };
-                Extent { len_bytes: len_bytes.min(piece.end_bytes() - offset_bytes), allocation }
-            }
-            next => {
-                let end_bytes = next.map_or(offset_bytes + len_bytes, |piece| piece.offset_bytes);
-                match shown.volume.first_bad(offset_bytes..end_bytes) {
-                    // A hole would be read as zeroes, without the error that tells that something is lost.
-                    Some(bad) if bad.offset_bytes <= offset_bytes => {
-                        Extent { len_bytes: bad.len_bytes, allocation: Allocation::Data }
-                    }
-                    Some(bad) => self.recovery_disk_extent(offset_bytes, bad.offset_bytes - offset_bytes),
-                    None => self.recovery_disk_extent(offset_bytes, end_bytes - offset_bytes),
-                }
-            }
-        }
     }
 }
 
