@@ -18,6 +18,10 @@ const MAX_WAITING: usize = 16;
 /// After a collision with another coordinator's attempt it is tried again in so many µs.
 const AGAIN_AFTER_US: u64 = 30_000;
 
+/// So far the wall clock may be behind the last checkpoint's time, in µs, for the next one to be stamped right after it: the order of times is
+/// kept over a clock that is set a little. Over more than that a wrong clock would be followed for as long as it was wrong by.
+const MOST_CLOCK_STEP_US: u64 = 1_000_000;
+
 /// A group, this host's part in it, and what all groups share.
 pub(super) type Around<'a> = (&'a SpanningGroup, &'a mut Participant, &'a mut Common);
 
@@ -254,7 +258,7 @@ impl Coordinator {
         }
         let time_us = match attempt.released {
             Some((_, time_us)) => time_us,
-            None => now.wall_us.max(self.last_time_us + 1),
+            None => time_of(self.vpg, self.last_time_us, now.wall_us),
         };
         self.last_time_us = time_us;
         attempt.released = Some((now.mono_us, time_us));
@@ -325,4 +329,18 @@ impl Coordinator {
         let asked = attempt.asked.map(|(ask, _)| ask);
         common.output(SpanningOutput::Ended { vpg: self.vpg, asked, result: Err(failure) });
     }
+}
+
+/// The time of a checkpoint that comes after one of `last_us`.
+fn time_of(vpg: VpgId, last_us: u64, wall_us: u64) -> u64 {
+    if wall_us.saturating_add(MOST_CLOCK_STEP_US) < last_us {
+        // Said once for each time that it happens: the next checkpoint comes after this one.
+        tracing::warn!(
+            %vpg,
+            behind_us = last_us - wall_us,
+            "this host's clock was set back: checkpoints from now on have earlier times than those before; keep it synchronised"
+        );
+        return wall_us;
+    }
+    wall_us.max(last_us + 1)
 }

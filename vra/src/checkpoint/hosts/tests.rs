@@ -40,6 +40,8 @@ type Ended = (Option<AskId>, Result<TakenByHosts, EpochFailure>);
 struct World {
     vpg: VpgId,
     mono_us: u64,
+    /// So far the wall clocks are ahead of the right time.
+    ahead_us: u64,
     hosts: Vec<Host>,
     /// Sender, receiver, message.
     sent: Vec<(usize, usize, GroupMessage)>,
@@ -56,14 +58,20 @@ impl World {
             watched: Vec::new(),
         };
         let hosts = (1..=3).map(host).collect();
-        let mut world =
-            Self { vpg: VpgId(Uuid::from_u128(7)), mono_us: 1, hosts, sent: Vec::new(), ended: Vec::new() };
+        let mut world = Self {
+            vpg: VpgId(Uuid::from_u128(7)),
+            mono_us: 1,
+            ahead_us: 0,
+            hosts,
+            sent: Vec::new(),
+            ended: Vec::new(),
+        };
         (0..3).for_each(|host| world.define(host, 1));
         world
     }
 
     fn now(&self) -> Now {
-        Now { mono_us: self.mono_us, wall_us: 5_000_000 + self.mono_us }
+        Now { mono_us: self.mono_us, wall_us: 5_000_000 + self.ahead_us + self.mono_us }
     }
 
     fn define(&mut self, host: usize, member_set_version: u64) {
@@ -180,6 +188,29 @@ fn all_hosts_record_one_epoch_with_their_own_cuts_and_the_coordinator_is_held_la
     let status = world.hosts[0].groups.status(world.vpg, world.now()).expect("known");
     assert_eq!((status.taken_epochs, status.aborted_epochs, status.hold.count), (1, 0, 1));
     assert_eq!(status.coordinator, Some(world.hosts[0].vra));
+}
+
+#[test]
+fn times_are_in_order_over_a_small_step_back_of_the_clock_and_follow_a_large_one() {
+    let mut world = World::new();
+    let take = |world: &mut World| {
+        world.begin().into_iter().for_each(|hold| world.carry(hold));
+        world.settle(all);
+        let (_, (_, Ok(taken))) = world.ended.pop().expect("one") else { panic!("no checkpoint") };
+        (taken.time_us, world.now().wall_us)
+    };
+    let day_us = 86_400_000_000;
+    world.ahead_us = day_us;
+    let (tomorrow_us, _) = take(&mut world);
+    world.ahead_us = day_us - INTERVAL_US - 900_000;
+    let (next_us, wall_us) = take(&mut world);
+    assert!(wall_us < tomorrow_us);
+    assert_eq!(next_us, tomorrow_us + 1);
+    world.ahead_us = 0;
+    for _ in 0..2 {
+        let (time_us, wall_us) = take(&mut world);
+        assert_eq!(time_us, wall_us, "the right time, though the last checkpoint is of tomorrow");
+    }
 }
 
 #[test]
