@@ -10,7 +10,7 @@ use super::participant::Participant;
 use crate::api::{VpgId, VraId};
 use crate::clock::Now;
 use crate::planted::{Planted, is_planted};
-use crate::wire::{Decline, DeclineCode, GroupEpoch, GroupMessage, Held, Hold, Recorded, Release};
+use crate::wire::{Decline, GroupEpoch, GroupMessage, Held, Hold, Recorded, Release};
 
 /// Checkpoints of a group that wait to be taken at most.
 const MAX_WAITING: usize = 16;
@@ -139,14 +139,11 @@ impl Coordinator {
         let epoch = common.next_epoch();
         let missing = common.missing_of(group, now).next();
         self.attempt = Some(Attempt::new(epoch, what, asked, &group.hosts, (now.mono_us, deadline_us)));
-        let failure = match missing {
-            Some(vra) => Some(EpochFailure::Missing { vra }),
-            None if group.members.is_none() => {
-                Some(EpochFailure::Declined { vra: own, vm: None, code: DeclineCode::NotProtected })
-            }
-            None => None,
-        };
-        if let Some(failure) = failure {
+        let missing = missing.map_or(Ok(()), |vra| Err(EpochFailure::Missing { vra }));
+        // Before anybody is asked: guests elsewhere needn't be held for an attempt that this host spoils.
+        let own_can =
+            || Participant::check(group).map_err(|(code, vm)| EpochFailure::Declined { vra: own, vm, code });
+        if let Err(failure) = missing.and_then(|()| own_can()) {
             return self.fail(failure, participant, common, now);
         }
         let at = GroupEpoch { vpg: self.vpg, epoch };

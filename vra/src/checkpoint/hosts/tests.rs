@@ -229,6 +229,27 @@ fn whoever_says_no_ends_the_attempt_at_once_on_all_hosts() {
 }
 
 #[test]
+fn nobody_is_asked_to_hold_while_the_coordinators_own_vms_cant_be() {
+    let mut world = World::new();
+    let core = Arc::clone(&world.hosts[0].vm.member.core);
+    let in_sync =
+        |vm| EpochFailure::Declined { vra: VraId(Uuid::from_u128(1)), vm, code: DeclineCode::InSync };
+    core.with(|core, wakeups| core.begin_sync(3, &[(0, 512)], 0, wakeups)).expect("streaming");
+    let not_asked = |world: &mut World, failure: EpochFailure| {
+        world.mono_us += INTERVAL_US;
+        world.tick(0);
+        assert!(world.take(|message| !matches!(message, GroupMessage::Alive)).is_empty());
+        assert_eq!(world.ended.pop(), Some((0, (None, Err(failure)))));
+        world.settle(all);
+    };
+    let vm = Some(world.hosts[0].vm.member.vm);
+    not_asked(&mut world, in_sync(vm));
+    core.with(|core, wakeups| core.overflow(crate::capture::modes::OverflowReason::Requested, wakeups));
+    let vra = world.hosts[0].vra;
+    not_asked(&mut world, EpochFailure::Declined { vra, vm, code: DeclineCode::NotStreaming });
+}
+
+#[test]
 fn other_sets_of_members_have_no_checkpoint_together() {
     let mut world = World::new();
     world.define(2, 2);
