@@ -19,6 +19,8 @@ pub enum Reached {
     Expired,
     /// An answer came when its coordinator had given up.
     Late,
+    /// Attempts that only held guests up came later and later.
+    BackedOff,
     /// A VRA had given up the hold that it was released from.
     NoSuchHold,
     /// A VM wasn't streaming or was in a sync.
@@ -46,7 +48,7 @@ pub enum Reached {
 }
 
 /// All of them.
-const ALL: [Reached; 19] = [
+const ALL: [Reached; 20] = [
     Reached::Offered,
     Reached::RecordedBySome,
     Reached::Tagged,
@@ -54,6 +56,7 @@ const ALL: [Reached; 19] = [
     Reached::Collided,
     Reached::Expired,
     Reached::Late,
+    Reached::BackedOff,
     Reached::NoSuchHold,
     Reached::NotReady,
     Reached::Missing,

@@ -211,7 +211,14 @@ impl HostsWorld {
                             }
                             self.confirmed.insert(id_of(taken.epoch));
                         }
-                        Err(failure) => self.failed(&failure),
+                        Err(failure) => {
+                            let status = self.hosts[host].status(self.vpg, &self.env);
+                            let interval_us = self.hosts[host].definition.interval_us;
+                            if status.is_some_and(|status| status.interval_us > interval_us) {
+                                self.reached.note(Reached::BackedOff);
+                            }
+                            self.failed(&failure);
+                        }
                     }
                 }
             }
@@ -302,7 +309,10 @@ impl HostsWorld {
             self.give_definition(host);
         }
         self.network = Network::default();
-        let calm_until_us = self.env.now().mono_us + CALM_US;
+        // Attempts that have backed off come again only so much later.
+        let statuses = self.hosts.iter().filter_map(|host| host.status(self.vpg, &self.env));
+        let longest_us = statuses.map(|status| status.interval_us).max().unwrap_or(0);
+        let calm_until_us = self.env.now().mono_us + CALM_US + longest_us;
         while self.env.now().mono_us < calm_until_us - 3_000_000 {
             self.step()?;
         }

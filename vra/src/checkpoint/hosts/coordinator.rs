@@ -3,6 +3,7 @@ use std::collections::VecDeque;
 use journal::batch::CheckpointKind;
 
 use super::attempt::Attempt;
+use super::back_off::BackOff;
 use super::failure::EpochFailure;
 use super::group::SpanningGroup;
 use super::machine::{AskId, Common, Holder, SpanningOutput, SpanningStatus, TakenByHosts};
@@ -32,6 +33,7 @@ pub(super) struct Coordinator {
     /// The last attempt's epoch and when its holds were asked for: answers are measured even if they come too late.
     asked_hosts: Option<(GroupEpoch, u64)>,
     due_mono_us: u64,
+    back_off: BackOff,
     waiting: VecDeque<Waiting>,
     last_time_us: u64,
     status: SpanningStatus,
@@ -47,12 +49,13 @@ struct Waiting {
 }
 
 impl Coordinator {
-    pub(super) fn new(vpg: VpgId, due_mono_us: u64) -> Self {
+    pub(super) fn new(vpg: VpgId, interval_us: u64, now: Now) -> Self {
         Self {
             vpg,
             attempt: None,
             asked_hosts: None,
-            due_mono_us,
+            due_mono_us: now.mono_us + interval_us,
+            back_off: BackOff::new(interval_us),
             waiting: VecDeque::new(),
             last_time_us: 0,
             status: SpanningStatus::default(),
@@ -60,11 +63,17 @@ impl Coordinator {
     }
 
     pub(super) fn status(&self) -> SpanningStatus {
-        self.status.clone()
+        SpanningStatus { interval_us: self.back_off.interval_us(), ..self.status.clone() }
     }
 
-    pub(super) fn be_due_by(&mut self, due_mono_us: u64) {
-        self.due_mono_us = self.due_mono_us.min(due_mono_us);
+    /// The group's interval is this one.
+    pub(super) fn set_interval(&mut self, interval_us: u64, now: Now) {
+        self.back_off.set_interval(interval_us);
+        self.be_due_within_interval(now.mono_us);
+    }
+
+    fn be_due_within_interval(&mut self, now_us: u64) {
+        self.due_mono_us = self.due_mono_us.min(now_us + self.back_off.interval_us());
     }
 
     pub(super) fn be_due_at(&mut self, due_mono_us: u64) {
@@ -107,6 +116,9 @@ impl Coordinator {
         let own = common.own;
         if let Some(failure) = self.attempt.as_ref().and_then(|attempt| attempt.overdue(own, now.mono_us)) {
             self.fail(failure, participant, common, now);
+        }
+        if self.back_off.look(common.missing_of(group, now)) {
+            self.be_due_within_interval(now.mono_us);
         }
         if self.attempt.is_some() {
             return;
@@ -219,6 +231,9 @@ impl Coordinator {
         if self.attempt.is_some() {
             self.fail(EpochFailure::Changed, participant, common, now);
         }
+        if self.back_off.reset() {
+            self.be_due_within_interval(now.mono_us);
+        }
         for waiting in std::mem::take(&mut self.waiting) {
             let result = Err(EpochFailure::Changed);
             common.output(SpanningOutput::Ended { vpg: self.vpg, asked: Some(waiting.ask), result });
@@ -288,6 +303,9 @@ impl Coordinator {
             members: attempt.cuts(),
             tag: attempt.tag,
         };
+        if self.back_off.reset() {
+            self.be_due_within_interval(common.now_mono_us);
+        }
         self.status.taken_epochs += 1;
         self.status.aborted_in_row = 0;
         self.status.last = Some(taken.clone());
@@ -320,6 +338,8 @@ impl Coordinator {
             });
             return;
         }
+        self.back_off.failed(&failure, common.own);
+        self.due_mono_us = self.due_mono_us.max(self.back_off.due_after(attempt.began_mono_us));
         self.status.aborted_epochs += 1;
         self.status.aborted_in_row += 1;
         self.status.last_failure = Some(failure.clone());

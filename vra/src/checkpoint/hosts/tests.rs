@@ -42,6 +42,8 @@ struct World {
     mono_us: u64,
     /// So far the wall clocks are ahead of the right time.
     ahead_us: u64,
+    /// It isn't reached by what asks it to hold.
+    deaf: Option<usize>,
     hosts: Vec<Host>,
     /// Sender, receiver, message.
     sent: Vec<(usize, usize, GroupMessage)>,
@@ -62,6 +64,7 @@ impl World {
             vpg: VpgId(Uuid::from_u128(7)),
             mono_us: 1,
             ahead_us: 0,
+            deaf: None,
             hosts,
             sent: Vec::new(),
             ended: Vec::new(),
@@ -112,6 +115,9 @@ impl World {
     }
 
     fn carry(&mut self, (from, to, message): (usize, usize, GroupMessage)) {
+        if self.deaf == Some(to) && matches!(message, GroupMessage::Hold(_)) {
+            return;
+        }
         let (now, from) = (self.now(), self.hosts[from].vra);
         let Host { groups, watched, .. } = &mut self.hosts[to];
         groups.receive(from, message, now, &mut Watching(watched));
@@ -247,6 +253,56 @@ fn nobody_is_asked_to_hold_while_the_coordinators_own_vms_cant_be() {
     core.with(|core, wakeups| core.overflow(crate::capture::modes::OverflowReason::Requested, wakeups));
     let vra = world.hosts[0].vra;
     not_asked(&mut world, EpochFailure::Declined { vra, vm, code: DeclineCode::NotStreaming });
+}
+
+#[test]
+fn attempts_back_off_while_a_host_is_heard_and_not_reached() {
+    let mut world = World::new();
+    let interval_us =
+        |world: &World| world.hosts[0].groups.status(world.vpg, world.now()).expect("known").interval_us;
+    world.deaf = Some(1);
+    // Three in the rhythm, then 2, 4 and 8 intervals later.
+    world.pass(18 * INTERVAL_US, all);
+    assert!(world.ended.iter().all(|(_, (_, result))| matches!(result, Err(EpochFailure::Late { .. }))));
+    assert_eq!((world.ended.len(), interval_us(&world)), (6, 16 * INTERVAL_US));
+    world.pass(80 * INTERVAL_US, all);
+    assert_eq!((world.ended.len(), interval_us(&world)), (8, 60_000_000));
+
+    // Others are live now than before.
+    world.pass(LIVE_FOR_US + INTERVAL_US, |host| host != 2);
+    assert_eq!(interval_us(&world), INTERVAL_US);
+    world.deaf = None;
+    world.ended.clear();
+    world.pass(3 * INTERVAL_US, all);
+    let made = |world: &World| world.ended.iter().filter(|(_, (_, result))| result.is_ok()).count();
+    assert!(made(&world) >= 2, "{:?}", world.ended);
+
+    // A checkpoint that is asked for, and made, ends it too; so does another set of members.
+    world.deaf = Some(1);
+    world.pass(10 * INTERVAL_US, all);
+    assert!(interval_us(&world) > INTERVAL_US);
+    world.deaf = None;
+    let until_us = world.mono_us + INTERVAL_US;
+    world.hosts[0].groups.ask(world.vpg, CheckpointKind::Tagged, "x", until_us);
+    world.pass(INTERVAL_US / 2, all);
+    world.ended.clear();
+    world.pass(3 * INTERVAL_US, all);
+    assert!(made(&world) >= 2, "{:?}", world.ended);
+    world.deaf = Some(1);
+    world.pass(10 * INTERVAL_US, all);
+    (0..3).for_each(|host| world.define(host, 2));
+    assert_eq!(interval_us(&world), INTERVAL_US);
+}
+
+#[test]
+fn attempts_back_off_while_another_hosts_vm_is_in_a_sync_and_not_for_the_coordinators_own() {
+    for (host, attempts) in [(2, 5), (0, 10)] {
+        let mut world = World::new();
+        let core = Arc::clone(&world.hosts[host].vm.member.core);
+        core.with(|core, wakeups| core.begin_sync(3, &[(0, 512)], 0, wakeups)).expect("streaming");
+        world.pass(10 * INTERVAL_US + INTERVAL_US / 2, all);
+        assert_eq!(world.ended.len(), attempts, "{:?}", world.ended);
+    }
 }
 
 #[test]
