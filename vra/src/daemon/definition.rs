@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Component, PathBuf};
 
-use crate::api::volume::{MAX_NAME_BYTES, MAX_VOLUMES_PER_VM};
+use crate::api::volume::{MAX_NAME_BYTES, MAX_VOLUMES_PER_VM, is_text};
 use crate::api::vpg::{
     JOURNAL_LIMIT_BYTES, JOURNAL_PERCENT, JournalSize, MAX_SOURCES_PER_VPG, MAX_VMS_PER_VPG, VmDefinition,
 };
@@ -78,7 +78,7 @@ fn check_hold(definition: &VpgDefinition) -> Result<(), ApiError> {
 
 /// Checks a name of a VM, VPG or tag.
 pub(super) fn check_name(what: &str, name: &str) -> Result<(), ApiError> {
-    if name.is_empty() || name.len() > MAX_NAME_BYTES || name.chars().any(char::is_control) {
+    if name.is_empty() || !is_text(name) {
         let shown: String = name.chars().take(40).collect();
         return Err(bad(format!("{what} name {shown:?} is not 1 to {MAX_NAME_BYTES} bytes of text")));
     }
