@@ -120,8 +120,12 @@ impl HostsWorld {
             }
             self.outputs(host)?;
         }
-        let longest_us = self.shape.deadline_us + SLACK_US;
-        for vm in &mut self.vms {
+        let mut longest_us = vec![0; self.vms.len()];
+        for host in &mut self.hosts {
+            let of_host_us = host.longest_hold_us(SLACK_US, &self.env) + SLACK_US;
+            host.vms.iter().for_each(|vm| longest_us[*vm] = of_host_us);
+        }
+        for (vm, longest_us) in self.vms.iter_mut().zip(longest_us) {
             for link in vm.complete(longest_us, &self.env, &mut self.reached)? {
                 self.chain.acknowledged(link, &mut self.env);
             }
@@ -295,7 +299,7 @@ impl HostsWorld {
     }
 
     fn give_definition(&mut self, host: usize) {
-        self.hosts[host].definition = self.definition;
+        self.hosts[host].define(self.definition, &self.env);
         self.follow(host);
     }
 

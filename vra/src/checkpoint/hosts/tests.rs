@@ -78,13 +78,17 @@ impl World {
     }
 
     fn define(&mut self, host: usize, member_set_version: u64) {
+        self.define_with(host, member_set_version, DEADLINE_US);
+    }
+
+    fn define_with(&mut self, host: usize, member_set_version: u64, deadline_us: u64) {
         let hosts = self.hosts.iter();
         let hosts = hosts.map(|host| GroupHost { vra: host.vra, vms: [host.vm.member.vm].into() }).collect();
         let group = SpanningGroup {
             vpg: self.vpg,
             member_set_version,
             interval_us: INTERVAL_US,
-            deadline_us: DEADLINE_US,
+            deadline_us,
             hosts,
             members: Some(vec![self.hosts[host].vm.member.clone()]),
         };
@@ -331,7 +335,7 @@ fn other_sets_of_members_have_no_checkpoint_together() {
 }
 
 #[test]
-fn a_dead_member_is_named_and_nothing_is_tried_and_the_next_in_order_takes_over() {
+fn a_dead_member_is_named_by_the_next_in_order_and_nothing_is_tried() {
     let mut world = World::new();
     world.pass(3 * INTERVAL_US, all);
     assert!(world.ended.iter().all(|(host, (_, result))| *host == 0 && result.is_ok()), "{:?}", world.ended);
@@ -417,6 +421,26 @@ fn late_answers_fail_the_attempt_and_lengthen_the_next_deadline() {
     world.settle(all);
     let next = deadline(&world.begin());
     assert!(LEAST_DEADLINE_US < next && next <= DEADLINE_US, "{next}");
+}
+
+#[test]
+fn nobody_holds_longer_than_its_own_definition_says() {
+    let mut world = World::new();
+    world.define_with(1, 1, 30_000);
+    let holds = world.begin();
+    assert!(holds.iter().all(|(_, _, message)| {
+        matches!(message, GroupMessage::Hold(hold) if u64::from(hold.deadline_us) == DEADLINE_US)
+    }));
+    holds.into_iter().for_each(|hold| world.carry(hold));
+    let are_held = |world: &mut World, after_us| {
+        world.mono_us += after_us;
+        (1..3).for_each(|host| world.tick(host));
+        [1, 2].map(|host: usize| world.hosts[host].vm.member.core.is_holding())
+    };
+    assert_eq!(are_held(&mut world, 29_000), [true, true]);
+    assert_eq!(are_held(&mut world, 2_000), [false, true]);
+    assert_eq!(are_held(&mut world, 68_000), [false, true]);
+    assert_eq!(are_held(&mut world, 2_000), [false, false]);
 }
 
 #[test]
