@@ -11,8 +11,8 @@ pub enum Reached {
     RecordedBySome,
     /// A checkpoint that was asked for was made.
     Tagged,
-    /// A VRA other than the first took checkpoints by the clock.
-    TakenOver,
+    /// The first VRA wasn't live, and another one coordinated: without a member all that it can do is say which one is missing.
+    NextSaidMissing,
     /// Two VRAs had attempts under way at once, and one was in the other's way.
     Collided,
     /// A hold let go at its deadline.
@@ -52,7 +52,7 @@ const ALL: [Reached; 20] = [
     Reached::Offered,
     Reached::RecordedBySome,
     Reached::Tagged,
-    Reached::TakenOver,
+    Reached::NextSaidMissing,
     Reached::Collided,
     Reached::Expired,
     Reached::Late,

@@ -204,8 +204,8 @@ impl HostsWorld {
                     self.env.note(|| format!("host {host}: {result:?}"));
                     if asked.is_none() {
                         self.reached.epochs += 1;
-                        if host > 0 {
-                            self.reached.note(Reached::TakenOver);
+                        if host > 0 && matches!(result, Err(EpochFailure::Missing { .. })) {
+                            self.reached.note(Reached::NextSaidMissing);
                         }
                     }
                     match result {

@@ -319,7 +319,7 @@ impl SpanningGroups {
         let ended = state.participant.release(from, release, now);
         if ended.taken.is_ok() {
             let interval_us = state.group.interval_us;
-            // Whoever takes over goes on in the same rhythm.
+            // Whoever coordinates next goes on in the same rhythm.
             state.coordinator.be_due_at(now.mono_us + interval_us);
         }
         let recorded = Recorded {
