@@ -19,6 +19,9 @@ const HISTORY_SLACK_PERCENT: u64 = 10;
 /// A new group may take so long to connect, microseconds.
 const FIRST_CONNECTION_US: u64 = 15_000_000;
 
+/// A newest checkpoint may be so much in the future, microseconds: clocks of synchronised hosts differ, and statuses are of different moments.
+const FUTURE_SLACK_US: u64 = 5_000_000;
+
 /// How `vpg` does at `now_us`.
 pub fn report(
     vpg: &Vpg,
@@ -81,6 +84,7 @@ impl<'a> Look<'a> {
             .try_fold(TimeUs(0), |oldest, from| from.map(|from| oldest.max(from)));
         let rpo_us = newest_us
             .filter(|_| all_targets_tell)
+            .filter(|newest| !self.is_in_future(*newest))
             .map(|newest| self.coordinator_now_us().saturating_sub(newest.0));
         let (sync_percent, sync_remaining_us) = self.sync(&vms);
         let mut report = VpgReport {
@@ -157,7 +161,15 @@ impl<'a> Look<'a> {
     }
 
     fn add_sla_problems(&self, report: &mut VpgReport) {
-        if report.checkpoint_count > 0 && self.rpo_missed(report) {
+        if let Some(newest) = report.history_to_us.filter(|newest| self.is_in_future(*newest)) {
+            report.problems.push(Problem {
+                description: format!(
+                    "RPO of {} is unknown: the time of its newest checkpoint, {newest}, is in the future",
+                    self.vpg.name
+                ),
+                remedy: "synchronise the clocks of its source hosts: checkpoints are stamped by them".into(),
+            });
+        } else if report.checkpoint_count > 0 && self.rpo_missed(report) {
             let stage = report.slowest_stage.map_or("between checkpoints", |(stage, _)| match stage {
                 Stage::Queue => "in the source's queue",
                 Stage::Wire => "on the network",
@@ -323,6 +335,11 @@ impl<'a> Look<'a> {
             Some(last.status.now_us.0 + self.now_us.saturating_sub(last.asked_us))
         });
         clocks.max().unwrap_or(self.now_us)
+    }
+
+    /// Whether a checkpoint has a time that says nothing of its age.
+    fn is_in_future(&self, newest: TimeUs) -> bool {
+        newest.0 > self.coordinator_now_us().saturating_add(FUTURE_SLACK_US)
     }
 
     fn missing_disks(&self, member: &Member) -> impl Iterator<Item = String> {

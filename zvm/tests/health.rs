@@ -106,6 +106,19 @@ fn rpo_is_the_age_of_the_newest_checkpoint_at_all_targets_by_the_sources_clock()
 }
 
 #[test]
+fn a_newest_checkpoint_in_the_future_says_nothing_of_the_rpo() {
+    let mut group = Group::new();
+    group.target(|status| status.vpgs[0].last_checkpoint.as_mut().unwrap().time_us.0 += 6 * SECOND_US);
+    assert_eq!(group.report().rpo_us, Some(0), "clocks differ a little");
+    group.target(|status| status.vpgs[0].last_checkpoint.as_mut().unwrap().time_us.0 += 86_400 * SECOND_US);
+    let report = group.report();
+    assert_eq!((report.status, report.rpo_us), (Status::RpoNotMeetingSla, None));
+    assert_eq!(report.problems.len(), 1, "{:?}", report.problems);
+    assert!(report.problems[0].description.contains("is unknown"), "{:?}", report.problems);
+    assert!(report.problems[0].remedy.contains("synchronise the clocks"), "{:?}", report.problems);
+}
+
+#[test]
 fn a_dead_source_leaves_what_can_be_recovered_and_rpo_grows() {
     let mut group = Group::new();
     let source = group.source;

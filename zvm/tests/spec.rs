@@ -158,6 +158,10 @@ fn vms_of_two_hosts_are_one_group_whose_sources_coordinate_in_the_order_of_their
     let mut expected = [site.vra("vra-a"), site.vra("vra-b")];
     expected.sort_unstable();
     assert_eq!(definition.coordinators, expected);
+    (spec.checkpoint_interval_ms, spec.hold_deadline_ms) = (1_500, 751);
+    let error = site.create(&spec, &served).unwrap_err();
+    assert!(error.message.contains("is 751 ms; it must be at most half"), "{error}");
+    assert!(error.remedy.unwrap().contains("a shorter hold deadline"));
     let alone = site.create(&self::spec(&["db"]), &site.db_volumes()).unwrap();
     assert!(alone.definition(|vra| site.vras.get(&vra)).unwrap().coordinators.is_empty());
 }

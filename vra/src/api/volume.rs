@@ -12,6 +12,11 @@ pub const MAX_VOLUMES_PER_VM: usize = 64;
 /// Longest name of a VM, VPG or tag, in bytes of UTF-8.
 pub const MAX_NAME_BYTES: usize = 128;
 
+/// Whether a name, or a tag, which may be empty, is text of no more than [`MAX_NAME_BYTES`].
+pub fn is_text(name: &str) -> bool {
+    name.len() <= MAX_NAME_BYTES && !name.chars().any(char::is_control)
+}
+
 /// Serves a raw file or block device as a protected volume. The same disk for the same VM again answers with the volume at hand.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Attach {

@@ -209,6 +209,9 @@ pub struct ListCheckpoints {
     /// Newest first instead of oldest first.
     #[serde(default)]
     pub newest_first: bool,
+    /// With `newest_first`: in the order of cuts instead of times, which a coordinator with a wrong clock puts out of order.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub by_cut: bool,
     /// The former page's [`CheckpointPage::next`].
     #[serde(default)]
     pub after: Option<CheckpointId>,

@@ -9,7 +9,7 @@ use crate::api::status::{LastCheckpoint, VpgStatus};
 use crate::api::vpg::VmDefinition;
 use crate::api::{
     ApiError, CheckpointId, CheckpointInfo, CheckpointPage, ErrorCode, ListCheckpoints, LockCheckpoint,
-    MAX_CHECKPOINTS_PER_PAGE, PointInTime, TimeUs, VmId, VpgDefinition,
+    MAX_CHECKPOINTS_PER_PAGE, PointInTime, VmId, VpgDefinition,
 };
 use crate::receive::{TargetVm, error_chain};
 
@@ -152,7 +152,7 @@ impl Daemon {
                 )
                 .remedy("see the list of checkpoints")
             }),
-            PointInTime::Latest => group.newest_until(TimeUs(u64::MAX)).ok_or_else(|| {
+            PointInTime::Latest => group.newest().ok_or_else(|| {
                 ApiError::new(ErrorCode::NotReady, "there is no complete checkpoint yet")
                     .remedy("wait for the end of the first sync; `vra status` shows how far it is")
             }),
@@ -173,7 +173,7 @@ impl Daemon {
                 && let Ok(group) = group_checkpoints(&vms).await
             {
                 status.checkpoint_count = group.complete_count();
-                let held = group.newest_until(TimeUs(u64::MAX));
+                let held = group.newest();
                 status.last_checkpoint = status.last_checkpoint.or_else(|| {
                     held.map(|info| LastCheckpoint { id: info.id, time_us: info.time_us, tag: info.tag })
                 });

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Component, PathBuf};
 
-use crate::api::volume::{MAX_NAME_BYTES, MAX_VOLUMES_PER_VM};
+use crate::api::volume::{MAX_NAME_BYTES, MAX_VOLUMES_PER_VM, is_text};
 use crate::api::vpg::{
     JOURNAL_LIMIT_BYTES, JOURNAL_PERCENT, JournalSize, MAX_SOURCES_PER_VPG, MAX_VMS_PER_VPG, VmDefinition,
 };
@@ -19,6 +19,7 @@ pub fn check(definition: &VpgDefinition, own: VraId, datastores: &[PathBuf]) -> 
     limits("hold_deadline_ms", definition.hold_deadline_ms.into(), 10, 1_000)?;
     limits("the number of VMs", definition.vms.len() as u64, 1, MAX_VMS_PER_VPG as u64)?;
     check_sources(definition)?;
+    check_hold(definition)?;
     let mut vms = BTreeSet::new();
     let mut journals = BTreeSet::new();
     let mut volumes = BTreeSet::new();
@@ -62,9 +63,22 @@ fn check_sources(definition: &VpgDefinition) -> Result<(), ApiError> {
     Ok(())
 }
 
+/// Across hosts a hold that fails lasts for the whole deadline on those that were reached: guests must get on in between.
+fn check_hold(definition: &VpgDefinition) -> Result<(), ApiError> {
+    let (interval_ms, deadline_ms) = (definition.checkpoint_interval_ms, definition.hold_deadline_ms);
+    if definition.sources().len() > 1 && deadline_ms > interval_ms / 2 {
+        return Err(bad(format!(
+            "hold_deadline_ms of VPG \"{}\", whose VMs are at several source VRAs, is {deadline_ms}; it must be at most half of checkpoint_interval_ms, {interval_ms}",
+            definition.name
+        ))
+        .remedy("give it a shorter hold deadline or a longer checkpoint interval"));
+    }
+    Ok(())
+}
+
 /// Checks a name of a VM, VPG or tag.
 pub(super) fn check_name(what: &str, name: &str) -> Result<(), ApiError> {
-    if name.is_empty() || name.len() > MAX_NAME_BYTES || name.chars().any(char::is_control) {
+    if name.is_empty() || !is_text(name) {
         let shown: String = name.chars().take(40).collect();
         return Err(bad(format!("{what} name {shown:?} is not 1 to {MAX_NAME_BYTES} bytes of text")));
     }
@@ -246,6 +260,18 @@ mod tests {
         spanning.coordinators = vec![VraId(uuid::Uuid::from_u128(9)), VraId(uuid::Uuid::from_u128(3))];
         check(&spanning, own, &["/data".into()]).expect("an order");
         assert_eq!(order(&spanning), [9, 3, 2]);
+
+        (spanning.checkpoint_interval_ms, spanning.hold_deadline_ms) = (1_000, 500);
+        check(&spanning, own, &["/data".into()]).expect("half of the interval");
+        spanning.hold_deadline_ms = 501;
+        let error = check(&spanning, own, &["/data".into()]).expect_err("too long a hold");
+        assert!(
+            error.message.contains("is 501; it must be at most half of checkpoint_interval_ms, 1000"),
+            "{error}"
+        );
+        spanning.vms.truncate(1);
+        spanning.coordinators.clear();
+        check(&spanning, own, &["/data".into()]).expect("on one host holds need no messages");
     }
 
     #[test]

@@ -34,6 +34,15 @@ impl GroupCheckpoints {
         }
     }
 
+    /// The newest that all journals have: that with the largest cuts, whatever its coordinator's clock said.
+    pub(super) fn newest(&self) -> Option<CheckpointInfo> {
+        if !self.is_disordered() {
+            return self.newest_until(TimeUs(u64::MAX));
+        }
+        let complete = self.merged(None, None, false).filter(|keyed| self.is_complete(keyed));
+        complete.max_by_key(Keyed::age).map(|keyed| self.info(&keyed))
+    }
+
     /// The newest that all journals have, at or before a time.
     pub(super) fn newest_until(&self, until: TimeUs) -> Option<CheckpointInfo> {
         let to = until.0.checked_add(1).map(|end| first_of(TimeUs(end)));
@@ -50,6 +59,10 @@ impl GroupCheckpoints {
     pub fn page(&self, asked: &ListCheckpoints) -> CheckpointPage {
         let from = asked.from_us.map(first_of);
         let to = asked.to_us.and_then(|to| Some(first_of(TimeUs(to.0.checked_add(1)?))));
+        // Mostly both orders are one, and then one by time costs less.
+        if asked.newest_first && asked.by_cut && self.is_disordered() {
+            return self.page_by_cut(asked, from, to);
+        }
         let matches = |keyed: &Keyed<'_>| !asked.tagged || keyed.listed.tag.is_some();
         let total = match &self.lists[..] {
             [(_, only)] if !asked.tagged => {
@@ -65,9 +78,33 @@ impl GroupCheckpoints {
             Some(after) => (from.max(Some(next_key(after))), to),
             None => (from, to),
         };
-        let mut rest = self.merged(from, to, asked.newest_first).filter(matches);
-        let limit = asked.limit as usize;
-        let page: Vec<CheckpointInfo> = rest.by_ref().take(limit).map(|keyed| self.info(&keyed)).collect();
+        let rest = self.merged(from, to, asked.newest_first).filter(matches);
+        self.first_of_page(rest, asked.limit, total)
+    }
+
+    /// A page in the order of cuts, those with the largest first.
+    fn page_by_cut(
+        &self,
+        asked: &ListCheckpoints,
+        from: Option<CheckpointKey>,
+        to: Option<CheckpointKey>,
+    ) -> CheckpointPage {
+        let matches = |keyed: &Keyed<'_>| !asked.tagged || keyed.listed.tag.is_some();
+        let mut all: Vec<Keyed<'_>> = self.merged(from, to, false).filter(matches).collect();
+        all.sort_by_key(|keyed| std::cmp::Reverse(keyed.age()));
+        let total = all.len() as u64;
+        let after = asked.after.and_then(|after| all.iter().position(|keyed| keyed.listed.id == after));
+        self.first_of_page(all.into_iter().skip(after.map_or(0, |after| after + 1)), asked.limit, total)
+    }
+
+    fn first_of_page<'a>(
+        &self,
+        mut rest: impl Iterator<Item = Keyed<'a>>,
+        limit: u32,
+        total: u64,
+    ) -> CheckpointPage {
+        let page: Vec<CheckpointInfo> =
+            rest.by_ref().take(limit as usize).map(|keyed| self.info(&keyed)).collect();
         let next = page.last().filter(|_| rest.next().is_some()).map(|info| info.id);
         CheckpointPage { checkpoints: page, total, next }
     }
@@ -75,6 +112,11 @@ impl GroupCheckpoints {
     fn keyed(&self, id: CheckpointId) -> Option<Keyed<'_>> {
         let key = self.lists.iter().find_map(|(_, list)| list.find(id))?.key();
         self.merged(Some(key), None, false).next()
+    }
+
+    /// Whether the order of times may not be that of cuts.
+    fn is_disordered(&self) -> bool {
+        self.lists.iter().any(|(_, list)| list.is_disordered())
     }
 
     fn is_complete(&self, keyed: &Keyed<'_>) -> bool {
@@ -126,7 +168,9 @@ impl GroupCheckpoints {
             let mut found: Option<Keyed<'_>> = None;
             for source in &mut sources {
                 if let Some(listed) = source.next_if(|listed| listed.key() == key) {
-                    found.get_or_insert(Keyed { listed, holders: 0 }).holders += 1;
+                    let keyed = found.get_or_insert(Keyed { listed, holders: 0, cuts: 0 });
+                    keyed.holders += 1;
+                    keyed.cuts += u128::from(listed.cut);
                 }
             }
             found
@@ -138,6 +182,14 @@ impl GroupCheckpoints {
 struct Keyed<'a> {
     listed: &'a ListedCheckpoint,
     holders: usize,
+    /// The sum of its cuts: each of a later complete one's is larger.
+    cuts: u128,
+}
+
+impl Keyed<'_> {
+    fn age(&self) -> (u128, CheckpointKey) {
+        (self.cuts, self.listed.key())
+    }
 }
 
 fn next_key((time_us, id): CheckpointKey) -> CheckpointKey {
@@ -175,6 +227,7 @@ mod tests {
             to_us: None,
             tagged: false,
             newest_first: false,
+            by_cut: false,
             after: None,
             limit,
         }
@@ -209,6 +262,41 @@ mod tests {
         assert_eq!(newest(999), None);
         assert_eq!(group.find(CheckpointId { nonce: 5, counter: 4 }).map(|info| info.complete), Some(false));
         assert_eq!(group.find(CheckpointId { nonce: 6, counter: 4 }), None);
+    }
+
+    #[test]
+    fn the_newest_has_the_largest_cuts_though_a_coordinators_clock_was_ahead() {
+        let jumped = |counter: u64| ListedCheckpoint {
+            time_us: TimeUs(if counter == 3 { 1_000_000 } else { counter * 1000 }),
+            id: CheckpointId { nonce: 5, counter },
+            cut: counter * 10,
+            member_set_version: 1,
+            tag: None,
+        };
+        let list = |counters: &[u64]| {
+            let mut list = CheckpointList::default();
+            counters.iter().for_each(|counter| list.push(jumped(*counter)));
+            (VmId::random(), list)
+        };
+        let group =
+            GroupCheckpoints::new(vec![list(&[1, 2, 3, 4, 5]), list(&[1, 2, 3, 4, 5, 6])], BTreeSet::new());
+        assert_eq!(group.newest().map(|info| info.id.counter), Some(5));
+        assert_eq!(group.newest_until(TimeUs(u64::MAX)).map(|info| info.id.counter), Some(3));
+        // By its time it is where its time says.
+        assert_eq!(group.newest_until(TimeUs(4500)).map(|info| info.id.counter), Some(4));
+        for limit in 1..8 {
+            let by_time = ListCheckpoints { newest_first: true, ..ask(limit) };
+            assert_eq!(all_pages(&group, by_time.clone(), 6), [3, 6, 5, 4, 2, 1]);
+            let page = ListCheckpoints { by_cut: true, ..by_time };
+            // One that lies in one journal alone has its place by that journal's cut.
+            let seen = all_pages(&group, page, 6);
+            assert_eq!(
+                seen.iter().copied().filter(|counter| *counter != 6).collect::<Vec<_>>(),
+                [5, 4, 3, 2, 1]
+            );
+        }
+        let ordered = GroupCheckpoints::new(vec![list(&[1, 2, 3]), list(&[2, 3])], BTreeSet::new());
+        assert_eq!(ordered.newest().map(|info| info.id.counter), Some(3));
     }
 
     #[test]

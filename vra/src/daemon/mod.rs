@@ -219,7 +219,7 @@ impl Daemon {
     }
 
     async fn stop(&self) {
-        self.spanning.stop();
+        self.spanning.stop().await;
         lock(&self.sources).clear();
         let link = lock(&self.link).take();
         if let Some(link) = link {

@@ -64,9 +64,10 @@ impl Spanning {
         let gone: Vec<VpgId> = machine.groups.groups().filter(|vpg| !wanted.contains(vpg)).collect();
         gone.into_iter().for_each(|vpg| machine.groups.remove_group(vpg, now));
         groups.into_iter().for_each(|group| machine.groups.set_group(group, now));
+        // First: aborts for VRAs that are no peers any more need their lines.
+        self.dispatch(&mut machine);
         let peers = machine.groups.peers().filter_map(|peer| ways.get(&peer));
         self.lines.follow(peers, link);
-        self.dispatch(&mut machine);
         drop(machine);
         self.changed.notify_one();
     }
@@ -110,14 +111,16 @@ impl Spanning {
         lock(&self.machine).groups.status(vpg, self.clock.now())
     }
 
-    /// Lets go of everything: the VRA ends.
-    pub(super) fn stop(&self) {
-        let mut machine = lock(&self.machine);
-        let now = self.clock.now();
-        let all: Vec<VpgId> = machine.groups.groups().collect();
-        all.into_iter().for_each(|vpg| machine.groups.remove_group(vpg, now));
-        self.dispatch(&mut machine);
-        self.lines.close();
+    /// Lets go of everything, and tells those that it holds: the VRA ends.
+    pub(super) async fn stop(&self) {
+        {
+            let mut machine = lock(&self.machine);
+            let now = self.clock.now();
+            let all: Vec<VpgId> = machine.groups.groups().collect();
+            all.into_iter().for_each(|vpg| machine.groups.remove_group(vpg, now));
+            self.dispatch(&mut machine);
+        }
+        self.lines.close().await;
     }
 
     /// Does what has become due, and sleeps until the next thing is. Ends only when cancelled.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use quinn::VarInt;
 use tokio::sync::mpsc;
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 
 use super::linking::SharedLink;
 use super::{Daemon, lock};
@@ -22,6 +22,9 @@ const QUEUE: usize = 128;
 /// After a line has ended, or couldn't be opened, the next try comes so much later.
 const AGAIN_AFTER: Duration = Duration::from_millis(300);
 
+/// What waits for a line that isn't wanted any more may go for so long: an abort lets guests go on sooner than a deadline does.
+const DRAIN_FOR: Duration = Duration::from_millis(200);
+
 /// What these few bytes say is worth more than the data that shares a connection with them.
 const PRIORITY: i32 = 10;
 
@@ -35,7 +38,7 @@ pub(super) struct Lines {
 struct Line {
     endpoint: VraEndpoint,
     queue: mpsc::Sender<GroupMessage>,
-    task: AbortHandle,
+    task: JoinHandle<()>,
 }
 
 impl Lines {
@@ -44,18 +47,26 @@ impl Lines {
         let mut lines = lock(&self.to);
         let mut former = std::mem::take(&mut *lines);
         for endpoint in peers {
-            let line = former.remove(&endpoint.id).filter(|line| line.endpoint == *endpoint);
-            let line = line.unwrap_or_else(|| Line::start(endpoint, link));
+            let same =
+                former.extract_if(.., |id, line| *id == endpoint.id && line.endpoint == *endpoint).next();
+            let line = same.map_or_else(|| Line::start(endpoint, link), |(_, line)| line);
             lines.insert(endpoint.id, line);
+        }
+        for line in former.into_values() {
+            tokio::spawn(line.end());
         }
         // What comes from a VRA that is no peer any more isn't taken: its line costs nothing until it ends.
         lock(&self.from).retain(|vra, line| lines.contains_key(vra) && !line.is_finished());
     }
 
-    /// Has no line any more.
-    pub(super) fn close(&self) {
-        lock(&self.to).clear();
+    /// Has no line any more; what waits for one may still go, for a moment.
+    pub(super) async fn close(&self) {
         lock(&self.from).values().for_each(AbortHandle::abort);
+        let lines = std::mem::take(&mut *lock(&self.to));
+        let ends: Vec<JoinHandle<()>> = lines.into_values().map(|line| tokio::spawn(line.end())).collect();
+        for end in ends {
+            let _ = end.await;
+        }
     }
 
     /// Sends a message if its line is up, or drops it.
@@ -73,25 +84,37 @@ impl Lines {
     }
 }
 
+impl Drop for Lines {
+    fn drop(&mut self) {
+        lock(&self.to).values().for_each(|line| line.task.abort());
+    }
+}
+
 impl Line {
     fn start(endpoint: &VraEndpoint, link: &SharedLink) -> Self {
         let (queue, messages) = mpsc::channel(QUEUE);
-        let task = tokio::spawn(keep_line(Arc::clone(link), endpoint.clone(), messages)).abort_handle();
+        let task = tokio::spawn(keep_line(Arc::clone(link), endpoint.clone(), messages));
         Self { endpoint: endpoint.clone(), queue, task }
     }
-}
 
-impl Drop for Line {
-    fn drop(&mut self) {
-        self.task.abort();
+    /// Takes no more messages, and ends when those that wait have gone or a moment has.
+    async fn end(self) {
+        let Self { queue, mut task, .. } = self;
+        drop(queue);
+        if tokio::time::timeout(DRAIN_FOR, &mut task).await.is_err() {
+            task.abort();
+        }
     }
 }
 
-/// Opens the line again whenever it ends.
+/// Opens the line again whenever it ends, until nobody has messages for it any more.
 async fn keep_line(link: SharedLink, to: VraEndpoint, mut messages: mpsc::Receiver<GroupMessage>) {
     loop {
         if let Err(reason) = one_line(&link, &to, &mut messages).await {
             tracing::debug!(peer = %to.id, reason, "no line to a VRA that has checkpoints with this one");
+        }
+        if messages.is_closed() {
+            return;
         }
         tokio::time::sleep(AGAIN_AFTER).await;
     }
@@ -110,6 +133,10 @@ async fn one_line(
     while messages.try_recv().is_ok() {}
     while let Some(message) = messages.recv().await {
         send.write_all(&message.encode()).await.map_err(|error| error.to_string())?;
+    }
+    // It isn't wanted any more. What was written is to arrive before the connection may go; its owner waits for a moment at most.
+    if send.finish().is_ok() {
+        let _ = send.stopped().await;
     }
     Ok(())
 }

@@ -68,9 +68,10 @@ fn finding_of(vpg: &VpgDefinition, status: &SpanningStatus) -> Option<Finding> {
     } else if status.aborted_in_row >= ABORTED_IN_ROW {
         let failure = status.last_failure.as_ref()?;
         let message = format!(
-            "VPG \"{}\": the last {} attempts gave no checkpoint: {}",
+            "VPG \"{}\": the last {} attempts gave no checkpoint, it is tried every {} s: {}",
             vpg.name,
             status.aborted_in_row,
+            status.interval_us.div_ceil(1_000_000),
             told(failure, vpg)
         );
         ("group-not-checkpointed", Severity::Warning, message, remedy_of(failure))

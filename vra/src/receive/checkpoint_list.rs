@@ -82,9 +82,22 @@ impl CheckpointList {
         self.chunks.front()?.first()
     }
 
-    /// The newest one.
+    /// The one with the latest time.
     pub fn last(&self) -> Option<&ListedCheckpoint> {
         self.chunks.back()?.last()
+    }
+
+    /// The newest one: that with the largest cut. Its time may be earlier than another one's, whose coordinator had a wrong clock.
+    pub fn newest(&self) -> Option<&ListedCheckpoint> {
+        match self.is_disordered {
+            true => self.iter_from(0).max_by_key(|entry| (entry.cut, entry.key())),
+            false => self.last(),
+        }
+    }
+
+    /// Whether cuts may not be in the order of times.
+    pub fn is_disordered(&self) -> bool {
+        self.is_disordered
     }
 
     /// How many are before a key: where it is, or would be.

@@ -1,4 +1,4 @@
-use journal::batch::{CheckpointKind, Epoch, MAX_TAG_BYTES};
+use journal::batch::{CheckpointKind, Epoch};
 use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -6,6 +6,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use super::WireError;
 use super::decline::DeclineCode;
 use super::frame::{FRAME_HEADER_BYTES, FrameKind, Header, fixed_body};
+use crate::api::volume::{MAX_NAME_BYTES, is_text};
 use crate::api::vpg::MAX_VMS_PER_VPG;
 use crate::api::{VmId, VpgId};
 
@@ -90,7 +91,7 @@ pub struct Release {
     pub time_us: u64,
     /// Why it was.
     pub kind: CheckpointKind,
-    /// Its name, or empty; at most [`MAX_TAG_BYTES`], cut at a character's border if longer.
+    /// Its name, or empty; at most [`MAX_NAME_BYTES`] without control characters, as the API takes it.
     pub tag: String,
 }
 
@@ -144,7 +145,7 @@ impl GroupMessage {
                 frame(FrameKind::Decline, layout.as_bytes(), &[])
             }
             Self::Release(release) => {
-                let tag = &release.tag[..release.tag.floor_char_boundary(MAX_TAG_BYTES)];
+                let tag = &release.tag[..release.tag.floor_char_boundary(MAX_NAME_BYTES)];
                 let layout = ReleaseLayout {
                     at: AtLayout::of(release.at),
                     hold: release.hold.into(),
@@ -254,8 +255,8 @@ fn parse_release(body: &[u8]) -> Result<GroupMessage, WireError> {
         ReleaseLayout::ref_from_prefix(body).map_err(|_| length("release", body, fixed_bytes))?;
     zero("release", &layout.reserved)?;
     let tag_len_bytes = usize::from(layout.tag_len_bytes.get());
-    if tag_len_bytes > MAX_TAG_BYTES || tag.len() != tag_len_bytes {
-        return Err(length("release", body, fixed_bytes + tag_len_bytes.min(MAX_TAG_BYTES)));
+    if tag_len_bytes > MAX_NAME_BYTES || tag.len() != tag_len_bytes {
+        return Err(length("release", body, fixed_bytes + tag_len_bytes.min(MAX_NAME_BYTES)));
     }
     let field = |field, found| WireError::Field { frame: "release", field, found };
     let kind = match layout.kind {
@@ -266,6 +267,11 @@ fn parse_release(body: &[u8]) -> Result<GroupMessage, WireError> {
     };
     let tag = std::str::from_utf8(tag)
         .map_err(|error| field("first byte of the tag that is not UTF-8", error.valid_up_to() as u64))?;
+    // A peer's word goes into journals, lists and terminals: it is checked as a user's is.
+    if !is_text(tag) {
+        let control = tag.find(char::is_control).unwrap_or(0);
+        return Err(field("first byte of the tag that is a control character", control as u64));
+    }
     Ok(GroupMessage::Release(Release {
         at: layout.at.read(),
         hold: layout.hold.get(),

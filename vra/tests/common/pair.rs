@@ -76,6 +76,7 @@ pub async fn checkpoints(target: &Vra, vpg: VpgId) -> Vec<CheckpointInfo> {
         to_us: None,
         tagged: false,
         newest_first: false,
+        by_cut: false,
         after: None,
         limit: 1000,
     };

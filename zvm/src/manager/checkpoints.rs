@@ -184,6 +184,7 @@ fn newest_of(vpg: &Vpg) -> ListCheckpoints {
         to_us: None,
         tagged: false,
         newest_first: true,
+        by_cut: false,
         after: None::<CheckpointId>,
         limit: MAX_CHECKPOINTS_PER_PAGE,
     }
@@ -193,7 +194,8 @@ fn newest_of(vpg: &Vpg) -> ListCheckpoints {
 pub(super) fn newest_at(vpg: &Vpg, at: &At) -> ListCheckpoints {
     let query = newest_of(vpg);
     match at {
-        At::Latest | At::Checkpoint { .. } => query,
+        At::Latest => ListCheckpoints { by_cut: true, ..query },
+        At::Checkpoint { .. } => query,
         At::Time { time_us } => ListCheckpoints { to_us: Some(*time_us), ..query },
         At::Tag { .. } => ListCheckpoints { tagged: true, ..query },
     }

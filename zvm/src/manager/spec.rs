@@ -79,6 +79,14 @@ pub fn resolve<'a>(spec: &'a VpgSpec, context: &Context<'a>) -> Result<Resolved<
         );
         return Err(ApiError::new(ErrorCode::Unsupported, message).remedy("make several groups of them"));
     }
+    // As the VRAs check it: across hosts a hold that fails lasts for the whole deadline.
+    if sources.len() > 1 && spec.hold_deadline_ms > spec.checkpoint_interval_ms / 2 {
+        let message = format!(
+            "the hold deadline of {:?}, whose VMs run at several VRAs, is {} ms; it must be at most half of the checkpoint interval, {} ms",
+            spec.name, spec.hold_deadline_ms, spec.checkpoint_interval_ms
+        );
+        return Err(bad(message).remedy("give it a shorter hold deadline or a longer checkpoint interval"));
+    }
     Ok(Resolved { spec, members })
 }
 

@@ -32,6 +32,8 @@ pub(super) struct Host {
     pub(super) vms: Vec<usize>,
     /// The last definition that it was given.
     pub(super) definition: Definition,
+    /// Deadlines of former ones, and until when a hold that began under them may last.
+    former_deadlines: Vec<(u64, u64)>,
     process: Option<Process>,
     /// When a dead one starts again.
     pub(super) starts_us: u64,
@@ -66,12 +68,28 @@ impl Host {
             vra,
             vms,
             definition,
+            former_deadlines: Vec::new(),
             process: None,
             starts_us: 0,
             stalled_until_us: 0,
             mono_offset_us: env.rng.below(1_000_000_000),
             wall_offset_us: env.rng.below(CLOCK_SPREAD_US),
         }
+    }
+
+    /// It is given another definition.
+    pub(super) fn define(&mut self, definition: Definition, env: &Env) {
+        let former = std::mem::replace(&mut self.definition, definition);
+        self.former_deadlines.push((former.deadline_us, env.now().mono_us + former.deadline_us));
+    }
+
+    /// How long its VMs may be held by its own definition, whatever a coordinator asks for; and by a former one while holds may be left that
+    /// began under it.
+    pub(super) fn longest_hold_us(&mut self, slack_us: u64, env: &Env) -> u64 {
+        let now_us = env.now().mono_us;
+        self.former_deadlines.retain(|(_, until_us)| now_us <= until_us + slack_us);
+        let former = self.former_deadlines.iter().map(|(deadline_us, _)| *deadline_us).max();
+        self.definition.deadline_us.max(former.unwrap_or(0))
     }
 
     pub(super) fn is_up(&self) -> bool {

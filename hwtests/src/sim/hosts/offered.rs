@@ -67,6 +67,7 @@ fn all_of(vpg: VpgId, group: &GroupCheckpoints) -> Vec<CheckpointInfo> {
         to_us: None,
         tagged: false,
         newest_first: false,
+        by_cut: false,
         after: None,
         limit: MAX_CHECKPOINTS_PER_PAGE,
     };

@@ -11,14 +11,16 @@ pub enum Reached {
     RecordedBySome,
     /// A checkpoint that was asked for was made.
     Tagged,
-    /// A VRA other than the first took checkpoints by the clock.
-    TakenOver,
+    /// The first VRA wasn't live, and another one coordinated: without a member all that it can do is say which one is missing.
+    NextSaidMissing,
     /// Two VRAs had attempts under way at once, and one was in the other's way.
     Collided,
     /// A hold let go at its deadline.
     Expired,
     /// An answer came when its coordinator had given up.
     Late,
+    /// Attempts that only held guests up came later and later.
+    BackedOff,
     /// A VRA had given up the hold that it was released from.
     NoSuchHold,
     /// A VM wasn't streaming or was in a sync.
@@ -46,14 +48,15 @@ pub enum Reached {
 }
 
 /// All of them.
-const ALL: [Reached; 19] = [
+const ALL: [Reached; 20] = [
     Reached::Offered,
     Reached::RecordedBySome,
     Reached::Tagged,
-    Reached::TakenOver,
+    Reached::NextSaidMissing,
     Reached::Collided,
     Reached::Expired,
     Reached::Late,
+    Reached::BackedOff,
     Reached::NoSuchHold,
     Reached::NotReady,
     Reached::Missing,

@@ -120,8 +120,12 @@ impl HostsWorld {
             }
             self.outputs(host)?;
         }
-        let longest_us = self.shape.deadline_us + SLACK_US;
-        for vm in &mut self.vms {
+        let mut longest_us = vec![0; self.vms.len()];
+        for host in &mut self.hosts {
+            let of_host_us = host.longest_hold_us(SLACK_US, &self.env) + SLACK_US;
+            host.vms.iter().for_each(|vm| longest_us[*vm] = of_host_us);
+        }
+        for (vm, longest_us) in self.vms.iter_mut().zip(longest_us) {
             for link in vm.complete(longest_us, &self.env, &mut self.reached)? {
                 self.chain.acknowledged(link, &mut self.env);
             }
@@ -200,8 +204,8 @@ impl HostsWorld {
                     self.env.note(|| format!("host {host}: {result:?}"));
                     if asked.is_none() {
                         self.reached.epochs += 1;
-                        if host > 0 {
-                            self.reached.note(Reached::TakenOver);
+                        if host > 0 && matches!(result, Err(EpochFailure::Missing { .. })) {
+                            self.reached.note(Reached::NextSaidMissing);
                         }
                     }
                     match result {
@@ -211,7 +215,14 @@ impl HostsWorld {
                             }
                             self.confirmed.insert(id_of(taken.epoch));
                         }
-                        Err(failure) => self.failed(&failure),
+                        Err(failure) => {
+                            let status = self.hosts[host].status(self.vpg, &self.env);
+                            let interval_us = self.hosts[host].definition.interval_us;
+                            if status.is_some_and(|status| status.interval_us > interval_us) {
+                                self.reached.note(Reached::BackedOff);
+                            }
+                            self.failed(&failure);
+                        }
                     }
                 }
             }
@@ -288,7 +299,7 @@ impl HostsWorld {
     }
 
     fn give_definition(&mut self, host: usize) {
-        self.hosts[host].definition = self.definition;
+        self.hosts[host].define(self.definition, &self.env);
         self.follow(host);
     }
 
@@ -302,7 +313,10 @@ impl HostsWorld {
             self.give_definition(host);
         }
         self.network = Network::default();
-        let calm_until_us = self.env.now().mono_us + CALM_US;
+        // Attempts that have backed off come again only so much later.
+        let statuses = self.hosts.iter().filter_map(|host| host.status(self.vpg, &self.env));
+        let longest_us = statuses.map(|status| status.interval_us).max().unwrap_or(0);
+        let calm_until_us = self.env.now().mono_us + CALM_US + longest_us;
         while self.env.now().mono_us < calm_until_us - 3_000_000 {
             self.step()?;
         }

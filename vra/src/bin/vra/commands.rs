@@ -157,6 +157,7 @@ impl Daemon<'_> {
                     to_us: None,
                     tagged: *tagged,
                     newest_first: true,
+                    by_cut: false,
                     after: None,
                     limit: *limit,
                 };

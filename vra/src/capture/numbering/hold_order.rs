@@ -35,8 +35,8 @@ impl Core {
         held
     }
 
-    /// From now on writes above the returned cut don't complete to the guest (D2).
-    pub fn hold(&mut self, epoch: u64) -> Result<u64, HoldRefusal> {
+    /// Whether a hold could begin now.
+    pub fn check_hold(&self) -> Result<(), HoldRefusal> {
         if !self.is_streaming() {
             return Err(HoldRefusal::NotStreaming);
         }
@@ -46,6 +46,12 @@ impl Core {
         if self.hold.is_some() {
             return Err(HoldRefusal::AlreadyHolding);
         }
+        Ok(())
+    }
+
+    /// From now on writes above the returned cut don't complete to the guest (D2).
+    pub fn hold(&mut self, epoch: u64) -> Result<u64, HoldRefusal> {
+        self.check_hold()?;
         if !is_planted(Planted::FlagAfterCut) {
             self.flags.holding.store(true, Ordering::SeqCst);
         }

@@ -98,6 +98,11 @@ impl VmCore {
         self.lock().add_lane(waker)
     }
 
+    /// See [`Core::check_hold`].
+    pub fn check_hold(&self) -> Result<(), HoldRefusal> {
+        self.lock().check_hold()
+    }
+
     /// See [`Core::hold`].
     pub fn hold(&self, epoch: u64) -> Result<u64, HoldRefusal> {
         let cut = self.lock().hold(epoch)?;

@@ -3,6 +3,7 @@ use std::collections::VecDeque;
 use journal::batch::CheckpointKind;
 
 use super::attempt::Attempt;
+use super::back_off::BackOff;
 use super::failure::EpochFailure;
 use super::group::SpanningGroup;
 use super::machine::{AskId, Common, Holder, SpanningOutput, SpanningStatus, TakenByHosts};
@@ -10,13 +11,17 @@ use super::participant::Participant;
 use crate::api::{VpgId, VraId};
 use crate::clock::Now;
 use crate::planted::{Planted, is_planted};
-use crate::wire::{Decline, DeclineCode, GroupEpoch, GroupMessage, Held, Hold, Recorded, Release};
+use crate::wire::{Decline, GroupEpoch, GroupMessage, Held, Hold, Recorded, Release};
 
 /// Checkpoints of a group that wait to be taken at most.
 const MAX_WAITING: usize = 16;
 
 /// After a collision with another coordinator's attempt it is tried again in so many µs.
 const AGAIN_AFTER_US: u64 = 30_000;
+
+/// So far the wall clock may be behind the last checkpoint's time, in µs, for the next one to be stamped right after it: the order of times is
+/// kept over a clock that is set a little. Over more than that a wrong clock would be followed for as long as it was wrong by.
+const MOST_CLOCK_STEP_US: u64 = 1_000_000;
 
 /// A group, this host's part in it, and what all groups share.
 pub(super) type Around<'a> = (&'a SpanningGroup, &'a mut Participant, &'a mut Common);
@@ -28,6 +33,7 @@ pub(super) struct Coordinator {
     /// The last attempt's epoch and when its holds were asked for: answers are measured even if they come too late.
     asked_hosts: Option<(GroupEpoch, u64)>,
     due_mono_us: u64,
+    back_off: BackOff,
     waiting: VecDeque<Waiting>,
     last_time_us: u64,
     status: SpanningStatus,
@@ -43,12 +49,13 @@ struct Waiting {
 }
 
 impl Coordinator {
-    pub(super) fn new(vpg: VpgId, due_mono_us: u64) -> Self {
+    pub(super) fn new(vpg: VpgId, interval_us: u64, now: Now) -> Self {
         Self {
             vpg,
             attempt: None,
             asked_hosts: None,
-            due_mono_us,
+            due_mono_us: now.mono_us + interval_us,
+            back_off: BackOff::new(interval_us),
             waiting: VecDeque::new(),
             last_time_us: 0,
             status: SpanningStatus::default(),
@@ -56,11 +63,17 @@ impl Coordinator {
     }
 
     pub(super) fn status(&self) -> SpanningStatus {
-        self.status.clone()
+        SpanningStatus { interval_us: self.back_off.interval_us(), ..self.status.clone() }
     }
 
-    pub(super) fn be_due_by(&mut self, due_mono_us: u64) {
-        self.due_mono_us = self.due_mono_us.min(due_mono_us);
+    /// The group's interval is this one.
+    pub(super) fn set_interval(&mut self, interval_us: u64, now: Now) {
+        self.back_off.set_interval(interval_us);
+        self.be_due_within_interval(now.mono_us);
+    }
+
+    fn be_due_within_interval(&mut self, now_us: u64) {
+        self.due_mono_us = self.due_mono_us.min(now_us + self.back_off.interval_us());
     }
 
     pub(super) fn be_due_at(&mut self, due_mono_us: u64) {
@@ -104,6 +117,9 @@ impl Coordinator {
         if let Some(failure) = self.attempt.as_ref().and_then(|attempt| attempt.overdue(own, now.mono_us)) {
             self.fail(failure, participant, common, now);
         }
+        if self.back_off.look(common.missing_of(group, now)) {
+            self.be_due_within_interval(now.mono_us);
+        }
         if self.attempt.is_some() {
             return;
         }
@@ -135,14 +151,11 @@ impl Coordinator {
         let epoch = common.next_epoch();
         let missing = common.missing_of(group, now).next();
         self.attempt = Some(Attempt::new(epoch, what, asked, &group.hosts, (now.mono_us, deadline_us)));
-        let failure = match missing {
-            Some(vra) => Some(EpochFailure::Missing { vra }),
-            None if group.members.is_none() => {
-                Some(EpochFailure::Declined { vra: own, vm: None, code: DeclineCode::NotProtected })
-            }
-            None => None,
-        };
-        if let Some(failure) = failure {
+        let missing = missing.map_or(Ok(()), |vra| Err(EpochFailure::Missing { vra }));
+        // Before anybody is asked: guests elsewhere needn't be held for an attempt that this host spoils.
+        let own_can =
+            || Participant::check(group).map_err(|(code, vm)| EpochFailure::Declined { vra: own, vm, code });
+        if let Err(failure) = missing.and_then(|()| own_can()) {
             return self.fail(failure, participant, common, now);
         }
         let at = GroupEpoch { vpg: self.vpg, epoch };
@@ -218,6 +231,9 @@ impl Coordinator {
         if self.attempt.is_some() {
             self.fail(EpochFailure::Changed, participant, common, now);
         }
+        if self.back_off.reset() {
+            self.be_due_within_interval(now.mono_us);
+        }
         for waiting in std::mem::take(&mut self.waiting) {
             let result = Err(EpochFailure::Changed);
             common.output(SpanningOutput::Ended { vpg: self.vpg, asked: Some(waiting.ask), result });
@@ -254,7 +270,7 @@ impl Coordinator {
         }
         let time_us = match attempt.released {
             Some((_, time_us)) => time_us,
-            None => now.wall_us.max(self.last_time_us + 1),
+            None => time_of(self.vpg, self.last_time_us, now.wall_us),
         };
         self.last_time_us = time_us;
         attempt.released = Some((now.mono_us, time_us));
@@ -287,6 +303,9 @@ impl Coordinator {
             members: attempt.cuts(),
             tag: attempt.tag,
         };
+        if self.back_off.reset() {
+            self.be_due_within_interval(common.now_mono_us);
+        }
         self.status.taken_epochs += 1;
         self.status.aborted_in_row = 0;
         self.status.last = Some(taken.clone());
@@ -319,10 +338,26 @@ impl Coordinator {
             });
             return;
         }
+        self.back_off.failed(&failure, common.own);
+        self.due_mono_us = self.due_mono_us.max(self.back_off.due_after(attempt.began_mono_us));
         self.status.aborted_epochs += 1;
         self.status.aborted_in_row += 1;
         self.status.last_failure = Some(failure.clone());
         let asked = attempt.asked.map(|(ask, _)| ask);
         common.output(SpanningOutput::Ended { vpg: self.vpg, asked, result: Err(failure) });
     }
+}
+
+/// The time of a checkpoint that comes after one of `last_us`.
+fn time_of(vpg: VpgId, last_us: u64, wall_us: u64) -> u64 {
+    if wall_us.saturating_add(MOST_CLOCK_STEP_US) < last_us {
+        // Said once for each time that it happens: the next checkpoint comes after this one.
+        tracing::warn!(
+            %vpg,
+            behind_us = last_us - wall_us,
+            "this host's clock was set back: checkpoints from now on have earlier times than those before; keep it synchronised"
+        );
+        return wall_us;
+    }
+    wall_us.max(last_us + 1)
 }

@@ -77,6 +77,8 @@ pub struct SpanningStatus {
     pub coordinator: Option<VraId>,
     /// VRAs that don't answer: without them there are no checkpoints (D3).
     pub missing: Vec<VraId>,
+    /// Time between attempts by the clock, in µs: longer than the definition's while they come to nothing and only hold guests up.
+    pub interval_us: u64,
     /// The newest one that this VRA coordinated.
     pub last: Option<TakenByHosts>,
     /// Attempts that gave a checkpoint, of those that this VRA coordinated.
@@ -111,7 +113,7 @@ pub(super) struct Common {
     counter: u64,
     next_hold: u64,
     /// Of what is being done.
-    now_mono_us: u64,
+    pub(super) now_mono_us: u64,
     pub(super) liveness: Liveness,
     pub(super) trips: RoundTrips,
     outputs: VecDeque<SpanningOutput>,
@@ -146,7 +148,11 @@ impl Common {
     }
 
     /// The group's hosts that are not live.
-    pub(super) fn missing_of(&self, group: &SpanningGroup, now: Now) -> impl Iterator<Item = VraId> {
+    pub(super) fn missing_of<'a>(
+        &'a self,
+        group: &'a SpanningGroup,
+        now: Now,
+    ) -> impl Iterator<Item = VraId> + Clone + use<'a> {
         let hosts = group.hosts.iter().map(|host| host.vra);
         hosts.filter(move |vra| *vra != self.own && !self.liveness.is_live(*vra, now.mono_us))
     }
@@ -169,21 +175,20 @@ impl SpanningGroups {
         Self { common, groups: BTreeMap::new(), next_ask: 0 }
     }
 
-    /// Adds a group or changes it. Its next checkpoint comes one interval from now at the latest.
+    /// Adds a group or changes it. Its next checkpoint comes one interval from now at the latest, unless its attempts back off.
     pub fn set_group(&mut self, group: SpanningGroup, now: Now) {
         self.common.now_mono_us = now.mono_us;
-        let due_mono_us = now.mono_us + group.interval_us;
         match self.groups.get_mut(&group.vpg) {
             Some(state) => {
                 if !is_same_hold(&state.group, &group) {
                     state.coordinator.end(&mut state.participant, &mut self.common, now);
                     state.participant.end(now);
                 }
-                state.coordinator.be_due_by(due_mono_us);
+                state.coordinator.set_interval(group.interval_us, now);
                 state.group = group;
             }
             None => {
-                let coordinator = Coordinator::new(group.vpg, due_mono_us);
+                let coordinator = Coordinator::new(group.vpg, group.interval_us, now);
                 self.groups
                     .insert(group.vpg, State { group, participant: Participant::default(), coordinator });
             }
@@ -314,7 +319,7 @@ impl SpanningGroups {
         let ended = state.participant.release(from, release, now);
         if ended.taken.is_ok() {
             let interval_us = state.group.interval_us;
-            // Whoever takes over goes on in the same rhythm.
+            // Whoever coordinates next goes on in the same rhythm.
             state.coordinator.be_due_at(now.mono_us + interval_us);
         }
         let recorded = Recorded {

@@ -4,6 +4,7 @@
 //! repeated, and any number of coordinators may be at work: what then happens is no checkpoint, never a wrong one.
 
 mod attempt;
+mod back_off;
 mod coordinator;
 mod failure;
 mod group;

@@ -5,7 +5,7 @@ use super::machine::Holder;
 use crate::api::{VmId, VraId};
 use crate::capture::modes::HoldRefusal;
 use crate::checkpoint::hold_log::HoldLog;
-use crate::checkpoint::{CheckpointRefusal, CommitRefusal, LocalHold};
+use crate::checkpoint::{CheckpointRefusal, CommitRefusal, LocalHold, Member};
 use crate::clock::Now;
 use crate::wire::{DeclineCode, GroupEpoch, Held, HeldMember, Hold, Release};
 
@@ -33,6 +33,15 @@ pub(super) struct EndedHold {
 }
 
 impl Participant {
+    /// Whether the group's VMs on this host could be held now.
+    pub(super) fn check(group: &SpanningGroup) -> Result<(), (DeclineCode, Option<VmId>)> {
+        for member in members_of(group)? {
+            let checked = member.core.check_hold();
+            checked.map_err(|refusal| refused(CheckpointRefusal::Hold { vm: member.vm, refusal }))?;
+        }
+        Ok(())
+    }
+
     /// Holds the group's VMs on this host. `name` is one that no other hold of this run has.
     pub(super) fn hold(
         &mut self,
@@ -46,8 +55,7 @@ impl Participant {
         if asked.member_set_version != group.member_set_version {
             return Err((DeclineCode::MemberSet, None));
         }
-        let members = group.members.as_deref().filter(|members| !members.is_empty());
-        let members = members.ok_or((DeclineCode::NotProtected, None))?;
+        let members = members_of(group)?;
         if let Some(held) = &self.held {
             let (one, other) = (held.at.epoch, asked.at.epoch);
             // A coordinator that asks anew has given up what it asked before.
@@ -114,6 +122,11 @@ impl Participant {
     pub(super) fn holds(&self) -> &HoldLog {
         &self.holds
     }
+}
+
+fn members_of(group: &SpanningGroup) -> Result<&[Member], (DeclineCode, Option<VmId>)> {
+    let members = group.members.as_deref().filter(|members| !members.is_empty());
+    members.ok_or((DeclineCode::NotProtected, None))
 }
 
 fn refused(refusal: CheckpointRefusal) -> (DeclineCode, Option<VmId>) {

@@ -40,6 +40,10 @@ type Ended = (Option<AskId>, Result<TakenByHosts, EpochFailure>);
 struct World {
     vpg: VpgId,
     mono_us: u64,
+    /// So far the wall clocks are ahead of the right time.
+    ahead_us: u64,
+    /// It isn't reached by what asks it to hold.
+    deaf: Option<usize>,
     hosts: Vec<Host>,
     /// Sender, receiver, message.
     sent: Vec<(usize, usize, GroupMessage)>,
@@ -56,24 +60,35 @@ impl World {
             watched: Vec::new(),
         };
         let hosts = (1..=3).map(host).collect();
-        let mut world =
-            Self { vpg: VpgId(Uuid::from_u128(7)), mono_us: 1, hosts, sent: Vec::new(), ended: Vec::new() };
+        let mut world = Self {
+            vpg: VpgId(Uuid::from_u128(7)),
+            mono_us: 1,
+            ahead_us: 0,
+            deaf: None,
+            hosts,
+            sent: Vec::new(),
+            ended: Vec::new(),
+        };
         (0..3).for_each(|host| world.define(host, 1));
         world
     }
 
     fn now(&self) -> Now {
-        Now { mono_us: self.mono_us, wall_us: 5_000_000 + self.mono_us }
+        Now { mono_us: self.mono_us, wall_us: 5_000_000 + self.ahead_us + self.mono_us }
     }
 
     fn define(&mut self, host: usize, member_set_version: u64) {
+        self.define_with(host, member_set_version, DEADLINE_US);
+    }
+
+    fn define_with(&mut self, host: usize, member_set_version: u64, deadline_us: u64) {
         let hosts = self.hosts.iter();
         let hosts = hosts.map(|host| GroupHost { vra: host.vra, vms: [host.vm.member.vm].into() }).collect();
         let group = SpanningGroup {
             vpg: self.vpg,
             member_set_version,
             interval_us: INTERVAL_US,
-            deadline_us: DEADLINE_US,
+            deadline_us,
             hosts,
             members: Some(vec![self.hosts[host].vm.member.clone()]),
         };
@@ -104,6 +119,9 @@ impl World {
     }
 
     fn carry(&mut self, (from, to, message): (usize, usize, GroupMessage)) {
+        if self.deaf == Some(to) && matches!(message, GroupMessage::Hold(_)) {
+            return;
+        }
         let (now, from) = (self.now(), self.hosts[from].vra);
         let Host { groups, watched, .. } = &mut self.hosts[to];
         groups.receive(from, message, now, &mut Watching(watched));
@@ -183,6 +201,29 @@ fn all_hosts_record_one_epoch_with_their_own_cuts_and_the_coordinator_is_held_la
 }
 
 #[test]
+fn times_are_in_order_over_a_small_step_back_of_the_clock_and_follow_a_large_one() {
+    let mut world = World::new();
+    let take = |world: &mut World| {
+        world.begin().into_iter().for_each(|hold| world.carry(hold));
+        world.settle(all);
+        let (_, (_, Ok(taken))) = world.ended.pop().expect("one") else { panic!("no checkpoint") };
+        (taken.time_us, world.now().wall_us)
+    };
+    let day_us = 86_400_000_000;
+    world.ahead_us = day_us;
+    let (tomorrow_us, _) = take(&mut world);
+    world.ahead_us = day_us - INTERVAL_US - 900_000;
+    let (next_us, wall_us) = take(&mut world);
+    assert!(wall_us < tomorrow_us);
+    assert_eq!(next_us, tomorrow_us + 1);
+    world.ahead_us = 0;
+    for _ in 0..2 {
+        let (time_us, wall_us) = take(&mut world);
+        assert_eq!(time_us, wall_us, "the right time, though the last checkpoint is of tomorrow");
+    }
+}
+
+#[test]
 fn whoever_says_no_ends_the_attempt_at_once_on_all_hosts() {
     let mut world = World::new();
     let core = Arc::clone(&world.hosts[2].vm.member.core);
@@ -195,6 +236,77 @@ fn whoever_says_no_ends_the_attempt_at_once_on_all_hosts() {
     let failure = EpochFailure::Declined { vra: world.hosts[2].vra, vm, code: DeclineCode::InSync };
     assert_eq!(world.ended, [(0, (None, Err(failure)))]);
     assert!((0..3).all(|host| world.records(host).is_empty()));
+}
+
+#[test]
+fn nobody_is_asked_to_hold_while_the_coordinators_own_vms_cant_be() {
+    let mut world = World::new();
+    let core = Arc::clone(&world.hosts[0].vm.member.core);
+    let in_sync =
+        |vm| EpochFailure::Declined { vra: VraId(Uuid::from_u128(1)), vm, code: DeclineCode::InSync };
+    core.with(|core, wakeups| core.begin_sync(3, &[(0, 512)], 0, wakeups)).expect("streaming");
+    let not_asked = |world: &mut World, failure: EpochFailure| {
+        world.mono_us += INTERVAL_US;
+        world.tick(0);
+        assert!(world.take(|message| !matches!(message, GroupMessage::Alive)).is_empty());
+        assert_eq!(world.ended.pop(), Some((0, (None, Err(failure)))));
+        world.settle(all);
+    };
+    let vm = Some(world.hosts[0].vm.member.vm);
+    not_asked(&mut world, in_sync(vm));
+    core.with(|core, wakeups| core.overflow(crate::capture::modes::OverflowReason::Requested, wakeups));
+    let vra = world.hosts[0].vra;
+    not_asked(&mut world, EpochFailure::Declined { vra, vm, code: DeclineCode::NotStreaming });
+}
+
+#[test]
+fn attempts_back_off_while_a_host_is_heard_and_not_reached() {
+    let mut world = World::new();
+    let interval_us =
+        |world: &World| world.hosts[0].groups.status(world.vpg, world.now()).expect("known").interval_us;
+    world.deaf = Some(1);
+    // Three in the rhythm, then 2, 4 and 8 intervals later.
+    world.pass(18 * INTERVAL_US, all);
+    assert!(world.ended.iter().all(|(_, (_, result))| matches!(result, Err(EpochFailure::Late { .. }))));
+    assert_eq!((world.ended.len(), interval_us(&world)), (6, 16 * INTERVAL_US));
+    world.pass(80 * INTERVAL_US, all);
+    assert_eq!((world.ended.len(), interval_us(&world)), (8, 60_000_000));
+
+    // Others are live now than before.
+    world.pass(LIVE_FOR_US + INTERVAL_US, |host| host != 2);
+    assert_eq!(interval_us(&world), INTERVAL_US);
+    world.deaf = None;
+    world.ended.clear();
+    world.pass(3 * INTERVAL_US, all);
+    let made = |world: &World| world.ended.iter().filter(|(_, (_, result))| result.is_ok()).count();
+    assert!(made(&world) >= 2, "{:?}", world.ended);
+
+    // A checkpoint that is asked for, and made, ends it too; so does another set of members.
+    world.deaf = Some(1);
+    world.pass(10 * INTERVAL_US, all);
+    assert!(interval_us(&world) > INTERVAL_US);
+    world.deaf = None;
+    let until_us = world.mono_us + INTERVAL_US;
+    world.hosts[0].groups.ask(world.vpg, CheckpointKind::Tagged, "x", until_us);
+    world.pass(INTERVAL_US / 2, all);
+    world.ended.clear();
+    world.pass(3 * INTERVAL_US, all);
+    assert!(made(&world) >= 2, "{:?}", world.ended);
+    world.deaf = Some(1);
+    world.pass(10 * INTERVAL_US, all);
+    (0..3).for_each(|host| world.define(host, 2));
+    assert_eq!(interval_us(&world), INTERVAL_US);
+}
+
+#[test]
+fn attempts_back_off_while_another_hosts_vm_is_in_a_sync_and_not_for_the_coordinators_own() {
+    for (host, attempts) in [(2, 5), (0, 10)] {
+        let mut world = World::new();
+        let core = Arc::clone(&world.hosts[host].vm.member.core);
+        core.with(|core, wakeups| core.begin_sync(3, &[(0, 512)], 0, wakeups)).expect("streaming");
+        world.pass(10 * INTERVAL_US + INTERVAL_US / 2, all);
+        assert_eq!(world.ended.len(), attempts, "{:?}", world.ended);
+    }
 }
 
 #[test]
@@ -223,7 +335,7 @@ fn other_sets_of_members_have_no_checkpoint_together() {
 }
 
 #[test]
-fn a_dead_member_is_named_and_nothing_is_tried_and_the_next_in_order_takes_over() {
+fn a_dead_member_is_named_by_the_next_in_order_and_nothing_is_tried() {
     let mut world = World::new();
     world.pass(3 * INTERVAL_US, all);
     assert!(world.ended.iter().all(|(host, (_, result))| *host == 0 && result.is_ok()), "{:?}", world.ended);
@@ -309,6 +421,26 @@ fn late_answers_fail_the_attempt_and_lengthen_the_next_deadline() {
     world.settle(all);
     let next = deadline(&world.begin());
     assert!(LEAST_DEADLINE_US < next && next <= DEADLINE_US, "{next}");
+}
+
+#[test]
+fn nobody_holds_longer_than_its_own_definition_says() {
+    let mut world = World::new();
+    world.define_with(1, 1, 30_000);
+    let holds = world.begin();
+    assert!(holds.iter().all(|(_, _, message)| {
+        matches!(message, GroupMessage::Hold(hold) if u64::from(hold.deadline_us) == DEADLINE_US)
+    }));
+    holds.into_iter().for_each(|hold| world.carry(hold));
+    let are_held = |world: &mut World, after_us| {
+        world.mono_us += after_us;
+        (1..3).for_each(|host| world.tick(host));
+        [1, 2].map(|host: usize| world.hosts[host].vm.member.core.is_holding())
+    };
+    assert_eq!(are_held(&mut world, 29_000), [true, true]);
+    assert_eq!(are_held(&mut world, 2_000), [false, true]);
+    assert_eq!(are_held(&mut world, 68_000), [false, true]);
+    assert_eq!(are_held(&mut world, 2_000), [false, false]);
 }
 
 #[test]

@@ -75,6 +75,20 @@ fn the_newest_one_sent_again_leaves_the_list_in_order() {
 }
 
 #[test]
+fn the_newest_one_has_the_largest_cut_whatever_its_time() {
+    let mut list = CheckpointList::default();
+    assert_eq!(list.newest(), None);
+    let cut = |list: &CheckpointList| list.newest().map(|entry| entry.cut);
+    for (time_us, number) in [(10, 1), (20, 2), (90_000, 3), (30, 4), (40, 5)] {
+        list.push(checkpoint(time_us, number));
+        assert_eq!(cut(&list), Some(number));
+    }
+    assert_eq!(list.last().map(|entry| entry.cut), Some(3));
+    list.forget_below(4);
+    assert_eq!((cut(&list), list.is_disordered()), (Some(5), false));
+}
+
+#[test]
 fn the_newest_one_until_a_time_is_that_of_the_time_itself_if_there_is_one() {
     let mut list = CheckpointList::default();
     for number in [10, 20, 30] {

@@ -162,7 +162,7 @@ impl TargetVm {
                 .newest_until(time_us)
                 .ok_or(TargetError::NoCheckpoint { vm, which: "as old as that" })?,
             _ => checkpoints
-                .last()
+                .newest()
                 .ok_or(TargetError::NoCheckpoint { vm, which: "yet: its first sync is not complete" })?,
         };
         Ok(found.cut)

@@ -96,7 +96,7 @@ fn group_question() -> impl Strategy<Value = GroupMessage> {
             GroupMessage::Hold(Hold { at, member_set_version, deadline_us })
         });
     let kinds = vec![CheckpointKind::Automatic, CheckpointKind::Tagged, CheckpointKind::Application];
-    let release = (group_epoch(), any::<(u64, u64)>(), prop::sample::select(kinds), ".{0,63}").prop_map(
+    let release = (group_epoch(), any::<(u64, u64)>(), prop::sample::select(kinds), "\\PC{0,32}").prop_map(
         |(at, (hold, time_us), kind, tag)| GroupMessage::Release(Release { at, hold, time_us, kind, tag }),
     );
     prop_oneof![Just(GroupMessage::Alive), hold, release, group_epoch().prop_map(GroupMessage::Abort)]
@@ -164,6 +164,43 @@ fn a_newer_peer_is_named_but_its_refusal_is_read() {
     let mut bytes = refuse.encode();
     bytes[6] = 9;
     assert_eq!(Frame::parse(&bytes), Ok(Frame::Refuse(refuse)));
+}
+
+#[test]
+fn a_releases_tag_is_checked_as_a_users_is() {
+    let parsed = |tag: &str| {
+        let mut bytes = release_with_tag_of(tag.len());
+        let at = bytes.len() - tag.len();
+        bytes[at..].copy_from_slice(tag.as_bytes());
+        Frame::parse(&bytes)
+    };
+    for good in ["", "vor dem Umbau ä", &"x".repeat(128)] {
+        parsed(good).expect(good);
+    }
+    for bad in ["a\nb", "\u{1b}[2J", "\0", "\u{85}"] {
+        let error = parsed(bad).expect_err("a control character").to_string();
+        assert!(error.contains("control character"), "{error}");
+    }
+    let mut long = release_with_tag_of(128);
+    long.push(b'x');
+    // Where the tag's length is, and where the frame's.
+    long[72] = 129;
+    let len_bytes = u32::try_from(long.len()).expect("short");
+    let at = long.windows(4).take(16).position(|four| four == (len_bytes - 1).to_le_bytes());
+    let at = at.expect("the header has the frame's length");
+    long[at..at + 4].copy_from_slice(&len_bytes.to_le_bytes());
+    assert!(matches!(Frame::parse(&long), Err(WireError::Length { frame: "release", .. })));
+}
+
+fn release_with_tag_of(len_bytes: usize) -> Vec<u8> {
+    let release = Release {
+        at: GroupEpoch { vpg: VpgId::random(), epoch: Epoch { nonce: Uuid::nil(), counter: 1 } },
+        hold: 1,
+        time_us: 1,
+        kind: CheckpointKind::Tagged,
+        tag: "x".repeat(len_bytes),
+    };
+    Frame::Group(GroupMessage::Release(release)).encode()
 }
 
 #[test]
