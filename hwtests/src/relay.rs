@@ -1,7 +1,7 @@
 //! A UDP relay between two VRAs that can cut, lose and delay: the network's faults where the kernel has no netem.
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
-/// A running relay on loopback. Datagrams to [`Relay::address`] reach the server, answers go back to who asked.
+/// A running relay. Datagrams to [`Relay::address`] reach the server, answers go back to who asked.
 pub struct Relay {
     address: SocketAddr,
     faults: Arc<Faults>,
@@ -19,12 +19,20 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Starts a relay to `server`; `seed` decides which datagrams are lost and delayed.
+    /// Starts a relay on loopback to `server`; `seed` decides which datagrams are lost and delayed.
     ///
     /// # Errors
     /// When no socket can be had.
     pub fn start(server: SocketAddr, seed: u64) -> Result<Self> {
-        let front = socket()?;
+        Self::start_at(Ipv4Addr::LOCALHOST.into(), server, seed)
+    }
+
+    /// Starts one on another address of this machine.
+    ///
+    /// # Errors
+    /// When no socket can be had on it.
+    pub fn start_at(ip: IpAddr, server: SocketAddr, seed: u64) -> Result<Self> {
+        let front = socket(ip)?;
         let address = front.local_addr().context("address of the relay")?;
         let faults = Arc::new(Faults::default());
         let stop = Arc::new(AtomicBool::new(false));
@@ -143,8 +151,8 @@ impl Line {
     }
 }
 
-fn socket() -> Result<UdpSocket> {
-    let socket = UdpSocket::bind("127.0.0.1:0").context("open a socket on loopback")?;
+fn socket(ip: IpAddr) -> Result<UdpSocket> {
+    let socket = UdpSocket::bind((ip, 0)).with_context(|| format!("open a socket on {ip}"))?;
     socket.set_read_timeout(Some(POLL)).context("set the socket's time-out")?;
     Ok(socket)
 }
@@ -158,7 +166,7 @@ fn open_back(
     clients: &Clients,
     seed: u64,
 ) -> Option<UdpSocket> {
-    let back = socket().ok()?;
+    let back = socket(Ipv4Addr::UNSPECIFIED.into()).ok()?;
     back.connect(server).ok()?;
     let (receive, answer) = (back.try_clone().ok()?, front.try_clone().ok()?);
     let (faults, stop) = (Arc::clone(faults), Arc::clone(stop));
@@ -183,10 +191,10 @@ mod tests {
     use super::*;
 
     fn pair() -> (UdpSocket, UdpSocket, Relay) {
-        let server = socket().expect("server");
+        let server = socket(Ipv4Addr::LOCALHOST.into()).expect("server");
         server.set_read_timeout(Some(Duration::from_secs(2))).expect("time-out");
         let relay = Relay::start(server.local_addr().expect("address"), 7).expect("relay");
-        let client = socket().expect("client");
+        let client = socket(Ipv4Addr::LOCALHOST.into()).expect("client");
         client.set_read_timeout(Some(Duration::from_millis(300))).expect("time-out");
         client.connect(relay.address()).expect("connect");
         (client, server, relay)

@@ -13,7 +13,9 @@ use crate::crypt::Ciphers;
 use crate::format::{Footer, FooterEvent, Superblock, SuperblockError, VolumeState};
 use crate::index::{Index, IndexBuilder};
 use crate::planted::{Bug, planted};
-use crate::recovery::{OpenError, SegmentError, Survey, SurveyOptions, each_footer, survey};
+use crate::recovery::{
+    Content, OpenError, Segment, SegmentError, Survey, SurveyOptions, each_footer, survey,
+};
 use crate::storage::{AlignedBuf, Blocking, FileId, Purpose, Storage, StorageError};
 
 pub use part::JournalPart;
@@ -80,6 +82,12 @@ pub enum ViewError {
     /// The superblock can't be read any more.
     #[error("the journal's superblock cannot be read")]
     Superblock(#[source] SuperblockError),
+    /// Whoever opens it didn't want so much memory to be taken.
+    #[error("the journal's index takes too much memory")]
+    TooLarge {
+        /// What it takes while it is opened, in bytes.
+        opening_bytes: u64,
+    },
 }
 
 impl From<BadRange> for ViewError {
@@ -98,9 +106,25 @@ impl Reader {
         file: FileId,
         options: &SurveyOptions,
     ) -> Result<Self, ViewError> {
+        Self::open_if(storage, file, options, |_| true)
+    }
+
+    /// The same, if `may_take` allows the bytes of memory that it takes to make a view, of which about a third stays.
+    ///
+    /// # Errors
+    /// As for [`Reader::open`], and [`ViewError::TooLarge`].
+    pub fn open_if<S: Storage>(
+        storage: &mut S,
+        file: FileId,
+        options: &SurveyOptions,
+        mut may_take: impl FnMut(u64) -> bool,
+    ) -> Result<Self, ViewError> {
         let mut tries_left = 10;
         loop {
-            let found = Self::try_open(storage, file, options);
+            let found = Self::try_open(storage, file, options, &mut may_take);
+            if let Err(ViewError::TooLarge { .. }) = found {
+                return found;
+            }
             // Beside a writer, segments may have been freed and reused meanwhile.
             let mut io = Blocking::new(storage, file, Purpose::View);
             let now = crate::recovery::read_superblock(&mut io, options.skip_unreadable)?;
@@ -118,8 +142,20 @@ impl Reader {
         storage: &mut S,
         file: FileId,
         options: &SurveyOptions,
+        may_take: &mut dyn FnMut(u64) -> bool,
     ) -> Result<Self, ViewError> {
         let survey = survey(storage, file, options)?;
+        let footer_bytes = |segment: &Segment| match &segment.content {
+            Content::Sealed(trailer) => trailer.footer_len_bytes,
+            // Its batches were read: no footer is needed for what they hold.
+            Content::Scanned(_) => 0,
+        };
+        let footers_bytes = survey.segments.iter().map(footer_bytes).fold(0_u64, u64::saturating_add);
+        // The footers, what is put in order, and the index are there together for a while.
+        let opening_bytes = footers_bytes.saturating_mul(3);
+        if !may_take(opening_bytes) {
+            return Err(ViewError::TooLarge { opening_bytes });
+        }
         Self::of(storage, file, survey)
     }
 

@@ -16,6 +16,7 @@ pub mod config;
 pub mod control;
 pub mod daemon;
 pub mod doctor;
+pub mod guest;
 pub mod journal_tool;
 pub mod link;
 pub mod pki;

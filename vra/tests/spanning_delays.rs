@@ -6,25 +6,17 @@ mod common;
 #[allow(dead_code, reason = "a part of it is used here")]
 mod relay;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use ::vra::api::{CheckpointInfo, VraStatus};
 use common::TestCa;
-use common::spanning::{Site, chain};
+use common::spanning::Site;
+use common::spanning::chain::Chain;
 use common::vra::PATIENCE;
 use relay::Relay;
 
-/// How long the chain is written, how long it waits before each link, and how many percent of the epochs must be offered. Of few epochs
-/// on a busy machine that says little: ten minutes of it, with `HOLDFAST_LONG`, have the gate's share.
-fn effort() -> (Duration, Duration, u64) {
-    if std::env::var_os("HOLDFAST_LONG").is_some() {
-        (Duration::from_secs(600), Duration::from_millis(20), 60)
-    } else {
-        (Duration::from_secs(20), Duration::from_micros(300), 45)
-    }
-}
+/// How many percent of the epochs must be offered: of few on a busy machine, so it says little. `spanning_namespaces.rs` has the gate's share.
+const LEAST_PERCENT: u64 = 45;
 
 /// Three delays on the way of one attempt, and what a busy machine adds.
 const DEADLINE_MS: u32 = 150;
@@ -58,12 +50,9 @@ async fn most_epochs_are_offered_with_delays_and_losses_and_a_cut_ends_them_unti
     }
     let (first, aborted_before) =
         (site.wait_for_newer(0).await.time_us, aborted(&site.sources[0].status().await));
-    let stop = Arc::new(AtomicBool::new(false));
-    let (lasts, pause, least_percent) = effort();
-    let writing = chain(site.doors.clone(), Arc::clone(&stop), pause);
-    tokio::time::sleep(lasts).await;
-    stop.store(true, Ordering::Relaxed);
-    let links = writing.join().expect("the chain was written");
+    let chain = Chain::start(site.doors.clone(), Duration::from_micros(300));
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    let chain = chain.stop();
     let status = site.sources[0].status().await;
     let aborted = aborted(&status) - aborted_before;
     if let Some(last) = &status.vpgs[0].last_checkpoint {
@@ -71,7 +60,7 @@ async fn most_epochs_are_offered_with_delays_and_losses_and_a_cut_ends_them_unti
     }
     let is_new = |info: &CheckpointInfo| info.time_us > first;
     let offered: Vec<CheckpointInfo> = site.offered().await.into_iter().filter(is_new).collect();
-    println!("{} offered, {aborted} not; {} links; {:?}", offered.len(), links.len(), status.vpgs[0].hold);
+    println!("{} offered, {aborted} not; {} links; {:?}", offered.len(), chain.count(), status.vpgs[0].hold);
     for source in &site.sources {
         let hold = source.status().await.source_vms[0].hold;
         println!("held: {hold:?}");
@@ -79,12 +68,12 @@ async fn most_epochs_are_offered_with_delays_and_losses_and_a_cut_ends_them_unti
     }
     let epochs = offered.len() as u64 + aborted;
     assert!(
-        offered.len() as u64 * 100 >= epochs * least_percent,
+        offered.len() as u64 * 100 >= epochs * LEAST_PERCENT,
         "{} of {epochs} epochs are offered",
         offered.len()
     );
     for info in offered.iter().rev().step_by(offered.len().div_ceil(8)) {
-        site.newest_link(info.id, &links).await;
+        chain.newest_at(&site, info.id).await;
     }
 
     // One of three can't be reached, and reaches nobody: each side says who is missing.

@@ -2,14 +2,13 @@
 
 mod common;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ::vra::api::{CheckpointInfo, JournalId, Request, TagCheckpoint, VmId, VraId, VraStatus};
 use common::TestCa;
 use common::pair::{DISK_BYTES, definition, tag};
-use common::spanning::{Site, chain};
+use common::spanning::Site;
+use common::spanning::chain::Chain;
 use common::vra::Vra;
 
 /// Links of the chain between two checkpoints at least.
@@ -21,14 +20,12 @@ async fn every_checkpoint_over_three_hosts_holds_a_beginning_of_the_chain() {
     let site = Site::streaming("chain", &ca, |_, _| {}).await;
     let vpg = site.definition.id;
     let first = site.wait_for_newer(0).await;
-    let stop = Arc::new(AtomicBool::new(false));
-    let writing = chain(site.doors.clone(), Arc::clone(&stop), Duration::from_micros(300));
+    let chain = Chain::start(site.doors.clone(), Duration::from_micros(300));
     tokio::time::sleep(Duration::from_secs(6)).await;
     // Any source makes one that is asked for.
     let tagged = tag(&site.sources[2], vpg, "by hand").await;
     assert_eq!(tagged.vms.len(), 3);
-    stop.store(true, Ordering::Relaxed);
-    let links = writing.join().expect("the chain was written");
+    let chain = chain.stop();
     site.wait_until_offered(tagged.id).await;
 
     let offered: Vec<CheckpointInfo> =
@@ -37,7 +34,7 @@ async fn every_checkpoint_over_three_hosts_holds_a_beginning_of_the_chain() {
     assert!(offered.iter().any(|info| info.tag.as_deref() == Some("by hand")));
     let mut newest = Vec::new();
     for info in offered.iter().rev().take(8).rev() {
-        newest.push(site.newest_link(info.id, &links).await);
+        newest.push(chain.newest_at(&site, info.id).await);
     }
     let automatic = newest.windows(2).filter(|pair| pair[1] >= pair[0] + LEAST_LINKS).count();
     assert!(automatic >= 3, "the chain came to {newest:?} at the checkpoints");
@@ -48,7 +45,7 @@ async fn every_checkpoint_over_three_hosts_holds_a_beginning_of_the_chain() {
     assert!(status.last_checkpoint.is_some() && status.hold.count > 0, "{status:?}");
     let held = &site.sources[1].status().await.source_vms[0].hold;
     assert!(0 < held.median_us && held.median_us <= held.p99_us && held.p99_us <= held.max_us, "{held:?}");
-    println!("{} links, holds of the second source: {held:?}", links.len());
+    println!("{} links, holds of the second source: {held:?}", chain.count());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -70,6 +67,7 @@ async fn without_a_member_there_is_no_checkpoint_and_whoever_is_next_says_so() {
         let refused = site.sources[next].refusal(Request::TagCheckpoint(TagCheckpoint {
             vpg: site.definition.id,
             tag: "without it".to_owned(),
+            application: false,
         }));
         let refused = refused.await;
         assert!(refused.message.contains("doesn't answer") && refused.remedy.is_some(), "{refused}");

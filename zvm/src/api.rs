@@ -132,6 +132,9 @@ pub enum Request {
         vpg: String,
         /// The name.
         tag: String,
+        /// With the guests frozen by their agents.
+        #[serde(default)]
+        application: bool,
     },
     /// Keeps a checkpoint, or not any more. Answer: [`Response::Checkpoint`].
     CheckpointLock {

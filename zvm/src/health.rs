@@ -271,6 +271,8 @@ impl<'a> Look<'a> {
             sync: source.and_then(|vm| vm.sync),
             journal_used_bytes: target.map(|vm| vm.journal_used_bytes),
             journal_limit_bytes: member.journal_limit_bytes(),
+            reachable_history_s: target.and_then(|vm| vm.reachable_history_s),
+            limit_reached_in_s: target.and_then(|vm| vm.limit_reached_in_s),
         }
     }
 

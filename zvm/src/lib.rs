@@ -11,6 +11,7 @@ pub mod health;
 pub mod inventory;
 pub mod manager;
 pub mod model;
+pub mod rebuild;
 pub mod reconcile;
 pub mod remote;
 pub mod serve;

@@ -32,19 +32,29 @@ pub struct Server {
     _lock: File,
 }
 
+/// Locks the state folder for this process, if there is one.
+///
+/// # Errors
+/// Another process has it.
+pub fn lock_state(config: &Config) -> Result<std::io::Result<File>, StartError> {
+    let path = config.state_dir.join("lock");
+    let lock = std::fs::OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
+    if let Ok(lock) = &lock
+        && lock.try_lock().is_err()
+    {
+        return Err(StartError::Locked { path });
+    }
+    Ok(lock)
+}
+
 impl Server {
     /// Opens the state and the sockets. Must run inside tokio.
     pub async fn open(config: Config, lost: LostSiteKeys) -> Result<Self, StartError> {
         let lock_path = config.state_dir.join("lock");
         let socket = config.socket.clone();
-        // Without a state folder the missing keys are the better thing to tell.
-        let lock = std::fs::OpenOptions::new().create(true).append(true).mode(0o600).open(&lock_path);
-        if let Ok(lock) = &lock
-            && lock.try_lock().is_err()
-        {
-            return Err(StartError::Locked { path: lock_path });
-        }
+        let lock = lock_state(&config)?;
         let manager = Manager::open(config, lost).await?;
+        // Without a state folder the missing keys are the better thing to tell.
         let lock = lock.map_err(|source| StartError::Socket { path: lock_path, source })?;
         let enrolment = manager.listen_for_enrolment()?;
         let listener =
@@ -189,8 +199,8 @@ async fn answer(manager: &Manager, request: Request) -> Result<Response, ApiErro
             let limit = limit.min(crate::api::MAX_LIST);
             Response::Checkpoints(manager.list_checkpoints(&vpg, tagged, from_us, to_us, limit).await?)
         }
-        Request::CheckpointTag { vpg, tag } => {
-            Response::Checkpoint(manager.tag_checkpoint(&vpg, &tag).await?)
+        Request::CheckpointTag { vpg, tag, application } => {
+            Response::Checkpoint(manager.tag_checkpoint(&vpg, &tag, application).await?)
         }
         Request::CheckpointLock { vpg, at, locked } => {
             Response::Checkpoint(manager.lock_checkpoint(&vpg, &at, locked).await?)

@@ -195,6 +195,7 @@ impl Load {
             checkpoint_interval_ms: 1000,
             hold_deadline_ms: 100,
             encrypt: false,
+            notes: None,
             coordinators: Vec::new(),
             vms: vec![vm],
         }

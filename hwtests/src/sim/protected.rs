@@ -14,7 +14,7 @@ use vra::api::GenerationId;
 use vra::capture::modes::{Mode, OverflowReason};
 use vra::capture::payload::{DENSE_CHUNK_BYTES, Piece};
 use vra::capture::{CaptureLimits, ProtectedDisk, RetainedEntries, SourceAction, SourceAlert, SourceVm};
-use vra::checkpoint::Member;
+use vra::checkpoint::{Freeze, Member};
 use vra::ship::{Retained, SenderEvent, StopReason, StreamIdentity};
 use vra::sync::{CHUNK_BYTES, Extent, FullSync, SyncLimits, SyncStep};
 
@@ -105,7 +105,8 @@ impl Protected {
     /// As a member of its group.
     pub(super) fn member(&self) -> Option<Member> {
         let process = self.process.as_ref()?;
-        Some(Member { vm: self.identity.vm, core: Arc::clone(process.vm.core()) })
+        let core = Arc::clone(process.vm.core());
+        Some(Member { vm: self.identity.vm, core, freeze: Freeze::default() })
     }
 
     /// Starts the process: a new generation over the disks as they are. What the guest was not answered is asked again.

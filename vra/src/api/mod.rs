@@ -11,6 +11,7 @@
 pub mod door;
 pub mod enroll;
 pub mod error;
+pub mod guest;
 pub mod ids;
 pub mod site_keys;
 pub mod status;
@@ -20,6 +21,7 @@ pub mod vpg;
 
 pub use door::{DoorAddress, DoorRequest};
 pub use error::{ApiError, ErrorCode};
+pub use guest::{FreezeGuests, GuestsFrozen, SetGuestAgent, ThawGuests};
 pub use ids::{
     BadId, BadTime, CheckpointId, CheckpointIdError, GenerationId, JournalId, TimeUs, ViewId, VmId, VolumeId,
     VpgId, VraId, ZvmId,
@@ -29,7 +31,8 @@ pub use status::{Alert, DoctorReport, Severity, VraStatus};
 pub use view::{OpenView, PointInTime, ViewInfo, ViewMode};
 pub use volume::{Attach, Detach, VolumeInfo};
 pub use vpg::{
-    CheckpointInfo, CheckpointPage, ListCheckpoints, LockCheckpoint, TagCheckpoint, VpgDefinition,
+    CheckpointInfo, CheckpointPage, DefinitionPage, ListCheckpoints, ListDefinitions, LockCheckpoint,
+    TagCheckpoint, VpgDefinition, VpgNotes,
 };
 
 use serde::{Deserialize, Serialize};
@@ -39,6 +42,9 @@ pub const PROTOCOL_VERSION: u32 = 1;
 
 /// Longest JSON message, in bytes. A longer length prefix ends the connection.
 pub const MAX_MESSAGE_BYTES: u32 = 4 << 20;
+
+/// Most VMs in one page of [`ListDefinitions`], unless a single VPG has more.
+pub const MAX_VMS_PER_DEFINITION_PAGE: usize = 512;
 
 /// Most checkpoints in one page of [`ListCheckpoints`].
 pub const MAX_CHECKPOINTS_PER_PAGE: u32 = 1000;
@@ -91,6 +97,8 @@ pub enum Request {
     ApplyVpg(VpgDefinition),
     /// Ends the protection of a VPG here. Answer: [`Response::Done`].
     RemoveVpg(RemoveVpg),
+    /// The definitions that this VRA has a part in. Answer: [`Response::Definitions`].
+    ListDefinitions(ListDefinitions),
     /// The checkpoints that this VRA's journals hold. Answer: [`Response::Checkpoints`].
     ListCheckpoints(ListCheckpoints),
     /// Makes a checkpoint now and names it; to the source VRA. Answer: [`Response::Checkpoint`].
@@ -103,6 +111,12 @@ pub enum Request {
     CloseView(CloseView),
     /// The open views. Answer: [`Response::Views`].
     ListViews,
+    /// Says where a guest's agent is; to the source VRA. Answer: [`Response::Done`].
+    SetGuestAgent(SetGuestAgent),
+    /// Freezes guests for a checkpoint; to the source VRA. Answer: [`Response::Guests`].
+    FreezeGuests(FreezeGuests),
+    /// Thaws them. Answer: [`Response::Guests`], those that were frozen.
+    ThawGuests(ThawGuests),
     /// Replaces the list of revoked certificates. Answer: [`Response::Done`].
     SetTrust(SetTrust),
     /// Replaces the site's keys. Answer: [`Response::Done`].
@@ -125,6 +139,8 @@ pub enum Response {
     Volumes(Vec<VolumeInfo>),
     /// To [`Request::ApplyVpg`].
     Vpg(vpg::VpgApplied),
+    /// To [`Request::ListDefinitions`].
+    Definitions(DefinitionPage),
     /// To [`Request::ListCheckpoints`].
     Checkpoints(CheckpointPage),
     /// To [`Request::TagCheckpoint`] and [`Request::LockCheckpoint`].
@@ -133,6 +149,8 @@ pub enum Response {
     View(ViewInfo),
     /// To [`Request::ListViews`].
     Views(Vec<ViewInfo>),
+    /// To [`Request::FreezeGuests`] and [`Request::ThawGuests`].
+    Guests(GuestsFrozen),
     /// Done, with nothing to tell.
     Done,
 }

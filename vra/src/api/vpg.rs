@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{CheckpointId, JournalId, TimeUs, VmId, VolumeId, VpgId, VraId};
+use super::{CheckpointId, JournalId, SetTrust, TimeUs, VmId, VolumeId, VpgId, VraId};
 
 /// Most VMs of one VPG.
 pub const MAX_VMS_PER_VPG: usize = 256;
@@ -63,12 +63,47 @@ pub struct VpgDefinition {
     /// Target: encrypt journals and scratch at rest.
     #[serde(default)]
     pub encrypt: bool,
+    /// What only the manager needs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub notes: Option<VpgNotes>,
     /// Source VRAs in the order in which they coordinate the group's checkpoints: the first that is live does. Those that it doesn't
     /// name follow in the order of their ids.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub coordinators: Vec<VraId>,
     /// The VMs.
     pub vms: Vec<VmDefinition>,
+}
+
+/// What only the manager needs of a group: its VRAs and journals keep it, so that a manager whose database is lost can be made again.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VpgNotes {
+    /// For people.
+    pub description: String,
+    /// Which group goes first when there is not enough for all: `Low`, `Medium` or `High`.
+    pub priority: String,
+    /// The RPO to be warned beyond, in seconds.
+    pub rpo_target_s: Option<u64>,
+    /// When the group was created.
+    pub created_us: Option<TimeUs>,
+}
+
+/// Asks for definitions, in the order of their ids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListDefinitions {
+    /// The former page's [`DefinitionPage::next`].
+    #[serde(default)]
+    pub after: Option<VpgId>,
+}
+
+/// Some of the definitions that a VRA has a part in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DefinitionPage {
+    /// The definitions.
+    pub vpgs: Vec<VpgDefinition>,
+    /// Where the next page goes on, if there is one.
+    pub next: Option<VpgId>,
+    /// The list of revoked certificates that the VRA has.
+    pub trust: SetTrust,
 }
 
 impl VpgDefinition {
@@ -237,6 +272,9 @@ pub struct CheckpointInfo {
     pub id: CheckpointId,
     /// When it was taken, by the coordinator's clock.
     pub time_us: TimeUs,
+    /// Why it was taken, and how its disks are.
+    #[serde(default)]
+    pub kind: CheckpointKind,
     /// Its name, if it was asked for.
     pub tag: Option<String>,
     /// The members it was taken over.
@@ -248,6 +286,50 @@ pub struct CheckpointInfo {
     pub locked: bool,
     /// Its place in each VM's journal.
     pub vms: Vec<CheckpointPlace>,
+}
+
+/// Why a checkpoint was taken, and how its disks are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CheckpointKind {
+    /// By the clock: as a power cut would leave the disks.
+    #[default]
+    Automatic,
+    /// Asked for by a user: as a power cut would leave the disks.
+    Tagged,
+    /// Taken while the guests' filesystems were frozen.
+    Application,
+}
+
+impl CheckpointKind {
+    /// A word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Automatic => "automatic",
+            Self::Tagged => "tagged",
+            Self::Application => "application",
+        }
+    }
+}
+
+impl From<journal::batch::CheckpointKind> for CheckpointKind {
+    fn from(kind: journal::batch::CheckpointKind) -> Self {
+        match kind {
+            journal::batch::CheckpointKind::Automatic => Self::Automatic,
+            journal::batch::CheckpointKind::Tagged => Self::Tagged,
+            journal::batch::CheckpointKind::Application => Self::Application,
+        }
+    }
+}
+
+impl From<CheckpointKind> for journal::batch::CheckpointKind {
+    fn from(kind: CheckpointKind) -> Self {
+        match kind {
+            CheckpointKind::Automatic => Self::Automatic,
+            CheckpointKind::Tagged => Self::Tagged,
+            CheckpointKind::Application => Self::Application,
+        }
+    }
 }
 
 /// A checkpoint's place in one VM's journal.
@@ -277,6 +359,10 @@ pub struct TagCheckpoint {
     pub vpg: VpgId,
     /// The name, 1 to 128 bytes. The same tag again makes another checkpoint.
     pub tag: String,
+    /// With the guests frozen, so that their filesystems are clean in it. Those of a VPG with one source VRA are frozen for it; else they must
+    /// have been frozen at all of its source VRAs.
+    #[serde(default)]
+    pub application: bool,
 }
 
 #[cfg(test)]

@@ -2,10 +2,12 @@
 //! answers its hold message, `release` and `abort` follow its verdict.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use journal::batch::{Checkpoint, CheckpointKind, Epoch};
 use thiserror::Error;
 
+use super::freeze::{Freeze, FreezeMark};
 use super::held_epoch::{CommitRefusal, HeldEpoch};
 use crate::api::VmId;
 use crate::capture::modes::HoldRefusal;
@@ -19,12 +21,22 @@ pub struct Member {
     pub vm: VmId,
     /// Its core.
     pub core: Arc<VmCore>,
+    /// Whether its guest is frozen.
+    pub freeze: Freeze,
 }
 
 /// The members, held.
 pub struct LocalHold {
-    held: Vec<(VmId, Arc<HeldEpoch>)>,
+    held: Vec<HeldMember>,
     began_mono_us: u64,
+}
+
+struct HeldMember {
+    vm: VmId,
+    epoch: Arc<HeldEpoch>,
+    freeze: Freeze,
+    /// How its guest was when its cut was taken.
+    mark: FreezeMark,
 }
 
 /// A checkpoint of all members on this host.
@@ -74,6 +86,12 @@ pub enum CheckpointRefusal {
         /// Why not.
         refusal: CommitRefusal,
     },
+    /// A guest wasn't frozen for a checkpoint that says so.
+    #[error("the guest of VM {vm} isn't frozen")]
+    NotFrozen {
+        /// Which VM.
+        vm: VmId,
+    },
     /// The group has no member here.
     #[error("no VM of the group is protected on this host")]
     NoMembers,
@@ -104,33 +122,42 @@ impl LocalHold {
                 }
             };
             watch(&epoch);
-            held.push((member.vm, epoch));
+            let mark = member.freeze.mark(Instant::now());
+            held.push(HeldMember { vm: member.vm, epoch, freeze: member.freeze.clone(), mark });
         }
         Ok(Self { held, began_mono_us: now.mono_us })
     }
 
     /// Each member and the last number that belongs to the checkpoint.
     pub fn cuts(&self) -> impl Iterator<Item = (VmId, u64)> {
-        self.held.iter().map(|(vm, epoch)| (*vm, epoch.cut()))
+        self.held.iter().map(|member| (member.vm, member.epoch.cut()))
     }
 
     /// Whether a member isn't held any more: the group can't get its checkpoint.
     pub fn is_over(&self) -> bool {
-        self.held.iter().any(|(_, epoch)| epoch.is_over())
+        self.held.iter().any(|member| member.epoch.is_over())
     }
 
     /// How long completions have been held, in µs: until now, or until the deadline let them go.
     pub fn held_us(&self, now: Now) -> u64 {
-        let expired_us = self.held.iter().filter_map(|(_, epoch)| epoch.expired_mono_us()).max();
+        let expired_us = self.held.iter().filter_map(|member| member.epoch.expired_mono_us()).max();
         expired_us.unwrap_or(now.mono_us).saturating_sub(self.began_mono_us)
     }
 
     /// All members of all hosts are held: writes the records and lets the completions go. `checkpoint` has the group's
     /// fields; each member writes its own cut.
     pub fn release(self, checkpoint: &Checkpoint, now: Now) -> Result<TakenCheckpoint, CheckpointRefusal> {
+        let frozen_at = Instant::now();
+        let is_thawed = |member: &&HeldMember| !member.mark.lasts_until(member.freeze.mark(frozen_at));
+        if checkpoint.kind == CheckpointKind::Application
+            && let Some(vm) = self.held.iter().find(is_thawed).map(|member| member.vm)
+        {
+            self.abort();
+            return Err(CheckpointRefusal::NotFrozen { vm });
+        }
         let mut members = Vec::with_capacity(self.held.len());
         let mut refused = None;
-        for (vm, epoch) in &self.held {
+        for HeldMember { vm, epoch, .. } in &self.held {
             match epoch.commit(checkpoint, now) {
                 Ok(seq) => members.push(TakenMember { vm: *vm, cut: epoch.cut(), seq }),
                 Err(refusal) => refused = refused.or(Some(CheckpointRefusal::Commit { vm: *vm, refusal })),
@@ -151,8 +178,8 @@ impl LocalHold {
 
     /// Lets the completions go without records.
     pub fn abort(self) {
-        for (_, epoch) in &self.held {
-            epoch.expire();
+        for member in &self.held {
+            member.epoch.expire();
         }
     }
 }

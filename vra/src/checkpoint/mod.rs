@@ -2,6 +2,7 @@
 //! `docs/capture.md` has the protocol.
 
 mod checkpointer;
+mod freeze;
 mod held_epoch;
 mod hold_log;
 pub mod hosts;
@@ -11,5 +12,6 @@ mod state_word;
 mod tests;
 
 pub use checkpointer::{Checkpointer, GroupSettings, GroupStatus, HOLD_DEADLINE_US};
+pub use freeze::Freeze;
 pub use held_epoch::{CommitRefusal, HeldEpoch};
 pub use local_hold::{CheckpointRefusal, LocalHold, Member, TakenCheckpoint, TakenMember};

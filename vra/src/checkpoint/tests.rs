@@ -37,7 +37,11 @@ impl Vm {
             core.start_streaming().expect("an empty ring");
         });
         let lane = core.add_lane(Arc::new(NoBell));
-        Self { member: Member { vm: VmId(Uuid::from_u128(number)), core }, consumer, lane }
+        Self {
+            member: Member { vm: VmId(Uuid::from_u128(number)), core, freeze: Freeze::default() },
+            consumer,
+            lane,
+        }
     }
 
     pub(super) fn write(&self) -> Ticket {

@@ -91,6 +91,8 @@ pub struct TargetConfig {
     pub memory_mib: u32,
     /// Space that a view's writes may use on the datastore, for each disk, in MiB: 1 to 1,048,576. Reserved when the view is opened.
     pub scratch_mib: u32,
+    /// Memory for the indexes of open views, of all VMs, in MiB: 64 to 1,048,576. A view that takes more isn't opened.
+    pub views_memory_mib: u32,
     /// A file of site keys, for journals that are encrypted, on a host without a ZVM or to start without it; the ZVM's replace them.
     pub site_key_file: Option<PathBuf>,
 }
@@ -152,7 +154,13 @@ impl Default for DoorConfig {
 
 impl Default for TargetConfig {
     fn default() -> Self {
-        Self { journal_threads: 2, memory_mib: 512, scratch_mib: 1024, site_key_file: None }
+        Self {
+            journal_threads: 2,
+            memory_mib: 512,
+            scratch_mib: 1024,
+            views_memory_mib: 2048,
+            site_key_file: None,
+        }
     }
 }
 
@@ -236,6 +244,11 @@ impl Config {
             ((1..=64).contains(&self.target.journal_threads), "target.journal_threads", "1 to 64"),
             ((32..=1 << 20).contains(&self.target.memory_mib), "target.memory_mib", "32 to 1048576"),
             ((1..=1 << 20).contains(&self.target.scratch_mib), "target.scratch_mib", "1 to 1048576"),
+            (
+                (64..=1 << 20).contains(&self.target.views_memory_mib),
+                "target.views_memory_mib",
+                "64 to 1048576",
+            ),
             (self.scrub.mib_per_s <= 1 << 16, "scrub.mib_per_s", "0 to 65536"),
             (self.scrub.pass_every_s > 0, "scrub.pass_every_s", "at least 1"),
         ];

@@ -88,8 +88,9 @@ impl Daemon {
         let unlisted = unlocked.map(|locked| CheckpointInfo {
             id: checkpoint,
             time_us: locked.time_us,
-            tag: None,
-            member_set_version: 0,
+            kind: locked.kind,
+            tag: locked.tag.map(Into::into),
+            member_set_version: locked.member_set_version,
             complete: false,
             locked: false,
             vms: Vec::new(),

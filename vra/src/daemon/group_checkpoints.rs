@@ -135,6 +135,7 @@ impl GroupCheckpoints {
         CheckpointInfo {
             id: keyed.listed.id,
             time_us: keyed.listed.time_us,
+            kind: keyed.listed.kind,
             tag: keyed.listed.tag.as_deref().map(str::to_owned),
             member_set_version: keyed.listed.member_set_version,
             complete: self.is_complete(keyed),
@@ -271,6 +272,7 @@ mod tests {
             id: CheckpointId { nonce: 5, counter },
             cut: counter * 10,
             member_set_version: 1,
+            kind: CheckpointKind::Automatic.into(),
             tag: None,
         };
         let list = |counters: &[u64]| {

@@ -10,6 +10,7 @@ mod definition;
 mod doors;
 mod error;
 mod group_checkpoints;
+mod guests;
 mod handler;
 mod identity;
 mod linking;
@@ -47,6 +48,7 @@ use ublk::process::ProcessSettings;
 use ublk::reactor::{ReactorSettings, Reactors};
 
 use self::doors::Doors;
+use self::guests::Guests;
 use self::linking::SharedLink;
 use self::sources::LiveSource;
 use self::spanning::Spanning;
@@ -105,6 +107,7 @@ async fn serve(config: &Config) -> Result<(), DaemonError> {
     tasks.spawn(Arc::clone(&daemon).tick_sources());
     tasks.spawn(Arc::clone(&daemon).keep_serving());
     tasks.spawn(Arc::clone(&daemon).drive_spanning());
+    tasks.spawn(Arc::clone(&daemon).keep_thawed());
     let handler = Arc::clone(&daemon);
     tasks.spawn(async move { server.serve(handler).await });
     tracing::info!(vra = %daemon.vra, name = config.name, version = env!("CARGO_PKG_VERSION"), "started");
@@ -141,6 +144,7 @@ pub(crate) struct Daemon {
     checkpointer: Checkpointer,
     /// Checkpoints of VPGs whose VMs are on several hosts.
     spanning: Spanning,
+    guests: Guests,
     /// What the checkpointer was told of each group: revision, and which cores.
     groups: Mutex<BTreeMap<VpgId, (u64, Vec<usize>)>>,
     alerts: Mutex<AlertBook>,
@@ -170,6 +174,7 @@ impl Daemon {
                 pass_every: Duration::from_secs(config.scrub.pass_every_s.into()),
             },
             overlay_bytes: u64::from(config.target.scratch_mib) << 20,
+            views_memory_bytes: u64::from(config.target.views_memory_mib) << 20,
             ..TargetSettings::STANDARD
         })?;
         if let Some(path) = &config.target.site_key_file {
@@ -191,6 +196,7 @@ impl Daemon {
             awaiting_keys: Mutex::default(),
             checkpointer,
             spanning,
+            guests: Guests::open(&config.state_dir)?,
             sources: Mutex::default(),
             groups: Mutex::default(),
             doors,

@@ -12,12 +12,13 @@ use super::{Daemon, Finding, lock};
 use crate::api::status::{HoldTimes, LastCheckpoint, Rpo, SourceMode, SourceVmStatus, VpgStatus};
 use crate::api::vpg::{CheckpointPlace, VmDefinition};
 use crate::api::{
-    ApiError, CheckpointId, CheckpointInfo, ErrorCode, GenerationId, Severity, TagCheckpoint, TimeUs, VmId,
-    VpgDefinition,
+    ApiError, CheckpointId, CheckpointInfo, ErrorCode, FreezeGuests, GenerationId, Severity, TagCheckpoint,
+    ThawGuests, TimeUs, VmId, VpgDefinition,
 };
 use crate::capture::SourceSnapshot;
 use crate::capture::modes::Mode;
 use crate::checkpoint::{CheckpointRefusal, TakenCheckpoint};
+use crate::guest::LONGEST_FREEZE;
 use crate::ship::Phase;
 
 impl Daemon {
@@ -79,11 +80,34 @@ impl Daemon {
                 ),
             ));
         }
+        let is_frozen = self.has_frozen(vpg.id);
         if self.spanning.status(vpg.id).is_some() {
+            if tag.application && !is_frozen {
+                let message = format!(
+                    "the guests of VPG \"{}\" here are not frozen, and it has other source VRAs, too",
+                    vpg.name
+                );
+                let remedy = "make it with `zvm checkpoint tag --application`, which freezes them all";
+                return Err(ApiError::new(ErrorCode::NotReady, message).remedy(remedy));
+            }
             return self.tag_spanning(&vpg, &tag).await;
         }
-        let taken =
-            tokio::task::block_in_place(|| self.checkpointer.take(tag.vpg, CheckpointKind::Tagged, &tag.tag));
+        let freezes = tag.application && !is_frozen;
+        if freezes {
+            let freeze = FreezeGuests { vpg: vpg.id, limit_ms: LONGEST_FREEZE.as_millis() as u32 };
+            let told = self.freeze_guests(freeze).await?;
+            if told.frozen.is_empty() {
+                self.thaw_guests(ThawGuests { vpg: vpg.id }).await;
+                let message = format!("no VM of VPG \"{}\" has a guest agent", vpg.name);
+                return Err(ApiError::new(ErrorCode::BadRequest, message)
+                    .remedy("name their sockets with `vra guest-agent`"));
+            }
+        }
+        let kind = if tag.application { CheckpointKind::Application } else { CheckpointKind::Tagged };
+        let taken = tokio::task::block_in_place(|| self.checkpointer.take(tag.vpg, kind, &tag.tag));
+        if freezes {
+            self.thaw_guests(ThawGuests { vpg: vpg.id }).await;
+        }
         taken.map(|taken| info_of(&taken, &vpg)).map_err(|refusal| {
             let message = format!("no checkpoint of VPG \"{}\" could be made: {refusal}", vpg.name);
             let error = ApiError::new(ErrorCode::NotReady, message);
@@ -250,6 +274,7 @@ fn info_of(taken: &TakenCheckpoint, vpg: &VpgDefinition) -> CheckpointInfo {
     CheckpointInfo {
         id: id_of(taken),
         time_us: TimeUs(taken.time_us),
+        kind: taken.kind.into(),
         tag: Some(taken.tag.clone()).filter(|tag| !tag.is_empty()),
         member_set_version: vpg.member_set_version,
         complete: true,

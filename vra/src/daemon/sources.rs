@@ -18,7 +18,7 @@ use crate::api::{ApiError, ErrorCode, GenerationId, TimeUs, VmId, VpgId};
 use crate::capture::{
     CaptureLimits, FileSequenceStore, ProtectedDisk, RetainedEntries, SourceAction, SourceAlert, SourceVm,
 };
-use crate::checkpoint::Member;
+use crate::checkpoint::{Freeze, Member};
 use crate::clock::Clock;
 use crate::link::StreamKind;
 use crate::report::chain;
@@ -35,6 +35,7 @@ pub(super) struct LiveSource {
     vpg: VpgId,
     definition: VmDefinition,
     vm: Arc<SourceVm>,
+    freeze: Freeze,
     shipper: Shipper,
     /// The last sync, and when it began.
     sync: Mutex<Option<(SyncThread, TimeUs)>>,
@@ -69,7 +70,8 @@ impl LiveSource {
 
     /// As a member of its group.
     pub(super) fn member(&self) -> Member {
-        Member { vm: self.definition.id, core: Arc::clone(self.vm.core()) }
+        let (core, freeze) = (Arc::clone(self.vm.core()), self.freeze.clone());
+        Member { vm: self.definition.id, core, freeze }
     }
 
     pub(super) fn sender(&self) -> SenderStatus {
@@ -202,6 +204,9 @@ impl Daemon {
             vpg,
             definition: definition.clone(),
             vm,
+            freeze: self
+                .guests
+                .freeze_of(definition.id, self.seen().guest_agents.contains_key(&definition.id)),
             shipper,
             sync: Mutex::default(),
             notes,

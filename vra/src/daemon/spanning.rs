@@ -92,13 +92,18 @@ impl Spanning {
     }
 
     /// Makes a checkpoint as soon as can be.
-    pub(super) async fn take(&self, vpg: VpgId, tag: &str) -> Result<TakenByHosts, EpochFailure> {
+    pub(super) async fn take(
+        &self,
+        vpg: VpgId,
+        kind: CheckpointKind,
+        tag: &str,
+    ) -> Result<TakenByHosts, EpochFailure> {
         let (sender, ended) = oneshot::channel();
         {
             let mut machine = lock(&self.machine);
             let patience_us = u64::try_from(ASK_FOR.as_micros()).unwrap_or(u64::MAX);
             let until_mono_us = self.clock.now().mono_us + patience_us;
-            let ask = machine.groups.ask(vpg, CheckpointKind::Tagged, tag, until_mono_us);
+            let ask = machine.groups.ask(vpg, kind, tag, until_mono_us);
             machine.asked.insert(ask, sender);
             self.dispatch(&mut machine);
         }

@@ -1,5 +1,7 @@
 //! What status, alerts and requests say of checkpoints that span hosts.
 
+use journal::batch::CheckpointKind;
+
 use super::{Daemon, Finding};
 use crate::api::status::{LastCheckpoint, VpgStatus};
 use crate::api::vpg::CheckpointPlace;
@@ -18,7 +20,8 @@ impl Daemon {
         vpg: &VpgDefinition,
         tag: &TagCheckpoint,
     ) -> Result<CheckpointInfo, ApiError> {
-        let taken = self.spanning.take(vpg.id, &tag.tag).await;
+        let kind = if tag.application { CheckpointKind::Application } else { CheckpointKind::Tagged };
+        let taken = self.spanning.take(vpg.id, kind, &tag.tag).await;
         taken.map(|taken| info_of(&taken, vpg)).map_err(|failure| {
             let message =
                 format!("no checkpoint of VPG \"{}\" could be made: {}", vpg.name, told(&failure, vpg));
@@ -127,6 +130,7 @@ fn info_of(taken: &TakenByHosts, vpg: &VpgDefinition) -> CheckpointInfo {
     CheckpointInfo {
         id: id_of(taken),
         time_us: TimeUs(taken.time_us),
+        kind: taken.kind.into(),
         tag: Some(taken.tag.clone()).filter(|tag| !tag.is_empty()),
         member_set_version: vpg.member_set_version,
         complete: true,

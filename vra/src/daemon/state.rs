@@ -24,6 +24,9 @@ pub(super) struct State {
     /// Views.
     #[serde(default)]
     pub views: BTreeMap<ViewId, ViewRecord>,
+    /// Sockets of guests' agents.
+    #[serde(default)]
+    pub guest_agents: BTreeMap<VmId, PathBuf>,
     /// Cookies of ublk devices that belong to no view any more: to be deleted at start. Releases whose views ended with the daemon left them.
     pub view_cookies: Vec<u32>,
 }

@@ -35,6 +35,7 @@ impl Daemon {
         self.volume_findings(&mut found);
         self.source_findings(&mut found);
         self.spanning_findings(&mut found);
+        self.guest_findings(&mut found);
         self.target_findings(&mut found);
         self.view_findings(&mut found);
         lock(&self.link).findings(&mut found);

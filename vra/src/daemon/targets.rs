@@ -163,9 +163,15 @@ impl From<TargetError> for ApiError {
                 ErrorCode::NotFound
             }
             TargetError::InUse { .. } => ErrorCode::Busy,
-            TargetError::TooManyLocks { .. } => ErrorCode::Exhausted,
+            TargetError::TooManyLocks { .. } | TargetError::ViewMemory { .. } => ErrorCode::Exhausted,
             _ => ErrorCode::Io,
         };
-        Self::new(code, chain(&error))
+        let api = Self::new(code, chain(&error));
+        match error {
+            TargetError::ViewMemory { .. } => {
+                api.remedy("close views, or raise `target.views_memory_mib` in the VRA's configuration")
+            }
+            _ => api,
+        }
     }
 }

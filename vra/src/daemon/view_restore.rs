@@ -9,7 +9,7 @@ use ublk::serve::Disk;
 
 use super::doors::Door;
 use super::state::{Change, ViewDiskRecord, ViewRecord, ViewStage};
-use super::views::{LiveDisk, LiveView, ReadyDisk, ScratchFrom, export_name};
+use super::views::{LiveDisk, LiveView, ReadyDisk, export_name};
 use super::{Daemon, Finding, lock};
 use crate::api::door::NbdListen;
 use crate::api::{ApiError, DoorAddress, DoorRequest, ErrorCode, PointInTime, Severity, ViewId, VmId, VpgId};
@@ -171,8 +171,7 @@ impl Daemon {
             ApiError::new(ErrorCode::Corrupt, format!("nothing says what the view shows of VM {vm}"))
         })?;
         let at = PointInTime::Sequence { sequence };
-        let scratch = ScratchFrom::Former { lock_until };
-        let ready = self.disks_as_they_were(&target, at, record, wanted, scratch).await?;
+        let ready = self.former_disks(&target, at, record, wanted, lock_until).await?;
         let mut disks = Vec::new();
         for ((wanted, index), ready) in wanted.iter().zip(indexes).zip(ready) {
             let served = ready.and_then(|ready| {

@@ -1,11 +1,13 @@
 //! Disks as they were, behind doors.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
 use journal::view::ViewError;
-
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 use ublk::serve::Disk;
 
 use super::definition::check_name;
@@ -26,6 +28,9 @@ use crate::view::{
 
 /// Most views that are open at once.
 const MAX_VIEWS: usize = 256;
+
+/// VMs whose journals are read at once for a new view: one waits for the disk while another one's index is put in order.
+const OPENINGS_AT_ONCE: usize = 4;
 
 /// A view that is to be open.
 pub(super) struct LiveView {
@@ -309,9 +314,9 @@ impl Daemon {
         vms: &[Arc<TargetVm>],
         at: PointInTime,
     ) -> Result<(), ApiError> {
-        for vm in vms {
+        for (vm, mut opened) in vms.iter().zip(open_each(vms, at).await?) {
             let wanted: Vec<_> = record.disks.iter().filter(|disk| disk.vm == vm.id()).collect();
-            let ready = self.disks_as_they_were(vm, at, record, &wanted, ScratchFrom::New).await?;
+            let ready = self.ready_disks(&mut opened, vm, record, &wanted, ScratchFrom::New);
             for (wanted, ready) in wanted.into_iter().zip(ready) {
                 let ReadyDisk { mut info, disk } = ready?;
                 let export = export_name(record.info.view, wanted);
@@ -327,44 +332,45 @@ impl Daemon {
         Ok(())
     }
 
-    /// Disks of a VM as they were, each for itself. The door is still to be filled in.
+    /// Disks of a VM as they were before a restart, each for itself. The door is still to be filled in.
     ///
     /// # Errors
     /// The VM can't be opened as it was.
-    pub(super) async fn disks_as_they_were(
+    pub(super) async fn former_disks(
         &self,
         vm: &Arc<TargetVm>,
         at: PointInTime,
         record: &ViewRecord,
         wanted: &[&ViewDiskRecord],
-        scratch: ScratchFrom,
+        lock_until: Instant,
     ) -> Result<Vec<Result<ReadyDisk, ApiError>>, ApiError> {
-        // A former view's scratch may have what was promoted meanwhile.
-        let mut kept_seq = u64::MAX;
+        // Its scratch may have what was promoted meanwhile.
+        let mut kept_seq = None::<u64>;
         for path in wanted.iter().filter_map(|disk| disk.scratch.as_ref()) {
-            kept_seq = kept_seq.min(match scratch {
-                ScratchFrom::New => 0,
-                ScratchFrom::Former { lock_until } => {
-                    tokio::task::block_in_place(|| ScratchFile::kept_seq_at(path, lock_until))?
-                }
-            });
+            let kept = tokio::task::block_in_place(|| ScratchFile::kept_seq_at(path, lock_until))?;
+            kept_seq = Some(kept_seq.map_or(kept, |least| least.min(kept)));
         }
-        let kept_seq = if kept_seq == u64::MAX { 0 } else { kept_seq };
-        let opened = vm.open_former_view(at, kept_seq).await;
-        if let (Err(TargetError::View(ViewError::Gone { seq, .. })), ScratchFrom::Former { .. }) =
-            (&opened, scratch)
-        {
+        let opened = vm.open_former_view(at, kept_seq.unwrap_or_default()).await;
+        if let Err(TargetError::View(ViewError::Gone { seq, .. })) = &opened {
             // What was kept for it before the files were open keeps it no more.
             vm.stop_awaiting(*seq);
         }
-        let mut opened = opened?;
+        Ok(self.ready_disks(&mut opened?, vm, record, wanted, ScratchFrom::Former { lock_until }))
+    }
+
+    fn ready_disks(
+        &self,
+        opened: &mut OpenedView,
+        vm: &TargetVm,
+        record: &ViewRecord,
+        wanted: &[&ViewDiskRecord],
+        scratch: ScratchFrom,
+    ) -> Vec<Result<ReadyDisk, ApiError>> {
         let definition = vm.definition();
         let ready = wanted.iter().map(|disk| {
-            tokio::task::block_in_place(|| {
-                self.disk_as_it_was(&mut opened, &definition, record, disk, scratch)
-            })
+            tokio::task::block_in_place(|| self.disk_as_it_was(opened, &definition, record, disk, scratch))
         });
-        Ok(ready.collect())
+        ready.collect()
     }
 
     fn disk_as_it_was(
@@ -460,4 +466,25 @@ impl From<ScratchError> for ApiError {
 /// The name of a view's disk as an NBD export.
 pub(super) fn export_name(view: ViewId, disk: &ViewDiskRecord) -> String {
     format!("view-{view}-{}-{}", disk.vm, disk.number)
+}
+
+/// Opens each VM as it was.
+async fn open_each(vms: &[Arc<TargetVm>], at: PointInTime) -> Result<Vec<OpenedView>, ApiError> {
+    let places = Arc::new(Semaphore::new(OPENINGS_AT_ONCE));
+    let mut opening = JoinSet::new();
+    for (number, vm) in vms.iter().cloned().enumerate() {
+        let places = Arc::clone(&places);
+        opening.spawn(async move {
+            let _place = places.acquire_owned().await;
+            (number, vm.open_view(at).await)
+        });
+    }
+    let mut opened = BTreeMap::new();
+    while let Some(ended) = opening.join_next().await {
+        let (number, view) = ended.map_err(|error| {
+            ApiError::new(ErrorCode::Other, format!("opening a VM's disks ended: {error}"))
+        })?;
+        opened.insert(number, view?);
+    }
+    Ok(opened.into_values().collect())
 }

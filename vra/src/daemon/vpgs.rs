@@ -1,10 +1,15 @@
 //! VPGs: takes definitions and makes sources and targets follow them.
 
+use std::ops::Bound;
+
 use super::Daemon;
 use super::definition::check;
 use super::state::{Change, State};
 use crate::api::vpg::{VmDefinition, VpgApplied};
-use crate::api::{ApiError, ErrorCode, RemoveVpg, VolumeId, VpgDefinition, VpgId};
+use crate::api::{
+    ApiError, DefinitionPage, ErrorCode, ListDefinitions, MAX_VMS_PER_DEFINITION_PAGE, RemoveVpg, VolumeId,
+    VpgDefinition, VpgId,
+};
 
 impl Daemon {
     /// Takes a definition, new or changed.
@@ -33,6 +38,22 @@ impl Daemon {
         }
         self.follow_definitions(&mut change).await?;
         Ok(self.applied(change.get(), &definition))
+    }
+
+    /// A page of the definitions in force.
+    pub(super) fn list_definitions(&self, list: ListDefinitions) -> DefinitionPage {
+        let seen = self.seen();
+        let after = list.after.map_or(Bound::Unbounded, Bound::Excluded);
+        let mut rest = seen.vpgs.range((after, Bound::Unbounded)).map(|(_, vpg)| vpg).peekable();
+        let (mut vpgs, mut vms) = (Vec::<VpgDefinition>::new(), 0);
+        while let Some(vpg) =
+            rest.next_if(|vpg| vms == 0 || vms + vpg.vms.len() <= MAX_VMS_PER_DEFINITION_PAGE)
+        {
+            vms += vpg.vms.len();
+            vpgs.push(vpg.clone());
+        }
+        let next = rest.peek().and_then(|_| vpgs.last()).map(|last| last.id);
+        DefinitionPage { vpgs, next, trust: seen.trust.clone() }
     }
 
     /// Ends a VPG here.

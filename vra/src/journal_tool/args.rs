@@ -39,8 +39,12 @@ pub(super) enum Command {
     },
     /// List the checkpoints that can be opened, oldest first
     Checkpoints {
-        /// The journal's file, its VM's folder, or a datastore with one VM
-        journal: PathBuf,
+        /// The journal's file, its VM's folder, or a datastore with one VM; with --vpg one datastore or several
+        #[arg(required = true, value_name = "JOURNAL")]
+        paths: Vec<PathBuf>,
+        /// Those that the journals of all VMs of this VPG hold: its name or id
+        #[arg(long, value_name = "VPG")]
+        vpg: Option<String>,
         /// One JSON object
         #[arg(long)]
         json: bool,

@@ -94,6 +94,14 @@ fn a_group_is_listed_with_what_all_its_vms_hold() {
     let counts: Vec<(&Value, &Value)> =
         vpg["vms"].as_array().expect("a list").iter().map(|vm| (&vm["name"], &vm["checkpoints"])).collect();
     assert_eq!(counts, [(&json!("db"), &json!(3)), (&json!("web"), &json!(2))]);
+    let whole = answer(&["checkpoints", &shop.store(), "--vpg", "shop", "--json"]);
+    let tags: Vec<&Value> =
+        whole["checkpoints"].as_array().expect("a list").iter().map(|entry| &entry["tag"]).collect();
+    assert_eq!(tags, [&json!(""), &json!("before upgrade")]);
+    let (text, _) = call(&["checkpoints", &shop.store(), "--vpg", &id(3)]).expect("listed");
+    assert_eq!(text.lines().count(), 3, "{text}");
+    let error = call(&["checkpoints", &shop.store(), &shop.store()]).expect_err("one journal");
+    assert!(error.to_string().contains("--vpg"), "{error}");
     std::fs::remove_dir_all(&shop.web.folder).expect("removed");
     let (text, _) = call(&["ls", &shop.store()]).expect("listed");
     assert!(text.contains("its journal is not here: its VRA has it in /elsewhere"), "{text}");

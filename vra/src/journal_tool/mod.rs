@@ -60,7 +60,9 @@ fn run(args: &Args, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
     match &args.command {
         Command::Ls { datastores, json } => list::run(datastores, &keys, *json, out)?,
         Command::Inspect { journal, json } => inspect::run(journal, &keys, *json, out)?,
-        Command::Checkpoints { journal, json } => checkpoints::run(journal, &keys, *json, out)?,
+        Command::Checkpoints { paths, vpg, json } => {
+            checkpoints::run(paths, vpg.as_deref(), &keys, *json, out)?;
+        }
         Command::Verify { journal, json } => {
             if verify::run(journal, &keys, *json, out)? {
                 return Ok(ExitCode::from(EXIT_DAMAGED));

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use journal::batch::{Checkpoint, CheckpointKind, Epoch};
+use journal::batch::{Checkpoint, Epoch};
 use uuid::Uuid;
 
 use super::place::Journal;
@@ -60,7 +60,7 @@ fn checkpoint_of(locked: &LockedCheckpoint) -> Checkpoint {
         cut: locked.cut,
         member_set_version: locked.member_set_version.into(),
         time_us: locked.time_us.0,
-        kind: CheckpointKind::Automatic,
+        kind: locked.kind.into(),
         tag: locked.tag.as_deref().unwrap_or_default().to_owned(),
     }
 }

@@ -10,8 +10,8 @@ use tokio::sync::mpsc;
 
 use super::transport::IDLE_TIMEOUT_MS;
 use super::{ALPN, LinkError, Peer, SERVER_NAME, bind_udp, close_code, resolve, transport_config};
-use crate::api::SetTrust;
 use crate::api::vpg::VraEndpoint;
+use crate::api::{SetTrust, VraId};
 use crate::pki::{
     Credentials, Identity, PeerCertificate, PkiError, Role, Trust, link_client_tls, link_server_tls,
 };
@@ -143,7 +143,33 @@ impl Link {
     /// [`LinkError`], with what is wrong with either side's certificate where that is the cause. Note that a peer that doesn't accept this
     /// side's certificate says so only after the handshake: the first use of the connection then fails with it.
     pub async fn connect(&self, peer: Identity, address: &str) -> Result<Connection, LinkError> {
-        let name = format!("{peer} at {address}");
+        Ok(self.connect_as(Some(peer), &format!("{peer} at {address}"), address).await?.0)
+    }
+
+    /// Connects to a VRA of the site: that one, or whichever is at the address. Says by which certificate it proved itself.
+    ///
+    /// # Errors
+    /// As for [`Link::connect`]; also if it is no VRA.
+    pub async fn connect_vra(
+        &self,
+        expected: Option<VraId>,
+        address: &str,
+    ) -> Result<(Connection, PeerCertificate), LinkError> {
+        let name = format!("the VRA at {address}");
+        let (connection, certificate) = self.connect_as(expected.map(Identity::vra), &name, address).await?;
+        match certificate.identity.as_vra() {
+            Some(_) => Ok((connection, certificate)),
+            None => Err(LinkError::Protocol { peer: name }),
+        }
+    }
+
+    async fn connect_as(
+        &self,
+        peer: Option<Identity>,
+        name: &str,
+        address: &str,
+    ) -> Result<(Connection, PeerCertificate), LinkError> {
+        let name = name.to_owned();
         let remote = resolve(address, self.inner.local).await?;
         let tls = link_client_tls(&self.inner.credentials, peer, &self.inner.trust, ALPN)?;
         let crypto = QuicClientConfig::try_from(tls)
@@ -161,8 +187,8 @@ impl Link {
             .map_err(|_| LinkError::NoAnswer { peer: name.clone() })?
             .map_err(|error| LinkError::from_connection(&name, error))?;
         let certificate = peer_certificate(&connection).ok_or(LinkError::Protocol { peer: name })?;
-        self.remember(certificate, &connection);
-        Ok(connection)
+        self.remember(certificate.clone(), &connection);
+        Ok((connection, certificate))
     }
 
     /// Puts a list of revoked certificates in force: connections of those on it are closed.

@@ -17,17 +17,18 @@ use sha2::{Digest, Sha256};
 use super::{Credentials, Identity, PeerCertificate, PkiError, Role, Trust};
 use crate::api::enroll::{self, Token};
 
-/// For the side that connects to `peer`, which must show a certificate of the site's CA with exactly that identity.
+/// For the side that connects to `peer`, which must show a certificate of the site's CA with exactly that identity; without one, whoever has
+/// any of them will do, and the caller looks at who it is.
 ///
 /// # Errors
 /// [`PkiError::Tls`] when the own certificate and key don't fit.
 pub fn link_client_tls(
     own: &Credentials,
-    peer: Identity,
+    peer: Option<Identity>,
     trust: &Trust,
     alpn: &[u8],
 ) -> Result<ClientConfig, PkiError> {
-    let verifier = Arc::new(PeerVerifier::new(own, Some(peer), trust)?);
+    let verifier = Arc::new(PeerVerifier::new(own, peer, trust)?);
     let mut config = client_builder()?
         .dangerous()
         .with_custom_certificate_verifier(verifier)

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use journal::batch::Checkpoint;
 
 use super::manifest::LockedCheckpoint;
+use crate::api::vpg::CheckpointKind;
 use crate::api::{CheckpointId, TimeUs};
 
 /// One checkpoint.
@@ -20,6 +21,8 @@ pub struct ListedCheckpoint {
     pub cut: u64,
     /// The members it was taken over.
     pub member_set_version: u32,
+    /// Why it was taken.
+    pub kind: CheckpointKind,
     /// Its name, if it has one.
     pub tag: Option<Box<str>>,
 }
@@ -32,6 +35,8 @@ pub struct CheckpointList {
     len: usize,
     /// The coordinator's clock went back once: cuts are not in the order of times.
     is_disordered: bool,
+    /// Nothing below this cut is in it.
+    oldest_seq: u64,
 }
 
 /// The order of the list. The same checkpoint has the same key in all journals of its group.
@@ -49,6 +54,7 @@ impl ListedCheckpoint {
             id: CheckpointId { nonce, counter: checkpoint.epoch.counter },
             cut: checkpoint.cut,
             member_set_version: u32::try_from(checkpoint.member_set_version).unwrap_or(u32::MAX),
+            kind: checkpoint.kind.into(),
             tag: (!checkpoint.tag.is_empty()).then(|| checkpoint.tag.as_str().into()),
         }
     }
@@ -61,8 +67,8 @@ impl ListedCheckpoint {
 
 impl From<&LockedCheckpoint> for ListedCheckpoint {
     fn from(locked: &LockedCheckpoint) -> Self {
-        let LockedCheckpoint { checkpoint, cut, time_us, member_set_version, ref tag } = *locked;
-        Self { time_us, id: checkpoint, cut, member_set_version, tag: tag.clone() }
+        let LockedCheckpoint { checkpoint, cut, time_us, member_set_version, kind, ref tag } = *locked;
+        Self { time_us, id: checkpoint, cut, member_set_version, kind, tag: tag.clone() }
     }
 }
 
@@ -141,6 +147,7 @@ impl CheckpointList {
 
     /// Puts one into its place.
     pub fn push(&mut self, entry: ListedCheckpoint) {
+        self.oldest_seq = self.oldest_seq.min(entry.cut);
         let newest = self.last();
         if newest.is_none_or(|newest| newest.key() < entry.key()) {
             self.is_disordered |= newest.is_some_and(|newest| newest.cut > entry.cut);
@@ -151,10 +158,8 @@ impl CheckpointList {
             self.len += 1;
             return;
         }
-        // A source that has lost its stream sends the newest one again, mostly with the same cut.
-        self.is_disordered |=
-            newest.is_none_or(|newest| (newest.key(), newest.cut) != (entry.key(), entry.cut));
-        let at = self.chunk_of(entry.key());
+        let (key, cut) = (entry.key(), entry.cut);
+        let at = self.chunk_of(key);
         let chunk = Arc::make_mut(&mut self.chunks[at]);
         match chunk.binary_search_by_key(&entry.key(), ListedCheckpoint::key) {
             // A source that sends a checkpoint again means the later place.
@@ -168,16 +173,26 @@ impl CheckpointList {
                 }
             }
         }
+        // An older one that was locked, or one that a source which has lost its stream sends again, mostly is where its cut says.
+        let place = self.count_before(key);
+        let is_before = self.iter_back_from(place).next().is_none_or(|former| former.cut <= cut);
+        self.is_disordered |=
+            !is_before || self.iter_from(place + 1).next().is_some_and(|next| next.cut < cut);
     }
 
     /// Nothing below this number can be opened any more.
     pub(super) fn forget_below(&mut self, oldest_seq: u64) {
+        if oldest_seq <= self.oldest_seq {
+            return;
+        }
         if self.is_disordered {
             let kept: Vec<_> = self.iter_from(0).filter(|entry| entry.cut >= oldest_seq).cloned().collect();
             self.clear();
+            self.oldest_seq = oldest_seq;
             kept.into_iter().for_each(|entry| self.push(entry));
             return;
         }
+        self.oldest_seq = oldest_seq;
         while let Some(chunk) = self.chunks.front_mut() {
             let gone = chunk.partition_point(|entry| entry.cut < oldest_seq);
             self.len -= gone;

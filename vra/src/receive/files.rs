@@ -58,6 +58,15 @@ pub(super) fn limits(definition: &VmDefinition, slot_bytes: u64) -> Limits {
     Limits { max_slots, min_slots, grow_slots: GROW_SLOTS, group_bytes: GROUP_BYTES }
 }
 
+/// Whether a journal can do with this limit, in bytes. The length of its slots, in bytes, stays what it was made with.
+pub(super) fn check_limit(limit_bytes: u64, slot_bytes: u64) -> Result<(), TargetError> {
+    let least_bytes = u64::from(FIRST_SLOTS) * slot_bytes;
+    if limit_bytes < least_bytes {
+        return Err(TargetError::JournalLimit { limit_bytes, least_bytes });
+    }
+    Ok(())
+}
+
 /// The VM of a definition, with its volumes checked.
 pub(super) fn identity(definition: &VmDefinition) -> Result<VmIdentity, TargetError> {
     if definition.volumes.is_empty() || definition.volumes.len() > MAX_VOLUMES {
@@ -106,10 +115,7 @@ pub(super) fn make(
     };
     let limit_bytes = definition.journal_limit();
     let slot_len_bytes = slot_bytes(limit_bytes);
-    let least_bytes = u64::from(FIRST_SLOTS) * slot_len_bytes;
-    if limit_bytes < least_bytes {
-        return Err(TargetError::JournalLimit { limit_bytes, least_bytes });
-    }
+    check_limit(limit_bytes, slot_len_bytes)?;
     // The minimum is there from the start.
     let slot_count = FIRST_SLOTS.max(limits(definition, slot_len_bytes).min_slots);
     let first_bytes = u64::from(slot_count) * slot_len_bytes;

@@ -65,6 +65,22 @@ impl WriteRate {
     }
 }
 
+impl Forecast {
+    /// The same on a datastore with `free_bytes` left, which a journal that holds `used_bytes` may run out of before its own limit.
+    pub(super) fn within_datastore(self, used_bytes: u64, free_bytes: u64, history_s: u64) -> Self {
+        let Some(by_limit_s) = self.reachable_history_s.filter(|_| self.write_rate_bytes_per_s > 0) else {
+            return self;
+        };
+        let reachable_s = used_bytes.saturating_add(free_bytes) / self.write_rate_bytes_per_s;
+        if by_limit_s <= reachable_s {
+            return self;
+        }
+        let left_s = free_bytes / self.write_rate_bytes_per_s;
+        let ends_s = (reachable_s < history_s).then_some(left_s);
+        Self { reachable_history_s: Some(reachable_s), limit_reached_in_s: ends_s, ..self }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -99,5 +115,22 @@ mod tests {
         }
         let left = rate.forecast(0, GIB, 60).write_rate_bytes_per_s;
         assert!(left < 200 << 10, "{left}");
+    }
+
+    #[test]
+    fn a_datastore_that_is_nearly_full_ends_it_before_the_limit() {
+        let forecast = after(600, 1 << 20).forecast(GIB, 10 * GIB, 7200);
+        assert_eq!(forecast.within_datastore(GIB, 20 * GIB, 7200), forecast, "the limit comes first");
+        let full = forecast.within_datastore(GIB, GIB, 7200);
+        assert!(
+            full.reachable_history_s.is_some_and(|seconds| (2_000..=2_100).contains(&seconds)),
+            "{full:?}"
+        );
+        assert!(
+            full.limit_reached_in_s.is_some_and(|seconds| (1_000..=1_050).contains(&seconds)),
+            "{full:?}"
+        );
+        assert_eq!(forecast.within_datastore(GIB, GIB, 1800).limit_reached_in_s, None, "half an hour fits");
+        assert_eq!(Forecast::default().within_datastore(0, 0, 7200), Forecast::default());
     }
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::checkpoint_list::ListedCheckpoint;
 use crate::api::{
     CheckpointId, TimeUs, VmId,
-    vpg::{VmDefinition, VpgDefinition},
+    vpg::{CheckpointKind, VmDefinition, VpgDefinition},
 };
 
 /// What a journal's manifest says: enough to recover the VM from its folder alone.
@@ -43,6 +43,9 @@ pub struct LockedCheckpoint {
     /// The members it was taken over.
     #[serde(default)]
     pub member_set_version: u32,
+    /// Why it was taken.
+    #[serde(default)]
+    pub kind: CheckpointKind,
     /// Its name, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tag: Option<Box<str>>,
@@ -50,8 +53,8 @@ pub struct LockedCheckpoint {
 
 impl From<&ListedCheckpoint> for LockedCheckpoint {
     fn from(listed: &ListedCheckpoint) -> Self {
-        let ListedCheckpoint { time_us, id: checkpoint, cut, member_set_version, ref tag } = *listed;
-        Self { checkpoint, cut, time_us, member_set_version, tag: tag.clone() }
+        let ListedCheckpoint { time_us, id: checkpoint, cut, member_set_version, kind, ref tag } = *listed;
+        Self { checkpoint, cut, time_us, member_set_version, kind, tag: tag.clone() }
     }
 }
 

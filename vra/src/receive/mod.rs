@@ -23,6 +23,7 @@ mod stream;
 mod target_error;
 mod target_host;
 mod target_vm;
+mod view_memory;
 mod worker;
 
 #[cfg(test)]

@@ -58,6 +58,8 @@ pub struct Receiver {
     stamp_base: Option<(u64, u64)>,
     /// When the journal last took a batch, by the monotonic clock.
     last_append_us: u64,
+    /// The same of journals beside this one.
+    neighbours_append_us: u64,
     rate: WriteRate,
     arrivals: VecDeque<Arrival>,
     /// When the group under way left memory, by the monotonic clock.
@@ -123,6 +125,7 @@ impl Receiver {
             manifest_tickets: VecDeque::new(),
             stamp_base: None,
             last_append_us: 0,
+            neighbours_append_us: 0,
             rate: WriteRate::default(),
             base_sync: BaseSync { sync_id, ..BaseSync::default() },
             arrivals: VecDeque::new(),
@@ -227,9 +230,6 @@ impl Receiver {
         }
         self.rate.step(now.mono_us);
         self.promote(now);
-        if let Some(action) = self.promotion_action() {
-            return Some(ReceiverOutput::Promotion(action));
-        }
         let action = loop {
             let action = self.writer.next_action();
             if let Some(Action { purpose: Purpose::Append, op: Op::Write { .. }, .. }) = &action {
@@ -241,7 +241,12 @@ impl Receiver {
                 break action;
             }
         };
-        action.map(ReceiverOutput::Journal).or_else(|| self.outputs.pop_front())
+        // What guests' writes wait for goes before what promotion reads and writes.
+        action
+            .map(ReceiverOutput::Journal)
+            .or_else(|| self.outputs.pop_front())
+            .or_else(|| self.promotion_action(now).map(ReceiverOutput::Promotion))
+            .or_else(|| self.outputs.pop_front())
     }
 
     /// An operation on the journal has ended.
@@ -293,6 +298,16 @@ impl Receiver {
     /// Whether a promotion may begin now. One that the journal needs for room begins in any case.
     pub fn set_may_promote(&mut self, may_promote: bool) {
         self.may_promote = may_promote;
+    }
+
+    /// When the journal last took a batch, by the monotonic clock, in microseconds.
+    pub fn last_append_us(&self) -> u64 {
+        self.last_append_us
+    }
+
+    /// When a journal beside this one last took a batch: what promotion has under way gets in its way, too.
+    pub fn note_neighbours_append(&mut self, mono_us: u64) {
+        self.neighbours_append_us = self.neighbours_append_us.max(mono_us);
     }
 
     /// Whether a promotion is under way, with its memory.

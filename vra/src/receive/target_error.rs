@@ -10,6 +10,7 @@ use journal::writer::ChangeError;
 
 use super::folder::FolderError;
 use super::manifest::ManifestError;
+use super::view_memory::NoViewMemory;
 use crate::api::{CheckpointId, JournalId, VmId};
 use crate::view::ViewDiskError;
 
@@ -177,6 +178,15 @@ pub enum TargetError {
     /// The view can't be opened.
     #[error("the view can't be opened")]
     View(#[source] ViewError),
+    /// Views have as much memory as they may.
+    #[error("no memory for another view of VM {vm}")]
+    ViewMemory {
+        /// Which VM.
+        vm: VmId,
+        /// How much.
+        #[source]
+        source: NoViewMemory,
+    },
     /// What is copied for a locked checkpoint can't be kept, or not be read.
     #[error("overlay {}", path.display())]
     Overlay {

@@ -21,7 +21,8 @@ use super::scrub::{ScrubSettings, ScrubThread, TargetVms};
 use super::shared_keys::SharedKeys;
 use super::stream;
 use super::target_error::TargetError;
-use super::target_vm::TargetVm;
+use super::target_vm::{HostParts, TargetVm};
+use super::view_memory::ViewMemory;
 use super::worker::{Input, VmKey, Worker, WorkerThread};
 use crate::api::{VmId, VpgId, VraId, vpg::VpgDefinition};
 use crate::wire::{Refuse, RefuseCode};
@@ -39,6 +40,8 @@ pub struct TargetSettings {
     pub scrub: ScrubSettings,
     /// Most of one disk that is copied for a locked checkpoint which promotion must pass, in bytes. Its space is reserved.
     pub overlay_bytes: u64,
+    /// Memory for the indexes of open views, of all VMs, in bytes: what takes more isn't opened.
+    pub views_memory_bytes: u64,
 }
 
 impl TargetSettings {
@@ -49,6 +52,7 @@ impl TargetSettings {
         window_bytes: 16 << 20,
         scrub: ScrubSettings::OFF,
         overlay_bytes: 10 << 30,
+        views_memory_bytes: 2 << 30,
     };
 }
 
@@ -56,6 +60,7 @@ impl TargetSettings {
 pub struct TargetHost {
     settings: TargetSettings,
     keys: SharedKeys,
+    view_memory: Arc<ViewMemory>,
     memory: ReceiveMemory,
     vms: TargetVms,
     /// What views need of VMs whose files are not open yet.
@@ -73,7 +78,7 @@ pub struct TargetHost {
 
 /// How often VMs are looked at that nothing happens to: their history gets older all the same.
 const TICK: Duration = Duration::from_secs(1);
-/// How often datastores with thin recovery disks are looked at, in ticks.
+/// How often datastores are looked at, in ticks.
 const SPACE_EVERY_TICKS: u64 = 30;
 
 impl TargetHost {
@@ -100,10 +105,10 @@ impl TargetHost {
                     tokio::task::spawn_blocking(move || {
                         let vms: Vec<_> =
                             vms.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
-                        let spaces: Vec<_> = vms.iter().map(|vm| vm.thin_space()).collect();
+                        let spaces: Vec<_> = vms.iter().map(|vm| vm.space()).collect();
                         let all: Vec<_> = spaces.iter().flatten().copied().collect();
                         for (vm, space) in vms.iter().zip(spaces) {
-                            vm.tell_space(space.is_some_and(|space| space.is_low(&all)));
+                            vm.tell_space(space, &all);
                             vm.look_at_journal_size();
                         }
                     });
@@ -116,6 +121,7 @@ impl TargetHost {
             settings,
             _scrub: scrub,
             keys: SharedKeys::default(),
+            view_memory: ViewMemory::new(settings.views_memory_bytes),
             memory: ReceiveMemory::new(settings.memory_bytes),
             vms,
             awaited: Mutex::default(),
@@ -169,8 +175,11 @@ impl TargetHost {
             folder,
             opened,
             self.next_worker().clone(),
-            self.settings,
-            self.keys.clone(),
+            HostParts {
+                settings: self.settings,
+                keys: self.keys.clone(),
+                view_memory: Arc::clone(&self.view_memory),
+            },
             awaited.clone(),
             next_key,
         );

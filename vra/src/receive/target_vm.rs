@@ -34,6 +34,7 @@ use super::receiver_types::{Pins, ReceiverPolicy, ReceiverStatus};
 use super::shared_keys::SharedKeys;
 use super::target_error::TargetError;
 use super::target_host::TargetSettings;
+use super::view_memory::ViewMemory;
 use super::worker::{Attached, Input, VmKey, Worker};
 use kept_locks::Kept;
 use pins::PinBook;
@@ -47,6 +48,13 @@ use crate::api::{
     vpg::{VmDefinition, VpgDefinition},
 };
 
+/// What the VMs of a host share.
+pub(super) struct HostParts {
+    pub(super) settings: TargetSettings,
+    pub(super) keys: SharedKeys,
+    pub(super) view_memory: Arc<ViewMemory>,
+}
+
 /// A VM at its target.
 pub struct TargetVm {
     vm: VmId,
@@ -55,6 +63,7 @@ pub struct TargetVm {
     runtime: Handle,
     settings: TargetSettings,
     keys: SharedKeys,
+    view_memory: Arc<ViewMemory>,
     /// What open views follow.
     promoted: Promoted,
     /// Rung when a lock is told to be in the way.
@@ -81,6 +90,8 @@ struct Inner {
     releasing: Vec<LockedCheckpoint>,
     /// What was last told of the recovery disks.
     told_bad_ranges: BadRanges,
+    /// What was free on the datastore when it was last looked at.
+    datastore_free_bytes: Option<u64>,
     /// How often the files were opened again.
     reopenings: u64,
     /// Since when views can't be kept, by their pins' numbers.
@@ -105,11 +116,11 @@ impl TargetVm {
         folder: VmFolder,
         files: VmFiles,
         worker: Worker,
-        settings: TargetSettings,
-        keys: SharedKeys,
+        host: HostParts,
         awaited: Vec<u64>,
         mut next_key: Box<dyn FnMut() -> VmKey + Send>,
     ) -> Arc<Self> {
+        let HostParts { settings, keys, view_memory } = host;
         let key = next_key();
         let (mut manifest, vm) = (files.manifest.clone(), files.identity.vm);
         let superblock = &files.opened.superblock;
@@ -148,6 +159,7 @@ impl TargetVm {
                 lock_in_the_way: None,
                 is_keeping_lock: false,
                 told_bad_ranges: BadRanges::default(),
+                datastore_free_bytes: None,
                 reopenings: 0,
                 closed: false,
                 not_open: None,
@@ -163,6 +175,7 @@ impl TargetVm {
                 runtime,
                 settings,
                 keys,
+                view_memory,
                 promoted,
                 locking,
                 lock_told,
@@ -217,6 +230,13 @@ impl TargetVm {
         let definition = inner.manifest.vm().expect("checked when the manifest was read or set");
         let status = inner.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let open = inner.key.is_some();
+        let forecast = match inner.datastore_free_bytes {
+            Some(free_bytes) => {
+                let used_bytes = status.journal_used_bytes;
+                status.forecast.within_datastore(used_bytes, free_bytes, definition.history_s)
+            }
+            None => status.forecast,
+        };
         TargetVmStatus {
             vm: self.vm,
             name: definition.name.clone(),
@@ -232,9 +252,9 @@ impl TargetVm {
             checkpoint_count: status.history.map_or(0, |history| history.count),
             journal_used_bytes: status.journal_used_bytes,
             journal_limit_bytes: status.journal_limit_bytes,
-            write_rate_bytes_per_s: status.forecast.write_rate_bytes_per_s,
-            reachable_history_s: status.forecast.reachable_history_s,
-            limit_reached_in_s: status.forecast.limit_reached_in_s,
+            write_rate_bytes_per_s: forecast.write_rate_bytes_per_s,
+            reachable_history_s: forecast.reachable_history_s,
+            limit_reached_in_s: forecast.limit_reached_in_s,
             site_key: status.site_key.map(|id| id.to_string()),
             scrub: inner.scrub,
             received_bytes: status.received_bytes,
@@ -303,9 +323,10 @@ impl TargetVm {
         if inner.manifest.vpg == *vpg {
             return Ok(());
         }
+        let slot_bytes = inner.status.lock().unwrap_or_else(PoisonError::into_inner).slot_bytes;
+        files::check_limit(definition.journal_limit(), slot_bytes)?;
         inner.manifest.vpg = vpg.clone();
         if let Some(vm) = inner.key {
-            let slot_bytes = inner.status.lock().unwrap_or_else(PoisonError::into_inner).slot_bytes;
             self.worker.tell(Input::SetPolicy {
                 vm,
                 policy: policy(vpg, definition, slot_bytes, self.settings.window_bytes),

@@ -33,6 +33,7 @@ pub(super) const SETTINGS: TargetSettings = TargetSettings {
     window_bytes: 16 << 20,
     scrub: super::ScrubSettings::OFF,
     overlay_bytes: 64 << 20,
+    views_memory_bytes: 64 << 20,
 };
 
 pub(super) struct Datastore(pub(super) PathBuf);
@@ -69,6 +70,7 @@ pub(super) fn definition(datastore: &std::path::Path, volumes: u16) -> VpgDefini
         checkpoint_interval_ms: 1000,
         hold_deadline_ms: 100,
         encrypt: false,
+        notes: None,
         coordinators: Vec::new(),
         vms: vec![VmDefinition {
             id: VmId::random(),

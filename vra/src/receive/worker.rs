@@ -161,6 +161,7 @@ impl WorkerThread {
             next_route: 0,
             dirty: Vec::new(),
             promoting: HashSet::new(),
+            last_append_us: 0,
         };
         let thread =
             std::thread::Builder::new().name(format!("journal-{number}")).spawn(move || state.run())?;
@@ -197,6 +198,8 @@ struct WorkerState {
     dirty: Vec<VmKey>,
     /// VMs with a promotion under way.
     promoting: HashSet<VmKey>,
+    /// When one of the VMs' journals last took a batch, by the monotonic clock.
+    last_append_us: u64,
 }
 
 struct Vm {
@@ -393,6 +396,8 @@ impl WorkerState {
             let Some(vm) = self.vms.get_mut(&key) else { continue };
             vm.receiver
                 .set_may_promote(self.promoting.contains(&key) || self.promoting.len() < PROMOTIONS_MAX);
+            vm.receiver.note_neighbours_append(self.last_append_us);
+            self.last_append_us = self.last_append_us.max(vm.receiver.last_append_us());
             while let Some(output) = vm.receiver.poll(self.clock.now()) {
                 let (file, part, token, purpose, op) = match output {
                     ReceiverOutput::Journal(action) => {

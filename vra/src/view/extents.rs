@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use nix::errno::Errno;
 use ublk::serve::{Allocation, Extent};
 
+use super::history::History;
 use super::scratch::map::{Place, Run};
 use super::{ViewDisk, plan};
 
@@ -81,9 +82,14 @@ impl ViewDisk {
         };
         if next_data > offset_bytes {
             // Promotion may have punched what was data at the view's moment: who skips it reads nothing that would tell.
-            if !self.is_still_there() {
-                self.set_gone();
-                return data;
+            match self.history() {
+                Some(History::Kept(_)) => {}
+                Some(History::Gone) => {
+                    self.set_gone();
+                    return data;
+                }
+                None if !self.is_gone() => {}
+                None | Some(History::Unknown) => return data,
             }
             return Extent {
                 len_bytes: len_bytes.min(next_data - offset_bytes),

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, SuperblockError};
-use journal::recovery::choose_superblock;
-use journal::view::{ViewError, still_there};
+use journal::view::ViewError;
 use ublk::arena::{Arena, Slot, SlotRef};
 use ublk::serve::{Completion, Errno, FileIo, FileOp, IoBuffer, Lane, Op, Port, Request, Waker};
 
 use self::durable::{COMMIT_JOB, Undurable};
+use super::history::History;
 use super::plan::{Fetch, JOURNAL_FILE, Plan, SCRATCH_FILE, plan};
 use super::preserve::Reading;
 use super::scratch::commit::Commit;
@@ -266,6 +266,12 @@ impl ViewLane {
         submit_check(0, slot, port);
     }
 
+    fn fail_read(&mut self, index: u32) {
+        if let Some(Job::Read(job)) = self.jobs.get(index) {
+            job.error.get_or_insert(EIO);
+        }
+    }
+
     fn has_failed(&mut self, index: u32) -> bool {
         matches!(self.jobs.get(index), Some(Job::Read(job)) if job.error.is_some())
     }
@@ -281,17 +287,16 @@ impl ViewLane {
         }
         drop(slot);
         let Some(check) = self.check.take() else { return };
-        let [first, second] = check.copies;
-        let newest = choose_superblock(first, second).ok();
-        // Two copies that cannot be read mean that nothing can be said: better no data than wrong data.
-        match newest.filter(|superblock| still_there(superblock, self.disk.kept_seq()).is_ok()) {
-            Some(superblock) => {
+        match History::of(check.copies, self.disk.kept_seq()) {
+            History::Kept(superblock) => {
                 self.disk.follow_promotion(&superblock);
                 if check.jobs.iter().any(|job| self.has_failed(*job)) {
                     self.disk.collect_again(&superblock);
                 }
             }
-            None => self.disk.set_gone(),
+            History::Gone => self.disk.set_gone(),
+            // Better no data than wrong data; the guest may ask again.
+            History::Unknown => check.jobs.iter().for_each(|job| self.fail_read(*job)),
         }
         for index in check.jobs {
             self.answer_read(index, port);

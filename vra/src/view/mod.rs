@@ -4,6 +4,7 @@
 //! [`ViewDisk`] needs files and a [`VolumeView`], nothing of the daemon: `vra-journal` serves it from a datastore alone.
 
 mod extents;
+mod history;
 mod lane;
 mod layout;
 mod plan;
@@ -17,14 +18,14 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use journal::crypt::Cipher;
+use journal::crypt::{Cipher, SiteKeyId};
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, SuperblockError};
-use journal::recovery::choose_superblock;
 use journal::storage::AlignedBuf;
-use journal::view::{VolumeView, still_there};
+use journal::view::VolumeView;
 use ublk::arena::{Arena, SLOT_ALIGN_BYTES};
 use ublk::serve::{Allocation, Disk, Extent, FileId, Geometry, Lane, Waker, ZeroLimits};
 
+use self::history::History;
 pub use self::layout::Layout;
 use self::plan::PlanLimits;
 use self::preserve::Reads;
@@ -248,6 +249,11 @@ impl ViewDisk {
         self.scratch.as_ref().map(|scratch| scratch.lock().map.used_bytes())
     }
 
+    /// The site key that its scratch can't be opened again without, if it lasts and is encrypted.
+    pub fn site_key_id(&self) -> Option<SiteKeyId> {
+        self.scratch.as_ref()?.lock().file.site_key_id()
+    }
+
     /// Which file its scratch is: filesystem and number.
     pub fn scratch_identity(&self) -> Option<(u64, u64)> {
         let scratch = self.scratch.as_ref()?.lock();
@@ -393,10 +399,10 @@ impl ViewDisk {
         }
     }
 
-    /// Whether the journal's owner still keeps the history, as far as another process can know. Waits for the disk.
-    fn is_still_there(&self) -> bool {
+    /// What the journal's superblock says, to a view that learns by it whether its history is gone. Waits for the disk.
+    fn history(&self) -> Option<History> {
         if !self.freshness.is_superblock() {
-            return !self.is_gone();
+            return None;
         }
         let journal = &self.files[plan::JOURNAL_FILE.0 as usize];
         let [first, second] = SUPERBLOCK_OFFSETS.map(|offset_bytes| {
@@ -404,8 +410,7 @@ impl ViewDisk {
             let read = journal.read_exact_at(&mut page, offset_bytes);
             read.map_err(|_| SuperblockError::Unreadable).and_then(|()| Superblock::decode(&page))
         });
-        choose_superblock(first, second)
-            .is_ok_and(|superblock| still_there(&superblock, self.kept_seq()).is_ok())
+        Some(History::of([first, second], self.kept_seq()))
     }
 
     /// What the data of a scratch file among [`ViewDisk::files`] is encrypted with.

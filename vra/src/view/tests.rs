@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use journal::bad_ranges::{BadRange, BadRanges};
 use journal::writer::Change;
 use rand::{Rng, RngExt};
-use ublk::serve::{FileOp, Op};
+use ublk::serve::{FileIo, FileOp, Op};
 use uuid::Uuid;
 
 use super::test_guest::{Guest, SLOT_BYTES};
@@ -29,6 +29,20 @@ pub(super) fn view_source(journal: &TestJournal, seq: u64, freshness: Freshness)
         freshness,
         beneath: None,
         keep: Box::new(()),
+    }
+}
+
+fn owner(seq: u64) -> ScratchOwner {
+    ScratchOwner {
+        vra: Uuid::from_u128(1),
+        view: Uuid::from_u128(2),
+        vm: Uuid::from_u128(3),
+        journal: Uuid::from_u128(4),
+        volume: Uuid::from_u128(5),
+        number: 0,
+        seq,
+        disk_bytes: SIZE_BYTES,
+        logical_block_bytes: 512,
     }
 }
 
@@ -65,6 +79,15 @@ fn an_encrypted_view_reads_what_was_written_and_neither_file_shows_it() {
     let needle = b"no one else may read this";
     // It has no name any more.
     let scratch = PathBuf::from(format!("/proc/self/fd/{}", disk.files()[2].as_raw_fd()));
+    // One that lasts needs the site's key as the journal does.
+    assert_eq!(disk.site_key_id(), None);
+    let keys =
+        ScratchKeys { keyring: journal.writer.keyring(), encryption: journal.writer.superblock().encryption };
+    let (path, live) = (journal.folder.join("scratch-1.raw"), journal.folder.join("scratch-1.map"));
+    let lasting = ScratchFile::make(&path, &live, &owner(journal.seq), &keys, SIZE_BYTES).expect("scratch");
+    let source = view_source(&journal, journal.seq, Freshness::Superblock);
+    let lasting = ViewDisk::new(source, settings, Some(lasting)).expect("view");
+    assert!(lasting.site_key_id().is_some_and(|id| journal.writer.site_key_ids().contains(&id)));
     for path in [journal.path(), scratch] {
         let bytes = std::fs::read(&path).expect("file");
         assert!(!bytes.windows(needle.len()).any(|window| window == needle), "{} shows it", path.display());
@@ -234,17 +257,7 @@ fn after_a_failed_write_of_the_map_changes_are_refused_with_their_slots() {
     let mut journal = TestJournal::new("map-fails", SIZE_BYTES, "{}");
     journal.random_changes(12, 20, 50);
     let mut model = journal.model(journal.seq);
-    let owner = ScratchOwner {
-        vra: Uuid::from_u128(1),
-        view: Uuid::from_u128(2),
-        vm: Uuid::from_u128(3),
-        journal: Uuid::from_u128(4),
-        volume: Uuid::from_u128(5),
-        number: 0,
-        seq: journal.seq,
-        disk_bytes: SIZE_BYTES,
-        logical_block_bytes: 512,
-    };
+    let owner = owner(journal.seq);
     let (path, live) = (journal.folder.join("scratch-0.raw"), journal.folder.join("scratch-0.map"));
     let keys =
         ScratchKeys { keyring: journal.writer.keyring(), encryption: journal.writer.superblock().encryption };
@@ -278,6 +291,26 @@ fn damage_is_eio_where_it_is_and_nowhere_else() {
     assert_eq!(guest.read(0, 131_072), Err(libc::EIO));
     assert_eq!(guest.read(0, 16384).expect("whole"), [0x11; 16384]);
     assert!(!disk.is_gone());
+}
+
+/// A datastore that can't be read for a while is not a checkpoint that is gone.
+#[test]
+fn a_view_outlives_reads_that_fail_for_a_while() {
+    let mut journal = TestJournal::new("hiccup", SIZE_BYTES, "{}");
+    journal.random_changes(3, 20, 60);
+    let disk = view(&journal, journal.seq, 0);
+    let (model, mut guest) = (journal.model(journal.seq), Guest::new(&disk, 1, 5));
+    let all: fn(&FileIo) -> bool = |_| true;
+    // The other copy may be the older one, by which what was promoted since is still there.
+    let superblock: fn(&FileIo) -> bool =
+        |io| io.file == plan::JOURNAL_FILE && io.offset_bytes == SUPERBLOCK_OFFSETS[1];
+    for fails in [all, superblock] {
+        guest.fails = fails;
+        guest.read(SIZE_BYTES - 4096, 4096).expect_err("nothing says what is right");
+        assert!(!disk.is_gone());
+        guest.fails = |_| false;
+        guest.compare(&model);
+    }
 }
 
 /// As another process than the journal's owner would have it.

@@ -21,6 +21,8 @@ pub enum DeclineCode {
     Expired,
     /// 9: a record couldn't be published.
     NotPublished,
+    /// 10: a guest isn't frozen, for a checkpoint that says so.
+    NotFrozen,
     /// Any other, of a newer version.
     Other(u16),
 }
@@ -38,6 +40,7 @@ impl DeclineCode {
             Self::NoSuchHold => 7,
             Self::Expired => 8,
             Self::NotPublished => 9,
+            Self::NotFrozen => 10,
             Self::Other(code) => code,
         }
     }
@@ -54,6 +57,7 @@ impl DeclineCode {
             7 => Self::NoSuchHold,
             8 => Self::Expired,
             9 => Self::NotPublished,
+            10 => Self::NotFrozen,
             other => Self::Other(other),
         }
     }
@@ -71,6 +75,7 @@ impl fmt::Display for DeclineCode {
             Self::NoSuchHold => f.write_str("it had given up the hold"),
             Self::Expired => f.write_str("the hold expired before the release came"),
             Self::NotPublished => f.write_str("capture stopped during the hold"),
+            Self::NotFrozen => f.write_str("a guest isn't frozen"),
             Self::Other(code) => write!(f, "reason {code} of a newer version"),
         }
     }

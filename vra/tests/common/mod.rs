@@ -2,7 +2,9 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 #![allow(unreachable_pub, reason = "shared by several test binaries")]
 
+pub mod guest_agent;
 pub mod nbd;
+pub mod network;
 pub mod pair;
 pub mod spanning;
 pub mod vra;

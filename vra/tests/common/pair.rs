@@ -49,6 +49,7 @@ pub fn definition(source: &Vra, target: &Vra, volumes: &[VolumeInfo]) -> VpgDefi
         checkpoint_interval_ms: 1000,
         hold_deadline_ms: 500,
         encrypt: false,
+        notes: None,
         coordinators: Vec::new(),
         vms: vec![vm],
     }
@@ -62,7 +63,10 @@ pub async fn apply(vra: &Vra, definition: &VpgDefinition) {
 }
 
 pub async fn tag(source: &Vra, vpg: VpgId, tag: &str) -> CheckpointInfo {
-    match source.ask(Request::TagCheckpoint(TagCheckpoint { vpg, tag: tag.to_owned() })).await {
+    match source
+        .ask(Request::TagCheckpoint(TagCheckpoint { vpg, tag: tag.to_owned(), application: false }))
+        .await
+    {
         Response::Checkpoint(checkpoint) => checkpoint,
         other => panic!("{other:?}"),
     }

@@ -1,24 +1,15 @@
-//! VPGs whose VMs are on several source VRAs, and an application that spans them.
+//! VPGs whose VMs are on several source VRAs.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+pub mod chain;
+
 use std::time::{Duration, Instant};
 
 use ::vra::api::status::{SourceMode, TargetState};
-use ::vra::api::{
-    CheckpointId, CheckpointInfo, CloseView, DoorAddress, PointInTime, Request, ViewMode, VmId,
-    VpgDefinition, VraStatus,
-};
+use ::vra::api::{CheckpointId, CheckpointInfo, DoorAddress, VmId, VpgDefinition, VraStatus};
 
 use super::TestCa;
-use super::nbd::NbdClient;
-use super::pair::{DISK_BYTES, apply, checkpoints, definition, door, open, open_view};
+use super::pair::{DISK_BYTES, apply, checkpoints, definition, door};
 use super::vra::{PATIENCE, Vra};
-
-/// Each link of the chain has a sector of its own.
-const LINK_BYTES: u64 = 512;
 
 /// Three sources with a VM each, whose journals are on two targets.
 pub struct Site {
@@ -35,6 +26,15 @@ impl Site {
         let start = |role: &str, number: usize| Vra::start(&format!("{name}-{role}{number}"), Some(ca));
         let sources: Vec<Vra> = (0..3).map(|number| start("s", number)).collect();
         let targets: Vec<Vra> = (0..2).map(|number| start("t", number)).collect();
+        Self::of(sources, targets, change).await
+    }
+
+    /// One of these VRAs that streams: a VM for each source, whose journals are on the targets in turn.
+    pub async fn of(
+        sources: Vec<Vra>,
+        targets: Vec<Vra>,
+        change: impl FnOnce(&mut VpgDefinition, &[Vra]),
+    ) -> Self {
         let (mut doors, mut vms, mut whole) = (Vec::new(), Vec::new(), None::<VpgDefinition>);
         for (number, source) in sources.iter().enumerate() {
             let vm = VmId::random();
@@ -42,7 +42,7 @@ impl Site {
             let volume = source.attach(vm, &format!("vm{number}"), &disk).await;
             doors.push(door(&volume));
             vms.push(vm);
-            let mut part = definition(source, &targets[number % 2], &[volume]);
+            let mut part = definition(source, &targets[number % targets.len()], &[volume]);
             match &mut whole {
                 Some(whole) => whole.vms.append(&mut part.vms),
                 None => whole = Some(part),
@@ -59,6 +59,7 @@ impl Site {
         site
     }
 
+    /// Waits until all sources stream and all targets journal.
     pub async fn wait_until_streaming(&self) {
         for source in &self.sources {
             let streams = |status: &VraStatus| {
@@ -102,58 +103,4 @@ impl Site {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
-
-    /// How far the chain has come at a checkpoint, of which every VM must show its part.
-    pub async fn newest_link(&self, checkpoint: CheckpointId, links: &[usize]) -> u64 {
-        let mut disks = BTreeMap::new();
-        for target in &self.targets {
-            let at = PointInTime::Checkpoint { checkpoint };
-            let view = open_view(target, &open(self.definition.id, at, ViewMode::ReadOnly)).await;
-            for disk in &view.disks {
-                let mut client = NbdClient::connect(&disk.door).expect("a view's door");
-                let mut shown = Vec::new();
-                for offset_bytes in (0..DISK_BYTES).step_by(1 << 20) {
-                    shown.extend(client.read(offset_bytes, 1 << 20).expect("read"));
-                }
-                disks.insert(disk.vm, shown);
-            }
-            target.ask(Request::CloseView(CloseView { view: view.view })).await;
-        }
-        let shows = |link: u64, vm: usize| {
-            let at = (link * LINK_BYTES) as usize;
-            disks[&self.vms[vm]][at..at + 8] == link.to_le_bytes()
-        };
-        let numbered = || (1..).zip(links.iter().copied());
-        let newest = numbered().filter(|(link, vm)| shows(*link, *vm)).map(|(link, _)| link).last();
-        let newest = newest.unwrap_or_default();
-        for (link, vm) in numbered().take(newest as usize) {
-            assert!(
-                shows(link, vm),
-                "checkpoint {checkpoint} has link {newest} and not link {link} of VM {vm}"
-            );
-        }
-        newest
-    }
-}
-
-/// Writes links, each after the answer to the one before, on one VM after the other; gives the VM of each.
-pub fn chain(doors: Vec<DoorAddress>, stop: Arc<AtomicBool>, pause: Duration) -> JoinHandle<Vec<usize>> {
-    std::thread::spawn(move || {
-        let mut clients: Vec<NbdClient> =
-            doors.iter().map(|door| NbdClient::connect(door).expect("a disk's door")).collect();
-        let mut links = Vec::new();
-        while !stop.load(Ordering::Relaxed) {
-            let link = links.len() as u64 + 1;
-            if (link + 1) * LINK_BYTES > DISK_BYTES {
-                break;
-            }
-            let vm = (link as usize * 7 + link as usize / 5) % clients.len();
-            links.push(vm);
-            let mut sector = [0; LINK_BYTES as usize];
-            sector[..8].copy_from_slice(&link.to_le_bytes());
-            clients[vm].write(link * LINK_BYTES, &sector).expect("a guest's write never fails");
-            std::thread::sleep(pause);
-        }
-        links
-    })
 }

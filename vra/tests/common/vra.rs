@@ -1,6 +1,6 @@
 //! A `vra serve` of its own, with folders and a socket of its own.
 
-use std::net::UdpSocket;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -15,6 +15,7 @@ use ::vra::control::{Client, ClientError};
 use ::vra::daemon::LocalIdentity;
 use ::vra::pki::{Identity, PkiDir};
 
+use super::network::command_in;
 use super::{Folder, TestCa};
 
 /// How long anything may take before a test gives up.
@@ -24,19 +25,30 @@ pub struct Vra {
     pub folder: Folder,
     pub id: VraId,
     pub endpoint: VraEndpoint,
+    /// The network namespace that it runs in, if it isn't the test's own.
+    namespace: Option<PathBuf>,
     child: Option<Child>,
 }
 
 impl Vra {
     /// A daemon, enrolled at the CA if there is one.
     pub fn start(name: &str, ca: Option<&TestCa>) -> Self {
+        Self::start_at(name, ca, Ipv4Addr::LOCALHOST.into())
+    }
+
+    /// One that listens on an address of this network namespace.
+    pub fn start_at(name: &str, ca: Option<&TestCa>, ip: IpAddr) -> Self {
+        let listen = UdpSocket::bind((ip, 0)).and_then(|socket| socket.local_addr()).expect("port");
+        Self::start_in(name, ca, None, listen)
+    }
+
+    /// One in a network namespace.
+    pub fn start_in(name: &str, ca: Option<&TestCa>, namespace: Option<PathBuf>, listen: SocketAddr) -> Self {
         let folder = Folder::new(name);
-        let port =
-            UdpSocket::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("port").port();
         let at = folder.0.display();
         std::fs::create_dir(folder.0.join("datastore")).expect("datastore");
         let config = format!(
-            "name = \"{name}\"\nlisten = \"127.0.0.1:{port}\"\nstate_dir = \"{at}/state\"\nrun_dir = \"{at}/run\"\n\
+            "name = \"{name}\"\nlisten = \"{listen}\"\nstate_dir = \"{at}/state\"\nrun_dir = \"{at}/run\"\n\
              datastores = [\"{at}/datastore\"]\n[memory]\nlock = false\narena_mib = 32\nretained_per_vm_mib = 16\n"
         );
         std::fs::write(folder.0.join("vra.toml"), config).expect("configuration");
@@ -50,8 +62,8 @@ impl Vra {
             pki.store(Identity::vra(id), &ca.token(), &reply.certificate_pem, &reply.ca_pem).expect("stored");
             identity.set_zvm(ca.zvm).expect("stored");
         }
-        let endpoint = VraEndpoint { id, address: format!("127.0.0.1:{port}") };
-        let mut vra = Self { folder, id, endpoint, child: None };
+        let endpoint = VraEndpoint { id, address: listen.to_string() };
+        let mut vra = Self { folder, id, endpoint, namespace, child: None };
         vra.serve();
         vra
     }
@@ -76,6 +88,11 @@ impl Vra {
         std::fs::write(path, config + text).expect("configuration");
     }
 
+    /// The process.
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.as_ref().expect("runs").id()).expect("a process's number")
+    }
+
     /// `kill -9`.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.child.take() {
@@ -94,7 +111,7 @@ impl Vra {
     }
 
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vra"));
+        let mut command = command_in(self.namespace.as_deref(), env!("CARGO_BIN_EXE_vra"));
         command.arg("--config").arg(self.path("vra.toml")).args(args);
         command
     }

@@ -163,6 +163,9 @@ pub(super) enum CheckpointCommand {
         vpg: String,
         /// The name.
         tag: String,
+        /// With the guests frozen by their agents, so that their filesystems are clean in it.
+        #[arg(long)]
+        application: bool,
     },
     /// Keep a checkpoint when it grows older than the history.
     Lock {
@@ -284,7 +287,9 @@ impl<'a> Ask<'a> {
 
     pub(super) async fn run(&self, command: Command) -> Result<(), Failure> {
         match command {
-            Command::Init { .. } | Command::Serve { .. } => Err(Failure::Unexpected),
+            Command::Init { .. } | Command::Rebuild { .. } | Command::Serve { .. } => {
+                Err(Failure::Unexpected)
+            }
             Command::Status { watch, check } => self.status(watch, check).await,
             Command::Inventory => self.print(Request::Inventory).await,
             Command::Vra(command) => self.vra(command).await,
@@ -377,7 +382,9 @@ impl<'a> Ask<'a> {
             CheckpointCommand::List { vpg, tagged, from, to, limit } => {
                 Request::CheckpointList { vpg, tagged, from_us: from, to_us: to, limit }
             }
-            CheckpointCommand::Tag { vpg, tag } => Request::CheckpointTag { vpg, tag },
+            CheckpointCommand::Tag { vpg, tag, application } => {
+                Request::CheckpointTag { vpg, tag, application }
+            }
             CheckpointCommand::Lock { vpg, at } => {
                 Request::CheckpointLock { vpg, at: parse_at(&at), locked: true }
             }

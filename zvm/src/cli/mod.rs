@@ -19,6 +19,7 @@ use vra::report::chain;
 use crate::api::ClientError;
 use crate::config::Config;
 use crate::manager::{self, StartError};
+use crate::rebuild::{self, RebuildError};
 use crate::serve::Server;
 use crate::site_key_file::LostSiteKeys;
 
@@ -42,6 +43,15 @@ struct Cli {
 enum Command {
     /// Make a new site: its certificate authority, this manager's identity, its database.
     Init {
+        /// Name of the site.
+        #[arg(long, default_value = "site")]
+        name: String,
+    },
+    /// Make a lost database again from what the VRAs know; this manager's keys must still be in its state folder.
+    Rebuild {
+        /// A VRA of the site, host:port; one is enough, its groups name the others. Can be repeated.
+        #[arg(long = "vra", required = true, value_name = "HOST:PORT")]
+        vras: Vec<String>,
         /// Name of the site.
         #[arg(long, default_value = "site")]
         name: String,
@@ -98,6 +108,8 @@ enum Failure {
     Start(#[from] StartError),
     #[error(transparent)]
     Client(#[from] ClientError),
+    #[error(transparent)]
+    Rebuild(#[from] Box<RebuildError>),
     #[error("{0}")]
     Usage(String),
     #[error("{0}")]
@@ -168,6 +180,7 @@ async fn execute(cli: Cli) -> Result<(), Failure> {
     let config = Config::load(cli.config.as_deref())?;
     match cli.command {
         Command::Init { name } => init(&config, &name, cli.json).await,
+        Command::Rebuild { vras, name } => rebuild(&config, &name, &vras, cli.json).await,
         Command::Serve { forget_lost_site_keys } => {
             let lost = if forget_lost_site_keys { LostSiteKeys::Forget } else { LostSiteKeys::Refuse };
             serve(config, lost).await
@@ -187,6 +200,27 @@ async fn init(config: &Config, name: &str, json: bool) -> Result<(), Failure> {
         println!("CA (SHA-256)   {fingerprint}");
         println!("Keep a backup of {}: whoever has it is the manager.", config.pki_dir().display());
     }
+    Ok(())
+}
+
+async fn rebuild(config: &Config, name: &str, vras: &[String], json: bool) -> Result<(), Failure> {
+    let rebuilt = rebuild::rebuild(config, name, vras).await.map_err(Box::new)?;
+    if json {
+        let silent: Vec<_> = rebuilt
+            .silent
+            .iter()
+            .map(|(vra, reason)| serde_json::json!({ "vra": vra.id, "address": vra.address, "reason": reason }))
+            .collect();
+        println!("{}", serde_json::json!({ "vpgs": rebuilt.vpgs, "vras": rebuilt.vras, "silent": silent }));
+        return Ok(());
+    }
+    println!("VPGs   {}", rebuilt.vpgs.join(", "));
+    println!("VRAs   {}", rebuilt.vras.join(", "));
+    for (vra, reason) in &rebuilt.silent {
+        println!("VRA {} at {} didn't answer: {reason}", vra.id, vra.address);
+        println!("  -> it is known by its id until it does; `zvm vra set-address` tells where else it is");
+    }
+    println!("Tasks, events, tokens and running tests are lost; start the manager: `zvm serve`.");
     Ok(())
 }
 

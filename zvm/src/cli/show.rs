@@ -145,8 +145,21 @@ fn vpg_text(details: &VpgDetails) -> String {
             let _ = write!(text, "\n{}\n  -> {}\n", problem.description, problem.remedy);
         }
         text.push('\n');
-        let mut table =
-            Table::new(["VM", "SOURCE", "TARGET", "SOURCE DOES", "TARGET DOES", "LINK", "BEHIND", "JOURNAL"]);
+        let mut table = Table::new([
+            "VM",
+            "SOURCE",
+            "TARGET",
+            "SOURCE DOES",
+            "TARGET DOES",
+            "LINK",
+            "BEHIND",
+            "JOURNAL",
+            "ROOM FOR",
+            "SHORT IN",
+        ]);
+        let seconds = |s: Option<u64>| {
+            s.map_or_else(|| "-".into(), |s| format_duration_us(s.saturating_mul(1_000_000)))
+        };
         for vm in &report.vms {
             table.row([
                 vm.name.clone(),
@@ -162,6 +175,8 @@ fn vpg_text(details: &VpgDetails) -> String {
                     }
                     None => format!("limit {}", format_bytes(vm.journal_limit_bytes)),
                 },
+                seconds(vm.reachable_history_s),
+                seconds(vm.limit_reached_in_s),
             ]);
         }
         text.push_str(&table.render());
@@ -309,10 +324,11 @@ fn token_text(token: &NewToken) -> String {
 }
 
 fn checkpoints_table(checkpoints: &[CheckpointInfo]) -> String {
-    let mut table = Table::new(["TIME", "COMPLETE", "LOCKED", "TAG", "ID"]);
+    let mut table = Table::new(["TIME", "KIND", "COMPLETE", "LOCKED", "TAG", "ID"]);
     for checkpoint in checkpoints {
         table.row([
             checkpoint.time_us.to_string(),
+            checkpoint.kind.name().into(),
             if checkpoint.complete { "yes" } else { "no" }.into(),
             if checkpoint.locked { "yes" } else { "-" }.into(),
             checkpoint.tag.clone().unwrap_or_else(|| "-".into()),

@@ -49,8 +49,13 @@ impl Manager {
         Ok(found)
     }
 
-    /// Makes a checkpoint at the source now and names it.
-    pub async fn tag_checkpoint(&self, name: &str, tag: &str) -> Result<CheckpointInfo, ApiError> {
+    /// Makes a checkpoint at the source now and names it; with the guests frozen meanwhile, if `application`.
+    pub async fn tag_checkpoint(
+        &self,
+        name: &str,
+        tag: &str,
+        application: bool,
+    ) -> Result<CheckpointInfo, ApiError> {
         let vpg = self.find_vpg(name).await?;
         if tag.trim().is_empty()
             || tag.len() > vra::api::volume::MAX_NAME_BYTES
@@ -65,12 +70,14 @@ impl Manager {
         let source = vpg.sources().into_iter().find_map(|vra| vras.get(&vra)).ok_or_else(|| {
             ApiError::new(ErrorCode::NotReady, format!("no source VRA of VPG {name} is enrolled"))
         })?;
-        let request = Request::TagCheckpoint(TagCheckpoint { vpg: vpg.id, tag: tag.into() });
-        let result = match self.remote.call(&source.endpoint(), request, self.request_timeout()).await {
-            Ok(Response::Checkpoint(checkpoint)) => Ok(checkpoint),
-            Ok(_) => Err(ApiError::new(ErrorCode::Other, format!("VRA {} gave a wrong answer", source.name))),
-            Err(error) => Err(error.into_api_error(&source.name)),
+        let frozen = if application { self.freeze_guests(&vpg, &vras).await } else { Ok(()) };
+        let result = match frozen {
+            Ok(()) => self.tag_at(source, &vpg, tag, application).await,
+            Err(error) => Err(error),
         };
+        if application {
+            self.thaw_guests(&vpg, &vras).await;
+        }
         let now_us = self.now_us();
         let mut task = self.new_task(TaskKind::InsertTaggedCp, &vpg.name, Some(vpg.id), "");
         task.completed_us = Some(now_us);
@@ -97,6 +104,21 @@ impl Manager {
         };
         save.await.map_err(internal)?;
         result
+    }
+
+    async fn tag_at(
+        &self,
+        source: &Vra,
+        vpg: &Vpg,
+        tag: &str,
+        application: bool,
+    ) -> Result<CheckpointInfo, ApiError> {
+        let request = Request::TagCheckpoint(TagCheckpoint { vpg: vpg.id, tag: tag.into(), application });
+        match self.remote.call(&source.endpoint(), request, self.request_timeout()).await {
+            Ok(Response::Checkpoint(checkpoint)) => Ok(checkpoint),
+            Ok(_) => Err(ApiError::new(ErrorCode::Other, format!("VRA {} gave a wrong answer", source.name))),
+            Err(error) => Err(error.into_api_error(&source.name)),
+        }
     }
 
     /// The complete checkpoint that a user means.

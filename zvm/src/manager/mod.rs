@@ -5,6 +5,7 @@ pub mod checkpoint_locks;
 mod checkpoints;
 pub mod engine;
 pub mod enrolment;
+mod guests;
 pub mod inventory_watch;
 pub mod listings;
 pub mod site_keys;

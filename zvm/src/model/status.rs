@@ -78,6 +78,12 @@ pub struct VmReport {
     pub journal_used_bytes: Option<u64>,
     /// Most that the journal may use, bytes.
     pub journal_limit_bytes: u64,
+    /// How much history there is room for at today's write rate, seconds; none without writes.
+    #[serde(default)]
+    pub reachable_history_s: Option<u64>,
+    /// When history will have to be shortened for room at that rate, seconds from now; none if it won't.
+    #[serde(default)]
+    pub limit_reached_in_s: Option<u64>,
 }
 
 named! {

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use vra::api::vpg::{JOURNAL_LIMIT_BYTES, JournalSize, VmDefinition, VolumeDefinition, VpgDefinition};
-use vra::api::{JournalId, TimeUs, VmId, VpgId, VraId};
+use vra::api::{JournalId, TimeUs, VmId, VpgId, VpgNotes, VraId};
 
 use super::named;
 use super::vra::Vra;
@@ -200,6 +200,12 @@ impl Vpg {
             checkpoint_interval_ms: settings.checkpoint_interval_ms,
             hold_deadline_ms: settings.hold_deadline_ms,
             encrypt: settings.encrypt,
+            notes: Some(VpgNotes {
+                description: settings.description.clone(),
+                priority: settings.priority.to_string(),
+                rpo_target_s: Some(settings.rpo_target_s),
+                created_us: Some(self.created_us),
+            }),
             coordinators: self.coordinators(),
             vms,
         })

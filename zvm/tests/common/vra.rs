@@ -15,6 +15,7 @@ use super::{Answer, Site, free_udp_port, wait_for};
 pub(crate) struct Vra {
     pub(crate) dir: PathBuf,
     pub(crate) name: String,
+    pub(crate) port: u16,
     serve: Option<Child>,
 }
 
@@ -31,7 +32,7 @@ impl Vra {
             dir = dir.display()
         );
         std::fs::write(dir.join("vra.toml"), config).expect("configuration");
-        let mut vra = Self { dir, name: name.into(), serve: None };
+        let mut vra = Self { dir, name: name.into(), port, serve: None };
         let token = vra.dir.join("token");
         std::fs::write(&token, site.token(name).reveal()).expect("token");
         let enrolled = vra.run(&[

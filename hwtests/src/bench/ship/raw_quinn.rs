@@ -40,7 +40,7 @@ async fn write(
     address: SocketAddr,
     payload: &Payload,
 ) -> Result<Duration> {
-    let tls = link_client_tls(credentials, server, &Trust::default(), ALPN)?;
+    let tls = link_client_tls(credentials, Some(server), &Trust::default(), ALPN)?;
     let mut config = ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
     config.transport_config(transport());
     let endpoint = endpoint(None)?;

@@ -275,6 +275,7 @@ fn definition(folder: &Path, source: VraId, target: VraEndpoint) -> VpgDefinitio
         checkpoint_interval_ms: 1000,
         hold_deadline_ms: 100,
         encrypt: false,
+        notes: None,
         coordinators: Vec::new(),
         vms: vec![vm],
     }

@@ -10,7 +10,7 @@ use vra::capture::modes::OverflowReason;
 use vra::capture::numbering::{
     ByteRange, Consumer, CoreLimits, NewWrite, Offer, Received, Ticket, VmCore, Wakeups, ring,
 };
-use vra::checkpoint::Member;
+use vra::checkpoint::{Freeze, Member};
 use vra::receive::{CheckpointList, ListedCheckpoint};
 
 use super::super::env::Env;
@@ -123,7 +123,8 @@ impl GroupVm {
 
     /// As a member of its group; none while its VRA is down.
     pub(super) fn member(&self) -> Option<Member> {
-        self.capture.as_ref().map(|capture| Member { vm: self.vm, core: Arc::clone(&capture.core) })
+        let member = |core| Member { vm: self.vm, core, freeze: Freeze::default() };
+        self.capture.as_ref().map(|capture| member(Arc::clone(&capture.core)))
     }
 
     pub(super) fn is_holding(&self) -> bool {

@@ -79,6 +79,27 @@ pub(crate) enum Command {
     /// List or tag checkpoints
     #[command(subcommand)]
     Checkpoint(CheckpointCommand),
+    /// Name the socket of a VM's guest agent, so that its guest can be frozen for checkpoints
+    GuestAgent {
+        /// The VM's UUID, or the name that its disks were attached with
+        vm: String,
+        /// The unix socket of the channel org.qemu.guest_agent.0; it must be the VRA's alone
+        #[arg(long, value_name = "SOCKET", value_parser = absolute, required_unless_present = "none")]
+        agent_socket: Option<PathBuf>,
+        /// Freeze it no more
+        #[arg(long, conflicts_with = "agent_socket")]
+        none: bool,
+    },
+    /// Thaw a guest when the VRA that froze it can't
+    #[command(hide = true)]
+    GuestGuard {
+        /// The agent's socket
+        #[arg(long = "agent")]
+        agent_socket: PathBuf,
+        /// How long the VRA has, in milliseconds
+        #[arg(long)]
+        limit_ms: u64,
+    },
     /// Open, close or list disks as they were
     #[command(subcommand)]
     View(ViewCommand),
@@ -174,6 +195,9 @@ pub(crate) enum CheckpointCommand {
         vpg: String,
         /// Its name
         tag: String,
+        /// With the guests frozen by their agents, so that their filesystems are clean in it
+        #[arg(long)]
+        application: bool,
     },
 }
 

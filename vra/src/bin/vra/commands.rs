@@ -1,7 +1,7 @@
 //! What each command asks of the daemon.
 
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
@@ -10,7 +10,7 @@ use vra::api::enroll::Token;
 use vra::api::view::ViewSubject;
 use vra::api::{
     Attach, CheckpointId, CloseView, Detach, ListCheckpoints, LockCheckpoint, OpenView, Request, Response,
-    TagCheckpoint, ViewMode, VmId, VolumeId, VpgId,
+    SetGuestAgent, TagCheckpoint, ViewMode, VmId, VolumeId, VpgId,
 };
 use vra::config::Config;
 use vra::control::{Client, ClientError};
@@ -44,6 +44,10 @@ pub(crate) async fn run(cli: &Cli, config: &Config) -> anyhow::Result<ExitCode> 
             };
             daemon.show(&*status, show::status)?;
         }
+        Command::GuestAgent { vm, agent_socket, none: _ } => {
+            daemon.guest_agent(vm, agent_socket.clone()).await?;
+        }
+        Command::GuestGuard { .. } => unreachable!("main runs the guard itself"),
         Command::Checkpoint(command) => daemon.checkpoint(command).await?,
         Command::View(command) => daemon.view(command).await?,
     }
@@ -146,6 +150,19 @@ impl Daemon<'_> {
         Ok(())
     }
 
+    async fn guest_agent(&self, vm: &str, socket: Option<PathBuf>) -> anyhow::Result<()> {
+        let mut client = self.connect().await?;
+        let vm = match vm.parse::<VmId>() {
+            Ok(id) => id,
+            Err(_) => match vm_of_name(&mut client, vm).await? {
+                Some(id) => id,
+                None => bail!("no volume of a VM called {vm:?} is attached"),
+            },
+        };
+        client.call(Request::SetGuestAgent(SetGuestAgent { vm, socket })).await?;
+        Ok(())
+    }
+
     async fn checkpoint(&self, command: &CheckpointCommand) -> anyhow::Result<()> {
         let mut client = self.connect().await?;
         match command {
@@ -172,9 +189,13 @@ impl Daemon<'_> {
             CheckpointCommand::Unlock { vpg, checkpoint } => {
                 self.lock(&mut client, vpg, *checkpoint, false).await
             }
-            CheckpointCommand::Tag { vpg, tag } => {
+            CheckpointCommand::Tag { vpg, tag, application } => {
                 let vpg = vpg_of(&mut client, vpg).await?;
-                let request = Request::TagCheckpoint(TagCheckpoint { vpg, tag: tag.clone() });
+                let request = Request::TagCheckpoint(TagCheckpoint {
+                    vpg,
+                    tag: tag.clone(),
+                    application: *application,
+                });
                 let Response::Checkpoint(checkpoint) = client.call(request).await? else {
                     bail!(ClientError::Unexpected)
                 };

@@ -7,6 +7,7 @@ mod table;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use vra::config::Config;
@@ -36,6 +37,10 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
+    if let Command::GuestGuard { agent_socket, limit_ms } = &cli.command {
+        vra::guest::run_guard(agent_socket, Duration::from_millis(*limit_ms))?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let config = Config::load(cli.config.as_deref())?;
     if matches!(cli.command, Command::Serve) {
         log_to_stderr(&config)?;

@@ -141,13 +141,14 @@ pub(crate) fn checkpoints(page: &CheckpointPage) {
             vec![
                 checkpoint.time_us.to_string(),
                 checkpoint.id.to_string(),
+                checkpoint.kind.name().to_owned(),
                 if checkpoint.complete { "yes" } else { "no" }.to_owned(),
                 if checkpoint.locked { "yes" } else { "-" }.to_owned(),
                 checkpoint.tag.clone().unwrap_or_default(),
             ]
         })
         .collect();
-    print(&["TIME", "CHECKPOINT", "COMPLETE", "LOCKED", "TAG"], &rows);
+    print(&["TIME", "CHECKPOINT", "KIND", "COMPLETE", "LOCKED", "TAG"], &rows);
     println!("{} of {}", rows.len(), page.total);
 }
 

@@ -21,7 +21,7 @@ use super::{CaptureLimits, ProtectedDisk, RetainedEntries, SourceAction, SourceV
 use door::{Bell, Door, Random, Store, probe, unnamed_file};
 
 use crate::api::{GenerationId, VmId};
-use crate::checkpoint::{HeldEpoch, LocalHold, Member};
+use crate::checkpoint::{Freeze, HeldEpoch, LocalHold, Member};
 use crate::clock::Now;
 use crate::planted::{Planted, plant};
 use crate::ship::Retained;
@@ -366,7 +366,8 @@ impl World {
         let now = self.now();
         let Some((hold, cut, before)) = self.hold.take() else {
             let before = std::mem::take(&mut self.completed);
-            let members = [Member { vm: VmId(Uuid::from_u128(1)), core: vm.core().clone() }];
+            let freeze = Freeze::default();
+            let members = [Member { vm: VmId(Uuid::from_u128(1)), core: vm.core().clone(), freeze }];
             let mut cut = 0;
             let held = LocalHold::begin(&members, now, 60, &mut |held: &Arc<HeldEpoch>| cut = held.cut());
             self.hold = held.ok().map(|hold| (hold, cut, before));

@@ -98,6 +98,7 @@ impl Participant {
         self.holds.note(held_us);
         let taken = held.local.release(&checkpoint, now).map(drop).map_err(|refusal| match refusal {
             CheckpointRefusal::Commit { refusal: CommitRefusal::Expired, .. } => DeclineCode::Expired,
+            CheckpointRefusal::NotFrozen { .. } => DeclineCode::NotFrozen,
             _ => DeclineCode::NotPublished,
         });
         EndedHold { held_us, taken }
@@ -140,6 +141,7 @@ fn refused(refusal: CheckpointRefusal) -> (DeclineCode, Option<VmId>) {
             (code, Some(vm))
         }
         CheckpointRefusal::Commit { vm, .. } => (DeclineCode::NotPublished, Some(vm)),
+        CheckpointRefusal::NotFrozen { vm } => (DeclineCode::NotFrozen, Some(vm)),
         CheckpointRefusal::NoMembers => (DeclineCode::NotProtected, None),
     }
 }

@@ -4,7 +4,8 @@ use super::*;
 
 fn checkpoint(time_us: u64, cut: u64) -> ListedCheckpoint {
     let id = CheckpointId { nonce: 7, counter: cut };
-    ListedCheckpoint { time_us: TimeUs(time_us), id, cut, member_set_version: 1, tag: None }
+    let kind = CheckpointKind::Automatic;
+    ListedCheckpoint { time_us: TimeUs(time_us), id, cut, member_set_version: 1, kind, tag: None }
 }
 
 /// What the list must hold.
@@ -33,6 +34,7 @@ proptest! {
         }
         let model = sorted(model);
         prop_assert_eq!(list.len(), model.len());
+        prop_assert!(list.is_disordered() || list.iter_from(0).is_sorted_by_key(|entry| entry.cut));
         prop_assert_eq!(list.iter_from(0).cloned().collect::<Vec<_>>(), model.clone());
         for place in [0, 1, model.len() / 2, model.len() - 1] {
             let Some(entry) = model.get(place) else { continue };
@@ -71,7 +73,25 @@ fn the_newest_one_sent_again_leaves_the_list_in_order() {
     list.push(checkpoint(9, 9));
     assert_eq!((list.len(), list.is_disordered), (10, false));
     list.push(checkpoint(4, 4));
+    assert_eq!((list.len(), list.is_disordered), (10, false));
+    list.push(ListedCheckpoint { cut: 20, ..checkpoint(4, 4) });
     assert_eq!((list.len(), list.is_disordered), (10, true));
+}
+
+#[test]
+fn older_ones_that_are_listed_again_leave_it_in_order_and_can_be_forgotten_again() {
+    let mut list = CheckpointList::default();
+    for number in 0..2000 {
+        list.push(checkpoint(number, number));
+    }
+    list.forget_below(700);
+    for number in [3, 600, 9] {
+        list.push(checkpoint(number, number));
+    }
+    assert_eq!((list.len(), list.is_disordered), (1303, false));
+    assert_eq!(list.iter_from(0).take(4).map(|entry| entry.cut).collect::<Vec<_>>(), [3, 9, 600, 700]);
+    list.forget_below(600);
+    assert_eq!((list.len(), list.first().map(|entry| entry.cut)), (1301, Some(600)));
 }
 
 #[test]

@@ -73,10 +73,12 @@ const MAX_SEGMENTS: usize = 8;
 const VIEW_SEGMENTS: usize = 4;
 /// What their footers may have together, in bytes: the worker that puts them in order does nothing else meanwhile, for some 20 ms.
 const MAX_FOOTERS_BYTES: u64 = 8 << 20;
-/// Disk content under way while the journal takes writes, in bytes: they go first.
+/// Disk content under way while journals take writes, in bytes: they go first.
 const BUSY_WINDOW_BYTES: u64 = 1 << 20;
-/// The same while it doesn't, and when it waits for room.
+/// The same while none does, and when this one waits for room.
 const IDLE_WINDOW_BYTES: u64 = 8 << 20;
+/// Without a batch for so long, in microseconds, a journal isn't taking writes: between two batches of a busy VM nothing is under way either.
+const BUSY_US: u64 = 100_000;
 /// Free slots that are kept besides those that the journal never fills.
 const SPARE_SLOTS: u32 = 1;
 /// Without a batch for so long, in microseconds, nothing is kept for a load that isn't there.
@@ -280,10 +282,12 @@ impl Receiver {
     }
 
     /// The next operation of a promotion.
-    pub(super) fn promotion_action(&mut self) -> Option<PromotionAction> {
+    pub(super) fn promotion_action(&mut self, now: Now) -> Option<PromotionAction> {
+        let newest_append_us = self.last_append_us.max(self.neighbours_append_us);
         let Stage::Carrying(promotion) = &mut self.promoting.stage else { return None };
-        let is_quiet = self.writer.is_idle();
-        let action = promotion.poll_action(if is_quiet { IDLE_WINDOW_BYTES } else { BUSY_WINDOW_BYTES });
+        let is_quiet = now.mono_us.saturating_sub(newest_append_us) > BUSY_US && self.writer.is_idle();
+        let window_bytes = if is_quiet || self.full { IDLE_WINDOW_BYTES } else { BUSY_WINDOW_BYTES };
+        let action = promotion.poll_action(window_bytes);
         if action.is_none() && promotion.promoted().is_some() {
             self.carried();
         }

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use journal::view::ViewError;
 use uuid::Uuid;
 
+use super::opening::ViewKind;
 use super::pins::{Pin, Purpose};
 use super::{OpenedView, TargetVm};
 use crate::api::status::Severity;
@@ -51,6 +52,16 @@ pub(super) enum Kept {
         _pin: Pin,
     },
     Open(Arc<KeptLock>),
+}
+
+impl Kept {
+    /// The overlays, as far as they are open.
+    pub(super) fn disks(&self) -> &[Arc<ViewDisk>] {
+        match self {
+            Self::Former { .. } => &[],
+            Self::Open(kept) => &kept.disks,
+        }
+    }
 }
 
 impl KeptLock {
@@ -218,7 +229,7 @@ impl TargetVm {
         lock_until: Instant,
     ) -> Result<KeptLock, TargetError> {
         let oldest_seq = self.oldest_seq().await?;
-        let opened = self.open_pinned(pin, oldest_seq, cut, kept_seq, None).await?;
+        let opened = self.open_pinned(ViewKind::Former, (pin, oldest_seq), (cut, kept_seq), None).await?;
         let vm = self.clone();
         let opening = self.runtime.spawn_blocking(move || vm.disks_over(opened, cut, kept_seq, lock_until));
         let opened = opening.await;

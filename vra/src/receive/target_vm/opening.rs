@@ -14,6 +14,7 @@ use super::pins::{Pin, Purpose};
 use crate::api::view::PointInTime;
 use crate::receive::files;
 use crate::receive::target_error::TargetError;
+use crate::receive::view_memory::ViewMemoryShare;
 use crate::view::{Freshness, ScratchKeys, ViewSource};
 
 /// A VM's disks as they were, and the files to read them from. The history stays as long as this lives.
@@ -30,8 +31,19 @@ pub struct OpenedView {
     pub encryption: Encryption,
     /// Keeps the history.
     pub pin: Arc<Pin>,
+    /// What its index has of the host's memory.
+    memory: Arc<ViewMemoryShare>,
     /// What was promoted past it, if it is a locked checkpoint.
     kept: Option<Arc<KeptLock>>,
+}
+
+/// Whether a view may be refused for want of memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ViewKind {
+    /// It is asked for.
+    New,
+    /// It was there before a restart, or is a locked checkpoint's.
+    Former,
 }
 
 impl OpenedView {
@@ -53,7 +65,7 @@ impl OpenedView {
             seq: self.view.seq(),
             freshness: Freshness::Superblock,
             beneath: self.kept.as_ref().and_then(|kept| kept.disk(volume)),
-            keep: Box::new((Arc::clone(&self.pin), self.kept.clone())),
+            keep: Box::new((Arc::clone(&self.pin), self.kept.clone(), Arc::clone(&self.memory))),
         })
     }
 
@@ -69,7 +81,7 @@ impl TargetVm {
     /// # Errors
     /// There is no such moment in the history, or a file can't be read.
     pub async fn open_view(self: &Arc<Self>, at: PointInTime) -> Result<OpenedView, TargetError> {
-        self.open_former_view(at, 0).await
+        self.open_as(ViewKind::New, at, 0).await
     }
 
     /// The same of a view whose scratch has what was promoted up to `kept_seq` (C5).
@@ -81,21 +93,29 @@ impl TargetVm {
         at: PointInTime,
         kept_seq: u64,
     ) -> Result<OpenedView, TargetError> {
+        self.open_as(ViewKind::Former, at, kept_seq).await
+    }
+
+    async fn open_as(
+        self: &Arc<Self>,
+        kind: ViewKind,
+        at: PointInTime,
+        kept_seq: u64,
+    ) -> Result<OpenedView, TargetError> {
         // The pin comes first (C2): what is looked up now must not be given up, nor promoted past, before it is opened.
         let pin = self.pin();
         let oldest_seq = self.oldest_seq().await?;
         let seq = self.resolve(at).await?;
         let kept = self.kept_at(seq)?;
-        self.open_pinned(pin, oldest_seq, seq, kept_seq, kept).await
+        self.open_pinned(kind, (pin, oldest_seq), (seq, kept_seq), kept).await
     }
 
     /// Opens what a pin keeps from before its number was known, with what lies beneath if promotion may have passed it.
     pub(super) async fn open_pinned(
         self: &Arc<Self>,
-        pin: Pin,
-        oldest_seq: u64,
-        seq: u64,
-        mut kept_seq: u64,
+        kind: ViewKind,
+        (pin, oldest_seq): (Pin, u64),
+        (seq, mut kept_seq): (u64, u64),
         kept: Option<Arc<KeptLock>>,
     ) -> Result<OpenedView, TargetError> {
         if let Some(kept) = &kept {
@@ -113,12 +133,30 @@ impl TargetVm {
         let promoted = self.promoted.clone();
         let (journal, disks) = (self.folder.journal(), self.definition().volumes.len() as u16);
         let disks: Vec<_> = (0..disks).map(|volume| self.folder.disk(volume)).collect();
+        let (vm, memory) = (self.vm, Arc::clone(&self.view_memory));
         let open = move || {
             let mut storage = files::ring()?;
             let file = storage.add_file(DirectFile::open(&journal, Access::ReadOnly)?);
-            let reader = Reader::open(&mut storage, file, &options).map_err(TargetError::View)?;
+            let mut share = None;
+            let may_take = |bytes| {
+                // A look that is repeated asks again.
+                share = None;
+                let taken = match kind {
+                    ViewKind::New => memory.take(bytes),
+                    ViewKind::Former => Ok(memory.take_anyway(bytes)),
+                };
+                share.insert(taken).is_ok()
+            };
+            let reader = Reader::open_if(&mut storage, file, &options, may_take);
+            let mut share = match share {
+                Some(Err(source)) => return Err(TargetError::ViewMemory { vm, source }),
+                Some(Ok(share)) => share,
+                None => memory.take_anyway(0),
+            };
+            let reader = reader.map_err(TargetError::View)?;
             let mut view = reader.view_kept(seq, kept_seq).map_err(TargetError::View)?;
             view.follow(&promoted);
+            share.keep_only(view.volumes().map(|volume| volume.index().memory_bytes() as u64).sum());
             let journal = storage.remove_file(file).expect("added above");
             let disks = disks.iter().map(|path| DirectFile::open(path, Access::ReadOnly));
             let (keyring, encryption) = (reader.survey.keyring.clone(), reader.survey.superblock.encryption);
@@ -129,6 +167,7 @@ impl TargetVm {
                 keyring,
                 encryption,
                 pin: Arc::new(pin),
+                memory: Arc::new(share),
                 kept,
             })
         };

@@ -3,6 +3,7 @@ use std::time::Duration;
 use journal::bad_ranges::BadRange;
 
 use super::*;
+use crate::api::vpg::CheckpointKind;
 use crate::receive::receiver_types::ReceiverEvent;
 use crate::receive::test_pair::{Datastore, NONCE, Source, Target, definition};
 
@@ -27,7 +28,15 @@ async fn pair(name: &str) -> (Datastore, Target, Source) {
 
 /// A lock of a checkpoint that there isn't.
 fn stranger(counter: u64, cut: u64) -> LockedCheckpoint {
-    LockedCheckpoint { checkpoint: id(counter), cut, time_us: TimeUs(1), member_set_version: 1, tag: None }
+    let kind = CheckpointKind::Application;
+    LockedCheckpoint {
+        checkpoint: id(counter),
+        cut,
+        time_us: TimeUs(1),
+        member_set_version: 1,
+        kind,
+        tag: None,
+    }
 }
 
 /// Puts something in the overlays' place.

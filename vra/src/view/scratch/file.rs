@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use journal::crypt::{Cipher, Encryption, Keyring, SegmentKey, WrappedKey};
+use journal::crypt::{Cipher, Encryption, Keyring, SegmentKey, SiteKeyId, WrappedKey};
 use journal::storage::AlignedBuf;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
@@ -288,6 +288,14 @@ impl ScratchFile {
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The site key that its data can't be read without, if it lasts and is encrypted.
+    pub(in crate::view) fn site_key_id(&self) -> Option<SiteKeyId> {
+        match &self.kind {
+            Kind::Passing(_) => None,
+            Kind::Lasting(lasting) => lasting.header.key.map(|key| key.site_key_id()),
+        }
     }
 
     /// The map, once. A passing one is for a disk of `disk_bytes`.

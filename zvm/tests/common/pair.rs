@@ -1,0 +1,63 @@
+//! A site with two VRAs that protect a VM.
+
+use serde_json::Value;
+use uuid::Uuid;
+
+use super::vra::Vra;
+use super::{Answer, Site, wait_for};
+
+const MIB: usize = 1 << 20;
+
+/// A site with two VRAs; one protects a VM with two disks, the other keeps its journal.
+pub(crate) struct Pair {
+    // Dropped in this order: VRAs first.
+    pub(crate) a: Vra,
+    pub(crate) b: Vra,
+    pub(crate) site: Site,
+}
+
+impl Pair {
+    /// Enrolled VRAs, served disks, an inventory; no group yet.
+    pub(crate) fn enrolled() -> Self {
+        let site = Site::start();
+        let (a, b) = (Vra::start(&site, "vra-a"), Vra::start(&site, "vra-b"));
+        wait_for("both VRAs", || {
+            let vras = site.json(&["vra", "list"]);
+            vras.as_array().expect("list").iter().filter(|vra| vra["reachable"] == true).count() == 2
+        });
+        let vm = Uuid::new_v4().to_string();
+        a.attach("db", &vm, "vda.img", 0x11, 8 * MIB);
+        a.attach("db", &vm, "vdb.img", 0x22, 4 * MIB);
+        site.write_inventory(&format!(
+            "[[site]]\nname = \"s\"\n\
+             [[host]]\nname = \"kvm-a\"\nsite = \"s\"\nvra = \"vra-a\"\n\
+             [[host]]\nname = \"kvm-b\"\nsite = \"s\"\nvra = \"vra-b\"\n\
+             [[datastore]]\nname = \"ds1\"\nhosts = [\"kvm-b\"]\npath = \"{b}/datastore\"\n\
+             [[vm]]\nname = \"db\"\nuuid = \"{vm}\"\nhost = \"kvm-a\"\n\
+             [[vm.disk]]\nname = \"vda\"\npath = \"{a}/vda.img\"\n\
+             [[vm.disk]]\nname = \"vdb\"\npath = \"{a}/vdb.img\"\n",
+            a = a.dir.display(),
+            b = b.dir.display()
+        ));
+        wait_for("the inventory", || site.json(&["inventory"])["inventory"]["vms"][0]["name"] == "db");
+        Self { a, b, site }
+    }
+
+    /// The same with a group that is defined everywhere.
+    pub(crate) fn defined() -> Self {
+        let pair = Self::enrolled();
+        let created = pair.create("ds1");
+        assert_eq!(created.code, 0, "{created:?}");
+        pair
+    }
+
+    pub(crate) fn create(&self, datastore: &str) -> Answer {
+        let options = ["--journal-limit", "256MiB", "--checkpoint-interval", "1s"];
+        let group = ["vpg", "create", "shop", "--vm", "db", "--target", "vra-b", "--datastore", datastore];
+        self.site.zvm(&[&group[..], &options].concat())
+    }
+
+    pub(crate) fn revisions(&self) -> [Value; 2] {
+        [&self.a, &self.b].map(|vra| vra.json(&["status"])["vpgs"][0]["revision"].clone())
+    }
+}

@@ -1,0 +1,104 @@
+//! A manager whose database is lost and made again from what its VRAs know.
+
+mod common;
+
+use common::pair::Pair;
+use common::wait_for;
+use serde_json::Value;
+
+/// What must be the same before and after.
+fn told(pair: &Pair) -> Value {
+    let mut vpg = pair.site.json(&["vpg", "show", "shop"])["vpg"].take();
+    // Whether all have taken it is found out anew.
+    vpg["applied_revision"].take();
+    let checkpoints = pair.site.json(&["checkpoint", "list", "shop", "--tagged"]);
+    let vras = pair.site.json(&["vra", "list"]);
+    let vras: Vec<Value> = vras
+        .as_array()
+        .expect("list")
+        .iter()
+        .map(|vra| serde_json::json!([vra["id"], vra["name"], vra["address"], vra["state"]]))
+        .collect();
+    serde_json::json!({ "vpg": vpg, "checkpoints": checkpoints, "vras": vras })
+}
+
+fn history(pair: &Pair) -> (u64, u64) {
+    let report = pair.site.json(&["vpg", "show", "shop"])["report"].take();
+    (
+        report["checkpoint_count"].as_u64().unwrap_or_default(),
+        report["history_from_us"].as_u64().unwrap_or_default(),
+    )
+}
+
+#[test]
+fn a_lost_database_is_made_again_from_the_vras() {
+    let mut pair = Pair::defined();
+    let edited = pair.site.zvm(&["vpg", "edit", "shop", "--history", "2h", "--journal-warning", "75%"]);
+    assert_eq!(edited.code, 0, "{edited:?}");
+    wait_for("the first sync", || pair.site.zvm(&["checkpoint", "tag", "shop", "kept"]).code == 0);
+    let is_complete = || {
+        let listed = pair.site.json(&["checkpoint", "list", "shop", "--tagged"]);
+        listed.as_array().is_some_and(|all| all.iter().any(|info| info["complete"] == true))
+    };
+    wait_for("the checkpoint", is_complete);
+    assert_eq!(pair.site.zvm(&["checkpoint", "lock", "shop", "kept"]).code, 0);
+    wait_for("the new settings everywhere", || pair.revisions() == [2, 2]);
+    let before = told(&pair);
+    wait_for("history", || history(&pair).0 > 3);
+    let (count, from_us) = history(&pair);
+
+    let address =
+        pair.site.json(&["vra", "show", "vra-b"])["state"]["address"].as_str().expect("text").to_owned();
+    let over = pair.site.zvm(&["rebuild", "--vra", &address]);
+    assert!(over.code != 0 && over.stderr.contains("runs on this state folder"), "{over:?}");
+    pair.site.kill();
+    let over = pair.site.zvm(&["rebuild", "--vra", &address]);
+    assert!(over.code != 0 && over.stderr.contains("nothing is rebuilt over it"), "{over:?}");
+
+    for file in ["zvm.db", "zvm.db-wal", "zvm.db-shm"] {
+        let _ = std::fs::remove_file(pair.site.dir.join("state").join(file));
+    }
+    let nobody = pair.site.zvm(&["rebuild", "--vra", "127.0.0.1:9"]);
+    assert!(nobody.code != 0 && nobody.stderr.contains("127.0.0.1:9 doesn't answer"), "{nobody:?}");
+    // One of them is enough: its groups name the others.
+    let rebuilt = pair.site.zvm(&["rebuild", "--vra", &address, "--name", "london"]);
+    assert!(rebuilt.code == 0 && rebuilt.stdout.contains("shop"), "{rebuilt:?}");
+    pair.site.serve();
+    wait_for("the VRAs", || {
+        let vras = pair.site.json(&["vra", "list"]);
+        vras.as_array().expect("list").iter().filter(|vra| vra["reachable"] == true).count() == 2
+    });
+    assert_eq!(told(&pair), before);
+    wait_for("the history", || history(&pair).0 >= count);
+    assert!(history(&pair).1 >= from_us);
+    // It is obeyed as before.
+    assert_eq!(pair.site.zvm(&["checkpoint", "unlock", "shop", "kept"]).code, 0);
+    let edited = pair.site.zvm(&["vpg", "edit", "shop", "--history", "3h"]);
+    assert_eq!(edited.code, 0, "{edited:?}");
+    wait_for("the next settings everywhere", || pair.revisions() == [3, 3]);
+}
+
+#[test]
+fn a_vra_that_does_not_answer_is_named_and_known_again_when_it_does() {
+    let mut pair = Pair::defined();
+    pair.site.kill();
+    let (port, name) = (pair.a.port, pair.a.name.clone());
+    pair.a.kill();
+    std::fs::remove_file(pair.site.dir.join("state/zvm.db")).expect("the database");
+    for file in ["zvm.db-wal", "zvm.db-shm"] {
+        let _ = std::fs::remove_file(pair.site.dir.join("state").join(file));
+    }
+    let rebuilt = pair.site.zvm(&["rebuild", "--vra", &format!("127.0.0.1:{}", pair.b.port)]);
+    assert!(
+        rebuilt.code == 0 && rebuilt.stdout.contains(&format!("127.0.0.1:{port}")),
+        "{name}: {rebuilt:?}"
+    );
+    assert!(rebuilt.stdout.contains("didn't answer"), "{rebuilt:?}");
+    pair.a.serve();
+    pair.site.serve();
+    wait_for("both VRAs", || {
+        let vras = pair.site.json(&["vra", "list"]);
+        vras.as_array().expect("list").iter().filter(|vra| vra["reachable"] == true).count() == 2
+    });
+    wait_for("the group", || pair.site.zvm(&["checkpoint", "tag", "shop", "again"]).code == 0);
+}
