@@ -12,6 +12,7 @@ mod env;
 mod group;
 mod guest;
 pub mod hosts;
+mod kinds;
 mod ledger;
 mod local_disk;
 mod matrix;

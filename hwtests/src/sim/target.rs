@@ -18,6 +18,7 @@ use vra::wire::Frame;
 use super::ageing::Ageing;
 use super::coverage::Happening;
 use super::env::Env;
+use super::kinds::{RARE_KINDS, RAREST};
 use super::ledger::Ledger;
 use super::shape::{SiteShape, any_encryption, site_keys};
 use super::streams::{Arrival, StreamKey};
@@ -141,6 +142,40 @@ impl TargetSite {
             io.run(Op::Allocate { offset_bytes: 0, len_bytes }).map_err(|error| error.to_string())?;
         }
         Ok(())
+    }
+
+    /// The same where it may fail: then the next process begins anew, with files of its own.
+    pub(super) fn create_somehow(&mut self, encryption: Encryption, env: &mut Env) -> Result<(), String> {
+        if !env.rng.one_in(4) {
+            return self.create(encryption);
+        }
+        let after_ops = env.rng.below(4);
+        match env.rng.below(3) {
+            0 => self.disk.set_capacity_bytes(FIRST_SLOT_OFFSET_BYTES),
+            1 => {
+                let verb = ["allocate", "write", "fdatasync"][env.any_index(3)];
+                self.disk.arm_error(after_ops / 2, verb);
+            }
+            _ => {
+                let crash = env.any_crash();
+                self.disk.arm_crash(after_ops, crash);
+            }
+        }
+        let done = self.create(encryption);
+        self.disk.disarm();
+        self.disk.set_capacity_bytes(u64::MAX);
+        if done.is_ok() {
+            return Ok(());
+        }
+        self.disk.fence();
+        for file in self.recovery_disks.iter().chain([&self.journal]) {
+            let mut storage = self.disk.storage();
+            let mut io = Blocking::new(&mut storage, *file, Purpose::Create);
+            io.run(Op::Truncate { len_bytes: 0 }).map_err(|error| error.to_string())?;
+        }
+        self.journal = self.disk.add_file();
+        self.recovery_disks = self.recovery_disks.iter().map(|_| self.disk.add_file()).collect();
+        self.create(encryption)
     }
 
     /// For an opening by the next writer.
@@ -378,6 +413,16 @@ impl TargetSite {
         let vm_id = Some(self.identity.vm.0);
         let options = OpenOptions { vm_id, trusted_through: self.trusted_through, ..self.open_options() };
         let Some(receiver) = self.open_once(&mut storage, &options, ledger, env)? else { return Ok(false) };
+        if env.is_rough() && env.rng.one_in(2) {
+            // Whenever it comes about in this process's life.
+            let kinds = if env.rng.one_in(2) { &RARE_KINDS[..] } else { &RARE_KINDS[..RAREST] };
+            if env.rng.one_in(3) {
+                self.disk.arm_error_at(kinds, 0);
+            } else {
+                let crash = env.any_crash();
+                self.disk.arm_crash_at_kinds(kinds, 0, crash);
+            }
+        }
         self.process = Some(Process {
             journal_io: storage,
             disk_io: self.disk.storage(),
