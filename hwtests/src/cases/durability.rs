@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::durability::acks::{Acknowledged, REGION_BYTES};
 use crate::durability::changes::{Change, Changes};
-use crate::durability::check::{CheckError, Found, check, recover, verify};
+use crate::durability::check::{CheckError, Found, check, recover, verify_after_power_cut};
 use crate::durability::load::Load;
 use crate::machine::{Disk, DiskContent, Finished};
 use crate::powercut::log::Log;
@@ -248,7 +248,8 @@ impl Cuts {
             let datastore = mount.join("datastore");
             let outcome = check_datastore(&datastore, (acknowledged, self.published))?;
             if outcome.is_ok() {
-                verify(&vra_journal, &datastore).with_context(|| format!("power cut after entry {place}"))?;
+                let what = || format!("power cut after entry {place}");
+                verify_after_power_cut(&vra_journal, &datastore).with_context(what)?;
             }
             mounted.unmount()?;
             cuts.push(Cut { place, acknowledged, outcome });
