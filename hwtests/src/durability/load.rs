@@ -129,7 +129,8 @@ impl Load {
     /// The checkpoints that a journal must list which can be opened from `oldest_seq` on and whose last record is `through`, by their numbers.
     pub fn checkpoints(oldest_seq: u64, through: u64) -> Vec<CheckpointEntry> {
         let all = (1..=through / CHECKPOINT_EVERY).map(|count| count * CHECKPOINT_EVERY);
-        let listed = all.filter(|seq| *seq > Self::sync_end() && seq - 1 >= oldest_seq);
+        // A cut is one below its record.
+        let listed = all.filter(|seq| *seq > Self::sync_end().max(oldest_seq));
         listed.map(|seq| CheckpointEntry { seq, checkpoint: checkpoint(seq) }).collect()
     }
 
