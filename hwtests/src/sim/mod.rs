@@ -15,6 +15,7 @@ pub mod hosts;
 mod kinds;
 mod ledger;
 mod local_disk;
+mod making;
 mod matrix;
 mod planted;
 mod protected;
