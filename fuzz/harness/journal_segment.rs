@@ -1,9 +1,12 @@
-//! A segment slot as a damaged disk gives it: header, batches, footer, trailer. Input: a slot's first bytes; the checksums of the first
+//! A segment slot as a damaged disk gives it: header, batches, footer, trailer, by all that opens, promotes, scrubs and verifies it. Input: a slot's first bytes; the checksums of the first
 //! page and of batches' heads are made to fit, so that what lies behind them is reached.
+
+use std::convert::Infallible;
 
 use journal::batch::BatchHeader;
 use journal::format::{Footer, PAGE_BYTES, SegmentHeader, SegmentTrailer};
-use journal::scan::{Ownership, scan};
+use journal::scan::{Ownership, Scan, resume, scan, scan_heads};
+use journal::walk::walk;
 use uuid::Uuid;
 
 const SLOT_BYTES: usize = 64 << 10;
@@ -20,21 +23,31 @@ pub fn run(data: &[u8]) {
 
 fn look_at(slot: &[u8]) {
     let len = slot.len() as u64;
+    let trailer = SegmentTrailer::decode(&slot[slot.len() - PAGE_BYTES..], len).ok();
     if let Ok(header) = SegmentHeader::decode(&slot[..PAGE_BYTES], len) {
         assert_eq!(SegmentHeader::decode(&header.encode(), len), Ok(header.clone()));
         let ownership = Ownership { tail_generation: Uuid::nil(), first_seq: 0, fork_seq: u64::MAX };
         for trusted_through in [None, Some(header.after.seq.saturating_add(2))] {
-            let found = scan(slot, &header, ownership, trusted_through);
-            assert!(found.end_bytes >= PAGE_BYTES as u64 && found.end_bytes <= len);
-            assert!(found.last.seq >= header.after.seq);
-            let footer = found.footer();
-            let bytes = footer.encode();
-            let again = Footer::decode(&bytes, crc32c::crc32c(&bytes), found.end_bytes)
-                .expect("a scan's own footer can be read");
-            assert_eq!(again.extents.len(), footer.extents.len());
+            look_at_scan(slot, &header, &scan(slot, &header, ownership, trusted_through));
+        }
+        let whole = scan(slot, &header, ownership, None);
+        let heads = scan_heads(slot, &header, ownership, u64::MAX);
+        look_at_scan(slot, &header, &heads);
+        assert!(heads.end_bytes >= whole.end_bytes, "damaged payloads end nothing");
+        let last_page = len - PAGE_BYTES as u64;
+        for from in [PAGE_BYTES as u64, whole.end_bytes] {
+            if let Some((at, seq)) = resume(slot, from, last_page, &header, whole.last.seq) {
+                assert!(at > from && at < last_page && at.is_multiple_of(PAGE_BYTES as u64));
+                assert!(seq > whole.last.seq);
+            }
+        }
+        look_at_walk(slot, &header, None);
+        if let Some(trailer) = &trailer {
+            look_at_walk(slot, &header, Some(trailer));
+            look_at_walk(slot, &trailer.header, Some(trailer));
         }
     }
-    if let Ok(trailer) = SegmentTrailer::decode(&slot[slot.len() - PAGE_BYTES..], len) {
+    if let Some(trailer) = trailer {
         assert_eq!(SegmentTrailer::decode(&trailer.encode(), len), Ok(trailer.clone()));
         let begin = trailer.data_end_bytes as usize;
         let bytes = &slot[begin..begin + trailer.footer_len_bytes as usize];
@@ -45,6 +58,34 @@ fn look_at(slot: &[u8]) {
             }
         }
     }
+}
+
+fn look_at_scan(slot: &[u8], header: &SegmentHeader, found: &Scan) {
+    assert!(found.end_bytes >= PAGE_BYTES as u64 && found.end_bytes <= slot.len() as u64);
+    assert!(found.last.seq >= header.after.seq);
+    let footer = found.footer();
+    let bytes = footer.encode();
+    assert!(bytes.len() <= 2 * slot.len(), "no batch makes more of itself than there is");
+    let again = Footer::decode(&bytes, crc32c::crc32c(&bytes), found.end_bytes)
+        .expect("a scan's own footer can be read");
+    assert_eq!(again.extents.len(), footer.extents.len());
+}
+
+fn look_at_walk(slot: &[u8], header: &SegmentHeader, trailer: Option<&SegmentTrailer>) {
+    let (mut next, mut records) = (PAGE_BYTES as u64, 0);
+    let walked = walk(slot, header, trailer, &mut |batch, damage, at| {
+        assert!(at >= next, "batches don't overlap");
+        assert!(damage.len() <= batch.records().map(|record| record.crcs().len()).sum());
+        next = at + batch.len_bytes() as u64;
+        records += batch.record_count() as u64;
+        Ok::<_, Infallible>(())
+    });
+    let Ok(walked) = walked;
+    assert!(next <= (slot.len() - PAGE_BYTES) as u64, "the last page is never a batch's");
+    assert_eq!(walked.records, records);
+    assert!(walked.last.seq >= header.after.seq);
+    assert!(walked.findings.iter().all(|finding| finding.slot_offset_bytes <= slot.len() as u64));
+    assert!(walked.torn_tail.is_none() || trailer.is_none(), "a sealed segment has no torn tail");
 }
 
 fn fit_page(page: &mut [u8]) {

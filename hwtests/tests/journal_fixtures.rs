@@ -7,7 +7,8 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use hwtests::sample_journal::{
-    SLOT_LEN_BYTES, SampleFolder, SampleModel, encrypted_segments, half_promoted, peer, three_segments,
+    SLOT_LEN_BYTES, SampleFolder, SampleModel, decrypted_segments, encrypted_segments, first_sync,
+    half_promoted, history_given_up, peer, promoted_over_damage, three_segments,
 };
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS};
 
@@ -45,7 +46,7 @@ impl Left {
     }
 }
 
-const MADE: [(&str, Write, Damage); 8] = [
+const MADE: [(&str, Write, Damage); 12] = [
     ("good", three_segments, |_, _| Ok(Left::whole(4))),
     ("torn-tail", three_segments, |folder, _| {
         let newest = places(folder)?;
@@ -82,6 +83,14 @@ const MADE: [(&str, Write, Damage); 8] = [
         ensure!(!old(0)? || !old(1)?, "nothing of it is on the recovery disks");
         Ok(Left { checkpoints: 2..4, damaged: None })
     }),
+    // Of what the damaged record wrote nothing is left at `fourth`.
+    ("bad-list", promoted_over_damage, |_, model| {
+        let second = &model.checkpoints[1];
+        Ok(Left { checkpoints: 2..4, damaged: Some((second.cut - 2, ["third", "third"])) })
+    }),
+    ("decrypted", decrypted_segments, |_, _| Ok(Left::whole(4))),
+    ("first-sync", first_sync, |_, _| Ok(Left::whole(0))),
+    ("history-given-up", history_given_up, |_, _| Ok(Left::whole(0))),
 ];
 
 /// Places in the file of [`three_segments`].
@@ -154,7 +163,12 @@ fn the_reader_reads_what_can_be_read() -> Result<()> {
         let folder = unpack(name)?;
         let expected = fs::read_to_string(fixtures().join(name).join("checkpoints.tsv"))?;
         let listed = peer::list(&folder);
-        if name == "encrypted" {
+        if ["first-sync", "history-given-up"].contains(&name) {
+            let said = listed.expect_err("there is no history").to_string();
+            assert!(said.contains("the journal has no history"), "{name}: {said}");
+            continue;
+        }
+        if ["encrypted", "decrypted"].contains(&name) {
             let said = listed.expect_err("it can't decrypt").to_string();
             assert!(said.contains("the journal is encrypted") && said.contains("--key-file"), "{said}");
             continue;
@@ -172,7 +186,8 @@ fn the_reader_reads_what_can_be_read() -> Result<()> {
                     Ok(image) => format!("{:08x}", crc32c::crc32c(&image)),
                     Err(error) => error.to_string(),
                 };
-                let expected = expected.replace("damaged record", "the payload of record");
+                let said = if name == "bad-list" { "lost at 12288: record" } else { "the payload of record" };
+                let expected = expected.replace("damaged record", said);
                 assert!(found.contains(&expected), "{name}, {line}: {found}");
             }
         }

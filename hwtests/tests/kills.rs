@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use hwtests::durability::check::{Found, check, verify};
+use hwtests::durability::check::{check, verify};
 use hwtests::durability::load::Load;
 use hwtests::durability::source::Source;
 use hwtests::durability::target::{Target, TargetProgram};
@@ -40,7 +40,7 @@ async fn a_target_killed_at_any_moment_keeps_what_it_acknowledged() {
     target.define().await.expect("defined");
     let source = Source::start(load, target.definition(), link, |_| ());
 
-    let (mut walked_through, mut interrupted) = (0, 0);
+    let (mut seen_through, mut interrupted) = (0, 0);
     for kill in 1..=kill_count() {
         if kill.is_multiple_of(STARTING_EVERY) {
             tokio::time::sleep(start_takes.mul_f64(1.2 * rand::random::<f64>())).await;
@@ -52,11 +52,11 @@ async fn a_target_killed_at_any_moment_keeps_what_it_acknowledged() {
         target.kill().expect("killed while it ran");
         source.target_is_down();
         let (acknowledged, published) = (source.durable_through(), source.published_through());
-        match check(target.definition(), load, (acknowledged, published), walked_through) {
+        match check(target.definition(), load, (acknowledged, published), seen_through) {
             Ok(found) => interrupted += u64::from(found.through < published),
             Err(error) => panic!("kill {kill}: {:#}\n{}", anyhow::Error::from(error), target.log()),
         }
-        walked_through = acknowledged;
+        seen_through = acknowledged;
         target.start().expect("started again");
     }
     // What was sent and isn't there would have been missed, had it been acknowledged too early.
@@ -70,7 +70,7 @@ async fn a_target_killed_at_any_moment_keeps_what_it_acknowledged() {
     }
     target.stop().expect("stopped");
     let found = check(target.definition(), load, (last, last), 0).expect("all is there");
-    assert_eq!(found, Found { through: last, is_base_sync: false });
+    assert!(!found.is_base_sync && found.through == last, "{found:?}");
     verify(&built("vra-journal"), Load::folder(target.definition()).path()).expect("nothing is damaged");
     let story = source.story();
     assert_eq!(story.beginnings, 1, "a full sync began again: {story:?}");

@@ -139,7 +139,7 @@ fn scan_by<'a>(
             found.stop = ScanStop::Untrusted;
             return found;
         }
-        if found.footer.len_bytes_with(&batch).is_none() {
+        if !has_footer(&found.footer, &batch, slot) {
             found.stop = ScanStop::Stale;
             return found;
         }
@@ -150,6 +150,13 @@ fn scan_by<'a>(
             found.last = ChainPoint { seq: batch.last_seq(), batch_crc: batch.crc() };
         }
     }
+}
+
+/// Whether a segment that has its batches in these bytes of a slot can have the footer that this one would give it: nobody wrote a batch for
+/// which it can't, and to build it anyway could take any amount of memory.
+pub(crate) fn has_footer(footer: &FooterBuilder, batch: &BatchView<'_>, slot: &[u8]) -> bool {
+    // What a record adds to a footer is hardly longer than the record, but for zeroes of many TiB.
+    footer.len_bytes_with(batch).is_some_and(|len_bytes| len_bytes <= 2 * slot.len() as u64)
 }
 
 /// The first place behind an unreadable batch where a batch of the same segment and opening begins, in bytes from the slot's start,

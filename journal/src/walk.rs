@@ -2,7 +2,7 @@
 
 use crate::batch::{BatchError, BatchView, RecordKind};
 use crate::format::{ChainPoint, Footer, FooterBuilder, PAGE_BYTES, SegmentHeader, SegmentTrailer};
-use crate::scan::resume;
+use crate::scan::{has_footer, resume};
 
 /// Something that cannot be read any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,6 +78,9 @@ pub fn walk<E>(
         let rest = &slot[at..data_end];
         let parsed = BatchView::parse_damaged(rest).map_err(Wrong::Batch);
         let fits = parsed.and_then(|(batch, damage)| match misfit(&batch, header, walked.last, after_gap) {
+            None if !has_footer(&footer, &batch, slot) => {
+                Err(Wrong::Misfit("a batch for which no footer has room"))
+            }
             None => Ok((batch, damage)),
             Some(what) => Err(Wrong::Misfit(what)),
         });

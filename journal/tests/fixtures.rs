@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use bytes::Bytes;
 use journal::batch::{BatchLink, BatchSealer, BatchView, Record};
 use journal::crypt::{Encryption, KeyError, Keys, SiteKeys};
-use journal::format::{SUPERBLOCK_OFFSETS, Superblock, SuperblockError};
+use journal::format::{JournalState, SUPERBLOCK_OFFSETS, Superblock, SuperblockError};
 use journal::recovery::{Damage, Hidden, OpenError, OpenOptions, SurveyOptions, open};
 use journal::storage::ring::{Access, DirectFile, RingStorage};
 use journal::storage::{Blocking, FileId, Purpose, StorageError};
@@ -119,6 +119,39 @@ impl Fixture {
         drop(storage);
         assert_eq!(self.assert_readable().newest_seq(), tail_seq + 1);
         hidden
+    }
+
+    /// A writer finds the sync that was under way after `seq`, and syncs all anew.
+    fn end_sync(&self, seq: u64) {
+        let (mut storage, file) = ring(&self.path(), Access::Exclusive);
+        let opened = open(&mut storage, file, &OpenOptions::default()).expect("as writer");
+        assert_eq!(opened.tail.seq, seq);
+        let superblock = opened.superblock.clone();
+        let limits = Limits { max_slots: 16, min_slots: 0, grow_slots: 2, group_bytes: 1 << 20 };
+        let mut link = BatchLink {
+            journal_id: superblock.journal_id,
+            generation: superblock.tail_generation,
+            open_count: superblock.open_count,
+            prev_batch_crc: opened.tail.batch_crc,
+        };
+        let mut writer = Writer::new(opened, limits);
+        let (generation, parent) = (link.generation, superblock.parent_generation);
+        writer.change(Change::Claim { generation, parent, first_seq: seq + 1 }).expect("its own generation");
+        writer.change(Change::BeginBaseSync { sync_id: 11 }).expect("there is no history");
+        drive(&mut writer, &mut storage, file).expect("begun");
+        for (volume, state) in (0_u16..).zip(&superblock.volumes) {
+            let (first, size_bytes) = (seq + 1 + 2 * u64::from(volume), state.size_bytes);
+            let mut sealer = BatchSealer::new();
+            sealer.push(Record::sync_begin(first, 1, volume, size_bytes, 11)).expect("the first record");
+            sealer.push(Record::sync_end(first + 1, 1, volume, size_bytes, 11)).expect("the second record");
+            let batch = sealer.seal(&link, 0).expect("not empty").to_bytes();
+            let view = BatchView::parse(&batch).expect("valid");
+            link.prev_batch_crc = view.crc();
+            let through = writer.accept_for_base(&view, 1).expect("follows");
+            let end = usize::from(volume) + 1 == superblock.volumes.len();
+            writer.change(Change::AdvanceBase { through, end }).expect("it goes on");
+            drive(&mut writer, &mut storage, file).expect("durable");
+        }
     }
 }
 
@@ -236,6 +269,60 @@ fn an_encrypted_journal_is_read_and_written_with_its_site_key() {
     let refused = fixture.read().expect_err("without its key");
     let ViewError::Open(OpenError::Key(KeyError::Missing(missing))) = refused else { panic!("{refused}") };
     assert_eq!(missing, site_key_id);
+}
+
+#[test]
+fn what_was_promoted_damaged_is_named_from_the_list_until_it_is_written_again() {
+    let fixture = Fixture::unpack("bad-list");
+    let survey = fixture.assert_readable().survey;
+    assert_eq!((survey.damage, survey.hidden), (None, None));
+    assert!(survey.superblock.bad_list.is_some());
+    let damaged = fixture.checkpoints.iter().find_map(|checkpoint| checkpoint.disks[0].err());
+    let found: Vec<_> = survey.bad_ranges.iter().map(|bad| (bad.volume, bad.offset_bytes, bad.seq)).collect();
+    assert_eq!(found, [(0, 12 << 10, damaged.expect("`third` needs it"))]);
+    fixture.assert_writable(survey.tail.seq);
+    assert_eq!(
+        fixture.read().expect("readable").survey.bad_ranges,
+        survey.bad_ranges,
+        "the list outlives a writer"
+    );
+}
+
+#[test]
+fn a_journal_that_is_encrypted_no_more_needs_its_key_for_what_was() {
+    let mut fixture = Fixture::unpack("decrypted");
+    let survey = fixture.assert_readable().survey;
+    assert_eq!(survey.superblock.encryption, Encryption::Off);
+    let encrypted = survey.segments.iter().map(|segment| segment.header.encryption.is_some());
+    assert_eq!(encrypted.collect::<Vec<_>>(), [true, true, false]);
+    assert_eq!(fixture.assert_writable(survey.tail.seq), None);
+    // It is the same journal as the plain one.
+    assert_eq!(fixture.checkpoints, Fixture::unpack("good").checkpoints);
+
+    fixture.keys = SiteKeys::default();
+    let refused = fixture.read().expect_err("without its key");
+    assert!(matches!(refused, ViewError::Open(OpenError::Key(KeyError::Missing(_)))), "{refused}");
+}
+
+/// B6: without a history nothing can be opened, a writer finds the sync where it was, and the next sync ends it.
+#[test]
+fn a_journal_without_history_goes_on_with_a_sync() {
+    for (name, state) in [
+        ("first-sync", JournalState::FirstSync { sync_id: 9 }),
+        ("history-given-up", JournalState::HistoryGivenUp { sync_id: 10 }),
+    ] {
+        let fixture = Fixture::unpack(name);
+        let reader = fixture.assert_readable();
+        let superblock = &reader.survey.superblock;
+        assert_eq!((superblock.state, reader.survey.segments.len()), (state, 0), "{name}");
+        for seq in 0..=superblock.low_water.seq + 1 {
+            assert!(matches!(reader.view(seq), Err(ViewError::NoHistory)), "{name} at {seq}");
+        }
+        fixture.end_sync(superblock.low_water.seq);
+        let after = fixture.read().expect("readable").survey.superblock;
+        assert_eq!(after.state, JournalState::Consistent, "{name}");
+        assert!(after.volumes.iter().all(|volume| volume.base_seq == after.low_water.seq), "{name}");
+    }
 }
 
 /// C2: the intent through the last number of segment 2 is durable, a part of its blocks is on the recovery disks.

@@ -1,7 +1,9 @@
-//! Superblock, manifest, and a segment's first and last page: what is written comes back, and no flipped bit gets through. Batches and
+//! Superblock, manifest, bad list, and a segment's first and last page: what is written comes back, and no flipped bit gets through. Batches and
 //! footers have files of their own.
 
+use journal::bad_ranges::{BadRange, BadRanges};
 use journal::crypt::{Encryption, SegmentKey, WRAPPED_KEY_BYTES, WrappedKey};
+use journal::format::bad_list::BadList;
 use journal::format::manifest::{MAX_MANIFEST_BYTES, Manifest, ManifestError};
 use journal::format::superblock::PairPlace;
 use journal::format::{
@@ -53,6 +55,20 @@ fn any_key() -> impl Strategy<Value = WrappedKey> {
 
 fn any_encryption() -> impl Strategy<Value = Encryption> {
     prop_oneof![Just(Encryption::Never), Just(Encryption::Off), any_key().prop_map(Encryption::On)]
+}
+
+prop_compose! {
+    fn any_bad_list()(
+        journal_id in any_uuid(),
+        sequence in any::<u64>(),
+        ranges in prop::collection::vec((0..64_u16, 0..1_u64 << 59, 1..1_u64 << 40, any::<u64>()), 0..200),
+    ) -> BadList {
+        let mut all = BadRanges::default();
+        for (volume, offset_bytes, len_bytes, seq) in ranges {
+            all.add(BadRange { volume, offset_bytes, len_bytes, seq });
+        }
+        BadList { journal_id, sequence, ranges: all }
+    }
 }
 
 prop_compose! {
@@ -118,6 +134,17 @@ fn flipped(page: &[u8], bit: usize) -> Vec<u8> {
 }
 
 proptest! {
+    #[test]
+    fn a_bad_list_comes_back_and_no_flipped_bit_goes_unnoticed(list in any_bad_list(), at in any::<prop::sample::Index>(), bit in 0..8) {
+        let (mut bytes, crc) = list.encode().expect("there is room");
+        prop_assert_eq!(bytes.len() % PAGE_BYTES, 0);
+        prop_assert_eq!(BadList::decode(&bytes), Ok((list.clone(), crc)));
+        // What follows the entries means nothing.
+        let at = at.index(64 + list.ranges.len() * 32);
+        bytes[at] ^= 1_u8 << bit;
+        prop_assert!(BadList::decode(&bytes).is_err());
+    }
+
     #[test]
     fn a_superblock_comes_back(superblock in any_superblock(), bit in 0..PAGE_BYTES * 8) {
         let page = superblock.encode();

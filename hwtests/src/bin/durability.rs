@@ -34,7 +34,7 @@ enum Command {
         /// What the load depends on
         #[arg(long)]
         seed: u64,
-        /// How many records to ship
+        /// How many records to ship at least
         #[arg(long)]
         records: u64,
         /// The target skips the fdatasync before an acknowledgement

@@ -113,8 +113,8 @@ fn bug_of(name: &str) -> anyhow::Result<PlantedBug> {
 }
 
 fn print_coverage(coverage: &Coverage) {
-    for ((fault, purpose), count) in &coverage.faults {
-        println!("{count:>10}  {fault:?} at {purpose:?}");
+    for ((fault, (purpose, verb)), count) in &coverage.faults {
+        println!("{count:>10}  {fault:?} at {purpose:?} {verb}");
     }
     for ((disturbance, moment), count) in &coverage.meetings {
         println!("{count:>10}  {disturbance:?} while {moment:?}");

@@ -1,5 +1,6 @@
 //! Power cuts at the target: what it acknowledged as durable is there afterwards.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -7,7 +8,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::durability::acks::{Acknowledged, REGION_BYTES};
-use crate::durability::check::{CheckError, Found, check, recover, verify};
+use crate::durability::changes::{Change, Changes};
+use crate::durability::check::{CheckError, Found, check, recover, verify_after_power_cut};
 use crate::durability::load::Load;
 use crate::machine::{Disk, DiskContent, Finished};
 use crate::powercut::log::Log;
@@ -22,12 +24,12 @@ use vra::api::vpg::VraEndpoint;
 pub(super) const CASES: &[Case] = &[
     Case::new(
         "powercut-journal-ext4",
-        "After a power cut at the target all that it acknowledged as durable is there: 10 cuts, ext4.",
+        "What a target acknowledged outlives a power cut, while its journal is promoted, grows and gets shorter: 10 cuts, ext4.",
         Body::Outside(|outside| survives(outside, Filesystem::Ext4, SHORT)),
     ),
     Case::new(
         "powercut-journal-xfs",
-        "After a power cut at the target all that it acknowledged as durable is there: 10 cuts, xfs.",
+        "What a target acknowledged outlives a power cut, while its journal is promoted, grows and gets shorter: 10 cuts, xfs.",
         Body::Outside(|outside| survives(outside, Filesystem::Xfs, SHORT)),
     ),
     Case::new(
@@ -52,16 +54,18 @@ pub(super) const CASES: &[Case] = &[
 /// How much of it.
 #[derive(Clone, Copy)]
 struct Extent {
-    /// What the load ships.
+    /// What the load ships at least.
     records: u64,
     /// Power cuts before the first sync is acknowledged.
     sync_cuts: usize,
-    /// Power cuts after that.
+    /// Power cuts at any moment after that.
     journal_cuts: usize,
+    /// Power cuts during promotions, as many during growth, and as many while the file gets shorter, where there are so many moments.
+    change_cuts: usize,
 }
 
-const SHORT: Extent = Extent { records: 800, sync_cuts: 3, journal_cuts: 7 };
-const LONG: Extent = Extent { records: 4_000, sync_cuts: 20, journal_cuts: 80 };
+const SHORT: Extent = Extent { records: 500, sync_cuts: 2, journal_cuts: 2, change_cuts: 2 };
+const LONG: Extent = Extent { records: 4_000, sync_cuts: 20, journal_cuts: 44, change_cuts: 12 };
 
 /// The load's, and where power goes.
 const SEED: u64 = 1;
@@ -118,16 +122,35 @@ impl Filesystem {
 }
 
 fn survives(outside: &Outside, filesystem: Filesystem, extent: Extent) -> Result<()> {
-    let cuts = Cuts::run(outside, filesystem, extent, false)?;
-    for Cut { place, acknowledged, outcome } in cuts.all()? {
-        let what = || format!("power cut after entry {place} of the log, {acknowledged} acknowledged");
-        outcome.with_context(what)?;
+    let load = Cuts::run(outside, filesystem, extent, false)?;
+    let cuts = load.all()?;
+    for change in Change::ALL {
+        let met = cuts.iter().filter(|cut| load.changes.is_under_way(change, cut.place)).count();
+        ensure!(met > 0 || extent.change_cuts == 0, "no power cut met a {change:?}");
     }
+    let (mut promoted, mut checkpoints) = (BTreeSet::new(), 0);
+    for Cut { place, acknowledged, outcome } in cuts {
+        let what = || format!("power cut after entry {place} of the log, {acknowledged} acknowledged");
+        let found = outcome.with_context(what)?;
+        promoted.extend((!found.is_base_sync).then_some(found.promoted_through));
+        checkpoints += found.checkpoints;
+    }
+    // Otherwise all of it was looked at on recovery disks that nothing was promoted to, or no checkpoint was.
+    ensure!(
+        promoted.len() > 1 && checkpoints > 0,
+        "promoted through {promoted:?}, {checkpoints} checkpoints"
+    );
     Ok(())
 }
 
 fn without_sync_loses(outside: &Outside) -> Result<()> {
-    let cuts = Cuts::run(outside, Filesystem::Ext4, Extent { sync_cuts: 0, ..SHORT }, true)?.all()?;
+    let cuts = Cuts::run(
+        outside,
+        Filesystem::Ext4,
+        Extent { sync_cuts: 0, journal_cuts: 7, change_cuts: 0, ..SHORT },
+        true,
+    )?
+    .all()?;
     let lost = cuts.iter().filter(|cut| matches!(cut.outcome, Err(CheckError::Lost { .. }))).count();
     ensure!(lost > 0, "none of {} power cuts took an acknowledged record", cuts.len());
     Ok(())
@@ -138,6 +161,9 @@ struct Cuts {
     finished: Finished,
     log: Log,
     acknowledged: Acknowledged,
+    changes: Changes,
+    /// The last record that was sent.
+    published: u64,
     extent: Extent,
     filesystem: Filesystem,
 }
@@ -158,7 +184,7 @@ impl Cuts {
         let mut machine = outside.machine();
         machine.disks = vec![Disk { content: DiskContent::Empty { size_mib: DISK_MIB }, log_writes: true }];
         // A busy host may take ten times as long as an idle one.
-        machine.limit = Duration::from_secs(240 + extent.records / 4);
+        machine.limit = Duration::from_secs(240 + extent.records / 2);
         let without_sync = if without_sync { "--without-sync" } else { "" };
         let mut job = outside.script(&format!(
             "{}; mount /dev/vda /mnt; mkdir /mnt/datastore /tmp/scratch; sync -f /mnt; \
@@ -172,13 +198,40 @@ impl Cuts {
         ensure!(finished.exit == 0, "the load failed:\n{}", finished.output()?);
         let log = Log::open(&finished.disk_log(0))?;
         let acknowledged = Acknowledged::read(&log, ACKS_OFFSET_BYTES)?;
-        let last = acknowledged.at(log.entries().len());
-        ensure!(last == extent.records, "the last acknowledged record is {last}, not {}", extent.records);
+        let published = acknowledged.at(log.entries().len());
+        ensure!(published >= extent.records, "the last acknowledged record is {published}");
         ensure!(acknowledged.count() > 10, "only {} acknowledgements", acknowledged.count());
-        Ok(Self { finished, log, acknowledged, extent, filesystem })
+        let changes = Changes::read(&log, *acknowledged.span(Load::sync_end()).start())?;
+        Ok(Self { finished, log, acknowledged, changes, published, extent, filesystem })
     }
 
-    /// Cuts power at random moments of the load, and checks what is left.
+    /// Where power is cut: at random moments during the full sync and after it, and while the journal is changed.
+    fn places(&self) -> Result<BTreeSet<usize>> {
+        let Extent { sync_cuts, journal_cuts, change_cuts, .. } = self.extent;
+        let (all, after_sync) = (self.acknowledged.span(0), self.acknowledged.span(Load::sync_end()));
+        let mut places = BTreeSet::new();
+        places.extend(self.log.cut_points_in(*all.start()..=*after_sync.start() - 1, sync_cuts, SEED));
+        for change in Change::ALL {
+            let spans: Vec<_> = self.changes.of(change).collect();
+            ensure!(!spans.is_empty(), "the load brought no {change:?} about");
+            let moments: BTreeSet<usize> = spans.into_iter().flatten().collect();
+            let moments: Vec<usize> = moments.into_iter().filter(|moment| !places.contains(moment)).collect();
+            let chosen = self.log.cut_points_in(1..=moments.len(), change_cuts, SEED);
+            places.extend(chosen.into_iter().map(|number| moments[number - 1]));
+        }
+        // A change may have fewer moments than cuts are wanted in it.
+        let wanted = sync_cuts + journal_cuts + Change::ALL.len() * change_cuts;
+        for seed in SEED.. {
+            let missing = wanted.saturating_sub(places.len());
+            if missing == 0 {
+                break;
+            }
+            places.extend(self.log.cut_points_in(after_sync.clone(), missing, seed));
+        }
+        Ok(places)
+    }
+
+    /// Cuts power at moments of the load, and checks what is left.
     fn all(&self) -> Result<Vec<Cut>> {
         let folder = self.finished.folder.path();
         let (base, work) = (folder.join("base.raw"), folder.join("work.raw"));
@@ -187,20 +240,17 @@ impl Cuts {
         std::fs::create_dir_all(&mount)?;
         let vra_journal = Binaries::beside_this_one()?.path("vra-journal");
         let mut replayer = Replayer::new(&self.log, &base, &work)?;
-        let Extent { sync_cuts, journal_cuts, .. } = self.extent;
-        let (all, after_sync) = (self.acknowledged.span(0), self.acknowledged.span(Load::sync_end()));
-        let mut places = self.log.cut_points_in(*all.start()..=*after_sync.start() - 1, sync_cuts, SEED);
-        places.extend(self.log.cut_points_in(after_sync, journal_cuts, SEED));
         let mut cuts = Vec::new();
-        for (number, place) in places.into_iter().enumerate() {
+        for (number, place) in self.places()?.into_iter().enumerate() {
             let fate = if number % 4 == 0 { Fate::AllLost } else { Fate::Random { seed: SEED } };
             replayer.cut(place, fate, &image)?;
             let acknowledged = self.acknowledged.at(place);
             let mounted = Mounted::new(&image, &mount, self.filesystem)?;
             let datastore = mount.join("datastore");
-            let outcome = check_datastore(&datastore, (acknowledged, self.extent.records))?;
+            let outcome = check_datastore(&datastore, (acknowledged, self.published))?;
             if outcome.is_ok() {
-                verify(&vra_journal, &datastore).with_context(|| format!("power cut after entry {place}"))?;
+                let what = || format!("power cut after entry {place}");
+                verify_after_power_cut(&vra_journal, &datastore).with_context(what)?;
             }
             mounted.unmount()?;
             cuts.push(Cut { place, acknowledged, outcome });

@@ -1,10 +1,12 @@
 //! Whether a datastore holds what its target had acknowledged.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use journal::batch::BatchView;
+use journal::catalogue::CheckpointEntry;
 use journal::format::{PAGE_BYTES, slot_offset_bytes};
 use journal::recovery::SurveyOptions;
 use journal::storage::ring::{Access, DirectFile, OpenFileError, RingStorage};
@@ -54,6 +56,20 @@ pub enum CheckError {
         /// The first of them, counted in sectors of 512 bytes.
         sector: u64,
     },
+    /// The journal lists other checkpoints than it must.
+    #[error("the journal lists the checkpoints {found:?}, not {expected:?}")]
+    Checkpoints {
+        /// Numbers of those that it lists.
+        found: Vec<u64>,
+        /// Numbers of those that it must list.
+        expected: Vec<u64>,
+    },
+    /// A checkpoint is listed as something else.
+    #[error("checkpoint {seq} is listed as something else than was sent")]
+    Checkpoint {
+        /// Its number.
+        seq: u64,
+    },
     /// The target can't open it.
     #[error("the target can't open what is left")]
     Open(#[from] TargetError),
@@ -88,11 +104,34 @@ pub async fn recover(definition: &VpgDefinition) -> Result<u64, CheckError> {
 /// # Errors
 /// What it says.
 pub fn verify(vra_journal: &Path, journal: &Path) -> Result<()> {
+    let (succeeded, said) = verified(vra_journal, journal)?;
+    ensure!(succeeded, "vra-journal verify says:\n{said}");
+    Ok(())
+}
+
+/// The same after a power cut. That may have kept a segment's trailer and taken its footer, since both are synced together: the batches say the
+/// same, and the tool names the footer all the same.
+///
+/// # Errors
+/// What it says of anything else.
+pub fn verify_after_power_cut(vra_journal: &Path, journal: &Path) -> Result<()> {
+    let (succeeded, said) = verified(vra_journal, journal)?;
+    let lacks_footer = |line: &str| LOST_FOOTER.iter().any(|known| line.starts_with(known));
+    let mut damage = said.lines().filter(|line| line.starts_with("damaged: ")).peekable();
+    let only_footers = damage.peek().is_some() && damage.all(lacks_footer);
+    ensure!(succeeded || only_footers, "vra-journal verify says:\n{said}");
+    Ok(())
+}
+
+/// How the tool names a footer that was not written, or not to its end.
+const LOST_FOOTER: [&str; 2] =
+    ["damaged: footer: no footer is here", "damaged: footer: the footer's checksum is wrong"];
+
+fn verified(vra_journal: &Path, journal: &Path) -> Result<(bool, String)> {
     let output = Command::new(vra_journal).arg("verify").arg(journal).output();
     let output = output.with_context(|| format!("run {}", vra_journal.display()))?;
     let said = [output.stdout, output.stderr].concat();
-    ensure!(output.status.success(), "vra-journal verify says:\n{}", String::from_utf8_lossy(&said));
-    Ok(())
+    Ok((output.status.success(), String::from_utf8_lossy(&said).into_owned()))
 }
 
 /// What a check found.
@@ -102,11 +141,16 @@ pub struct Found {
     pub through: u64,
     /// The first sync isn't complete.
     pub is_base_sync: bool,
+    /// What is on the recovery disks, and not in the history.
+    pub promoted_through: u64,
+    /// How many checkpoints are listed.
+    pub checkpoints: usize,
 }
 
 /// Checks the files of a VM against its load, without changing them: everything up to `acknowledged` is there; what is there beyond it is the
-/// beginning of what was sent, whose last one is `published`; every record after `walked_through` in the journal is byte for byte what was
-/// sent; and the disks are right as of the last acknowledged record and of the last one.
+/// beginning of what was sent, whose last one is `published`; every record after `seen_through` in the journal is byte for byte what was
+/// sent; the checkpoints that are listed are those that must be; and the disks are right as of each of them after `seen_through`, of the oldest
+/// number that can be opened, of the last acknowledged record and of the last one.
 ///
 /// # Errors
 /// What is wrong.
@@ -114,7 +158,7 @@ pub fn check(
     definition: &VpgDefinition,
     load: Load,
     (acknowledged, published): (u64, u64),
-    walked_through: u64,
+    seen_through: u64,
 ) -> Result<Found, CheckError> {
     let folder = Load::folder(definition);
     let mut storage = RingStorage::new(RING_DEPTH).map_err(CheckError::Ring)?;
@@ -127,23 +171,28 @@ pub fn check(
     if through > published {
         return Err(CheckError::Invented { found_through: through, published });
     }
-    walk(&mut storage, journal, &reader, load, walked_through)?;
+    walk(&mut storage, journal, &reader, load, seen_through)?;
     let disks = (0..Load::disk_count()).map(|volume| Ok(storage.add_file(open(&folder.disk(volume))?)));
     let disks = disks.collect::<Result<Vec<_>, CheckError>>()?;
     let superblock = &reader.survey.superblock;
     let is_base_sync = superblock.state.is_base_sync();
     let mut model = Disks::new(load);
+    let oldest = superblock.oldest_seq();
+    let checkpoints = if is_base_sync { Vec::new() } else { Load::checkpoints(oldest, through) };
+    check_list(reader.catalogue().checkpoints(), &checkpoints)?;
     if is_base_sync {
         model.advance(through);
         check_base(&mut storage, &disks, &model, through)?;
     } else {
-        let oldest = superblock.oldest_seq();
-        for seq in [oldest, acknowledged.max(oldest), through] {
+        let cuts = checkpoints.iter().map(|entry| entry.checkpoint.cut).filter(|cut| *cut > seen_through);
+        let all: BTreeSet<u64> = cuts.chain([oldest, acknowledged.max(oldest), through]).collect();
+        for seq in all {
             model.advance(seq);
             check_view(&mut storage, journal, &disks, &reader, &model, seq)?;
         }
     }
-    Ok(Found { through, is_base_sync })
+    let promoted_through = superblock.low_water.seq;
+    Ok(Found { through, is_base_sync, promoted_through, checkpoints: checkpoints.len() })
 }
 
 const RING_DEPTH: u32 = 16;
@@ -155,18 +204,30 @@ fn open(path: &Path) -> Result<DirectFile, CheckError> {
     Ok(DirectFile::open(path, Access::ReadOnly)?)
 }
 
+/// Compares the checkpoints that are listed with those that must be.
+fn check_list(found: &[CheckpointEntry], expected: &[CheckpointEntry]) -> Result<(), CheckError> {
+    let numbers = |entries: &[CheckpointEntry]| entries.iter().map(|entry| entry.seq).collect::<Vec<_>>();
+    if numbers(found) != numbers(expected) {
+        return Err(CheckError::Checkpoints { found: numbers(found), expected: numbers(expected) });
+    }
+    match found.iter().zip(expected).find(|(found, expected)| found != expected) {
+        Some((found, _)) => Err(CheckError::Checkpoint { seq: found.seq }),
+        None => Ok(()),
+    }
+}
+
 /// Compares every record in the journal with what was sent.
 fn walk(
     storage: &mut RingStorage,
     journal: FileId,
     reader: &Reader,
     load: Load,
-    walked_through: u64,
+    seen_through: u64,
 ) -> Result<(), CheckError> {
     let superblock = &reader.survey.superblock;
     let mut io = Blocking::new(storage, journal, Purpose::View);
     for segment in &reader.survey.segments {
-        if segment.last().seq <= walked_through {
+        if segment.last().seq <= seen_through {
             continue;
         }
         let mut expected = segment.header.after.seq;

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use bytes::Bytes;
 use journal::batch::{Checkpoint, CheckpointKind, Epoch, Record, RecordKind};
+use journal::catalogue::CheckpointEntry;
 use uuid::Uuid;
 use vra::api::vpg::{VmDefinition, VolumeDefinition, VpgDefinition, VraEndpoint};
 use vra::api::{GenerationId, JournalId, VmId, VolumeId, VpgId};
@@ -21,7 +22,7 @@ const DISKS: [(u32, u64); 2] = [(4096, 8 << 20), (512, (8 << 20) - 512)];
 const SYNC_PIECE_BYTES: u64 = 256 << 10;
 
 /// One record of so many is a checkpoint.
-const CHECKPOINT_EVERY: u64 = 97;
+const CHECKPOINT_EVERY: u64 = 31;
 
 /// Most blocks that one write has.
 const MAX_BLOCKS: u64 = 16;
@@ -123,6 +124,14 @@ impl Load {
             RecordKind::Checkpoint => Record::checkpoint(seq, seq, &checkpoint(seq)),
             _ => Record::write(seq, seq, volume, offset_bytes, payload()),
         }
+    }
+
+    /// The checkpoints that a journal must list which can be opened from `oldest_seq` on and whose last record is `through`, by their numbers.
+    pub fn checkpoints(oldest_seq: u64, through: u64) -> Vec<CheckpointEntry> {
+        let all = (1..=through / CHECKPOINT_EVERY).map(|count| count * CHECKPOINT_EVERY);
+        // A cut is one below its record.
+        let listed = all.filter(|seq| *seq > Self::sync_end().max(oldest_seq));
+        listed.map(|seq| CheckpointEntry { seq, checkpoint: checkpoint(seq) }).collect()
     }
 
     /// What record `seq` puts into a sector of a disk: its number first, so that a sector tells who wrote it.
@@ -339,6 +348,25 @@ mod tests {
             let entry = load.entry(seq);
             assert!(entry.offset_bytes + entry.len_bytes <= Load::disk_bytes(entry.volume), "record {seq}");
             assert_eq!(load.record(seq), Load::new(7).record(seq));
+        }
+    }
+
+    #[test]
+    fn the_checkpoints_of_a_history_are_those_whose_cut_is_in_it() {
+        let load = Load::new(7);
+        let last = Load::sync_end() + 5 * CHECKPOINT_EVERY;
+        let is_checkpoint = |seq: &u64| load.entry(*seq).kind == RecordKind::Checkpoint;
+        let all: Vec<u64> = (1..=last).filter(is_checkpoint).collect();
+        let listed = |oldest_seq, through| -> Vec<u64> {
+            Load::checkpoints(oldest_seq, through).iter().map(|entry| entry.seq).collect()
+        };
+        assert_eq!(listed(Load::sync_end(), last), all);
+        assert!(all.len() >= 5);
+        let (second, fourth) = (all[1], all[3]);
+        assert_eq!(listed(second - 1, fourth), all[1..4], "a cut is one below its record");
+        assert_eq!(listed(second, fourth - 1), all[2..3]);
+        for entry in Load::checkpoints(0, last) {
+            assert_eq!(Record::checkpoint(entry.seq, entry.seq, &entry.checkpoint), load.record(entry.seq));
         }
     }
 

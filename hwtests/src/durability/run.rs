@@ -10,6 +10,8 @@ use vra::config::Config;
 
 use super::acks::AckWriter;
 use super::load::Load;
+use super::rounds::{Pace, ship_in_rounds};
+use super::short_slots;
 use super::source::Source;
 use super::target::{Target, TargetProgram};
 
@@ -28,17 +30,14 @@ pub struct RunOnDisk {
     pub program: TargetProgram,
     /// The load's seed.
     pub seed: u64,
-    /// The last record to ship.
+    /// How many records to ship at least.
     pub records: u64,
 }
 
-/// Records on their way at most: each acknowledgement then covers few.
-const AHEAD: u64 = 16;
+/// Each acknowledgement then covers few records.
+const PACE: Pace = Pace { ahead: 16, patience: Duration::from_secs(60) };
 
-/// Without any acknowledgement for so long the load has failed.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// Ships a load to a target and notes each acknowledged number on the disk.
+/// Ships a load to a target, beneath which it is promoted, grows and gets shorter, and notes each acknowledged number on the disk.
 ///
 /// # Errors
 /// The load didn't come through.
@@ -58,6 +57,7 @@ pub fn run_on_disk(run: &RunOnDisk) -> Result<()> {
 async fn ship(run: &RunOnDisk, acks: mpsc::Sender<u64>) -> Result<()> {
     let load = Load::new(run.seed);
     let (mut target, link) = Target::create(load, &run.scratch, &run.datastore, &run.program)?;
+    short_slots::make(target.definition()).await?;
     target.start()?;
     target.wait_until_up()?;
     target.define().await?;
@@ -66,9 +66,9 @@ async fn ship(run: &RunOnDisk, acks: mpsc::Sender<u64>) -> Result<()> {
         let _ = acks.send(seq);
     });
     source.target_is_up().await;
-    let shipped = source.run_through(run.records, AHEAD, PATIENCE).await;
+    let shipped = ship_in_rounds(&mut target, &source, PACE, run.records).await;
     target.kill()?;
-    shipped.with_context(|| target.log())
+    shipped.map(drop).with_context(|| target.log())
 }
 
 /// Notes the newest number while there are any.

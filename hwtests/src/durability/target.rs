@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use tokio::runtime::Handle;
 use vra::api::enroll::Token;
-use vra::api::vpg::{VpgDefinition, VraEndpoint};
+use vra::api::vpg::{VmDefinition, VpgDefinition, VraEndpoint};
 use vra::api::{Request, Response, TimeUs, VraId, VraStatus, ZvmId};
 use vra::config::Config;
 use vra::control::{Client, ClientError};
@@ -124,6 +124,16 @@ impl Target {
             Response::Vpg(_) => Ok(()),
             other => bail!("the target answered {other:?} to a definition"),
         }
+    }
+
+    /// Tells it of the VM anew, with something changed.
+    ///
+    /// # Errors
+    /// It refuses.
+    pub async fn redefine(&mut self, change: impl FnOnce(&mut VmDefinition)) -> Result<()> {
+        change(&mut self.definition.vms[0]);
+        self.definition.revision += 1;
+        self.define().await
     }
 
     /// `kill -9`, and waits for the process to be gone.

@@ -20,7 +20,10 @@ use uuid::Uuid;
 pub use folder::SampleFolder;
 pub use model::{SampleCheckpoint, SampleModel};
 pub use promote::Ended;
-pub use samples::{SLOT_LEN_BYTES, encrypted_segments, half_promoted, three_segments};
+pub use samples::{
+    SLOT_LEN_BYTES, decrypted_segments, encrypted_segments, first_sync, half_promoted, history_given_up,
+    promoted_over_damage, three_segments,
+};
 
 const PAGE_BYTES: usize = 4096;
 const JOURNAL_ID: Uuid = Uuid::from_u128(1);
@@ -61,7 +64,22 @@ impl<'a> SampleJournal<'a> {
     ) -> Result<Self> {
         let key = NewKey::seeded(4).wrap(JOURNAL_ID, site_key);
         let keys = Keys::seeded(SiteKeys::new(vec![site_key.clone()]), 5);
-        Self::create_with(folder, slot_len_bytes, disks, r#"{"vm":"sample"}"#, Encryption::On(key), keys)
+        let manifest = r#"{"vm":"sample"}"#;
+        Self::create_with(folder, slot_len_bytes, disks, manifest, Encryption::On(key), keys)?.synced()
+    }
+
+    /// A journal whose first sync goes on: it has ended for so many of its volumes.
+    pub fn create_in_sync(
+        folder: &'a SampleFolder,
+        slot_len_bytes: u64,
+        disks: Vec<Vec<u8>>,
+        volumes: u16,
+    ) -> Result<Self> {
+        let (manifest, keys) = (r#"{"vm":"sample"}"#, Keys::default());
+        let mut journal =
+            Self::create_with(folder, slot_len_bytes, disks, manifest, Encryption::Never, keys)?;
+        journal.sync_to_recovery_disks(volumes)?;
+        Ok(journal)
     }
 
     /// The same, plain, with a manifest that says whose it is.
@@ -71,7 +89,8 @@ impl<'a> SampleJournal<'a> {
         disks: Vec<Vec<u8>>,
         manifest: &str,
     ) -> Result<Self> {
-        Self::create_with(folder, slot_len_bytes, disks, manifest, Encryption::Never, Keys::default())
+        let keys = Keys::default();
+        Self::create_with(folder, slot_len_bytes, disks, manifest, Encryption::Never, keys)?.synced()
     }
 
     fn create_with(
@@ -120,8 +139,13 @@ impl<'a> SampleJournal<'a> {
             model: SampleModel::new(disks),
         };
         journal.claim(Uuid::nil())?;
-        journal.end_base_sync()?;
         Ok(journal)
+    }
+
+    /// After its first sync.
+    fn synced(mut self) -> Result<Self> {
+        self.sync_to_recovery_disks(self.model.volume_count())?;
+        Ok(self)
     }
 
     /// What its disks were.
@@ -226,6 +250,12 @@ impl<'a> SampleJournal<'a> {
         self.change(Change::Seal)
     }
 
+    /// Gives up all history, for a sync to the recovery disks.
+    pub fn give_up_history(&mut self, sync_id: u64) -> Result<()> {
+        self.flush()?;
+        self.change(Change::GiveUpHistory { sync_id })
+    }
+
     /// Opens the journal once more, as after the death of its writer.
     pub fn reopen(&mut self) -> Result<()> {
         self.flush()?;
@@ -281,10 +311,11 @@ impl<'a> SampleJournal<'a> {
         Ok(())
     }
 
-    fn end_base_sync(&mut self) -> Result<()> {
+    /// A sync to the recovery disks, to its end for so many volumes.
+    fn sync_to_recovery_disks(&mut self, volumes: u16) -> Result<()> {
         self.change(Change::BeginBaseSync { sync_id: SYNC_ID })?;
         let volume_count = self.model.volume_count();
-        for volume in 0..volume_count {
+        for volume in 0..volumes {
             let size_bytes = self.size_bytes(volume);
             self.push(|seq| Record::sync_begin(seq, 1, volume, size_bytes, SYNC_ID))?;
             self.push(|seq| Record::sync_end(seq, 1, volume, size_bytes, SYNC_ID))?;

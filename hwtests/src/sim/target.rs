@@ -18,6 +18,7 @@ use vra::wire::Frame;
 use super::ageing::Ageing;
 use super::coverage::Happening;
 use super::env::Env;
+use super::kinds::{RARE_KINDS, RAREST};
 use super::ledger::Ledger;
 use super::shape::{SiteShape, any_encryption, site_keys};
 use super::streams::{Arrival, StreamKey};
@@ -378,6 +379,16 @@ impl TargetSite {
         let vm_id = Some(self.identity.vm.0);
         let options = OpenOptions { vm_id, trusted_through: self.trusted_through, ..self.open_options() };
         let Some(receiver) = self.open_once(&mut storage, &options, ledger, env)? else { return Ok(false) };
+        if env.is_rough() && env.rng.one_in(2) {
+            // Whenever it comes about in this process's life.
+            let kinds = if env.rng.one_in(2) { &RARE_KINDS[..] } else { &RARE_KINDS[..RAREST] };
+            if env.rng.one_in(3) {
+                self.disk.arm_error_at(kinds, 0);
+            } else {
+                let crash = env.any_crash();
+                self.disk.arm_crash_at_kinds(kinds, 0, crash);
+            }
+        }
         self.process = Some(Process {
             journal_io: storage,
             disk_io: self.disk.storage(),

@@ -1,7 +1,6 @@
 //! One VM: its source, its streams, its target, and what is known to be promised.
 
-use journal::storage::Purpose;
-use journal::storage::sim::Crash;
+use journal::storage::sim::{Crash, Fault, OpKind};
 use journal::view::Reader;
 use uuid::Uuid;
 use vra::api::{JournalId, VmId, VolumeId, VpgId};
@@ -12,6 +11,7 @@ use vra::wire::{Frame, Grant, Refuse, RefuseCode, VolumeShape};
 use super::coverage::{Disturbance, Happening, Moment};
 use super::damage;
 use super::env::Env;
+use super::kinds::{any_kind, any_kind_of_openings};
 use super::ledger::{Image, Ledger};
 use super::protected::Protected;
 use super::recovered;
@@ -44,8 +44,8 @@ impl Vm {
         let vm = VmIdentity { vm: stream.vm, journal: stream.journal, volumes: stream.volumes.clone() };
         let shape = SiteShape::any(&vm, env);
         let encryption = shape.encryption;
-        let site = TargetSite::unmade(seed, vm, shape);
-        site.create(encryption)?;
+        let mut site = TargetSite::unmade(seed, vm, shape);
+        site.create_somehow(encryption, env)?;
         let source = if scripted {
             Source::Scripted(Box::new(Script::new(stream, &mut ledger, env)))
         } else {
@@ -64,7 +64,7 @@ impl Vm {
         Self { ledger, streams: Streams::default(), site, source }
     }
 
-    pub(super) fn faults(&self) -> impl Iterator<Item = ((journal::storage::sim::Fault, Purpose), u64)> {
+    pub(super) fn faults(&self) -> impl Iterator<Item = ((Fault, OpKind), u64)> {
         self.site.disk.coverage().into_iter()
     }
 
@@ -307,8 +307,8 @@ impl Vm {
             0 | 1 => self.site.disk.arm_crash(after_ops, Crash::Kill),
             2 | 3 => self.site.disk.arm_crash(after_ops, Crash::PowerCut),
             8 | 9 => {
-                let (purpose, crash) = (any_purpose(env), env.any_crash());
-                self.site.disk.arm_crash_at(purpose, after_ops / 4, crash);
+                let (kinds, crash) = (any_kind(env), env.any_crash());
+                self.site.disk.arm_crash_at_kinds(kinds, after_ops / 4, crash);
             }
             4 => {
                 // A change of the superblock, or a group of batches.
@@ -321,8 +321,7 @@ impl Vm {
             6 => {
                 // The fault meets the next opening.
                 self.crash_target(env);
-                let verb = if env.rng.one_in(2) { "read" } else { "fdatasync" };
-                self.site.disk.arm_error(env.rng.below(4), verb);
+                self.site.disk.arm_error_at(any_kind_of_openings(env), env.rng.below(4));
             }
             _ => {
                 self.crash_target(env);
@@ -330,11 +329,14 @@ impl Vm {
                 self.site.disk.arm_crash(after_ops, crash);
             }
         }
+        if env.rng.one_in(3) {
+            self.site.disk.arm_error_at(any_kind(env), env.rng.below(3));
+        }
         if env.rng.one_in(6) {
             // Whoever reads next: a promotion, an opening, a view.
             self.site.disk.arm_error(env.rng.below(8), "read");
         }
-        if env.rng.one_in(20) {
+        if env.rng.one_in(10) {
             self.site.fill_datastore();
         }
     }
@@ -361,6 +363,11 @@ impl Vm {
 
     pub(super) fn make_room(&mut self) {
         self.site.make_room();
+    }
+
+    /// The journal may have less, or more: what is over it is promoted and given back.
+    pub(super) fn limit(&mut self, env: &mut Env) {
+        self.site.limit_slots(3 + env.rng.below(6) as u32);
     }
 
     /// Opens a view that stays open, or closes the one that is.
@@ -492,26 +499,4 @@ pub(super) fn identity(number: u128) -> StreamIdentity {
         journal: JournalId(Uuid::from_u128(number << 32)),
         volumes: volumes.collect(),
     }
-}
-
-fn any_purpose(env: &mut Env) -> Purpose {
-    let purposes = [
-        Purpose::Append,
-        Purpose::Seal,
-        Purpose::Superblock,
-        Purpose::Superblock,
-        Purpose::SuperblockMirror,
-        Purpose::Manifest,
-        Purpose::Grow,
-        Purpose::Carry,
-        Purpose::RecoveryDisk,
-        Purpose::Shrink,
-        Purpose::Reserve,
-        Purpose::Intent,
-        Purpose::Intent,
-        Purpose::PromotionRead,
-        Purpose::Promotion,
-        Purpose::Promotion,
-    ];
-    purposes[env.any_index(purposes.len())]
 }

@@ -124,6 +124,7 @@ fn disturb(vm: &mut Vm, env: &mut Env) -> Result<(), String> {
         9..11 => vm.fork(env)?,
         11 | 12 => vm.change_something(env),
         13..17 => vm.compare_beside_writer(env)?,
+        17 if env.rng.one_in(2) => vm.limit(env),
         17 | 18 => vm.make_room(),
         19 | 20 => vm.turn_pin(env)?,
         21 => {

@@ -98,16 +98,36 @@ struct Inner {
     in_flight: Vec<InFlight>,
     /// Operations of dead processes that may still land.
     orphans: Vec<InFlight>,
-    crash: Option<(u64, Crash, Option<Purpose>)>,
-    /// A death at an exact operation, and the seed of what becomes of what is not durable then.
+    crash: Option<(u64, Crash, ArmedAt)>,
+    /// A death or a failure at an exact operation, and the seed of what becomes of what is not durable then.
     strike: Option<(u64, Strike, u64)>,
     /// Which operations were run, if somebody wants to know.
     run_ops: Option<Vec<OpKind>>,
-    errors: Vec<(u64, &'static str)>,
+    errors: Vec<(u64, ArmedAt)>,
     capacity_bytes: u64,
     next_write: u64,
     next_handle: u64,
-    coverage: BTreeMap<(Fault, Purpose), u64>,
+    coverage: BTreeMap<(Fault, OpKind), u64>,
+}
+
+/// Which operations something was armed for.
+#[derive(Clone, Copy, Debug)]
+enum ArmedAt {
+    Any,
+    Purpose(Purpose),
+    Verb(&'static str),
+    Kinds(&'static [OpKind]),
+}
+
+impl ArmedAt {
+    fn is_met_by(self, kind: OpKind) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Purpose(purpose) => purpose == kind.0,
+            Self::Verb(verb) => verb == kind.1,
+            Self::Kinds(kinds) => kinds.contains(&kind),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -119,6 +139,12 @@ struct InFlight {
     op: Op,
     /// Writes up to this one had completed when it was submitted: those a sync makes durable.
     after_write: u64,
+}
+
+impl InFlight {
+    fn kind(&self) -> OpKind {
+        (self.purpose, self.op.verb())
+    }
 }
 
 impl SimDisk {
@@ -159,17 +185,27 @@ impl SimDisk {
 
     /// Lets the process die when it has run this many more operations.
     pub fn arm_crash(&self, after_ops: u64, crash: Crash) {
-        self.lock().crash = Some((after_ops, crash, None));
+        self.lock().crash = Some((after_ops, crash, ArmedAt::Any));
     }
 
     /// Lets the process die when it has run this many more operations of a purpose.
     pub fn arm_crash_at(&self, purpose: Purpose, after_ops: u64, crash: Crash) {
-        self.lock().crash = Some((after_ops, crash, Some(purpose)));
+        self.lock().crash = Some((after_ops, crash, ArmedAt::Purpose(purpose)));
     }
 
-    /// Lets an operation fail: the one after this many more of its verb (`read`, `write`, `fdatasync`).
+    /// Lets the process die when it has run this many more operations of these kinds.
+    pub fn arm_crash_at_kinds(&self, kinds: &'static [OpKind], after_ops: u64, crash: Crash) {
+        self.lock().crash = Some((after_ops, crash, ArmedAt::Kinds(kinds)));
+    }
+
+    /// Lets an operation fail: the one after this many more of its verb.
     pub fn arm_error(&self, after_ops: u64, verb: &'static str) {
-        self.lock().errors.push((after_ops, verb));
+        self.lock().errors.push((after_ops, ArmedAt::Verb(verb)));
+    }
+
+    /// Lets an operation fail: the one after this many more of these kinds.
+    pub fn arm_error_at(&self, kinds: &'static [OpKind], after_ops: u64) {
+        self.lock().errors.push((after_ops, ArmedAt::Kinds(kinds)));
     }
 
     /// Takes all armed faults back.
@@ -235,8 +271,8 @@ impl SimDisk {
         bytes
     }
 
-    /// Which fault met an operation of which purpose, how often.
-    pub fn coverage(&self) -> BTreeMap<(Fault, Purpose), u64> {
+    /// Which fault met an operation of which kind, how often.
+    pub fn coverage(&self) -> BTreeMap<(Fault, OpKind), u64> {
         self.lock().coverage.clone()
     }
 
@@ -267,9 +303,9 @@ impl Storage for SimStorage {
             return Ok(());
         }
         let index = own[inner.rng.below(own.len() as u64) as usize];
-        let purpose = inner.in_flight[index].purpose;
+        let kind = inner.in_flight[index].kind();
         if let Some((ops_left, crash, at)) = inner.crash.as_mut()
-            && at.is_none_or(|at| at == purpose)
+            && at.is_met_by(kind)
         {
             if *ops_left == 0 {
                 let crash = *crash;
@@ -281,7 +317,10 @@ impl Storage for SimStorage {
         if let Some((ops_left, strike, seed)) = inner.strike.as_mut() {
             if *ops_left == 0 {
                 let (strike, seed) = (*strike, *seed);
-                inner.strike(index, strike, seed);
+                if let Some(completion) = inner.strike(index, strike, seed) {
+                    done.push(completion);
+                    return Ok(());
+                }
                 return Err(Errno::EOWNERDEAD);
             }
             *ops_left -= 1;
@@ -302,28 +341,36 @@ impl Storage for SimStorage {
 }
 
 impl Inner {
-    fn cover(&mut self, fault: Fault, purpose: Purpose) {
-        *self.coverage.entry((fault, purpose)).or_default() += 1;
+    fn cover(&mut self, fault: Fault, kind: OpKind) {
+        *self.coverage.entry((fault, kind)).or_default() += 1;
+    }
+
+    /// The operation fails.
+    fn fail(&mut self, flight: &InFlight) -> Completion {
+        let InFlight { token, file, purpose, ref op, after_write, .. } = *flight;
+        let (verb, offset_bytes) = (op.verb(), op.offset_bytes());
+        match op {
+            // A failed write may have reached the disk, whole or in part, or not.
+            Op::Write { .. } if !self.rng.one_in(3) => self.write_part(file, flight.kind(), op),
+            Op::Sync => {
+                let dirty = self.files[file.0 as usize].dirty.values_mut();
+                dirty.filter(|dirty| dirty.write < after_write).for_each(|dirty| dirty.forgotten = true);
+            }
+            _ => {}
+        }
+        self.cover(if verb == "fdatasync" { Fault::FailedSync } else { Fault::Error }, flight.kind());
+        let errno = Errno::EIO;
+        Completion { token, result: Err(StorageError { verb, purpose, offset_bytes, errno }) }
     }
 
     fn run(&mut self, flight: InFlight) -> Completion {
+        let kind = flight.kind();
+        if self.takes_error(kind) {
+            return self.fail(&flight);
+        }
         let InFlight { token, file, purpose, op, after_write, .. } = flight;
         let (verb, offset_bytes) = (op.verb(), op.offset_bytes());
         let error = |errno| Err(StorageError { verb, purpose, offset_bytes, errno });
-        if self.takes_error(verb) {
-            self.cover(Fault::Error, purpose);
-            match &op {
-                // A failed write may have reached the disk, whole or in part, or not.
-                Op::Write { .. } if !self.rng.one_in(3) => self.write_part(file, purpose, &op),
-                Op::Sync => {
-                    self.cover(Fault::FailedSync, purpose);
-                    let dirty = self.files[file.0 as usize].dirty.values_mut();
-                    dirty.filter(|dirty| dirty.write < after_write).for_each(|dirty| dirty.forgotten = true);
-                }
-                _ => {}
-            }
-            return Completion { token, result: error(Errno::EIO) };
-        }
         let result = match op {
             Op::Read { offset_bytes, mut buffer } => {
                 let sim_file = &self.files[file.0 as usize];
@@ -339,8 +386,8 @@ impl Inner {
             }
             Op::Write { offset_bytes, pieces } => {
                 let bytes = gather(&pieces);
-                if self.has_room(file, purpose, offset_bytes, bytes.len() as u64) {
-                    self.write(file, purpose, offset_bytes, bytes, |_| true);
+                if self.has_room(file, kind, offset_bytes, bytes.len() as u64) {
+                    self.write(file, kind, offset_bytes, bytes, |_| true);
                     Ok(None)
                 } else {
                     error(Errno::ENOSPC)
@@ -351,7 +398,7 @@ impl Inner {
                 Ok(None)
             }
             Op::Allocate { offset_bytes, len_bytes } => {
-                if self.has_room(file, purpose, offset_bytes, len_bytes) {
+                if self.has_room(file, kind, offset_bytes, len_bytes) {
                     let sim_file = &mut self.files[file.0 as usize];
                     sim_file.len_bytes = sim_file.len_bytes.max(offset_bytes + len_bytes);
                     sim_file.reserve(offset_bytes, len_bytes);
@@ -362,7 +409,7 @@ impl Inner {
             }
             Op::Punch { offset_bytes, len_bytes } => {
                 let zeroes = vec![0; len_bytes as usize].into();
-                self.write(file, purpose, offset_bytes, zeroes, |_| true);
+                self.write(file, kind, offset_bytes, zeroes, |_| true);
                 self.files[file.0 as usize].holes.extend(pages(offset_bytes, len_bytes));
                 Ok(None)
             }
@@ -375,30 +422,30 @@ impl Inner {
     }
 
     /// Whether the disk has the space that a range of a file lacks.
-    fn has_room(&mut self, file: FileId, purpose: Purpose, offset_bytes: u64, len_bytes: u64) -> bool {
+    fn has_room(&mut self, file: FileId, kind: OpKind, offset_bytes: u64, len_bytes: u64) -> bool {
         let lacking = self.files[file.0 as usize].lacking_bytes(offset_bytes, len_bytes);
         let used: u64 = self.files.iter().map(SimFile::used_bytes).sum();
         let has_room = lacking == 0 || used + lacking <= self.capacity_bytes;
         if !has_room {
-            self.cover(Fault::NoSpace, purpose);
+            self.cover(Fault::NoSpace, kind);
         }
         has_room
     }
 
-    fn takes_error(&mut self, verb: &'static str) -> bool {
-        let Some(index) = self.errors.iter().position(|(_, wanted)| *wanted == verb) else { return false };
-        if self.errors[index].0 > 0 {
-            self.errors[index].0 -= 1;
-            return false;
+    /// Whether one of the armed errors is this operation's; for each of the others it is one less to wait for.
+    fn takes_error(&mut self, kind: OpKind) -> bool {
+        let met = |(after_ops, at): &(u64, ArmedAt)| at.is_met_by(kind) && *after_ops == 0;
+        let due = self.errors.iter().position(met);
+        for (after_ops, _) in self.errors.iter_mut().filter(|(_, at)| at.is_met_by(kind)) {
+            *after_ops = after_ops.saturating_sub(1);
         }
-        self.errors.remove(index);
-        true
+        due.map(|index| self.errors.remove(index)).is_some()
     }
 
     fn write(
         &mut self,
         file: FileId,
-        purpose: Purpose,
+        kind: OpKind,
         offset_bytes: u64,
         bytes: Bytes,
         mut keeps: impl FnMut(u64) -> bool,
@@ -417,7 +464,7 @@ impl Inner {
             let sector = offset_bytes / SECTOR_BYTES as u64 + index;
             let at = index as usize * SECTOR_BYTES;
             let data = bytes.slice(at..at + SECTOR_BYTES);
-            let new = Dirty { data, write, purpose, forgotten: false };
+            let new = Dirty { data, write, kind, forgotten: false };
             if let Some(old) = sim_file.dirty.insert(sector, new)
                 && self.rng.one_in(2)
             {
@@ -428,12 +475,12 @@ impl Inner {
     }
 
     /// Part of a write, as a failing disk or a dying process leaves it.
-    fn write_part(&mut self, file: FileId, purpose: Purpose, op: &Op) {
+    fn write_part(&mut self, file: FileId, kind: OpKind, op: &Op) {
         let Op::Write { offset_bytes, pieces } = op else { return };
         let bytes = gather(pieces);
         let sectors = (bytes.len() / SECTOR_BYTES) as u64;
         let keep = self.rng.below(sectors + 1);
-        self.write(file, purpose, *offset_bytes, bytes, |sector| sector < keep);
+        self.write(file, kind, *offset_bytes, bytes, |sector| sector < keep);
     }
 
     fn die(&mut self, crash: Crash, struck: Option<usize>) {
@@ -442,7 +489,7 @@ impl Inner {
         self.errors.clear();
         let fault = if crash == Crash::Kill { Fault::Kill } else { Fault::PowerCut };
         if let Some(index) = struck {
-            self.cover(fault, self.in_flight[index].purpose);
+            self.cover(fault, self.in_flight[index].kind());
         }
         self.orphans.append(&mut self.in_flight);
         if crash == Crash::Kill {
@@ -451,7 +498,7 @@ impl Inner {
         // What was under way may have reached the disk in part.
         while let Some(flight) = self.orphans.pop() {
             if self.rng.one_in(2) {
-                self.write_part(flight.file, flight.purpose, &flight.op);
+                self.write_part(flight.file, flight.kind(), &flight.op);
             }
         }
         for index in 0..self.files.len() {
@@ -471,7 +518,7 @@ impl Inner {
                     3 => Fate { fault: Fault::TornWrite, granule: 1, salt: rng.next_u64() },
                     _ => Fate { fault: Fault::TornWrite, granule: 8, salt: rng.next_u64() },
                 };
-                *self.coverage.entry((fate.fault, dirty.purpose)).or_default() += 1;
+                *self.coverage.entry((fate.fault, dirty.kind)).or_default() += 1;
                 fate
             });
             if fate.keeps(sector) {
@@ -491,13 +538,13 @@ impl Inner {
         let flight = self.orphans.swap_remove(index);
         match &flight.op {
             Op::Write { offset_bytes, pieces } if self.rng.one_in(2) => {
-                self.cover(Fault::LateLanding, flight.purpose);
+                self.cover(Fault::LateLanding, flight.kind());
                 let bytes = gather(pieces);
-                self.write(flight.file, flight.purpose, *offset_bytes, bytes, |_| true);
+                self.write(flight.file, flight.kind(), *offset_bytes, bytes, |_| true);
             }
             Op::Write { .. } if self.rng.one_in(3) => {
-                self.cover(Fault::LateLanding, flight.purpose);
-                self.write_part(flight.file, flight.purpose, &flight.op);
+                self.cover(Fault::LateLanding, flight.kind());
+                self.write_part(flight.file, flight.kind(), &flight.op);
             }
             _ => {}
         }

@@ -505,6 +505,8 @@ impl Disk for ViewDisk {
 #[cfg(test)]
 mod crash_tests;
 #[cfg(test)]
+mod fixture_tests;
+#[cfg(test)]
 pub(crate) mod test_guest;
 #[cfg(test)]
 pub(crate) mod test_journal;

@@ -1,5 +1,5 @@
 //! The crash matrix: scripted runs that crash at every operation of their target's storage, in every way, and again in the opening
-//! that follows; each compared with the model.
+//! that follows, and in which every operation fails once; each compared with the model.
 
 mod run;
 mod scenario;
@@ -12,6 +12,7 @@ use std::sync::Mutex;
 use journal::storage::Purpose;
 use journal::storage::sim::{OpKind, SimRng, Strike};
 
+use super::kinds::OP_KINDS;
 use super::{Happening, PlantedBug};
 use run::{Run, Survived};
 use scenario::Scenario;
@@ -44,7 +45,7 @@ impl Effort {
 
     /// At which operations of the opening there is a second crash, and which.
     fn second_crashes(self, case: &Case, met: OpKind, opening: &[OpKind]) -> Vec<(usize, Strike)> {
-        let all = Strike::ALL;
+        let all = Strike::DEATHS;
         match self {
             _ if case.later.is_some() => Vec::new(),
             // The files are as they were before or after another operation.
@@ -77,7 +78,7 @@ impl Case {
     /// The same crash followed by a later one; which, a number decides.
     fn and_later(&self, number: u64) -> Self {
         let mut rng = SimRng::new(self.salt() << 8 ^ number);
-        let strike = Strike::ALL[rng.below(Strike::ALL.len() as u64) as usize];
+        let strike = Strike::DEATHS[rng.below(Strike::DEATHS.len() as u64) as usize];
         Self { later: Some((rng.below(LATER_OPS) as usize, strike)), ..self.clone() }
     }
 
@@ -146,47 +147,6 @@ pub struct Matrix {
     happenings: BTreeMap<Happening, u64>,
 }
 
-/// All kinds of operations that a target's storage meets, besides readers'.
-const OP_KINDS: [OpKind; 37] = [
-    (Purpose::Survey, "read"),
-    (Purpose::Create, "allocate"),
-    (Purpose::Create, "fdatasync"),
-    (Purpose::Create, "write"),
-    (Purpose::Carry, "fdatasync"),
-    (Purpose::Carry, "read"),
-    (Purpose::Carry, "write"),
-    (Purpose::Append, "fdatasync"),
-    (Purpose::Append, "write"),
-    (Purpose::Seal, "fdatasync"),
-    (Purpose::Seal, "punch"),
-    (Purpose::Seal, "write"),
-    (Purpose::Superblock, "fdatasync"),
-    (Purpose::Superblock, "write"),
-    (Purpose::SuperblockMirror, "write"),
-    (Purpose::Manifest, "fdatasync"),
-    (Purpose::Manifest, "write"),
-    (Purpose::BadList, "fdatasync"),
-    (Purpose::BadList, "write"),
-    (Purpose::Grow, "allocate"),
-    (Purpose::Grow, "fdatasync"),
-    (Purpose::Shrink, "punch"),
-    (Purpose::Shrink, "truncate"),
-    (Purpose::Reserve, "allocate"),
-    (Purpose::Reserve, "fdatasync"),
-    (Purpose::Intent, "write"),
-    (Purpose::PromotionRead, "read"),
-    (Purpose::Promotion, "allocate"),
-    (Purpose::Promotion, "fdatasync"),
-    (Purpose::Promotion, "punch"),
-    (Purpose::Promotion, "read"),
-    (Purpose::Promotion, "write"),
-    (Purpose::RecoveryDisk, "allocate"),
-    (Purpose::RecoveryDisk, "fdatasync"),
-    (Purpose::RecoveryDisk, "punch"),
-    (Purpose::RecoveryDisk, "read"),
-    (Purpose::RecoveryDisk, "write"),
-];
-
 /// What an opening writes.
 const OPENING_OP_KINDS: [OpKind; 8] = [
     (Purpose::Carry, "fdatasync"),
@@ -253,8 +213,8 @@ impl Matrix {
 
     /// Which kinds of operations met a crash never, and which are not known.
     pub fn missing(&self) -> Vec<String> {
-        let lacks = |cells: &BTreeMap<(OpKind, Strike), u64>, known: &[OpKind], what: &str| {
-            let wanted = known.iter().flat_map(|kind| Strike::ALL.map(|strike| (*kind, strike)));
+        let lacks = |cells: &BTreeMap<_, u64>, strikes: &[Strike], known: &[OpKind], what: &str| {
+            let wanted = known.iter().flat_map(|kind| strikes.iter().map(|strike| (*kind, *strike)));
             let never = wanted.filter(|key| !cells.contains_key(key));
             let mut lacking: Vec<String> =
                 never.map(|(kind, strike)| format!("{strike:?} at {kind:?}{what}")).collect();
@@ -265,8 +225,8 @@ impl Matrix {
             lacking.dedup();
             lacking
         };
-        let mut all = lacks(&self.first, &OP_KINDS, "");
-        all.extend(lacks(&self.second, &OPENING_OP_KINDS, " of an opening after a crash"));
+        let mut all = lacks(&self.first, &Strike::ALL, &OP_KINDS, "");
+        all.extend(lacks(&self.second, &Strike::DEATHS, &OPENING_OP_KINDS, " of an opening after a crash"));
         let never = HAPPENINGS.iter().filter(|happening| !self.happenings.contains_key(happening));
         all.extend(never.map(|happening| format!("{happening:?}")));
         all
@@ -310,7 +270,9 @@ pub fn run_matrix(effort: Effort, bug: Option<PlantedBug>) -> Result<Matrix, Mat
             for op in watched_from..ops.len() {
                 for strike in Strike::ALL {
                     let case = Case { scenario: scenario.name.into(), seed, op, strike, later: None };
-                    let later = (0..effort.later_crashes()).map(|number| case.and_later(number));
+                    // A failure that nothing follows from but another try has no recovery to go on after.
+                    let count = if strike == Strike::Fail { 0 } else { effort.later_crashes() };
+                    let later = (0..count).map(|number| case.and_later(number));
                     cases.extend(later.collect::<Vec<_>>());
                     cases.push(case);
                 }

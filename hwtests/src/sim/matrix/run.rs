@@ -1,4 +1,4 @@
-//! One run of a scenario: to its end without a crash, or with one at an exact operation, and what must hold afterwards.
+//! One run of a scenario: to its end without a crash, or with one, or a failure, at an exact operation, and what must hold afterwards.
 
 use std::collections::BTreeMap;
 
@@ -22,6 +22,8 @@ use super::{Case, Effort};
 const PATIENCE: usize = 2_000;
 /// Longest time that a round takes, in microseconds.
 const ROUND_US: u64 = 50;
+/// After so long a promotion that could not go on is tried again, in microseconds.
+const HOLD_OFF_US: u64 = 6_000_000;
 /// So long nothing comes before space is given back, in microseconds.
 const QUIET_US: u64 = 61_000_000;
 
@@ -32,6 +34,21 @@ pub(super) struct Run {
     /// What is shown may say that it can't be read.
     is_damaged: bool,
     is_created: bool,
+    /// An operation is to fail, or has failed.
+    fails: Failing,
+}
+
+/// Where a run stands in which an operation fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Failing {
+    /// It isn't to.
+    Never,
+    /// It hasn't yet.
+    Ahead,
+    /// It has, and nobody has waited yet until it is tried again.
+    Happened,
+    /// It has, and the time to try again has come.
+    Past,
 }
 
 /// What crashes met, and what else happened.
@@ -50,7 +67,7 @@ impl Run {
         let mut env = Env::smooth(seed, traced);
         let vm = Vm::unmade(seed, scenario.shape(), &mut env);
         vm.site.disk.note_ops();
-        Self { vm, env, watched_from: 0, is_damaged: false, is_created: false }
+        Self { vm, env, watched_from: 0, is_damaged: false, is_created: false, fails: Failing::Never }
     }
 
     /// Without a crash: gives the operations, and from which on they are watched.
@@ -81,6 +98,9 @@ impl Run {
     ) -> Result<Survived, String> {
         let mut run = Self::new(scenario, case.seed, traced);
         run.vm.site.disk.arm_strike(case.op as u64, case.strike, case.salt());
+        if case.strike == Strike::Fail {
+            run.fails = Failing::Ahead;
+        }
         let mut survived = Survived::default();
         for step in scenario.steps {
             run.env.note(|| format!("{step:?}"));
@@ -91,12 +111,23 @@ impl Run {
                 life = if matches!(step, Step::Settle) { run.settle()? } else { Life::Alive };
             }
         }
+        if run.has_failed() && survived.first.is_empty() {
+            survived.first.push((run.vm.site.disk.run_ops()[case.op], case.strike));
+        }
         if survived.first.is_empty() {
             return Err("there was no such operation: a run is not like the one before".into());
         }
         survived.happenings = run.env.coverage.happenings.clone();
         run.end()?;
         Ok(survived)
+    }
+
+    /// Whether the operation that is to fail has failed.
+    fn has_failed(&mut self) -> bool {
+        if self.fails == Failing::Ahead && !self.vm.site.disk.is_strike_armed() {
+            self.fails = Failing::Happened;
+        }
+        [Failing::Happened, Failing::Past].contains(&self.fails)
     }
 
     fn script(&mut self) -> (&mut Script, &mut Ledger, &mut Env) {
@@ -161,7 +192,7 @@ impl Run {
         let process = self.vm.site.disk.storage();
         match self.vm.site.create(Encryption::Never) {
             Ok(()) => self.is_created = true,
-            Err(_) if self.vm.site.disk.is_dead(&process) => return Ok(Life::Dead),
+            Err(_) if self.vm.site.disk.is_dead(&process) || self.has_failed() => return Ok(Life::Dead),
             Err(what) => return Err(what),
         }
         let is_open = self.vm.site.try_open(&self.vm.ledger, &mut self.env)?;
@@ -197,7 +228,12 @@ impl Run {
                 return Ok(Life::Dead);
             }
             if self.vm.site.has_failed() {
-                return Err("storage failed that nobody let fail".into());
+                return self.end_failed();
+            }
+            if self.has_failed() && self.fails == Failing::Happened {
+                // A promotion is tried again after a while.
+                self.env.wait(HOLD_OFF_US);
+                self.fails = Failing::Past;
             }
             let last_seq = self.script().0.last_seq();
             if self.vm.ledger.acked() == last_seq && self.vm.site.is_idle() {
@@ -207,11 +243,30 @@ impl Run {
         Err(format!("durable through {} after a long time, not to the end", self.vm.ledger.acked()))
     }
 
+    /// After storage has failed: nothing is under way any more, and the same process or another one opens the files again.
+    fn end_failed(&mut self) -> Result<Life, String> {
+        if !self.has_failed() {
+            return Err("storage failed that nobody let fail".into());
+        }
+        while self.vm.site.is_busy() {
+            if self.vm.site.run_one(&mut self.env) == Life::Dead {
+                return Err("a process died that nobody killed".into());
+            }
+        }
+        self.vm.site.outputs(&mut self.env)?;
+        self.vm.site.end_failed(&mut self.env);
+        self.vm.streams.target_died(&mut self.env);
+        Ok(Life::Dead)
+    }
+
     /// After a crash: the journal opens, also if that opening meets another crash; and what it has found is durable.
     fn recover(&mut self, case: &Case, effort: Effort, survived: &mut Survived) -> Result<(), String> {
         let (seed, is_damaged) = (case.salt(), self.is_damaged);
-        let met = self.vm.site.disk.run_ops().last().copied().ok_or("a process died of nothing")?;
+        let ops = self.vm.site.disk.run_ops();
         let is_first = survived.first.is_empty();
+        let failed = (is_first && self.has_failed()).then_some(case.op);
+        let met = ops.get(failed.unwrap_or(ops.len().wrapping_sub(1))).copied();
+        let met = met.ok_or("a process died of nothing")?;
         match (is_first, case.later) {
             (true, _) => survived.first.push((met, case.strike)),
             (false, Some((_, strike))) if survived.later.is_empty() => survived.later.push((met, strike)),

@@ -5,8 +5,7 @@ use std::ops::Range;
 
 use bytes::Bytes;
 
-use super::super::Purpose;
-use super::{Fault, SimRng};
+use super::{Fault, OpKind, SimRng};
 use crate::format::PAGE_BYTES;
 
 pub(super) const SECTOR_BYTES: usize = 512;
@@ -38,7 +37,7 @@ pub(super) struct Dirty {
     /// A sector's, shared with those of the same write.
     pub(super) data: Bytes,
     pub(super) write: u64,
-    pub(super) purpose: Purpose,
+    pub(super) kind: OpKind,
     /// A sync failed since: no later sync makes it durable.
     pub(super) forgotten: bool,
 }

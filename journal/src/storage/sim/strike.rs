@@ -1,10 +1,10 @@
-//! Deaths at an exact operation, each way on purpose: what a systematic test goes through one by one.
+//! Deaths and failures at an exact operation, each way on purpose: what a systematic test goes through one by one.
 
 use super::file::{Fate, put};
 use super::{Crash, Fault, InFlight, Inner, SECTOR_BYTES, SimDisk, SimRng};
-use crate::storage::{Op, Purpose};
+use crate::storage::{Completion, Op, Purpose};
 
-/// How a process ends at an operation. What else was written and not synced a kill leaves as it is.
+/// What happens at an operation: how a process ends there, or that it fails. What else was written and not synced a kill leaves as it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Strike {
     /// It is killed before the operation has done anything.
@@ -18,21 +18,38 @@ pub enum Strike {
     PowerAfter,
     /// The power goes while it is under way: a write is torn, and of all else that was not synced each write is there, gone, or torn.
     PowerDuring,
+    /// The operation fails and the process lives: a write is there in part, what a sync was for can be read and is never durable.
+    Fail,
 }
 
 impl Strike {
-    /// All of them.
-    pub const ALL: [Self; 5] =
+    /// All deaths.
+    pub const DEATHS: [Self; 5] =
         [Self::KillBefore, Self::KillAfter, Self::PowerBefore, Self::PowerAfter, Self::PowerDuring];
+    /// The deaths, and the failure.
+    pub const ALL: [Self; 6] = [
+        Self::KillBefore,
+        Self::KillAfter,
+        Self::PowerBefore,
+        Self::PowerAfter,
+        Self::PowerDuring,
+        Self::Fail,
+    ];
 }
 
 /// What an operation was for, and what it did: `read`, `write`, `fdatasync`, `allocate`, `punch` or `truncate`.
 pub type OpKind = (Purpose, &'static str);
 
 impl SimDisk {
-    /// Lets the process that is the living one then die at the operation after this many more. `seed` decides what the power cut leaves.
+    /// Lets the operation after this many more be the last one of the process that is the living one then, or fail. `seed` decides what that
+    /// leaves.
     pub fn arm_strike(&self, after_ops: u64, strike: Strike, seed: u64) {
         self.lock().strike = Some((after_ops, strike, seed));
+    }
+
+    /// Whether what was armed has not happened yet.
+    pub fn is_strike_armed(&self) -> bool {
+        self.lock().strike.is_some()
     }
 
     /// From now on the operations that are run are noted.
@@ -68,8 +85,8 @@ impl Inner {
         }
     }
 
-    /// The process dies at the operation with this index.
-    pub(super) fn strike(&mut self, index: usize, strike: Strike, seed: u64) {
+    /// The process dies at the operation with this index, or gets it back failed.
+    pub(super) fn strike(&mut self, index: usize, strike: Strike, seed: u64) -> Option<Completion> {
         (self.rng, self.strike) = (SimRng::new(seed), None);
         let flight = self.in_flight.swap_remove(index);
         self.note_run(&flight);
@@ -92,7 +109,9 @@ impl Inner {
                 }
                 self.die(Crash::PowerCut, None);
             }
+            Strike::Fail => return Some(self.fail(&flight)),
         }
+        None
     }
 
     /// The operation is done; what it wrote is durable, or as much of it as is not torn off.

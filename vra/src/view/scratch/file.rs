@@ -315,6 +315,18 @@ impl ScratchFile {
         }
     }
 
+    /// Takes the map of a file that is only looked at; gives how many bytes of the disk may be in it.
+    ///
+    /// # Errors
+    /// [`ScratchError::Damaged`]; [`ScratchError::Busy`] if somebody has the map.
+    pub fn check_map(&mut self) -> Result<u64, ScratchError> {
+        let disk_bytes = match &self.kind {
+            Kind::Passing(_) => 0,
+            Kind::Lasting(lasting) => lasting.header.shape.disk_bytes,
+        };
+        self.take_map(disk_bytes).map(|map| map.used_bytes())
+    }
+
     /// Makes all durable and notes that nothing but the file is needed to open it again. To be called when nobody uses the scratch any more.
     pub(in crate::view) fn close(&mut self, map: &mut ScratchMap) -> Result<(), ScratchError> {
         let Kind::Lasting(lasting) = &self.kind else { return Ok(()) };
@@ -621,3 +633,6 @@ fn memory(path: &Path, live: &Path) -> impl Fn(io::Error) -> ScratchError {
 fn damaged(path: &Path) -> impl Fn(MapDamage) -> ScratchError {
     move |source| ScratchError::Damaged { path: path.into(), source }
 }
+
+#[cfg(test)]
+mod tests;
