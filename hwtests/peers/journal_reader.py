@@ -93,9 +93,9 @@ class Journal:
 
     def read_superblock(self):
         pages = [page for place in (0, 64 << 10) if (page := self.read(place, PAGE)).startswith(b"HFJOURNL")]
-        if any(SUPERBLOCK.parse(page).version != 1 for page in pages):
-            raise Refused("the journal has a format version that this reader doesn't know")
         copies = [SUPERBLOCK.parse(page) for page in pages if has_own_crc(page, 12)]
+        if any(copy.version != 1 for copy in copies):
+            raise Refused("the journal has a format version that this reader doesn't know")
         features = [copy.required_features & ~BAD_RANGES for copy in copies]
         if not copies or any(features):
             encrypted = "the journal is encrypted, and this reader doesn't decrypt: use vra-journal with --key-file"
