@@ -103,7 +103,7 @@ impl Reader {
             let found = Self::try_open(storage, file, options);
             // Beside a writer, segments may have been freed and reused meanwhile.
             let mut io = Blocking::new(storage, file, Purpose::View);
-            let now = crate::recovery::read_superblock(&mut io, options.skip_unreadable)?;
+            let now = crate::recovery::read_superblock(&mut io, options.skip_unreadable)?.superblock;
             let unchanged = found
                 .as_ref()
                 .is_ok_and(|reader| reader.survey.superblock.low_water_segment == now.low_water_segment);

@@ -147,7 +147,7 @@ pub struct Matrix {
 }
 
 /// All kinds of operations that a target's storage meets, besides readers'.
-const OP_KINDS: [OpKind; 37] = [
+const OP_KINDS: [OpKind; 38] = [
     (Purpose::Survey, "read"),
     (Purpose::Create, "allocate"),
     (Purpose::Create, "fdatasync"),
@@ -162,6 +162,7 @@ const OP_KINDS: [OpKind; 37] = [
     (Purpose::Seal, "write"),
     (Purpose::Superblock, "fdatasync"),
     (Purpose::Superblock, "write"),
+    (Purpose::SuperblockMirror, "fdatasync"),
     (Purpose::SuperblockMirror, "write"),
     (Purpose::Manifest, "fdatasync"),
     (Purpose::Manifest, "write"),
