@@ -10,7 +10,7 @@ use crate::bad_ranges::BadRange;
 use crate::batch::{Checkpoint, RecordKind};
 use crate::catalogue::{Catalogue, CheckpointEntry};
 use crate::crypt::Ciphers;
-use crate::format::{Footer, FooterEvent, Superblock, SuperblockError, VolumeState};
+use crate::format::{Footer, FooterEvent, Gap, Superblock, SuperblockError, VolumeState};
 use crate::index::{Index, IndexBuilder};
 use crate::planted::{Bug, planted};
 use crate::recovery::{OpenError, SegmentError, Survey, SurveyOptions, each_footer, survey};
@@ -144,6 +144,12 @@ impl Reader {
     /// Everything in the journal that is not data, in the order of the stream.
     pub fn events(&self) -> impl Iterator<Item = &FooterEvent> {
         self.footers.iter().flat_map(|footer| &footer.events)
+    }
+
+    /// Records that nobody can read any more although later ones are there: from the first of each on nothing can be opened, until a sync
+    /// that began behind it has ended.
+    pub fn gaps(&self) -> impl Iterator<Item = Gap> {
+        self.footers.iter().flat_map(|footer| &footer.gaps).copied().filter(Gap::has_records)
     }
 
     /// The footers of the segments, oldest first.

@@ -5,7 +5,6 @@ mod sim_target;
 
 use journal::bad_ranges::BadRange;
 use journal::format::{JournalState, slot_offset_bytes};
-use journal::promotion::PromotionError;
 use journal::recovery::{Content, Hidden};
 use journal::storage::Purpose;
 use journal::storage::sim::Crash;
@@ -94,19 +93,6 @@ fn a_footer_and_a_flipped_bit_leave_views_what_is_whole() {
     assert_eq!(read(64 << 10).expect("whole"), 3);
     assert!(read((64 << 10) + PAGE).is_err(), "damaged");
     assert_eq!(read(128 << 10).expect("behind it"), 5);
-}
-
-#[test]
-fn a_promotion_ends_where_nobody_knows_what_a_segment_holds() {
-    let site = Site::new(4);
-    let mut target = site.target();
-    let segment = sealed(&mut target);
-    let footer = footer_place(&segment);
-    site.disk.break_pages(site.journal, footer..footer + 1);
-    let head = Site::place(segment.header.slot, PAGE);
-    site.disk.break_pages(site.journal, head..head + 1);
-    let error = target.carry(1).expect_err("the first batch's head is lost too");
-    assert!(matches!(error, PromotionError::Segment { number: 1, .. }), "{error}");
 }
 
 /// Footer and trailer go with the next group's write, and a power cut may lose them and keep the group.

@@ -1,11 +1,12 @@
 //! Promotion: the journal's oldest segments go to the recovery disks (C2). Sans-I/O: whoever drives it owns the files.
 //!
-//! The caller has announced it ([`crate::writer::Change::AnnouncePromotion`]) and moves the low-water mark when it has ended
-//! ([`crate::writer::Change::EndPromotion`]). In between this machine reads the segments' footers, finds the newest record of each block,
-//! and carries those blocks over: a chunk is read in the order of the journal and written in the order of the disk, while the next one is
+//! The caller announces it ([`crate::writer::Change::AnnouncePromotion`]), at once or when this machine has read the segments' footers
+//! ([`Promotion::before_announcing`]), and moves the low-water mark when it has ended ([`crate::writer::Change::EndPromotion`]). In between
+//! the machine finds the newest record of each block and carries those blocks over: a chunk is read in the order of the journal and written in the order of the disk, while the next one is
 //! read. Then it syncs the disks. Doing it again after a crash, whole or in part, gives the same disks.
 
 mod chunks;
+mod error;
 mod footers;
 mod run;
 mod runs;
@@ -17,13 +18,14 @@ use std::ops::Range;
 use crate::bad_ranges::{BadRange, BadRanges};
 use crate::crypt::Ciphers;
 use crate::format::bad_list::MAX_BAD_RANGES;
-use crate::format::{ChainPoint, PAGE_BYTES, Superblock};
+use crate::format::{ChainPoint, FooterEvent, Gap, PAGE_BYTES, Superblock};
 use crate::index::IndexBuilder;
 use crate::planted::{Bug, planted};
 use crate::storage::{AlignedBuf, Op, Purpose, StorageError};
 use crate::writer::ClosedSegment;
 
 use chunks::{Chunk, Chunks};
+pub use error::PromotionError;
 use run::Run;
 pub use runs::TransferSizes;
 use runs::{Runs, Work};
@@ -65,40 +67,6 @@ pub struct Promoted {
     pub bad_ranges: BadRanges,
 }
 
-/// Why a promotion cannot go on. The journal and the recovery disks stay as they are: announced, not promoted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PromotionError {
-    /// A recovery disk failed.
-    #[error("recovery disk {volume} failed")]
-    Disk {
-        /// Its volume.
-        volume: u16,
-        /// Why.
-        #[source]
-        source: StorageError,
-    },
-    /// The journal's file failed.
-    #[error("the journal's file failed")]
-    Journal(#[source] StorageError),
-    /// A segment's footer and the head of one of its batches are damaged: it isn't known what it holds.
-    #[error("segment {number} is damaged after record {after_seq}, and so is its footer")]
-    Segment {
-        /// The segment.
-        number: u64,
-        /// The last record that can be read.
-        after_seq: u64,
-    },
-}
-
-impl PromotionError {
-    fn of(file: PromotionFile, source: StorageError) -> Self {
-        match file {
-            PromotionFile::Journal => Self::Journal(source),
-            PromotionFile::Disk(volume) => Self::Disk { volume, source },
-        }
-    }
-}
-
 /// One promotion under way.
 #[derive(Debug)]
 pub struct Promotion {
@@ -110,6 +78,12 @@ pub struct Promotion {
     reserved: Vec<bool>,
     sizes: TransferSizes,
     stage: Stage,
+    /// The recovery disks may be touched.
+    is_announced: bool,
+    /// What nobody knows of the segments, by their numbers.
+    gaps: Vec<(u64, Gap)>,
+    /// Begins and ends of syncs, by the segments' numbers.
+    syncs: BTreeMap<u64, Vec<FooterEvent>>,
     ready: VecDeque<(Doing, PromotionFile, Op)>,
     running: BTreeMap<u64, (Doing, PromotionFile)>,
     next_token: u64,
@@ -202,6 +176,9 @@ impl Promotion {
             reserved,
             sizes,
             stage: Stage::Footers { next: skipped, missing, builders, slots: BTreeMap::new() },
+            is_announced: true,
+            gaps: Vec::new(),
+            syncs: BTreeMap::new(),
             ready: VecDeque::new(),
             running: BTreeMap::new(),
             next_token: 1,
@@ -213,6 +190,26 @@ impl Promotion {
             bad_ranges,
             damaged: Vec::new(),
         }
+    }
+
+    /// For one that isn't announced yet: it finds out what the segments hold, and waits. If that can't be found out, nothing was announced
+    /// for which all before it would be given up.
+    #[must_use]
+    pub fn before_announcing(mut self) -> Self {
+        self.is_announced = false;
+        self
+    }
+
+    /// Whether it only waits for being announced.
+    pub fn waits_for_announcement(&self) -> bool {
+        !self.is_announced
+            && self.running.is_empty()
+            && matches!(self.stage, Stage::Footers { missing: 0, .. })
+    }
+
+    /// It is announced, durably: the recovery disks may be touched.
+    pub fn announced(&mut self) {
+        self.is_announced = true;
     }
 
     /// Where it ends.
@@ -289,6 +286,9 @@ impl Promotion {
             (Doing::Reserve | Doing::Sync, Ok(_)) => {}
             (_, Err(source)) => return Err(PromotionError::of(file, source)),
         }
+        if matches!(self.stage, Stage::Footers { missing: 0, .. }) {
+            self.check_gaps()?;
+        }
         self.end_stage();
         Ok(matches!(self.stage, Stage::Done))
     }
@@ -357,7 +357,7 @@ impl Promotion {
     fn end_stage(&mut self) {
         while self.ready.is_empty() && self.running.is_empty() {
             match &mut self.stage {
-                Stage::Footers { missing: 0, builders, .. } => {
+                Stage::Footers { missing: 0, builders, .. } if self.is_announced => {
                     let indexes = std::mem::take(builders).into_iter().map(IndexBuilder::build).collect();
                     let chunks = Chunks::new(indexes, self.sizes.chunk_bytes);
                     let carrying =

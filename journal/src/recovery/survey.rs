@@ -13,7 +13,7 @@ use crate::format::{
     BAD_LIST_OFFSETS, BAD_LIST_SLOT_BYTES, ChainPoint, Footer, FooterError, MANIFEST_OFFSETS,
     MANIFEST_SLOT_BYTES, PAGE_BYTES, SegmentHeader, SegmentTrailer, Superblock, slot_offset_bytes,
 };
-use crate::scan::{Ownership, Scan, ScanStop, scan_heads};
+use crate::scan::{Ownership, Scan, ScanStop, Sealed, scan_heads};
 use crate::storage::{Blocking, FileId, Purpose, Storage, StorageError};
 
 /// All that counts in a journal's file.
@@ -101,10 +101,11 @@ impl Segment {
         }
     }
 
-    /// Its footer, read from the file if it is sealed. A damaged footer is replaced by walking the batches' heads.
+    /// Its footer, read from the file if it is sealed. A damaged footer is replaced by walking the batches' heads, over those that can't be
+    /// read: what is lost then is in [`Footer::gaps`].
     ///
     /// # Errors
-    /// The file failed, or neither the footer nor the heads can be believed.
+    /// The file failed, or the heads contradict the trailer.
     pub fn footer<S: Storage>(
         &self,
         io: &mut Blocking<'_, S>,
@@ -126,7 +127,7 @@ impl Segment {
             Err(error) if error.is_medium() => FooterError::Unreadable,
             Err(error) => return Err(error.into()),
         };
-        let found = self.walk_heads(io, superblock)?;
+        let found = self.walk_heads(io, superblock, trailer)?;
         if found.last != trailer.last {
             return Err(SegmentError::Damaged {
                 number: self.header.number,
@@ -138,18 +139,21 @@ impl Segment {
         Ok(found.footer())
     }
 
-    /// Reads its batches' heads, up to the first that is damaged or can't be read.
+    /// Reads its batches' heads.
     fn walk_heads<S: Storage>(
         &self,
         io: &mut Blocking<'_, S>,
         superblock: &Superblock,
+        trailer: &SegmentTrailer,
     ) -> Result<Scan, StorageError> {
         let slot_offset = slot_offset_bytes(self.header.slot, superblock.slot_len_bytes);
         // One page more than the batches, because a scan doesn't look at the slot's last page.
-        let len_bytes = self.data_end_bytes() as usize + PAGE_BYTES;
+        let len_bytes = trailer.data_end_bytes as usize + PAGE_BYTES;
         let mut bytes = Salvage::new(true).read(io, slot_offset, len_bytes)?;
         self.cipher.decrypt_slot(&mut bytes);
-        Ok(scan_heads(&bytes, &self.header, Ownership::of(superblock), self.last().seq))
+        let (last, data_end_bytes) = (trailer.last, trailer.data_end_bytes);
+        let sealed = Sealed { last, data_end_bytes, volume_count: superblock.volumes.len() as u16 };
+        Ok(scan_heads(&bytes, &self.header, Ownership::of(superblock), &sealed))
     }
 }
 
@@ -159,12 +163,14 @@ pub enum SegmentError {
     /// The file failed.
     #[error("the journal's file failed")]
     Storage(#[from] StorageError),
-    /// The footer and the head of a batch are damaged.
-    #[error("segment {number} is damaged after record {after_seq} ({stop}), and so is its footer")]
+    /// The footer is damaged, and the batches are not those that the trailer tells of.
+    #[error(
+        "segment {number} ends otherwise than its trailer says, after record {after_seq} ({stop}), and its footer is damaged"
+    )]
     Damaged {
         /// The segment.
         number: u64,
-        /// The last record that can be read.
+        /// The last record that was found.
         after_seq: u64,
         /// What is wrong with the footer.
         #[source]
