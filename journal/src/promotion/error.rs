@@ -15,6 +15,13 @@ pub enum PromotionError {
         #[source]
         source: StorageError,
     },
+    /// A recovery disk can't give back pages of which records cover a part. Nothing was written there: what is lost
+    /// ([`Promotion::bad_ranges_with_lost`]) is noted first ([`crate::writer::Change::NoteBadRanges`]), then the promotion is done again.
+    #[error("recovery disk {volume} can't give back places that are to be written in part")]
+    DiskLost {
+        /// Its volume.
+        volume: u16,
+    },
     /// The journal's file failed.
     #[error("the journal's file failed")]
     Journal(#[source] StorageError),

@@ -5,6 +5,7 @@
 //! the machine finds the newest record of each block and carries those blocks over: a chunk is read in the order of the journal and written in the order of the disk, while the next one is
 //! read. Then it syncs the disks. Doing it again after a crash, whole or in part, gives the same disks.
 
+mod base;
 mod chunks;
 mod error;
 mod footers;
@@ -24,6 +25,7 @@ use crate::planted::{Bug, planted};
 use crate::storage::{AlignedBuf, Op, Purpose, StorageError};
 use crate::writer::ClosedSegment;
 
+use base::Patched;
 use chunks::{Chunk, Chunks};
 pub use error::PromotionError;
 use run::Run;
@@ -97,6 +99,8 @@ pub struct Promotion {
     bad_ranges: BadRanges,
     /// Parts of damaged records.
     damaged: Vec<BadRange>,
+    /// What the recovery disks have lost, and nobody has noted yet.
+    lost: Vec<BadRange>,
 }
 
 #[derive(Debug)]
@@ -124,6 +128,7 @@ struct Carrying {
     runs: Option<Runs>,
     /// Runs that wait for what is on the disk.
     waiting: BTreeMap<u64, Run>,
+    patched: BTreeMap<u64, Patched>,
     next_run: u64,
 }
 
@@ -134,6 +139,7 @@ enum Doing {
     ReadChunk { read: usize },
     ReadPage { read: usize, offset_bytes: u64 },
     ReadBase { run: u64 },
+    ReadBasePage { run: u64, offset_bytes: u64 },
     Write { len_bytes: u64 },
     Punch { volume: u16, offset_bytes: u64, len_bytes: u64 },
     Reserve,
@@ -143,7 +149,14 @@ enum Doing {
 impl Doing {
     /// What of a disk is being written now: the next chunk may share pages with it.
     fn is_of_runs(&self) -> bool {
-        matches!(self, Self::ReadBase { .. } | Self::Write { .. } | Self::Punch { .. } | Self::Reserve)
+        matches!(
+            self,
+            Self::ReadBase { .. }
+                | Self::ReadBasePage { .. }
+                | Self::Write { .. }
+                | Self::Punch { .. }
+                | Self::Reserve
+        )
     }
 }
 
@@ -189,6 +202,7 @@ impl Promotion {
             written_bytes: 0,
             bad_ranges,
             damaged: Vec::new(),
+            lost: Vec::new(),
         }
     }
 
@@ -266,12 +280,9 @@ impl Promotion {
             (Doing::ReadPage { read, offset_bytes }, result) => {
                 self.page_read(read, offset_bytes, result)?;
             }
-            (Doing::ReadBase { run }, result) => {
-                let base = result.map_err(|source| PromotionError::of(file, source))?;
-                let Stage::Carrying(carrying) = &mut self.stage else { return Ok(false) };
-                if let Some(run) = carrying.waiting.remove(&run) {
-                    self.write_run(&run, base);
-                }
+            (Doing::ReadBase { run }, result) => self.base_read(run, file, result)?,
+            (Doing::ReadBasePage { run, offset_bytes }, result) => {
+                self.base_page_read(run, offset_bytes, file, result)?;
             }
             (Doing::Write { len_bytes }, Ok(_)) => {
                 self.writing_bytes -= len_bytes;
@@ -289,6 +300,7 @@ impl Promotion {
         if matches!(self.stage, Stage::Footers { missing: 0, .. }) {
             self.check_gaps()?;
         }
+        self.check_lost()?;
         self.end_stage();
         Ok(matches!(self.stage, Stage::Done))
     }
@@ -360,11 +372,17 @@ impl Promotion {
                 Stage::Footers { missing: 0, builders, .. } if self.is_announced => {
                     let indexes = std::mem::take(builders).into_iter().map(IndexBuilder::build).collect();
                     let chunks = Chunks::new(indexes, self.sizes.chunk_bytes);
-                    let carrying =
-                        Carrying { chunks, next: None, runs: None, waiting: BTreeMap::new(), next_run: 0 };
+                    let carrying = Carrying {
+                        chunks,
+                        next: None,
+                        runs: None,
+                        waiting: BTreeMap::new(),
+                        patched: BTreeMap::new(),
+                        next_run: 0,
+                    };
                     self.stage = Stage::Carrying(Box::new(carrying));
                 }
-                Stage::Carrying(carrying) if carrying.is_done() => {
+                Stage::Carrying(carrying) if carrying.is_done() && self.lost.is_empty() => {
                     self.bad_ranges.heal_promoted(carrying.chunks.indexes());
                     self.damaged.drain(..).for_each(|damaged| self.bad_ranges.add(damaged));
                     self.bad_ranges.coarsen(MAX_BAD_RANGES);
@@ -456,11 +474,5 @@ impl Promotion {
         let doing = Doing::Write { len_bytes: run.len_bytes() as u64 };
         let op = Op::Write { offset_bytes, pieces: run.content(base) };
         self.ready.push_back((doing, PromotionFile::Disk(volume), op));
-    }
-}
-
-impl Carrying {
-    fn is_done(&self) -> bool {
-        self.chunks.is_done() && self.next.is_none() && self.runs.as_ref().is_none_or(Runs::is_done)
     }
 }

@@ -66,6 +66,9 @@ pub enum Change {
         /// What of the recovery disks can't be trusted then (C5).
         bad_ranges: BadRanges,
     },
+    /// The list of what of the recovery disks can't be trusted (C5), while nothing is promoted. Before a page is written in part of which the
+    /// disk has lost the rest: afterwards nothing tells.
+    NoteBadRanges(BadRanges),
     /// Give back the space of free slots above those that are kept and these.
     Shrink {
         /// How many more are kept.
@@ -189,6 +192,9 @@ impl Writer {
                     && size_bytes.len() == self.superblock.volumes.len()
                     && bad_ranges.len() <= MAX_BAD_RANGES,
             ),
+            Change::NoteBadRanges(bad_ranges) => {
+                allowed(!self.superblock.state.is_base_sync() && bad_ranges.len() <= MAX_BAD_RANGES)
+            }
             Change::SetVolumes(volumes) => {
                 if volumes.len() > crate::batch::MAX_VOLUMES {
                     return Err(ChangeError::Volumes(volumes.len()));
@@ -289,6 +295,7 @@ impl Writer {
                     volume.size_bytes = *size_bytes;
                 }
             }
+            Change::NoteBadRanges(bad_ranges) => self.note_bad_ranges(bad_ranges, &mut next, &mut before),
             &Change::Shrink { spare_slots } => return self.shrink(ticket, spare_slots),
             Change::SetVolumes(volumes) => next.volumes.clone_from(volumes),
             Change::SetManifest(text) => {
@@ -435,6 +442,7 @@ impl Writer {
                 self.free_slots.add_reserved(closed.chain(open));
                 self.riders.retain(|(purpose, _)| *purpose != Purpose::Seal);
             }
+            Change::NoteBadRanges(bad_ranges) => self.bad_ranges = bad_ranges,
             Change::EndPromotion { bad_ranges, .. } => {
                 self.bad_ranges = bad_ranges;
                 self.free_promoted(self.superblock.low_water_segment);

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test uses a part of it")]
 
 use bytes::Bytes;
+use journal::bad_ranges::BadRanges;
 use journal::batch::{BatchLink, BatchSealer, BatchView, Checkpoint, CheckpointKind, Epoch, Record};
 use journal::crypt::{Encryption, Keys, NewKey, SiteKey, SiteKeys};
 use journal::format::{VolumeState, slot_offset_bytes};
@@ -77,7 +78,8 @@ impl Site {
     pub(crate) fn target(&self) -> Target<'_> {
         let writer = Writer::new(self.open().expect("open"), LIMITS);
         let sealer = BatchSealer::new();
-        let mut target = Target { site: self, storage: self.disk.storage(), writer, sealer, seq: 0, crc: 0 };
+        let (storage, lost) = (self.disk.storage(), BadRanges::default());
+        let mut target = Target { site: self, storage, writer, sealer, seq: 0, crc: 0, lost };
         let claim = Change::Claim { generation: GENERATION, parent: Uuid::nil(), first_seq: 1 };
         target.change(claim);
         let durable = target.writer.durable();
@@ -112,6 +114,8 @@ pub(crate) struct Target<'a> {
     sealer: BatchSealer,
     pub(crate) seq: u64,
     crc: u32,
+    /// What can't be trusted of the recovery disk, as the last promotion found it.
+    pub(crate) lost: BadRanges,
 }
 
 impl Target<'_> {
@@ -204,7 +208,9 @@ impl Target<'_> {
         let through = segments.last().expect("a closed segment").last;
         self.change(Change::AnnouncePromotion { through });
         let mut promotion = self.promotion(segments);
-        self.run(&mut promotion)?;
+        let ended = self.run(&mut promotion);
+        self.lost = promotion.bad_ranges_with_lost();
+        ended?;
         Ok(promotion.promoted().expect("nothing is left to do"))
     }
 

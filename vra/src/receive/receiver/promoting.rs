@@ -51,6 +51,10 @@ enum Stage {
     Carrying(Box<Promotion>),
     /// It can't go on; what is under way ends first.
     Draining(Box<Promotion>),
+    /// What the recovery disks have lost is not noted durably yet.
+    Noting {
+        ticket: u64,
+    },
     /// The low-water mark is not durable yet.
     Ending {
         ticket: u64,
@@ -334,6 +338,7 @@ impl Receiver {
         let ended = promotion.done(token, result);
         match (&mut self.promoting.stage, ended) {
             (Stage::Carrying(_), Ok(true)) => self.carried(),
+            (Stage::Carrying(_), Err(PromotionError::DiskLost { .. })) => self.note_lost(now),
             (Stage::Carrying(_) | Stage::Looking { .. }, Err(error)) => self.stuck(error, now),
             (Stage::Looking { promotion, .. }, Ok(_)) if promotion.waits_for_announcement() => {
                 self.announce()
@@ -365,6 +370,22 @@ impl Receiver {
         let segments = segments.count();
         if let Ok(ticket) = self.writer.change(change) {
             self.promoting.stage = Stage::Ending { ticket, segments };
+        }
+    }
+
+    /// The recovery disks have lost what is to be written in part: it is noted, then the promotion is done again. Open views know before the
+    /// file does, and nothing was written there yet.
+    fn note_lost(&mut self, now: Now) {
+        let Stage::Carrying(promotion) = std::mem::take(&mut self.promoting.stage) else { return };
+        let bad_ranges = promotion.bad_ranges_with_lost();
+        self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::Promoted {
+            through_seq: self.writer.superblock().low_water.seq,
+            written_bytes: 0,
+            bad_ranges: bad_ranges.clone(),
+        }));
+        match self.writer.change(Change::NoteBadRanges(bad_ranges)) {
+            Ok(ticket) => self.promoting.stage = Stage::Noting { ticket },
+            Err(_) => self.hold_off(now),
         }
     }
 
@@ -423,7 +444,9 @@ impl Receiver {
                 self.promoting.stage = Stage::Idle;
                 self.shrink(segments + 1, now);
             }
-            Stage::Shrinking { ticket } if ticket == changed => self.promoting.stage = Stage::Idle,
+            Stage::Shrinking { ticket } | Stage::Noting { ticket } if ticket == changed => {
+                self.promoting.stage = Stage::Idle
+            }
             _ => return false,
         }
         true
