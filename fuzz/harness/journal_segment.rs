@@ -4,8 +4,8 @@
 use std::convert::Infallible;
 
 use journal::batch::BatchHeader;
-use journal::format::{Footer, PAGE_BYTES, SegmentHeader, SegmentTrailer};
-use journal::scan::{Ownership, Scan, resume, scan, scan_heads};
+use journal::format::{ChainPoint, Footer, PAGE_BYTES, SegmentHeader, SegmentTrailer};
+use journal::scan::{Ownership, Scan, Sealed, resume, scan, scan_heads};
 use journal::walk::walk;
 use uuid::Uuid;
 
@@ -31,10 +31,20 @@ fn look_at(slot: &[u8]) {
             look_at_scan(slot, &header, &scan(slot, &header, ownership, trusted_through));
         }
         let whole = scan(slot, &header, ownership, None);
-        let heads = scan_heads(slot, &header, ownership, u64::MAX);
-        look_at_scan(slot, &header, &heads);
-        assert!(heads.end_bytes >= whole.end_bytes, "damaged payloads end nothing");
         let last_page = len - PAGE_BYTES as u64;
+        let anything = Sealed {
+            last: ChainPoint { seq: u64::MAX, batch_crc: 0 },
+            data_end_bytes: last_page,
+            volume_count: 3,
+        };
+        let heads = scan_heads(slot, &header, ownership, &anything);
+        look_at_scan(slot, &header, &heads);
+        assert!(heads.end_bytes >= whole.end_bytes, "neither damaged payloads nor heads end anything");
+        if let Some(trailer) = &trailer {
+            let sealed =
+                Sealed { last: trailer.last, data_end_bytes: trailer.data_end_bytes, volume_count: 3 };
+            look_at_scan(slot, &header, &scan_heads(slot, &header, ownership, &sealed));
+        }
         for from in [PAGE_BYTES as u64, whole.end_bytes] {
             if let Some((at, seq)) = resume(slot, from, last_page, &header, whole.last.seq) {
                 assert!(at > from && at < last_page && at.is_multiple_of(PAGE_BYTES as u64));

@@ -92,10 +92,10 @@ class Journal:
         return os.pread(self.file, length, place).ljust(length, b"\0")  # behind the file's end all is zero
 
     def read_superblock(self):
-        pages = [page for place in (0, 64 << 10) if (page := self.read(place, PAGE)).startswith(b"HFJOURNL")]
-        if any(SUPERBLOCK.parse(page).version != 1 for page in pages):
+        pages = [self.read(place, PAGE) for place in (0, 64 << 10)]
+        copies = [SUPERBLOCK.parse(page) for page in pages if page.startswith(b"HFJOURNL") and has_own_crc(page, 12)]
+        if any(copy.version != 1 for copy in copies):
             raise Refused("the journal has a format version that this reader doesn't know")
-        copies = [SUPERBLOCK.parse(page) for page in pages if has_own_crc(page, 12)]
         features = [copy.required_features & ~BAD_RANGES for copy in copies]
         if not copies or any(features):
             encrypted = "the journal is encrypted, and this reader doesn't decrypt: use vra-journal with --key-file"
@@ -151,13 +151,14 @@ class Journal:
     def read_segment(self, segment):
         if segment.begin.startswith(b"HFSEGHDR"):
             return self.walk(segment, self.superblock.slot_len - PAGE)
-        footer = self.read(self.slot_place(segment.slot) + segment.data_end, min(segment.footer_len, self.superblock.slot_len))
-        if crc32c(footer) == segment.footer_crc:
+        if crc32c(footer := self.read(self.slot_place(segment.slot) + segment.data_end, min(segment.footer_len, self.superblock.slot_len))) == segment.footer_crc:
             return self.parse_footer(segment, footer)
         content = self.walk(segment, segment.data_end)
-        if content[2:5] != (segment.last_seq, segment.last_batch_crc, segment.data_end):
-            raise Refused(f"segment {segment.number} is damaged: its footer, and the batch at {content.end} of its slot")
-        return content
+        # What is behind an unreadable batch counts as lost: as if a sync of all volumes began there, without an id that ends it.
+        first = content.last_seq + 1 if content.last_seq < segment.last_seq else segment.after_seq + 1
+        volumes = range(self.superblock.volume_count if content[2:4] != (segment.last_seq, segment.last_batch_crc) else 0)
+        gap = [Event(first, RECORD.tuple(*[0] * 7, volume, SYNC_BEGIN), b"") for volume in volumes]
+        return Content(content.extents, content.events + gap, segment.last_seq, segment.last_batch_crc, segment.data_end, False)
 
     def parse_footer(self, segment, data):
         footer, slot_place = FOOTER.parse(data), self.slot_place(segment.slot)
@@ -285,8 +286,7 @@ def main(arguments):
         case ["extract", folder, "--at", at, "--disk", disk, "--out", path] if disk.isdecimal():
             journal = Journal(folder)
             with tempfile.TemporaryDirectory(dir=os.path.dirname(path) or ".") as scratch, open(os.path.join(scratch, "out"), "wb") as out:
-                recovery_disk = os.open(os.path.join(folder, f"disk-{disk}.raw"), os.O_RDONLY)
-                journal.extract(journal.find(at).cut, int(disk), recovery_disk, out.fileno())
+                journal.extract(journal.find(at).cut, int(disk), os.open(os.path.join(folder, f"disk-{disk}.raw"), os.O_RDONLY), out.fileno())
                 os.replace(out.name, path)
         case _:
             raise Refused("wrong arguments; " + __doc__)

@@ -14,7 +14,7 @@ pub struct BadRange {
     pub offset_bytes: u64,
     /// Length, in bytes.
     pub len_bytes: u64,
-    /// The record that was damaged.
+    /// The record that was damaged; of what the recovery disk itself has lost, the low-water mark then.
     pub seq: u64,
 }
 
@@ -54,6 +54,15 @@ impl BadRanges {
             before.into_iter().chain(within).find(|(_, (end, _))| *end > range.start)?;
         let (offset_bytes, end) = (start.max(range.start), end.min(range.end));
         Some(BadRange { volume, offset_bytes, len_bytes: end - offset_bytes, seq })
+    }
+
+    /// Whether all of a range of a volume is bad.
+    pub(crate) fn covers(&self, volume: u16, range: Range<u64>) -> bool {
+        let mut at = range.start;
+        while let Some(bad) = self.first_in(volume, at..range.end).filter(|bad| bad.offset_bytes == at) {
+            at += bad.len_bytes;
+        }
+        at >= range.end
     }
 
     /// Adds one, in place of what overlaps it.

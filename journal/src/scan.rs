@@ -3,7 +3,7 @@
 use uuid::Uuid;
 
 use crate::batch::{BatchError, BatchHeader, BatchView};
-use crate::format::{ChainPoint, Footer, FooterBuilder, PAGE_BYTES, SegmentHeader, Superblock};
+use crate::format::{ChainPoint, Footer, FooterBuilder, Gap, PAGE_BYTES, SegmentHeader, Superblock};
 use crate::planted::{Bug, planted};
 
 /// What a scan found.
@@ -17,6 +17,8 @@ pub struct Scan {
     pub footer: FooterBuilder,
     /// Why it ended.
     pub stop: ScanStop,
+    /// Of the last batch.
+    last_open_count: u64,
 }
 
 impl Scan {
@@ -81,74 +83,131 @@ impl Ownership {
 /// Scans a slot's bytes, which begin with its header. Nothing after `trusted_through`, if given, is believed.
 pub fn scan(slot: &[u8], header: &SegmentHeader, ownership: Ownership, trusted_through: Option<u64>) -> Scan {
     let parse = |bytes| BatchView::parse(bytes).map(|batch| (batch, Vec::new()));
-    scan_by(parse, slot, header, ownership, trusted_through)
+    let mut found = Scan::begin(header);
+    found.go_on(parse, slot, header, ownership, trusted_through);
+    found
 }
 
-/// The same for a segment that is known to end with record `last_seq`: damaged payloads don't end the walk, for what they are of stands in
-/// their batches' heads. Whoever reads a payload checks it; checkpoints whose payload is damaged are left out.
-pub fn scan_heads(slot: &[u8], header: &SegmentHeader, ownership: Ownership, last_seq: u64) -> Scan {
-    scan_by(BatchView::parse_damaged, slot, header, ownership, Some(last_seq))
+/// What is known of a segment that takes no more batches before they are read.
+#[derive(Clone, Copy, Debug)]
+pub struct Sealed {
+    /// The stream's place after it.
+    pub last: ChainPoint,
+    /// Where its batches end, in bytes from the slot's start.
+    pub data_end_bytes: u64,
+    /// How many volumes the VM has.
+    pub volume_count: u16,
 }
 
-fn scan_by<'a>(
-    parse: impl Fn(&'a [u8]) -> Result<(BatchView<'a>, Vec<BatchError>), BatchError>,
-    slot: &'a [u8],
-    header: &SegmentHeader,
-    ownership: Ownership,
-    trusted_through: Option<u64>,
-) -> Scan {
-    let mut found = Scan {
-        end_bytes: PAGE_BYTES as u64,
-        last: header.after,
-        footer: FooterBuilder::new(header.after.seq),
-        stop: ScanStop::End,
-    };
-    let mut last_open_count = 0;
-    // The last page of a slot is never a batch's.
-    let data = &slot[..slot.len().saturating_sub(PAGE_BYTES)];
+/// The same for a segment whose end is known: damaged payloads don't end the walk, for what they are of stands in their batches' heads.
+/// Whoever reads a payload checks it; checkpoints whose payload is damaged are left out. Where heads can't be read the walk goes on behind
+/// them: what is missed there is in [`Footer::gaps`], unless the chain proves that nothing is.
+pub fn scan_heads(slot: &[u8], header: &SegmentHeader, ownership: Ownership, sealed: &Sealed) -> Scan {
+    let mut found = Scan::begin(header);
     loop {
-        let rest = data.get(found.end_bytes as usize..).unwrap_or_default();
-        if rest.len() < BatchHeader::LEN {
+        found.go_on(BatchView::parse_damaged, slot, header, ownership, Some(sealed.last.seq));
+        if !found.pass_over(slot, header, sealed) {
             return found;
         }
-        let (batch, damage) = match parse(rest) {
-            Ok(parsed) => parsed,
-            Err(BatchError::Magic) => return found,
-            Err(error) => {
-                found.stop = ScanStop::Damaged(error);
-                return found;
+    }
+}
+
+impl Scan {
+    fn begin(header: &SegmentHeader) -> Self {
+        Self {
+            end_bytes: PAGE_BYTES as u64,
+            last: header.after,
+            footer: FooterBuilder::new(header.after.seq),
+            stop: ScanStop::End,
+            last_open_count: 0,
+        }
+    }
+
+    /// Takes batches as far as they follow one another.
+    fn go_on<'a>(
+        &mut self,
+        parse: impl Fn(&'a [u8]) -> Result<(BatchView<'a>, Vec<BatchError>), BatchError>,
+        slot: &'a [u8],
+        header: &SegmentHeader,
+        ownership: Ownership,
+        trusted_through: Option<u64>,
+    ) {
+        // The last page of a slot is never a batch's.
+        let data = &slot[..slot.len().saturating_sub(PAGE_BYTES)];
+        self.stop = loop {
+            let rest = data.get(self.end_bytes as usize..).unwrap_or_default();
+            if rest.len() < BatchHeader::LEN {
+                break ScanStop::End;
+            }
+            let (batch, damage) = match parse(rest) {
+                Ok(parsed) => parsed,
+                Err(BatchError::Magic) => break ScanStop::End,
+                Err(error) => break ScanStop::Damaged(error),
+            };
+            let link = batch.link();
+            let is_carried = self.end_bytes < header.carried_end_bytes;
+            let open_count_fits = if is_carried {
+                link.open_count <= header.open_count && link.open_count >= self.last_open_count
+            } else {
+                link.open_count == header.open_count
+            };
+            let same_place = batch.first_seq() == self.last.seq;
+            let follows = if batch.is_local() { same_place } else { batch.first_seq() > self.last.seq };
+            let chained =
+                link.prev_batch_crc == self.last.batch_crc && open_count_fits && ownership.allows(&batch);
+            let chained = chained || (planted(Bug::ChainNotChecked) && !same_place);
+            if link.journal_id != header.journal_id || !follows || !chained {
+                break ScanStop::Stale;
+            }
+            if trusted_through.is_some_and(|seq| batch.last_seq() > seq) {
+                break ScanStop::Untrusted;
+            }
+            if !has_footer(&self.footer, &batch, slot) {
+                break ScanStop::Stale;
+            }
+            self.footer.add_damaged(&batch, self.end_bytes, &damage);
+            self.end_bytes += batch.len_bytes() as u64;
+            self.last_open_count = link.open_count;
+            if !batch.is_local() {
+                self.last = ChainPoint { seq: batch.last_seq(), batch_crc: batch.crc() };
             }
         };
-        let link = batch.link();
-        let is_carried = found.end_bytes < header.carried_end_bytes;
-        let open_count_fits = if is_carried {
-            link.open_count <= header.open_count && link.open_count >= last_open_count
-        } else {
-            link.open_count == header.open_count
-        };
-        let same_place = batch.first_seq() == found.last.seq;
-        let follows = if batch.is_local() { same_place } else { batch.first_seq() > found.last.seq };
-        let chained =
-            link.prev_batch_crc == found.last.batch_crc && open_count_fits && ownership.allows(&batch);
-        let chained = chained || (planted(Bug::ChainNotChecked) && !same_place);
-        if link.journal_id != header.journal_id || !follows || !chained {
-            found.stop = ScanStop::Stale;
-            return found;
+    }
+
+    /// Notes what can't be read where the walk stopped. False if no batch of the segment follows behind it.
+    fn pass_over(&mut self, slot: &[u8], header: &SegmentHeader, sealed: &Sealed) -> bool {
+        let data_end = sealed.data_end_bytes.min(slot.len().saturating_sub(PAGE_BYTES) as u64);
+        let first_seq = self.last.seq.saturating_add(1);
+        let mut at_bytes = self.end_bytes;
+        while let Some((offset_bytes, _)) = resume(slot, at_bytes, data_end, header, self.last.seq) {
+            at_bytes = offset_bytes;
+            let rest = &slot[offset_bytes as usize..data_end as usize];
+            let Ok((batch, _)) = BatchView::parse_damaged(rest) else { continue };
+            if batch.last_seq() > sealed.last.seq {
+                continue;
+            }
+            // Two proofs, since a stretch that is passed over is never missed again: the numbers go on, and it names the last one's CRC.
+            let is_next =
+                batch.first_seq() == first_seq && batch.link().prev_batch_crc == self.last.batch_crc;
+            let last_seq = match (is_next, batch.is_local()) {
+                (true, false) => self.last.seq,
+                // It stands behind the stream's record with its number.
+                (_, true) => batch.first_seq(),
+                (false, false) => batch.first_seq() - 1,
+            };
+            self.footer.add_gap(Gap { first_seq, last_seq }, sealed.volume_count);
+            self.last = ChainPoint { seq: last_seq, batch_crc: batch.link().prev_batch_crc };
+            self.end_bytes = offset_bytes;
+            return true;
         }
-        if trusted_through.is_some_and(|seq| batch.last_seq() > seq) {
-            found.stop = ScanStop::Untrusted;
-            return found;
+        if self.end_bytes < data_end || self.last.seq < sealed.last.seq {
+            let last_seq = sealed.last.seq.max(self.last.seq);
+            self.footer.add_gap(Gap { first_seq, last_seq }, sealed.volume_count);
+            if self.last.seq < last_seq {
+                self.last = sealed.last;
+            }
         }
-        if !has_footer(&found.footer, &batch, slot) {
-            found.stop = ScanStop::Stale;
-            return found;
-        }
-        found.footer.add_damaged(&batch, found.end_bytes, &damage);
-        found.end_bytes += batch.len_bytes() as u64;
-        last_open_count = link.open_count;
-        if !batch.is_local() {
-            found.last = ChainPoint { seq: batch.last_seq(), batch_crc: batch.crc() };
-        }
+        false
     }
 }
 

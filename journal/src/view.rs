@@ -10,7 +10,7 @@ use crate::bad_ranges::BadRange;
 use crate::batch::{Checkpoint, RecordKind};
 use crate::catalogue::{Catalogue, CheckpointEntry};
 use crate::crypt::Ciphers;
-use crate::format::{Footer, FooterEvent, Superblock, SuperblockError, VolumeState};
+use crate::format::{Footer, FooterEvent, Gap, Superblock, SuperblockError, VolumeState};
 use crate::index::{Index, IndexBuilder};
 use crate::planted::{Bug, planted};
 use crate::recovery::{
@@ -127,7 +127,7 @@ impl Reader {
             }
             // Beside a writer, segments may have been freed and reused meanwhile.
             let mut io = Blocking::new(storage, file, Purpose::View);
-            let now = crate::recovery::read_superblock(&mut io, options.skip_unreadable)?;
+            let now = crate::recovery::read_superblock(&mut io, options.skip_unreadable)?.superblock;
             let unchanged = found
                 .as_ref()
                 .is_ok_and(|reader| reader.survey.superblock.low_water_segment == now.low_water_segment);
@@ -180,6 +180,12 @@ impl Reader {
     /// Everything in the journal that is not data, in the order of the stream.
     pub fn events(&self) -> impl Iterator<Item = &FooterEvent> {
         self.footers.iter().flat_map(|footer| &footer.events)
+    }
+
+    /// Records that nobody can read any more although later ones are there: from the first of each on nothing can be opened, until a sync
+    /// that began behind it has ended.
+    pub fn gaps(&self) -> impl Iterator<Item = Gap> {
+        self.footers.iter().flat_map(|footer| &footer.gaps).copied().filter(Gap::has_records)
     }
 
     /// The footers of the segments, oldest first.

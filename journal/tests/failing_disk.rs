@@ -3,7 +3,9 @@
 
 mod sim_target;
 
+use bytes::Bytes;
 use journal::bad_ranges::BadRange;
+use journal::batch::Record;
 use journal::format::{JournalState, slot_offset_bytes};
 use journal::promotion::PromotionError;
 use journal::recovery::{Content, Hidden};
@@ -96,17 +98,47 @@ fn a_footer_and_a_flipped_bit_leave_views_what_is_whole() {
     assert_eq!(read(128 << 10).expect("behind it"), 5);
 }
 
+/// A write of a sector into a page that the recovery disk has lost: the write mends the page, and nothing would tell then that the rest of it
+/// is not what was there. So that is noted before.
 #[test]
-fn a_promotion_ends_where_nobody_knows_what_a_segment_holds() {
-    let site = Site::new(4);
+fn a_page_that_a_recovery_disk_has_lost_is_noted_before_it_is_written_in_part() {
+    let site = Site::new(6);
     let mut target = site.target();
-    let segment = sealed(&mut target);
-    let footer = footer_place(&segment);
-    site.disk.break_pages(site.journal, footer..footer + 1);
-    let head = Site::place(segment.header.slot, PAGE);
-    site.disk.break_pages(site.journal, head..head + 1);
-    let error = target.carry(1).expect_err("the first batch's head is lost too");
-    assert!(matches!(error, PromotionError::Segment { number: 1, .. }), "{error}");
+    sealed(&mut target);
+    target.change(Change::Seal);
+    target.promote(2);
+    let at = (64 << 10) + 512;
+    target.push(|seq| Record::write(seq, seq, 0, at, Bytes::from_static(&[7; 512])));
+    target.write(128 << 10, &[8]);
+    target.checkpoint("later");
+    target.append();
+    target.change(Change::Seal);
+    let page = 64 << 10;
+    for lost in [page, 128 << 10] {
+        site.disk.break_pages(site.recovery_disk, lost..lost + PAGE);
+    }
+    let low_water_seq = target.writer.superblock().low_water.seq;
+    let before = site.disk.contents(site.recovery_disk)[page as usize..][..4096].to_vec();
+    let error = target.carry(1).expect_err("the rest of the page is lost");
+    assert!(matches!(error, PromotionError::DiskLost { volume: 0 }), "{error}");
+    assert_eq!(site.disk.contents(site.recovery_disk)[page as usize..][..4096], before, "not written yet");
+    let lost: Vec<BadRange> = target.lost.iter().collect();
+    let range = |offset_bytes, len_bytes| BadRange { volume: 0, offset_bytes, len_bytes, seq: low_water_seq };
+    // Nothing of a page that is written whole is missed.
+    assert_eq!(lost, [range(page, 512), range(page + 1024, PAGE - 1024)]);
+
+    target.change(Change::NoteBadRanges(target.lost.clone()));
+    drop(target);
+    site.disk.crash(Crash::PowerCut);
+    site.disk.fence();
+    let mut target = site.target();
+    assert_eq!(target.writer.bad_ranges().iter().collect::<Vec<_>>(), lost);
+    // Cut short after its writes, and done again when the page can be read.
+    target.carry(1).expect("it is noted");
+    assert_eq!(recovered(&site, at), 7);
+    target.promote(1);
+    assert_eq!(target.writer.bad_ranges().iter().collect::<Vec<_>>(), lost);
+    assert_eq!(recovered(&site, 128 << 10), 8);
 }
 
 /// Footer and trailer go with the next group's write, and a power cut may lose them and keep the group.

@@ -348,6 +348,8 @@ fn refusals_name_the_reason() {
     let mut bytes = std::fs::read(folder.journal()).expect("read");
     let newer = {
         bytes[8] = 2;
+        let crc = journal::format::page_crc(&bytes[..4096], 12);
+        bytes[12..16].copy_from_slice(&crc.to_le_bytes());
         bytes.clone()
     };
     std::fs::write(folder.journal(), newer).expect("write");

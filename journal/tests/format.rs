@@ -8,7 +8,7 @@ use journal::format::manifest::{MAX_MANIFEST_BYTES, Manifest, ManifestError};
 use journal::format::superblock::PairPlace;
 use journal::format::{
     ChainPoint, JournalState, MAX_SLOT_BYTES, MAX_SLOTS, MIN_SLOT_BYTES, PAGE_BYTES, PageError,
-    SegmentHeader, SegmentTrailer, Superblock, SuperblockError, VolumeState,
+    SegmentHeader, SegmentTrailer, Superblock, SuperblockError, VolumeState, page_crc,
 };
 use proptest::prelude::*;
 use uuid::Uuid;
@@ -152,9 +152,19 @@ proptest! {
         let error = Superblock::decode(&flipped(&page, bit)).expect_err("must be noticed");
         match bit / 8 {
             0..8 => prop_assert_eq!(error, SuperblockError::Magic),
-            8..12 => prop_assert!(matches!(error, SuperblockError::Version(_))),
+            // A flipped version is damage: it must not keep everybody away from the other copy.
             _ => prop_assert_eq!(error, SuperblockError::Crc),
         }
+    }
+
+    #[test]
+    fn a_superblock_of_a_newer_release_is_told_from_a_damaged_one(superblock in any_superblock(), version in 2_u32..) {
+        let mut page = superblock.encode();
+        page[8..12].copy_from_slice(&version.to_le_bytes());
+        prop_assert_eq!(Superblock::decode(&page), Err(SuperblockError::Crc));
+        let crc = page_crc(&page, 12);
+        page[12..16].copy_from_slice(&crc.to_le_bytes());
+        prop_assert_eq!(Superblock::decode(&page), Err(SuperblockError::Version(version)));
     }
 
     #[test]

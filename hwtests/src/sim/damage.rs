@@ -1,8 +1,12 @@
 //! What a bit that flipped may do: it is noticed, or it does nothing. Nothing wrong is ever shown.
 
-use journal::format::FIRST_SLOT_OFFSET_BYTES;
+use journal::format::{
+    BAD_LIST_OFFSETS, BAD_LIST_SLOT_BYTES, FIRST_SLOT_OFFSET_BYTES, PAGE_BYTES, SUPERBLOCK_OFFSETS,
+    Superblock, slot_offset_bytes,
+};
 use journal::promotion::{Promoted, Promotion, PromotionFile, TransferSizes};
-use journal::recovery::open;
+use journal::recovery::{Content, Segment, open};
+use journal::scan::{Ownership, scan};
 use journal::storage::sim::{Crash, SimStorage};
 use journal::storage::{Completion, Storage};
 use journal::view::{ReadPart, Reader, ViewError};
@@ -19,22 +23,92 @@ pub(super) fn flip_a_bit(site: &TargetSite, ledger: &Ledger, env: &mut Env) -> R
     if env.rng.one_in(2)
         && let Some(place) = place_of_a_payload(site, env)
     {
+        let before = Before::look(site)?;
         site.disk.flip_bit(site.journal, place..place + 1);
-        look(site, ledger, env)?;
+        let expected = before.expected(place);
+        look(site, ledger, &expected, env)?;
         if promote_all(site, env)? {
             site.disk.crash(Crash::PowerCut);
             site.disk.fence();
-            look(site, ledger, env)?;
+            look(site, ledger, &expected, env)?;
             env.happened(Happening::DamagePromoted);
         }
         return Ok(());
     }
     let within =
         if env.rng.one_in(4) { 0..FIRST_SLOT_OFFSET_BYTES } else { FIRST_SLOT_OFFSET_BYTES..u64::MAX };
-    if site.disk.flip_bit(site.journal, within).is_some() {
-        look(site, ledger, env)?;
+    let before = Before::look(site)?;
+    if let Some(place) = site.disk.flip_bit(site.journal, within) {
+        look(site, ledger, &before.expected(place), env)
+            .map_err(|what| format!("a bit of byte {place} flipped: {what}"))?;
     }
     Ok(())
+}
+
+/// What must be there after a bit flipped.
+#[derive(Debug, Default)]
+pub(super) struct Expected {
+    /// The journal may be refused as a whole. It is if the other copy of the superblock is no good, and if nobody knows any more what of the
+    /// recovery disks is lost. No other bit may do that.
+    may_be_refused: bool,
+    /// Numbers of checkpoints that are listed, if promotion hasn't taken them away.
+    listed: Vec<u64>,
+}
+
+/// A journal before a bit flips.
+struct Before {
+    reader: Reader,
+    contents: Vec<u8>,
+}
+
+impl Before {
+    fn look(site: &TargetSite) -> Result<Self, String> {
+        let reader = Reader::open(&mut site.disk.storage(), site.journal, &site.survey_options());
+        let reader = reader.map_err(|error| format!("before a bit flips: {error:?}"))?;
+        Ok(Self { reader, contents: site.disk.contents(site.journal) })
+    }
+
+    /// What must be there when a bit of the byte at this place has flipped.
+    fn expected(&self, place: u64) -> Expected {
+        let superblock = &self.reader.survey.superblock;
+        let all = || self.listed_until(u64::MAX);
+        let within = |begin: u64, len_bytes: usize| (begin..begin + len_bytes as u64).contains(&place);
+        if let Some(copy) = SUPERBLOCK_OFFSETS.iter().position(|begin| within(*begin, PAGE_BYTES)) {
+            let other = Superblock::decode(&self.contents[SUPERBLOCK_OFFSETS[1 - copy] as usize..]);
+            // An older one is of before a change that had not come to count: it may list other checkpoints.
+            let is_same = other.as_ref().is_ok_and(|other| other == superblock);
+            let listed = if is_same { all() } else { Vec::new() };
+            return Expected { may_be_refused: other.is_err(), listed };
+        }
+        let bad_list = superblock.bad_list.map(|list| BAD_LIST_OFFSETS[list.slot as usize]);
+        if bad_list.is_some_and(|begin| within(begin, BAD_LIST_SLOT_BYTES)) {
+            return Expected { may_be_refused: true, listed: all() };
+        }
+        let slot_len_bytes = superblock.slot_len_bytes as usize;
+        let begin = |segment: &Segment| slot_offset_bytes(segment.header.slot, superblock.slot_len_bytes);
+        let segments = &self.reader.survey.segments;
+        let hit = segments.iter().find(|segment| within(begin(segment), slot_len_bytes));
+        let listed = match hit {
+            // All that the pages of a sealed one say is there twice.
+            Some(segment) if matches!(segment.content, Content::Scanned(_)) => {
+                let begin = begin(segment) as usize;
+                let mut slot = self.contents[begin..begin + slot_len_bytes].to_vec();
+                segment.cipher.decrypt_slot(&mut slot);
+                // The batches that end before the page. A scan leaves the last page out.
+                let page = (place as usize - begin) / PAGE_BYTES * PAGE_BYTES;
+                let found =
+                    scan(&slot[..page + PAGE_BYTES], &segment.header, Ownership::of(superblock), None);
+                self.listed_until(found.last.seq)
+            }
+            _ => all(),
+        };
+        Expected { may_be_refused: false, listed }
+    }
+
+    fn listed_until(&self, seq: u64) -> Vec<u64> {
+        let entries = self.reader.catalogue().checkpoints().iter();
+        entries.map(|entry| entry.seq).filter(|listed| *listed <= seq).collect()
+    }
 }
 
 /// A byte of the journal's file that the newest checkpoint shows.
@@ -53,13 +127,27 @@ pub(super) fn place_of_a_payload(site: &TargetSite, env: &mut Env) -> Option<u64
     (!places.is_empty()).then(|| places[env.any_index(places.len())])
 }
 
-/// Every checkpoint is right, or says that it can't be read.
-pub(super) fn look(site: &TargetSite, ledger: &Ledger, env: &mut Env) -> Result<(), String> {
+/// Every checkpoint is right, or says that it can't be read, and those are listed that must be.
+pub(super) fn look(
+    site: &TargetSite,
+    ledger: &Ledger,
+    expected: &Expected,
+    env: &mut Env,
+) -> Result<(), String> {
     let mut storage = site.disk.storage();
-    let Ok(reader) = Reader::open(&mut storage, site.journal, &site.survey_options()) else {
-        env.happened(Happening::FlipNoticed);
-        return Ok(());
+    let reader = match Reader::open(&mut storage, site.journal, &site.survey_options()) {
+        Ok(reader) => reader,
+        Err(_) if expected.may_be_refused => {
+            env.happened(Happening::FlipNoticed);
+            return Ok(());
+        }
+        Err(error) => return Err(format!("after a bit flipped nothing can be opened: {error:?}")),
     };
+    let oldest_seq = reader.survey.superblock.oldest_seq();
+    let is_listed = |seq: u64| reader.catalogue().checkpoints().iter().any(|entry| entry.seq == seq);
+    if let Some(missing) = expected.listed.iter().find(|seq| **seq > oldest_seq && !is_listed(**seq)) {
+        return Err(format!("after a bit flipped checkpoint {missing} is missing"));
+    }
     let mut noticed = reader.newest_seq() < ledger.acked() || reader.survey.damage.is_some();
     for entry in reader.catalogue().checkpoints() {
         let cut = entry.checkpoint.cut;

@@ -6,7 +6,7 @@ use journal::storage::sim::{Fault, OpKind};
 use super::env::Env;
 
 /// All of them.
-pub(super) static OP_KINDS: [OpKind; 37] = [
+pub(super) static OP_KINDS: [OpKind; 38] = [
     (Purpose::Survey, "read"),
     (Purpose::Create, "allocate"),
     (Purpose::Create, "fdatasync"),
@@ -21,6 +21,7 @@ pub(super) static OP_KINDS: [OpKind; 37] = [
     (Purpose::Seal, "write"),
     (Purpose::Superblock, "fdatasync"),
     (Purpose::Superblock, "write"),
+    (Purpose::SuperblockMirror, "fdatasync"),
     (Purpose::SuperblockMirror, "write"),
     (Purpose::Manifest, "fdatasync"),
     (Purpose::Manifest, "write"),

@@ -92,9 +92,6 @@ impl BadList {
         if header.magic != BAD_LIST_MAGIC {
             return Err(BadListError::Magic);
         }
-        if header.version.get() != FORMAT_VERSION {
-            return Err(BadListError::Version(header.version.get()));
-        }
         let count = header.count.get() as usize;
         let entries = rest.get(..count.saturating_mul(size_of::<Entry>()));
         let entries = entries.filter(|_| count <= MAX_BAD_RANGES).ok_or(BadListError::Count(count))?;
@@ -102,6 +99,10 @@ impl BadList {
         let crc = crc32c::crc32c_append(crc32c::crc32c(without_crc.as_bytes()), entries);
         if crc != header.crc.get() {
             return Err(BadListError::Crc);
+        }
+        // As for a superblock: what the CRC doesn't fit is damaged, and no newer release's.
+        if header.version.get() != FORMAT_VERSION {
+            return Err(BadListError::Version(header.version.get()));
         }
         let entries = <[Entry]>::ref_from_bytes(entries).map_err(|_| BadListError::Count(count))?;
         let mut ranges = BadRanges::default();

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::{FORMAT_VERSION, PAGE_BYTES};
+use super::{FORMAT_VERSION, Gap, PAGE_BYTES};
 use crate::batch::{
     BatchError, BatchView, CRC_UNIT_BYTES, MAX_RECORD_PAYLOAD, MAX_VOLUME_BYTES, MAX_VOLUMES, Record,
     RecordError, RecordHeader, RecordKind, check_record, unit_count,
@@ -83,6 +83,9 @@ pub struct Footer {
     pub crcs: Vec<u32>,
     /// In the order of the stream.
     pub events: Vec<FooterEvent>,
+    /// What of the segment nobody knows; only of one that was made from batches, since the footer in the file is lost. For each the events
+    /// have a sync's begin.
+    pub gaps: Vec<Gap>,
 }
 
 /// Why bytes are not a footer.
@@ -159,6 +162,7 @@ impl Footer {
             extents: extents.to_vec(),
             crcs: crcs.iter().map(|crc| crc.get()).collect(),
             events,
+            gaps: Vec::new(),
         })
     }
 
@@ -281,6 +285,12 @@ impl FooterBuilder {
                 self.footer.events.push(FooterEvent { record, position_seq });
             }
         }
+    }
+
+    /// Takes note that batches can't be read that come next.
+    pub(crate) fn add_gap(&mut self, gap: Gap, volume_count: u16) {
+        self.footer.gaps.push(gap);
+        self.footer.events.extend(gap.events(volume_count));
     }
 
     /// The footer with its extents sorted.

@@ -7,8 +7,10 @@ pub mod segment;
 pub mod superblock;
 
 mod footer;
+mod gap;
 
 pub use footer::{ExtentEntry, Footer, FooterBuilder, FooterError, FooterEvent};
+pub use gap::Gap;
 pub use segment::{PageError, SegmentHeader, SegmentTrailer};
 pub use superblock::{JournalState, Superblock, SuperblockError, VolumeState};
 

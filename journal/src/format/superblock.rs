@@ -216,11 +216,12 @@ impl Superblock {
         if page.magic != SUPERBLOCK_MAGIC {
             return Err(SuperblockError::Magic);
         }
-        if page.version.get() != FORMAT_VERSION {
-            return Err(SuperblockError::Version(page.version.get()));
-        }
+        // Every version has its CRC here: a version in a page that the CRC doesn't fit is no newer release's, but damage.
         if page.crc.get() != page_crc(page.as_bytes(), offset_of!(SuperblockPage, crc)) {
             return Err(SuperblockError::Crc);
+        }
+        if page.version.get() != FORMAT_VERSION {
+            return Err(SuperblockError::Version(page.version.get()));
         }
         let features = page.required_features.get();
         if features & !(FEATURE_BAD_RANGES | FEATURE_ENCRYPTION) != 0 {

@@ -35,7 +35,7 @@ fn footer(number: usize, base_seq: u64, records: &[Written]) -> Footer {
         extents.push(extent);
     }
     extents.sort_by_key(|extent| (extent.offset_bytes.get(), extent.seq_delta.get()));
-    Footer { base_seq, extents, crcs: vec![7, 8, 9, 10], events: Vec::new() }
+    Footer { base_seq, extents, crcs: vec![7, 8, 9, 10], events: Vec::new(), gaps: Vec::new() }
 }
 
 fn written() -> impl Strategy<Value = Written> {

@@ -5,8 +5,9 @@ use std::ops::Range;
 use super::slot_read::SlotRead;
 use super::{Doing, Promotion, PromotionError, PromotionFile, Stage};
 use crate::batch::RecordKind;
-use crate::format::{Footer, FooterEvent, slot_offset_bytes};
-use crate::scan::{Ownership, scan_heads};
+use crate::catalogue::Catalogue;
+use crate::format::{Footer, FooterEvent, SegmentHeader, slot_offset_bytes};
+use crate::scan::{Ownership, Sealed, scan_heads};
 use crate::storage::{AlignedBuf, Op, StorageError};
 use crate::writer::ClosedSegment;
 
@@ -80,24 +81,43 @@ impl Promotion {
         let Some(slot) = slots.remove(&segment) else { return Ok(()) };
         self.reading_bytes -= slot.len_bytes();
         let mut slot = slot.into_slot();
-        let ClosedSegment { header, last, cipher, .. } = &self.segments[segment];
+        let ClosedSegment { header, last, cipher, trailer } = &self.segments[segment];
         cipher.decrypt_slot(&mut slot);
-        let found = scan_heads(&slot, header, Ownership::of(&self.superblock), last.seq);
-        if found.last.seq < last.seq {
-            let (number, after_seq) = (header.number, found.last.seq);
-            return Err(PromotionError::Segment { number, after_seq });
+        let data_end_bytes =
+            trailer.as_ref().map_or(self.superblock.slot_len_bytes, |trailer| trailer.data_end_bytes);
+        let volume_count = self.superblock.volumes.len() as u16;
+        let sealed = Sealed { last: *last, data_end_bytes, volume_count };
+        let found = scan_heads(&slot, header, Ownership::of(&self.superblock), &sealed);
+        if found.last != *last {
+            let first_seq = header.after.seq + 1;
+            return Err(PromotionError::Gap { number: header.number, first_seq, last_seq: last.seq });
         }
         self.take_footer(segment, &found.footer());
         Ok(())
     }
 
+    /// Whether what can't be read may be passed over: only where all of every volume was written again by a sync that began behind it and
+    /// has ended, so that nothing of what was lost is missed.
+    pub(super) fn check_gaps(&self) -> Result<(), PromotionError> {
+        let Some(&(number, gap)) = self.gaps.iter().min_by_key(|(number, _)| *number) else { return Ok(()) };
+        let catalogue = Catalogue::build(&self.superblock, self.syncs.values().flatten());
+        if catalogue.is_consistent(self.through.seq) {
+            return Ok(());
+        }
+        Err(PromotionError::Gap { number, first_seq: gap.first_seq, last_seq: gap.last_seq })
+    }
+
     fn take_footer(&mut self, segment: usize, footer: &Footer) {
         let Stage::Footers { missing, builders, .. } = &mut self.stage else { return };
         *missing -= 1;
-        let slot = self.segments[segment].header.slot;
-        for (number, builder) in (0_u16..).zip(builders) {
-            let base_seq = self.superblock.volumes[usize::from(number)].base_seq;
-            builder.add(footer, slot, self.superblock.slot_len_bytes, number, base_seq, self.through.seq);
+        let SegmentHeader { slot, number, .. } = self.segments[segment].header;
+        self.gaps.extend(footer.gaps.iter().filter(|gap| gap.has_records()).map(|gap| (number, *gap)));
+        let is_border =
+            |event: &&FooterEvent| matches!(event.record.kind, RecordKind::SyncBegin | RecordKind::SyncEnd);
+        self.syncs.insert(number, footer.events.iter().filter(is_border).cloned().collect());
+        for (volume, builder) in (0_u16..).zip(builders) {
+            let base_seq = self.superblock.volumes[usize::from(volume)].base_seq;
+            builder.add(footer, slot, self.superblock.slot_len_bytes, volume, base_seq, self.through.seq);
         }
         for FooterEvent { record, .. } in &footer.events {
             if record.kind == RecordKind::Resize

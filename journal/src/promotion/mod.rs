@@ -1,11 +1,13 @@
 //! Promotion: the journal's oldest segments go to the recovery disks (C2). Sans-I/O: whoever drives it owns the files.
 //!
-//! The caller has announced it ([`crate::writer::Change::AnnouncePromotion`]) and moves the low-water mark when it has ended
-//! ([`crate::writer::Change::EndPromotion`]). In between this machine reads the segments' footers, finds the newest record of each block,
-//! and carries those blocks over: a chunk is read in the order of the journal and written in the order of the disk, while the next one is
+//! The caller announces it ([`crate::writer::Change::AnnouncePromotion`]), at once or when this machine has read the segments' footers
+//! ([`Promotion::before_announcing`]), and moves the low-water mark when it has ended ([`crate::writer::Change::EndPromotion`]). In between
+//! the machine finds the newest record of each block and carries those blocks over: a chunk is read in the order of the journal and written in the order of the disk, while the next one is
 //! read. Then it syncs the disks. Doing it again after a crash, whole or in part, gives the same disks.
 
+mod base;
 mod chunks;
+mod error;
 mod footers;
 mod run;
 mod runs;
@@ -17,13 +19,15 @@ use std::ops::Range;
 use crate::bad_ranges::{BadRange, BadRanges};
 use crate::crypt::Ciphers;
 use crate::format::bad_list::MAX_BAD_RANGES;
-use crate::format::{ChainPoint, PAGE_BYTES, Superblock};
+use crate::format::{ChainPoint, FooterEvent, Gap, PAGE_BYTES, Superblock};
 use crate::index::IndexBuilder;
 use crate::planted::{Bug, planted};
 use crate::storage::{AlignedBuf, Op, Purpose, StorageError};
 use crate::writer::ClosedSegment;
 
+use base::Patched;
 use chunks::{Chunk, Chunks};
+pub use error::PromotionError;
 use run::Run;
 pub use runs::TransferSizes;
 use runs::{Runs, Work};
@@ -65,40 +69,6 @@ pub struct Promoted {
     pub bad_ranges: BadRanges,
 }
 
-/// Why a promotion cannot go on. The journal and the recovery disks stay as they are: announced, not promoted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PromotionError {
-    /// A recovery disk failed.
-    #[error("recovery disk {volume} failed")]
-    Disk {
-        /// Its volume.
-        volume: u16,
-        /// Why.
-        #[source]
-        source: StorageError,
-    },
-    /// The journal's file failed.
-    #[error("the journal's file failed")]
-    Journal(#[source] StorageError),
-    /// A segment's footer and the head of one of its batches are damaged: it isn't known what it holds.
-    #[error("segment {number} is damaged after record {after_seq}, and so is its footer")]
-    Segment {
-        /// The segment.
-        number: u64,
-        /// The last record that can be read.
-        after_seq: u64,
-    },
-}
-
-impl PromotionError {
-    fn of(file: PromotionFile, source: StorageError) -> Self {
-        match file {
-            PromotionFile::Journal => Self::Journal(source),
-            PromotionFile::Disk(volume) => Self::Disk { volume, source },
-        }
-    }
-}
-
 /// One promotion under way.
 #[derive(Debug)]
 pub struct Promotion {
@@ -110,6 +80,12 @@ pub struct Promotion {
     reserved: Vec<bool>,
     sizes: TransferSizes,
     stage: Stage,
+    /// The recovery disks may be touched.
+    is_announced: bool,
+    /// What nobody knows of the segments, by their numbers.
+    gaps: Vec<(u64, Gap)>,
+    /// Begins and ends of syncs, by the segments' numbers.
+    syncs: BTreeMap<u64, Vec<FooterEvent>>,
     ready: VecDeque<(Doing, PromotionFile, Op)>,
     running: BTreeMap<u64, (Doing, PromotionFile)>,
     next_token: u64,
@@ -123,6 +99,8 @@ pub struct Promotion {
     bad_ranges: BadRanges,
     /// Parts of damaged records.
     damaged: Vec<BadRange>,
+    /// What the recovery disks have lost, and nobody has noted yet.
+    lost: Vec<BadRange>,
 }
 
 #[derive(Debug)]
@@ -150,6 +128,7 @@ struct Carrying {
     runs: Option<Runs>,
     /// Runs that wait for what is on the disk.
     waiting: BTreeMap<u64, Run>,
+    patched: BTreeMap<u64, Patched>,
     next_run: u64,
 }
 
@@ -160,6 +139,7 @@ enum Doing {
     ReadChunk { read: usize },
     ReadPage { read: usize, offset_bytes: u64 },
     ReadBase { run: u64 },
+    ReadBasePage { run: u64, offset_bytes: u64 },
     Write { len_bytes: u64 },
     Punch { volume: u16, offset_bytes: u64, len_bytes: u64 },
     Reserve,
@@ -169,7 +149,14 @@ enum Doing {
 impl Doing {
     /// What of a disk is being written now: the next chunk may share pages with it.
     fn is_of_runs(&self) -> bool {
-        matches!(self, Self::ReadBase { .. } | Self::Write { .. } | Self::Punch { .. } | Self::Reserve)
+        matches!(
+            self,
+            Self::ReadBase { .. }
+                | Self::ReadBasePage { .. }
+                | Self::Write { .. }
+                | Self::Punch { .. }
+                | Self::Reserve
+        )
     }
 }
 
@@ -202,6 +189,9 @@ impl Promotion {
             reserved,
             sizes,
             stage: Stage::Footers { next: skipped, missing, builders, slots: BTreeMap::new() },
+            is_announced: true,
+            gaps: Vec::new(),
+            syncs: BTreeMap::new(),
             ready: VecDeque::new(),
             running: BTreeMap::new(),
             next_token: 1,
@@ -212,7 +202,28 @@ impl Promotion {
             written_bytes: 0,
             bad_ranges,
             damaged: Vec::new(),
+            lost: Vec::new(),
         }
+    }
+
+    /// For one that isn't announced yet: it finds out what the segments hold, and waits. If that can't be found out, nothing was announced
+    /// for which all before it would be given up.
+    #[must_use]
+    pub fn before_announcing(mut self) -> Self {
+        self.is_announced = false;
+        self
+    }
+
+    /// Whether it only waits for being announced.
+    pub fn waits_for_announcement(&self) -> bool {
+        !self.is_announced
+            && self.running.is_empty()
+            && matches!(self.stage, Stage::Footers { missing: 0, .. })
+    }
+
+    /// It is announced, durably: the recovery disks may be touched.
+    pub fn announced(&mut self) {
+        self.is_announced = true;
     }
 
     /// Where it ends.
@@ -269,12 +280,9 @@ impl Promotion {
             (Doing::ReadPage { read, offset_bytes }, result) => {
                 self.page_read(read, offset_bytes, result)?;
             }
-            (Doing::ReadBase { run }, result) => {
-                let base = result.map_err(|source| PromotionError::of(file, source))?;
-                let Stage::Carrying(carrying) = &mut self.stage else { return Ok(false) };
-                if let Some(run) = carrying.waiting.remove(&run) {
-                    self.write_run(&run, base);
-                }
+            (Doing::ReadBase { run }, result) => self.base_read(run, file, result)?,
+            (Doing::ReadBasePage { run, offset_bytes }, result) => {
+                self.base_page_read(run, offset_bytes, file, result)?;
             }
             (Doing::Write { len_bytes }, Ok(_)) => {
                 self.writing_bytes -= len_bytes;
@@ -289,6 +297,10 @@ impl Promotion {
             (Doing::Reserve | Doing::Sync, Ok(_)) => {}
             (_, Err(source)) => return Err(PromotionError::of(file, source)),
         }
+        if matches!(self.stage, Stage::Footers { missing: 0, .. }) {
+            self.check_gaps()?;
+        }
+        self.check_lost()?;
         self.end_stage();
         Ok(matches!(self.stage, Stage::Done))
     }
@@ -357,14 +369,20 @@ impl Promotion {
     fn end_stage(&mut self) {
         while self.ready.is_empty() && self.running.is_empty() {
             match &mut self.stage {
-                Stage::Footers { missing: 0, builders, .. } => {
+                Stage::Footers { missing: 0, builders, .. } if self.is_announced => {
                     let indexes = std::mem::take(builders).into_iter().map(IndexBuilder::build).collect();
                     let chunks = Chunks::new(indexes, self.sizes.chunk_bytes);
-                    let carrying =
-                        Carrying { chunks, next: None, runs: None, waiting: BTreeMap::new(), next_run: 0 };
+                    let carrying = Carrying {
+                        chunks,
+                        next: None,
+                        runs: None,
+                        waiting: BTreeMap::new(),
+                        patched: BTreeMap::new(),
+                        next_run: 0,
+                    };
                     self.stage = Stage::Carrying(Box::new(carrying));
                 }
-                Stage::Carrying(carrying) if carrying.is_done() => {
+                Stage::Carrying(carrying) if carrying.is_done() && self.lost.is_empty() => {
                     self.bad_ranges.heal_promoted(carrying.chunks.indexes());
                     self.damaged.drain(..).for_each(|damaged| self.bad_ranges.add(damaged));
                     self.bad_ranges.coarsen(MAX_BAD_RANGES);
@@ -456,11 +474,5 @@ impl Promotion {
         let doing = Doing::Write { len_bytes: run.len_bytes() as u64 };
         let op = Op::Write { offset_bytes, pieces: run.content(base) };
         self.ready.push_back((doing, PromotionFile::Disk(volume), op));
-    }
-}
-
-impl Carrying {
-    fn is_done(&self) -> bool {
-        self.chunks.is_done() && self.next.is_none() && self.runs.as_ref().is_none_or(Runs::is_done)
     }
 }

@@ -62,6 +62,24 @@ impl Run {
         self.needs_base
     }
 
+    /// What of a range neither records nor zeroes cover.
+    pub(super) fn uncovered(&self, range: Range<u64>) -> Vec<Range<u64>> {
+        let parts = self.parts.iter().map(|(part, _)| part.offset_bytes..part.offset_bytes + part.len_bytes);
+        let mut covered: Vec<Range<u64>> = parts.chain(self.zeroes.iter().cloned()).collect();
+        covered.sort_unstable_by_key(|range| range.start);
+        let (mut rest, mut at) = (Vec::new(), range.start);
+        for part in covered.into_iter().filter(|part| part.end > range.start && part.start < range.end) {
+            if at < part.start {
+                rest.push(at..part.start);
+            }
+            at = at.max(part.end);
+        }
+        if at < range.end {
+            rest.push(at..range.end);
+        }
+        rest
+    }
+
     /// What of its records doesn't match its checksums (C4).
     pub(super) fn damage(&self) -> impl Iterator<Item = BadRange> {
         self.parts.iter().flat_map(|(part, bytes)| {

@@ -59,7 +59,8 @@ impl Copies {
 /// A row: which facts it is for, and what is decided then.
 type Row<F, R> = (fn(F) -> bool, R);
 
-/// Each update completes one copy before it begins the other, so a single damaged copy never hides a newer state.
+/// Each update completes one copy before it begins the other, and counts only when both are durable: a single copy that is damaged, or that
+/// the disk can't give back, never hides a state that anything was done in.
 const CHOICES: [Row<Copies, Choice>; 7] = [
     (|it| it.any(Copy::Newer), Choice::RefuseNewer),
     (|it| it.first == Copy::Valid && it.second == Copy::Valid && !it.second_newer, Choice::First),

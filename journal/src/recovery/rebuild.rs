@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use uuid::Uuid;
 
 use super::OpenError;
-use super::survey::{Damage, SurveyOptions, survey_as};
+use super::survey::{Damage, SegmentError, SurveyOptions, survey_as};
 use crate::batch::RecordKind;
 use crate::crypt::{Encryption, SiteKeys};
 use crate::format::bad_list::{BadList, BadListError};
@@ -27,6 +27,9 @@ pub struct Rebuilt {
     pub manifest: Option<Manifest>,
     /// Nothing tells that no segment before the oldest one is lost: if one is, all that is read is wrong.
     pub is_unproven: bool,
+    /// Records of a segment can't be read. An intent to promote may be lost with them, and nothing else tells how new the recovery disks are:
+    /// nothing may be opened.
+    pub gap: Option<Damage>,
     /// A list of bad ranges is damaged or can't be read, and may have been the newest: there may be more bad ranges than are known.
     pub bad_list_lost: Option<BadListError>,
 }
@@ -109,9 +112,18 @@ pub fn rebuild<S: Storage>(
         return Err(OpenError::Damaged(damage));
     }
     let mut io = Blocking::new(storage, file, Purpose::Survey);
-    let mut intents = BTreeSet::new();
+    let (mut intents, mut gap) = (BTreeSet::new(), None);
     for segment in &survey.segments {
-        let Ok(footer) = segment.footer(&mut io, &superblock) else { continue };
+        let lost = |after_seq, resumes_after_seq| Damage { after_seq, resumes_after_seq, stop: None };
+        let footer = match segment.footer(&mut io, &superblock) {
+            Ok(footer) => footer,
+            Err(SegmentError::Storage(error)) if !error.is_medium() => return Err(error.into()),
+            Err(_) => {
+                gap = gap.or(Some(lost(segment.header.after.seq, segment.last().seq)));
+                continue;
+            }
+        };
+        gap = gap.or(footer.gaps.first().map(|gap| lost(gap.first_seq - 1, gap.last_seq)));
         let found = footer.events.iter().filter(|event| event.record.kind == RecordKind::PromotionIntent);
         intents.extend(found.map(|event| event.record.argument));
     }
@@ -132,7 +144,7 @@ pub fn rebuild<S: Storage>(
     let (bad_list, bad_list_lost) = newest_bad_list(&mut io, first.journal_id)?;
     superblock.bad_list = bad_list;
     let is_unproven = intent_seq == 0 && chain.number > 1;
-    Ok(Rebuilt { superblock, manifest, is_unproven, bad_list_lost })
+    Ok(Rebuilt { superblock, manifest, is_unproven, gap, bad_list_lost })
 }
 
 /// Where the list of bad ranges is, if there are any: of the valid ones the newest. And what is wrong with one that may be newer.

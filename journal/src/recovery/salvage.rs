@@ -1,6 +1,7 @@
 //! Reading over what the disk can't give back.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
+use std::ops::Range;
 
 use crate::format::PAGE_BYTES;
 use crate::storage::{AlignedBuf, Blocking, Op, Storage, StorageError};
@@ -9,7 +10,7 @@ use crate::storage::{AlignedBuf, Blocking, Op, Storage, StorageError};
 #[derive(Clone, Debug, Default)]
 pub struct Salvage {
     skip_unreadable: bool,
-    unreadable: BTreeSet<u64>,
+    unreadable: BTreeMap<u64, StorageError>,
 }
 
 /// Pages that are read together.
@@ -18,12 +19,22 @@ const PAGES_AT_ONCE: usize = 256;
 impl Salvage {
     /// `skip_unreadable`: for tools that save what can be saved.
     pub fn new(skip_unreadable: bool) -> Self {
-        Self { skip_unreadable, unreadable: BTreeSet::new() }
+        Self { skip_unreadable, unreadable: BTreeMap::new() }
     }
 
     /// The pages that the disk couldn't give back, in bytes from the file's start.
     pub fn into_unreadable(self) -> Vec<u64> {
-        self.unreadable.into_iter().collect()
+        self.unreadable.into_keys().collect()
+    }
+
+    /// Why the first page within a range couldn't be read.
+    pub(super) fn first_error_in(&self, range: Range<u64>) -> Option<StorageError> {
+        self.unreadable.range(range).next().map(|(_, error)| *error)
+    }
+
+    /// What another reading of the file met counts here too.
+    pub(super) fn take(&mut self, other: Self) {
+        self.unreadable.extend(other.unreadable);
     }
 
     /// Reads a range of whole pages.
@@ -72,7 +83,7 @@ impl Salvage {
     ) -> Result<Option<AlignedBuf>, StorageError> {
         match page {
             Err(error) if self.skips(&error) => {
-                self.unreadable.insert(offset_bytes);
+                self.unreadable.insert(offset_bytes, error);
                 Ok(None)
             }
             page => page,

@@ -1,22 +1,20 @@
 //! What a journal's file holds, found out without writing.
 
-use zerocopy::FromBytes;
-
 use super::OpenError;
-use super::decide::{self, Choice, SegmentFacts, Verdict};
+use super::decide::Verdict;
 use super::salvage::Salvage;
+use super::slots::{find_headless, read_slots};
+use super::superblocks::read_superblock;
 use crate::bad_ranges::BadRanges;
-use crate::batch::{BATCH_MAGIC, BatchHeader};
-use crate::crypt::{Cipher, Ciphers, Encryption, Keyring, SiteKeys};
+use crate::crypt::{Cipher, Ciphers, Keyring, SiteKeys};
 use crate::format::bad_list::{BadList, BadListError};
 use crate::format::manifest::{MAX_MANIFEST_BYTES, Manifest, ManifestError};
 use crate::format::{
     BAD_LIST_OFFSETS, BAD_LIST_SLOT_BYTES, ChainPoint, Footer, FooterError, MANIFEST_OFFSETS,
-    MANIFEST_SLOT_BYTES, PAGE_BYTES, SUPERBLOCK_OFFSETS, SegmentHeader, SegmentTrailer, Superblock,
-    SuperblockError, slot_offset_bytes,
+    MANIFEST_SLOT_BYTES, PAGE_BYTES, SegmentHeader, SegmentTrailer, Superblock, slot_offset_bytes,
 };
-use crate::scan::{Ownership, Scan, ScanStop, resume, scan, scan_heads};
-use crate::storage::{AlignedBuf, Blocking, FileId, Op, Purpose, Storage, StorageError};
+use crate::scan::{Ownership, Scan, ScanStop, Sealed, scan_heads};
+use crate::storage::{Blocking, FileId, Purpose, Storage, StorageError};
 
 /// All that counts in a journal's file.
 #[derive(Clone, Debug)]
@@ -39,8 +37,10 @@ pub struct Survey {
     pub bad_ranges: BadRanges,
     /// Set if there may be more of those, since their list can't be read; only with [`SurveyOptions::skip_unreadable`].
     pub bad_list_lost: Option<BadListError>,
-    /// Pages that the disk couldn't give back, in bytes from the file's start; only with [`SurveyOptions::skip_unreadable`].
+    /// Pages that the disk couldn't give back, in bytes from the file's start.
     pub unreadable: Vec<u64>,
+    /// One copy of the superblock is damaged or can't be read: it may have been that of a change that had not come to count.
+    pub superblock_is_alone: bool,
     /// A free slot with a copy of the last segment that is as long as the one that counts, and older: should the opening that made the
     /// newer one have failed, that may not be durable, and this one is.
     pub older_copy: Option<u32>,
@@ -101,10 +101,11 @@ impl Segment {
         }
     }
 
-    /// Its footer, read from the file if it is sealed. A damaged footer is replaced by walking the batches' heads.
+    /// Its footer, read from the file if it is sealed. A damaged footer is replaced by walking the batches' heads, over those that can't be
+    /// read: what is lost then is in [`Footer::gaps`].
     ///
     /// # Errors
-    /// The file failed, or neither the footer nor the heads can be believed.
+    /// The file failed, or the heads contradict the trailer.
     pub fn footer<S: Storage>(
         &self,
         io: &mut Blocking<'_, S>,
@@ -126,7 +127,7 @@ impl Segment {
             Err(error) if error.is_medium() => FooterError::Unreadable,
             Err(error) => return Err(error.into()),
         };
-        let found = self.walk_heads(io, superblock)?;
+        let found = self.walk_heads(io, superblock, trailer)?;
         if found.last != trailer.last {
             return Err(SegmentError::Damaged {
                 number: self.header.number,
@@ -138,18 +139,21 @@ impl Segment {
         Ok(found.footer())
     }
 
-    /// Reads its batches' heads, up to the first that is damaged or can't be read.
+    /// Reads its batches' heads.
     fn walk_heads<S: Storage>(
         &self,
         io: &mut Blocking<'_, S>,
         superblock: &Superblock,
+        trailer: &SegmentTrailer,
     ) -> Result<Scan, StorageError> {
         let slot_offset = slot_offset_bytes(self.header.slot, superblock.slot_len_bytes);
         // One page more than the batches, because a scan doesn't look at the slot's last page.
-        let len_bytes = self.data_end_bytes() as usize + PAGE_BYTES;
+        let len_bytes = trailer.data_end_bytes as usize + PAGE_BYTES;
         let mut bytes = Salvage::new(true).read(io, slot_offset, len_bytes)?;
         self.cipher.decrypt_slot(&mut bytes);
-        Ok(scan_heads(&bytes, &self.header, Ownership::of(superblock), self.last().seq))
+        let (last, data_end_bytes) = (trailer.last, trailer.data_end_bytes);
+        let sealed = Sealed { last, data_end_bytes, volume_count: superblock.volumes.len() as u16 };
+        Ok(scan_heads(&bytes, &self.header, Ownership::of(superblock), &sealed))
     }
 }
 
@@ -159,12 +163,14 @@ pub enum SegmentError {
     /// The file failed.
     #[error("the journal's file failed")]
     Storage(#[from] StorageError),
-    /// The footer and the head of a batch are damaged.
-    #[error("segment {number} is damaged after record {after_seq} ({stop}), and so is its footer")]
+    /// The footer is damaged, and the batches are not those that the trailer tells of.
+    #[error(
+        "segment {number} ends otherwise than its trailer says, after record {after_seq} ({stop}), and its footer is damaged"
+    )]
     Damaged {
         /// The segment.
         number: u64,
-        /// The last record that can be read.
+        /// The last record that was found.
         after_seq: u64,
         /// What is wrong with the footer.
         #[source]
@@ -206,7 +212,7 @@ pub struct SurveyOptions {
     pub trusted_through: Option<u64>,
     /// Pages that the disk can't give back count as empty instead of ending the survey, and a list of bad ranges that can't be read as
     /// [lost](Survey::bad_list_lost): for tools that save what can be saved, never for a writer, who would take the history's end to be
-    /// earlier than it is.
+    /// earlier than it is. A page that is there twice, or of a slot in which nothing counts, ends no survey in any case.
     pub skip_unreadable: bool,
     /// For what is encrypted.
     pub keys: SiteKeys,
@@ -222,8 +228,9 @@ pub fn survey<S: Storage>(
     options: &SurveyOptions,
 ) -> Result<Survey, OpenError> {
     let mut io = Blocking::new(storage, file, Purpose::Survey);
-    let superblock = read_superblock(&mut io, options.skip_unreadable)?;
-    survey_as(storage, file, superblock, options)
+    let chosen = read_superblock(&mut io, options.skip_unreadable)?;
+    let found = survey_as(storage, file, chosen.superblock, options)?;
+    Ok(Survey { superblock_is_alone: chosen.is_alone, ..found })
 }
 
 /// The same with a superblock that isn't read from the file.
@@ -248,7 +255,8 @@ pub fn survey_as<S: Storage>(
         }
         read => (read?, None),
     };
-    let mut slots = read_slots(&mut io, &superblock, &mut salvage)?;
+    let mut pages = Salvage::new(true);
+    let mut slots = read_slots(&mut io, &superblock, &mut pages)?;
     let (mut segments, mut tail) = (Vec::<Segment>::new(), superblock.low_water);
     let ownership = Ownership::of(&superblock);
     let mut hidden = None;
@@ -257,11 +265,17 @@ pub fn survey_as<S: Storage>(
         let wanted = segments.last().map_or(superblock.low_water_segment, |last| last.header.number + 1);
         let (mut next, mut broken): (Option<Segment>, Option<Hidden>) = (None, None);
         let mut copies: Vec<(ChainPoint, u64, u32)> = Vec::new();
+        // Of the newest copy.
+        let mut unreadable = (0, None);
         for slot in &mut slots {
             if slot.header.number != wanted {
                 continue;
             }
-            slot.scan(&mut io, &mut salvage, &superblock, &keyring, ownership, trusted_through)?;
+            slot.scan(&mut io, &mut pages, &superblock, &keyring, ownership, trusted_through)?;
+            let open_count = slot.header.open_count;
+            if open_count <= superblock.open_count && slot.header.after == tail && open_count > unreadable.0 {
+                unreadable = (open_count, slot.ends_unreadable());
+            }
             if slot.judge(&superblock, wanted, tail) != Verdict::Use {
                 // Its copied part is damaged, if batches of its own opening follow: a copy is finished before it takes any.
                 broken = broken.or_else(|| slot.hidden(&superblock));
@@ -272,6 +286,11 @@ pub fn survey_as<S: Storage>(
                 next = Some(slot.segment(keyring.cipher(&slot.header)?));
                 hidden = slot.hidden(&superblock);
             }
+        }
+        if let (_, Some(error)) = unreadable
+            && !skip_unreadable
+        {
+            return Err(error.into());
         }
         let is_older = |broken: &Hidden, next: &Option<Segment>| {
             next.as_ref().is_none_or(|next| {
@@ -300,11 +319,13 @@ pub fn survey_as<S: Storage>(
         }),
     });
     if hidden.is_none() && damage.is_none() {
-        hidden = find_headless(&mut io, &superblock, &slots, tail, &mut salvage)?;
+        hidden = find_headless(&mut io, &superblock, &slots, &segments, tail, &mut pages)?;
     }
     let in_use = |slot: &u32| segments.iter().any(|segment| segment.header.slot == *slot);
     let free_slots = (0..superblock.slot_count).filter(|slot| !in_use(slot)).collect();
+    salvage.take(pages);
     Ok(Survey {
+        superblock_is_alone: false,
         superblock,
         segments,
         tail,
@@ -318,110 +339,6 @@ pub fn survey_as<S: Storage>(
         unreadable: salvage.into_unreadable(),
         keyring,
     })
-}
-
-/// A segment whose first page is gone, and that had no last page yet: its first batch tells that it was there. In a journal that has been
-/// encrypted that may be anything but zeroes: what is free is zeroed there, or has its segment's pages still.
-fn find_headless<S: Storage>(
-    io: &mut Blocking<'_, S>,
-    superblock: &Superblock,
-    known: &[Slot],
-    tail: ChainPoint,
-    salvage: &mut Salvage,
-) -> Result<Option<Hidden>, StorageError> {
-    let slot_len_bytes = superblock.slot_len_bytes;
-    let file_len_bytes = io.file_len_bytes()?;
-    let is_there = |slot: &u32| slot_offset_bytes(slot + 1, slot_len_bytes) <= file_len_bytes;
-    let is_known = |slot: u32| known.iter().any(|known| known.header.slot == slot);
-    // Without its first page nobody knows the key of an encrypted one. While a history is given up, what is left of it doesn't count.
-    let may_be_encrypted = superblock.encryption != Encryption::Never && !superblock.state.is_base_sync();
-    let unknown: Vec<u32> =
-        (0..superblock.slot_count).filter(is_there).filter(|slot| !is_known(*slot)).collect();
-    for chunk in unknown.chunks(SLOTS_AT_ONCE) {
-        let second_page = |slot: &u32| slot_offset_bytes(*slot, slot_len_bytes) + PAGE_BYTES as u64;
-        let read =
-            |slot| Op::Read { offset_bytes: second_page(slot), buffer: AlignedBuf::zeroed(PAGE_BYTES) };
-        let pages = io.run_all(chunk.iter().map(read).collect());
-        for (slot, page) in chunk.iter().zip(pages) {
-            let Some(page) = salvage.page(second_page(slot), page)? else { continue };
-            let Ok((batch, _)) = BatchHeader::ref_from_prefix(&page) else { continue };
-            if batch.magic != BATCH_MAGIC || batch.journal_id != *superblock.journal_id.as_bytes() {
-                if may_be_encrypted && page.iter().any(|byte| *byte != 0) {
-                    let after_seq = tail.seq;
-                    return Ok(Some(Hidden { segment: 0, slot: *slot, after_seq, resumes_seq: None }));
-                }
-                continue;
-            }
-            let offset_bytes = slot_offset_bytes(*slot, slot_len_bytes);
-            let slot_bytes = salvage.read(io, offset_bytes, slot_len_bytes as usize)?;
-            // Only what this opening wrote can be newer than what was found.
-            let header = SegmentHeader {
-                journal_id: superblock.journal_id,
-                number: 0,
-                slot: *slot,
-                open_count: superblock.open_count,
-                after: tail,
-                carried_end_bytes: PAGE_BYTES as u64,
-                begin_time_us: 0,
-                slot_len_bytes,
-                encryption: None,
-            };
-            let end_bytes = slot_len_bytes - PAGE_BYTES as u64;
-            if let Some((_, seq)) = resume(&slot_bytes, 0, end_bytes, &header, tail.seq) {
-                return Ok(Some(Hidden {
-                    segment: 0,
-                    slot: *slot,
-                    after_seq: tail.seq,
-                    resumes_seq: Some(seq + 1),
-                }));
-            }
-        }
-    }
-    Ok(None)
-}
-
-/// Reads both superblocks and takes the one that counts.
-pub(crate) fn read_superblock<S: Storage>(
-    io: &mut Blocking<'_, S>,
-    skip_unreadable: bool,
-) -> Result<Superblock, OpenError> {
-    if io.file_len_bytes()? < SUPERBLOCK_OFFSETS[1] + PAGE_BYTES as u64 {
-        return Err(OpenError::NotAJournal);
-    }
-    let [first, second] = SUPERBLOCK_OFFSETS
-        .map(|offset_bytes| io.read(offset_bytes, PAGE_BYTES).map(|page| Superblock::decode(&page)));
-    let readable = |copy: Result<_, StorageError>| match copy {
-        // The other copy, or the segments, may say enough.
-        Err(error) if skip_unreadable && error.is_medium() => Ok(Err(SuperblockError::Unreadable)),
-        copy => copy,
-    };
-    choose_superblock(readable(first)?, readable(second)?)
-}
-
-/// The copy of the superblock that counts, of what [`Superblock::decode`] gave for both: as [`survey`] chooses it.
-///
-/// # Errors
-/// None counts, or a newer release wrote one.
-pub fn choose_superblock(
-    first: Result<Superblock, SuperblockError>,
-    second: Result<Superblock, SuperblockError>,
-) -> Result<Superblock, OpenError> {
-    let sequence = |copy: &Result<Superblock, _>| copy.as_ref().map_or(0, |copy| copy.sequence);
-    let kinds = (decide::Copy::of(&first), decide::Copy::of(&second));
-    let choice = decide::choose_superblock(kinds.0, kinds.1, sequence(&first), sequence(&second));
-    match (choice, first, second) {
-        (Choice::First, Ok(copy), _) | (Choice::Second, _, Ok(copy)) => Ok(copy),
-        (Choice::RefuseNewer, first, second) => {
-            let newer = [first.err(), second.err()].into_iter().flatten();
-            let is_newer = |error: &_| decide::Copy::of::<()>(&Err(*error)) == decide::Copy::Newer;
-            Err(OpenError::Newer(newer.into_iter().find(is_newer).expect("a newer copy was seen")))
-        }
-        (Choice::BothDamaged, first, second) => {
-            let error = first.err().or(second.err()).expect("no copy is valid");
-            Err(OpenError::SuperblocksDamaged(error))
-        }
-        _ => Err(OpenError::NotAJournal),
-    }
 }
 
 fn read_manifest<S: Storage>(
@@ -455,121 +372,3 @@ fn read_bad_list<S: Storage>(
     }
     Ok(list.ranges)
 }
-
-/// A slot that names a segment of this journal.
-struct Slot {
-    header: SegmentHeader,
-    trailer: Option<SegmentTrailer>,
-    scan: Option<Scan>,
-    /// First number behind what stopped the scan.
-    resumes_seq: Option<u64>,
-}
-
-impl Slot {
-    fn scan<S: Storage>(
-        &mut self,
-        io: &mut Blocking<'_, S>,
-        salvage: &mut Salvage,
-        superblock: &Superblock,
-        keyring: &Keyring,
-        ownership: Ownership,
-        trusted_through: Option<u64>,
-    ) -> Result<(), OpenError> {
-        if self.trailer.is_none() && self.scan.is_none() {
-            let slot_len_bytes = superblock.slot_len_bytes;
-            let cipher = keyring.cipher(&self.header)?;
-            let offset_bytes = slot_offset_bytes(self.header.slot, slot_len_bytes);
-            let mut bytes = salvage.read(io, offset_bytes, slot_len_bytes as usize)?;
-            cipher.decrypt_slot(&mut bytes);
-            let found = scan(&bytes, &self.header, ownership, trusted_through);
-            if matches!(found.stop, ScanStop::Damaged(_) | ScanStop::End) {
-                let end_bytes = slot_len_bytes - PAGE_BYTES as u64;
-                let next = resume(&bytes, found.end_bytes, end_bytes, &self.header, found.last.seq);
-                self.resumes_seq = next.map(|(_, seq)| seq);
-            }
-            self.scan = Some(found);
-        }
-        Ok(())
-    }
-
-    /// The stream's place after it, once it is scanned.
-    fn last(&self) -> ChainPoint {
-        let scanned = self.scan.as_ref().map(|scan| scan.last);
-        self.trailer.as_ref().map(|trailer| trailer.last).or(scanned).unwrap_or(self.header.after)
-    }
-
-    fn judge(&self, superblock: &Superblock, wanted: u64, tail: ChainPoint) -> Verdict {
-        decide::judge(SegmentFacts {
-            wanted: self.header.number == wanted,
-            above: self.header.number > wanted,
-            opened: self.header.open_count <= superblock.open_count,
-            follows: self.header.after == tail,
-            ahead: self.header.after.seq > tail.seq,
-            sealed: self.trailer.is_some(),
-            carried: self.scan.as_ref().is_some_and(|scan| {
-                scan.end_bytes >= self.header.carried_end_bytes || scan.stop == ScanStop::Untrusted
-            }),
-        })
-    }
-
-    /// What is behind its end. Once another opening took the segment over, that opening decided where it ends.
-    fn hidden(&self, superblock: &Superblock) -> Option<Hidden> {
-        let (Some(scan), Some(_)) = (&self.scan, self.resumes_seq) else { return None };
-        let SegmentHeader { number: segment, slot, open_count, .. } = self.header;
-        let after_seq = scan.last.seq;
-        let resumes_seq = self.resumes_seq;
-        (open_count == superblock.open_count).then_some(Hidden { segment, slot, after_seq, resumes_seq })
-    }
-
-    fn segment(&self, cipher: Cipher) -> Segment {
-        let content = match (&self.trailer, &self.scan) {
-            (Some(trailer), _) => Content::Sealed(Box::new(trailer.clone())),
-            (None, Some(scan)) => Content::Scanned(Box::new(scan.clone())),
-            (None, None) => unreachable!("a slot is scanned before it is used"),
-        };
-        Segment { header: self.header.clone(), content, cipher }
-    }
-}
-
-fn read_slots<S: Storage>(
-    io: &mut Blocking<'_, S>,
-    superblock: &Superblock,
-    salvage: &mut Salvage,
-) -> Result<Vec<Slot>, StorageError> {
-    let slot_len_bytes = superblock.slot_len_bytes;
-    let file_len_bytes = io.file_len_bytes()?;
-    let page = |offset_bytes| Op::Read { offset_bytes, buffer: AlignedBuf::zeroed(PAGE_BYTES) };
-    let mut slots = Vec::new();
-    // A file cut short has lost its last slots; the survey finds out whether they are missed.
-    let whole = |slot: &u32| slot_offset_bytes(slot + 1, slot_len_bytes) <= file_len_bytes;
-    let present: Vec<u32> = (0..superblock.slot_count).filter(whole).collect();
-    for chunk in present.chunks(SLOTS_AT_ONCE) {
-        let edges = |slot: u32| {
-            let offset = slot_offset_bytes(slot, slot_len_bytes);
-            [offset, offset + slot_len_bytes - PAGE_BYTES as u64]
-        };
-        let places: Vec<u64> = chunk.iter().flat_map(|slot| edges(*slot)).collect();
-        let pages = io.run_all(places.iter().map(|place| page(*place)).collect());
-        let mut pages = places.into_iter().zip(pages).map(|(place, page)| salvage.page(place, page));
-        for &index in chunk {
-            let mut next = || pages.next().expect("two for each slot");
-            let header = next()?.and_then(|page| SegmentHeader::decode(&page, slot_len_bytes).ok());
-            let trailer = next()?.and_then(|page| SegmentTrailer::decode(&page, slot_len_bytes).ok());
-            let ours =
-                |header: &SegmentHeader| header.journal_id == superblock.journal_id && header.slot == index;
-            let header = header.filter(ours);
-            // A trailer under another header is one of the slot's earlier life.
-            let trailer = trailer
-                .filter(|trailer| ours(&trailer.header))
-                .filter(|trailer| header.as_ref().is_none_or(|header| *header == trailer.header));
-            let header = header.or_else(|| trailer.as_ref().map(|trailer| trailer.header.clone()));
-            if let Some(header) = header {
-                slots.push(Slot { header, trailer, scan: None, resumes_seq: None });
-            }
-        }
-    }
-    Ok(slots)
-}
-
-/// How many slots' pages are read together.
-pub(super) const SLOTS_AT_ONCE: usize = 256;

@@ -66,6 +66,9 @@ pub enum Change {
         /// What of the recovery disks can't be trusted then (C5).
         bad_ranges: BadRanges,
     },
+    /// The list of what of the recovery disks can't be trusted (C5), while nothing is promoted. Before a page is written in part of which the
+    /// disk has lost the rest: afterwards nothing tells.
+    NoteBadRanges(BadRanges),
     /// Give back the space of free slots above those that are kept and these.
     Shrink {
         /// How many more are kept.
@@ -189,6 +192,9 @@ impl Writer {
                     && size_bytes.len() == self.superblock.volumes.len()
                     && bad_ranges.len() <= MAX_BAD_RANGES,
             ),
+            Change::NoteBadRanges(bad_ranges) => {
+                allowed(!self.superblock.state.is_base_sync() && bad_ranges.len() <= MAX_BAD_RANGES)
+            }
             Change::SetVolumes(volumes) => {
                 if volumes.len() > crate::batch::MAX_VOLUMES {
                     return Err(ChangeError::Volumes(volumes.len()));
@@ -289,6 +295,7 @@ impl Writer {
                     volume.size_bytes = *size_bytes;
                 }
             }
+            Change::NoteBadRanges(bad_ranges) => self.note_bad_ranges(bad_ranges, &mut next, &mut before),
             &Change::Shrink { spare_slots } => return self.shrink(ticket, spare_slots),
             Change::SetVolumes(volumes) => next.volumes.clone_from(volumes),
             Change::SetManifest(text) => {
@@ -379,8 +386,9 @@ impl Writer {
         self.superblock_step(before, next, AfterChange::Grown).growing()
     }
 
-    /// One copy is written and synced before the change counts; the other follows with the next step. The next change
-    /// begins with that other one, so a crash never finds both in doubt.
+    /// One copy is written and synced, then the other, and only then the change counts. So a copy that can't be read never hides anything
+    /// that was relied upon: either the other one says the same, or the change had not come to count. A crash finds one of them in doubt at
+    /// most.
     pub(super) fn superblock_step(
         &mut self,
         before: Vec<Vec<(Purpose, Op)>>,
@@ -391,22 +399,21 @@ impl Writer {
         next.receive_time_us = self.receive_time_us;
         let page = segment::page(&next.encode());
         let first = (next.sequence % 2) as usize;
-        // Its place is written next in any case.
-        self.riders.retain(|(purpose, _)| *purpose != Purpose::SuperblockMirror);
         let write =
             |copy: usize| Op::Write { offset_bytes: SUPERBLOCK_OFFSETS[copy], pieces: vec![page.clone()] };
-        let mirror = Some((Purpose::SuperblockMirror, write(1 - first)));
         let mut phases = before;
-        phases.push(vec![(Purpose::Superblock, write(first))]);
         let is_claim =
             matches!(&then, AfterChange::Change { change, .. } if matches!(**change, Change::Claim { .. }));
         let ends_promotion = matches!(&then, AfterChange::Change { change, .. } if matches!(**change, Change::EndPromotion { .. }));
-        if !(planted(Bug::GrantBeforeGenerationDurable) && is_claim
-            || planted(Bug::LowWaterNotSynced) && ends_promotion)
-        {
-            phases.push(vec![(Purpose::Superblock, Op::Sync)]);
+        let is_synced = !(planted(Bug::GrantBeforeGenerationDurable) && is_claim
+            || planted(Bug::LowWaterNotSynced) && ends_promotion);
+        for (purpose, copy) in [(Purpose::Superblock, first), (Purpose::SuperblockMirror, 1 - first)] {
+            phases.push(vec![(purpose, write(copy))]);
+            if is_synced {
+                phases.push(vec![(purpose, Op::Sync)]);
+            }
         }
-        Step::new(phases, Effect::Superblock { superblock: Box::new(next), mirror, then })
+        Step::new(phases, Effect::Superblock { superblock: Box::new(next), then })
     }
 
     pub(super) fn after_change(&mut self, then: AfterChange) {
@@ -435,6 +442,7 @@ impl Writer {
                 self.free_slots.add_reserved(closed.chain(open));
                 self.riders.retain(|(purpose, _)| *purpose != Purpose::Seal);
             }
+            Change::NoteBadRanges(bad_ranges) => self.bad_ranges = bad_ranges,
             Change::EndPromotion { bad_ranges, .. } => {
                 self.bad_ranges = bad_ranges;
                 self.free_promoted(self.superblock.low_water_segment);

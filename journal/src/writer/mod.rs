@@ -169,7 +169,7 @@ pub struct Writer {
     /// The newest intent that this opening has put into the stream.
     told_intent_seq: u64,
     next_ticket: u64,
-    /// Writes that need no sync of their own and go with the next step: footer and trailer, the other superblock copy.
+    /// Writes that need no sync of their own and go with the next step: footer and trailer.
     riders: Vec<(Purpose, Op)>,
     step: Option<Step>,
     /// The group after the one that is being synced, with the token of its first operation.
@@ -510,8 +510,7 @@ impl Writer {
                 self.durable = point;
                 self.events.push_back(Event::Durable(point));
             }
-            Effect::Superblock { superblock, mirror, then } => {
-                self.riders.extend(mirror);
+            Effect::Superblock { superblock, then } => {
                 let grown = self.superblock.slot_count..superblock.slot_count;
                 self.free_slots.add_reserved(grown);
                 self.superblock = *superblock;

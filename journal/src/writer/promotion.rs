@@ -36,7 +36,7 @@ impl Writer {
         }
     }
 
-    /// The record of the intent and the superblock, then one sync for both.
+    /// The record of the intent and one copy of the superblock with one sync for both, then the other copy.
     pub(super) fn announce_promotion(&mut self, ticket: u64, through: ChainPoint) -> Option<Step> {
         let change = Change::AnnouncePromotion { through };
         if self.can_promote(through) && !self.has_room_for_intent() && !self.no_space {
@@ -54,7 +54,6 @@ impl Writer {
         }
         let mut next = self.superblock.clone();
         next.promotion_intent_seq = through.seq;
-        self.riders.retain(|(purpose, _)| *purpose != Purpose::SuperblockMirror);
         let mut writes = std::mem::take(&mut self.riders);
         if self.told_intent_seq < through.seq && !planted(Bug::IntentNotInStream) {
             writes.extend(self.intent_write(through)?);

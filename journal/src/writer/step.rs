@@ -16,7 +16,6 @@ pub(super) enum Effect {
     Durable(ChainPoint),
     Superblock {
         superblock: Box<Superblock>,
-        mirror: Option<(Purpose, Op)>,
         then: AfterChange,
     },
 }

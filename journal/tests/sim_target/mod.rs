@@ -1,6 +1,8 @@
 //! A journal and its recovery disk on a simulated disk, and a stream into it: for tests of what a failing disk does.
+#![allow(dead_code, reason = "each test uses a part of it")]
 
 use bytes::Bytes;
+use journal::bad_ranges::BadRanges;
 use journal::batch::{BatchLink, BatchSealer, BatchView, Checkpoint, CheckpointKind, Epoch, Record};
 use journal::crypt::{Encryption, Keys, NewKey, SiteKey, SiteKeys};
 use journal::format::{VolumeState, slot_offset_bytes};
@@ -10,7 +12,7 @@ use journal::recovery::{
 };
 use journal::storage::sim::{SimDisk, SimStorage};
 use journal::storage::{Blocking, FileId, Op, Purpose, Storage};
-use journal::writer::{Change, Event, Limits, Writer, drive};
+use journal::writer::{Change, ClosedSegment, Event, Limits, Writer, drive};
 use uuid::Uuid;
 
 pub(crate) const SLOT_BYTES: u64 = 64 << 10;
@@ -76,7 +78,8 @@ impl Site {
     pub(crate) fn target(&self) -> Target<'_> {
         let writer = Writer::new(self.open().expect("open"), LIMITS);
         let sealer = BatchSealer::new();
-        let mut target = Target { site: self, storage: self.disk.storage(), writer, sealer, seq: 0, crc: 0 };
+        let (storage, lost) = (self.disk.storage(), BadRanges::default());
+        let mut target = Target { site: self, storage, writer, sealer, seq: 0, crc: 0, lost };
         let claim = Change::Claim { generation: GENERATION, parent: Uuid::nil(), first_seq: 1 };
         target.change(claim);
         let durable = target.writer.durable();
@@ -111,6 +114,8 @@ pub(crate) struct Target<'a> {
     sealer: BatchSealer,
     pub(crate) seq: u64,
     crc: u32,
+    /// What can't be trusted of the recovery disk, as the last promotion found it.
+    pub(crate) lost: BadRanges,
 }
 
 impl Target<'_> {
@@ -202,9 +207,30 @@ impl Target<'_> {
         let segments: Vec<_> = self.writer.closed_segments().take(count).cloned().collect();
         let through = segments.last().expect("a closed segment").last;
         self.change(Change::AnnouncePromotion { through });
+        let mut promotion = self.promotion(segments);
+        let ended = self.run(&mut promotion);
+        self.lost = promotion.bad_ranges_with_lost();
+        ended?;
+        Ok(promotion.promoted().expect("nothing is left to do"))
+    }
+
+    /// Finds out what the oldest closed segments hold, as before an announcement.
+    pub(crate) fn look(&mut self, count: usize) -> Result<(), PromotionError> {
+        let segments: Vec<_> = self.writer.closed_segments().take(count).cloned().collect();
+        let mut promotion = self.promotion(segments).before_announcing();
+        self.run(&mut promotion)?;
+        assert!(promotion.waits_for_announcement() && promotion.promoted().is_none());
+        Ok(())
+    }
+
+    fn promotion(&self, segments: Vec<ClosedSegment>) -> Promotion {
         let superblock = self.writer.superblock().clone();
         let (bad_ranges, sizes) = (self.writer.bad_ranges().clone(), TransferSizes::default());
-        let mut promotion = Promotion::new(superblock, bad_ranges, segments, vec![false], sizes);
+        Promotion::new(superblock, bad_ranges, segments, vec![false], sizes)
+    }
+
+    /// Does what it wants done, until it wants nothing more.
+    fn run(&mut self, promotion: &mut Promotion) -> Result<(), PromotionError> {
         let mut done = Vec::new();
         loop {
             while let Some(action) = promotion.poll_action(1 << 20) {
@@ -214,8 +240,8 @@ impl Target<'_> {
                 };
                 self.storage.submit(file, action.token, action.purpose, action.op);
             }
-            if let Some(promoted) = promotion.promoted() {
-                return Ok(promoted);
+            if !promotion.is_busy() {
+                return Ok(());
             }
             self.storage.collect(true, &mut done).expect("the process lives");
             for completion in done.drain(..) {

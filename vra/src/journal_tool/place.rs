@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use journal::crypt::SiteKeys;
-use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, SuperblockError, VolumeState};
+use journal::format::{Gap, PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, SuperblockError, VolumeState};
 use journal::recovery::{
     OpenError, Rebuilt, Survey, SurveyOptions, choose_superblock, newest_manifest, rebuild, survey_as,
 };
@@ -97,6 +97,12 @@ impl Journal {
         };
         let (is_rebuilt, is_unproven) =
             (rebuilt.is_some(), rebuilt.as_ref().is_some_and(|rebuilt| rebuilt.is_unproven));
+        if let Some(gap) = rebuilt.as_ref().and_then(|rebuilt| rebuilt.gap) {
+            let error = anyhow::Error::from(OpenError::Damaged(gap));
+            return Err(
+                error.context(format!("cannot open {}: both superblocks are lost too", path.display()))
+            );
+        }
         let reader = match rebuilt {
             None => opened.map_err(anyhow::Error::from),
             Some(rebuilt) => survey_as(&mut storage, file, rebuilt.superblock, &options)
@@ -158,6 +164,12 @@ impl Journal {
         }
         if let Some(why) = &self.cut_short {
             warnings.push(format!("{why}; nothing after that can be opened"));
+        }
+        for Gap { first_seq, last_seq } in self.reader.gaps() {
+            warnings.push(format!(
+                "records {first_seq} to {last_seq} are lost, and it is not known what they wrote; nothing from record {first_seq} on can \
+                 be opened, before the end of a full sync that began behind them"
+            ));
         }
         if let Some(first) = survey.unreadable.first() {
             let count = survey.unreadable.len();

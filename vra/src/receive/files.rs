@@ -176,7 +176,18 @@ pub(super) fn open(
     }
     let mut io = Blocking::new(&mut storage, file, Purpose::Survey);
     let mut events = Vec::new();
-    let take = |footer: Footer| events.extend(footer.events);
+    let take = |footer: Footer| {
+        for gap in footer.gaps.iter().filter(|gap| gap.has_records()) {
+            tracing::error!(
+                journal = %path.display(),
+                first_seq = gap.first_seq,
+                last_seq = gap.last_seq,
+                "records of the journal can't be read, and neither can their segment's footer: no checkpoint from there on counts, until a \
+                 full sync that began behind them has ended. Restart the source's VRA, which begins one"
+            );
+        }
+        events.extend(footer.events);
+    };
     journal::recovery::each_footer(&opened.segments, &mut io, &opened.superblock, take)
         .map_err(|source| TargetError::Segment { path: path.clone(), source })?;
     let journal = storage.remove_file(file).expect("added above");

@@ -1,9 +1,9 @@
 //! Checkpoints and syncs of a journal that is being written.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 use journal::batch::{BatchView, Checkpoint, RecordKind};
-use journal::format::FooterEvent;
+use journal::format::{FooterEvent, Gap};
 
 use super::checkpoint_list::{CheckpointList, ListedCheckpoint};
 use super::receiver_types::HistorySpan;
@@ -13,8 +13,8 @@ use super::receiver_types::HistorySpan;
 pub struct History {
     /// Of batches that are not durable yet, by the number that makes them so.
     pending: VecDeque<(u64, Happened)>,
-    /// Volumes in a sync, by what is durable.
-    open_syncs: BTreeSet<u16>,
+    /// Volumes in a sync, and which one has to end, by what is durable.
+    open_syncs: BTreeMap<u16, u64>,
     /// Syncs that went through the journal, oldest first.
     syncs: VecDeque<SyncSpan>,
     /// The checkpoints outside of syncs.
@@ -24,8 +24,8 @@ pub struct History {
 
 #[derive(Clone, Debug)]
 enum Happened {
-    SyncBegin { volume: u16 },
-    SyncEnd { volume: u16 },
+    SyncBegin { volume: u16, sync_id: u64 },
+    SyncEnd { volume: u16, sync_id: u64 },
     Checkpoint(ListedCheckpoint),
 }
 
@@ -43,7 +43,7 @@ impl History {
     pub(super) fn new(events: &[FooterEvent], oldest_seq: u64) -> Self {
         let mut history = Self::default();
         for FooterEvent { position_seq, record } in events {
-            history.note(*position_seq, record.kind, record.volume, &record.payload);
+            history.note(*position_seq, record.kind, record.volume, record.sync_id, &record.payload);
         }
         history.durable(u64::MAX);
         history.forget_below(oldest_seq);
@@ -89,14 +89,14 @@ impl History {
     /// Takes the events of a batch that was given to the journal.
     pub(super) fn take(&mut self, view: &BatchView<'_>) {
         for record in view.records() {
-            self.note(record.seq(), record.kind(), record.volume(), record.payload());
+            self.note(record.seq(), record.kind(), record.volume(), record.sync_id(), record.payload());
         }
     }
 
-    fn note(&mut self, position_seq: u64, kind: RecordKind, volume: u16, payload: &[u8]) {
+    fn note(&mut self, position_seq: u64, kind: RecordKind, volume: u16, sync_id: u64, payload: &[u8]) {
         let happened = match kind {
-            RecordKind::SyncBegin => Happened::SyncBegin { volume },
-            RecordKind::SyncEnd => Happened::SyncEnd { volume },
+            RecordKind::SyncBegin => Happened::SyncBegin { volume, sync_id },
+            RecordKind::SyncEnd => Happened::SyncEnd { volume, sync_id },
             RecordKind::Checkpoint => match Checkpoint::decode(payload) {
                 Ok(checkpoint) if checkpoint.cut <= position_seq => {
                     Happened::Checkpoint(ListedCheckpoint::of(&checkpoint))
@@ -113,12 +113,16 @@ impl History {
         while let Some((seq, happened)) = self.pending.pop_front_if(|(position_seq, _)| *position_seq <= seq)
         {
             match happened {
-                Happened::SyncBegin { volume } => {
-                    if self.open_syncs.insert(volume) {
+                Happened::SyncBegin { volume, sync_id } => {
+                    // One that begins before the last one ended takes over what that one left.
+                    if self.open_syncs.insert(volume, sync_id).is_none() {
                         self.syncs.push_back(SyncSpan { volume, begin_seq: seq, end_seq: None });
                     }
                 }
-                Happened::SyncEnd { volume } => {
+                Happened::SyncEnd { volume, sync_id } => {
+                    if self.open_syncs.get(&volume) != Some(&sync_id) {
+                        continue;
+                    }
                     self.open_syncs.remove(&volume);
                     let open = |sync: &&mut SyncSpan| sync.volume == volume && sync.end_seq.is_none();
                     if let Some(sync) = self.syncs.iter_mut().rev().find(open) {
@@ -135,6 +139,32 @@ impl History {
         }
     }
 
+    /// Records of the journal turned out to be lost: from the first of them on nothing counts, until a sync that began behind them has
+    /// ended (B5).
+    pub(super) fn gap(&mut self, gap: Gap, volume_count: u16) {
+        for volume in 0..volume_count {
+            let begun_behind = |sync: &&mut SyncSpan| sync.volume == volume && sync.begin_seq > gap.last_seq;
+            let begin_seq = gap.first_seq;
+            match self.syncs.iter_mut().find(begun_behind) {
+                Some(sync) => sync.begin_seq = begin_seq,
+                None => {
+                    // The id 0 is no sync's: what is under way now began before the records were lost, and ends nothing.
+                    if self.open_syncs.insert(volume, 0).is_none() {
+                        self.syncs.push_back(SyncSpan { volume, begin_seq, end_seq: None });
+                    }
+                }
+            }
+        }
+        let listed: Vec<ListedCheckpoint> = self.checkpoints.iter_from(0).cloned().collect();
+        self.checkpoints.clear();
+        for checkpoint in listed {
+            if !self.is_inside_sync(checkpoint.cut) {
+                self.checkpoints.push(checkpoint);
+            }
+        }
+        self.newest_cut = self.checkpoints.newest().map(|newest| newest.cut);
+    }
+
     /// What was taken and is not durable is not going to be.
     pub(super) fn forget_pending(&mut self) {
         self.pending.clear();
@@ -143,5 +173,79 @@ impl History {
     /// The journal is empty.
     pub(super) fn clear(&mut self) {
         *self = Self::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use journal::batch::{CheckpointKind, Epoch, Record};
+    use uuid::Uuid;
+
+    use super::*;
+
+    const SIZE_BYTES: u64 = 1 << 20;
+
+    fn history(records: Vec<Record>) -> History {
+        let events: Vec<_> =
+            records.into_iter().map(|record| FooterEvent { position_seq: record.seq, record }).collect();
+        History::new(&events, 0)
+    }
+
+    fn begin(seq: u64, sync_id: u64) -> Record {
+        Record::sync_begin(seq, 1, 0, SIZE_BYTES, sync_id)
+    }
+
+    fn end(seq: u64, sync_id: u64) -> Record {
+        Record::sync_end(seq, 1, 0, SIZE_BYTES, sync_id)
+    }
+
+    fn checkpoint(cut: u64) -> Record {
+        let epoch = Epoch { nonce: Uuid::from_u128(7), counter: cut };
+        let (kind, tag) = (CheckpointKind::Automatic, String::new());
+        let checkpoint = Checkpoint { epoch, cut, member_set_version: 1, time_us: cut, kind, tag };
+        Record::checkpoint(cut + 1, 1, &checkpoint)
+    }
+
+    fn cuts(history: &History) -> Vec<u64> {
+        history.checkpoints().iter_from(0).map(|checkpoint| checkpoint.cut).collect()
+    }
+
+    #[test]
+    fn only_the_end_of_the_latest_sync_counts() {
+        let history = history(vec![begin(1, 5), begin(3, 6), end(5, 5), checkpoint(7)]);
+        assert!(history.is_in_sync() && cuts(&history).is_empty());
+    }
+
+    #[test]
+    fn what_is_behind_a_gap_counts_again_after_a_sync_that_began_there() {
+        let gap = Gap { first_seq: 10, last_seq: 20 };
+        let all = vec![checkpoint(8), checkpoint(25), begin(30, 5), end(40, 5), checkpoint(50)];
+        let mut synced = history(all.clone());
+        assert_eq!(cuts(&synced), [8, 25, 50]);
+        synced.gap(gap, 1);
+        assert_eq!((cuts(&synced), synced.newest_cut()), (vec![8, 50], Some(50)));
+        assert!(synced.is_inside_sync(10) && synced.is_inside_sync(39) && !synced.is_inside_sync(40));
+
+        let mut not_synced = history(all[..2].to_vec());
+        not_synced.gap(gap, 1);
+        assert_eq!((cuts(&not_synced), not_synced.newest_cut()), (vec![8], Some(8)));
+        // What comes now decides.
+        for record in &all[2..] {
+            let payload: &Bytes = &record.payload;
+            not_synced.note(record.seq, record.kind, record.volume, record.sync_id, payload);
+        }
+        not_synced.durable(100);
+        assert_eq!(cuts(&not_synced), [8, 50]);
+        assert!(!not_synced.is_in_sync());
+    }
+
+    #[test]
+    fn a_sync_that_began_before_a_gap_does_not_end_it() {
+        let mut history = history(vec![checkpoint(2), begin(5, 5)]);
+        history.gap(Gap { first_seq: 10, last_seq: 20 }, 1);
+        history.note(30, RecordKind::SyncEnd, 0, 5, &[]);
+        history.durable(100);
+        assert!(history.is_in_sync() && history.is_inside_sync(31));
     }
 }

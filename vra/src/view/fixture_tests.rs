@@ -118,6 +118,7 @@ fn make_the_fixture() {
         cut,
         time_us: TimeUs(1_000_000),
         member_set_version: 1,
+        kind: Default::default(),
         tag: Some("kept".into()),
     });
     journal.change(Change::SetManifest(manifest.to_text()));

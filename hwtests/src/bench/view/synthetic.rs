@@ -59,7 +59,7 @@ pub(super) fn make(path: &Path, record_count: u64, disk_bytes: u64) -> Result<u6
             })
             .collect();
         extents.sort_unstable_by_key(|extent| (extent.offset_bytes.get(), extent.seq_delta.get()));
-        let footer = Footer { base_seq: after_seq, extents, crcs: Vec::new(), events: Vec::new() }.encode();
+        let footer = Footer { base_seq: after_seq, extents, ..Footer::default() }.encode();
         let trailer = SegmentTrailer {
             header: header.clone(),
             data_end_bytes: SLOT_BYTES - PAGE_BYTES as u64 - footer.len() as u64,

@@ -82,7 +82,7 @@ impl Run {
         // A reader beside the living process finds all that is promised.
         let Vm { site, ledger, .. } = &mut run.vm;
         if run.is_damaged {
-            damage::look(site, ledger, &mut run.env)?;
+            damage::look(site, ledger, &damage::Expected::default(), &mut run.env)?;
         } else {
             recovered::compare_all(site, ledger, &mut run.env)?;
         }
@@ -342,7 +342,7 @@ fn compare_after_power_cut(
         return Err(format!("an opening relied on {relied_on_seq}, and after it only {found_seq} is there"));
     }
     if is_damaged {
-        damage::look(site, ledger, env)
+        damage::look(site, ledger, &damage::Expected::default(), env)
     } else {
         recovered::compare_all(site, ledger, env).map(drop)
     }

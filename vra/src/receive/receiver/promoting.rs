@@ -1,6 +1,8 @@
 //! The receiver's part that promotes: what has grown older than the history goes to the recovery disks (C2).
 
-use journal::format::ChainPoint;
+mod shrinking;
+
+use journal::format::{ChainPoint, Gap};
 use journal::promotion::{Promotion, PromotionAction, PromotionError};
 use journal::storage::{AlignedBuf, StorageError};
 use journal::writer::{Change, ClosedSegment, RESERVED_SLOTS};
@@ -35,15 +37,24 @@ pub(super) struct Promoting {
 enum Stage {
     #[default]
     Idle,
+    /// What the segments hold is being found out: nothing is announced that can't be done.
+    Looking {
+        promotion: Box<Promotion>,
+        due: Due,
+    },
     /// The intent is not durable yet.
     Announcing {
         ticket: u64,
-        through: ChainPoint,
+        promotion: Box<Promotion>,
         due: Due,
     },
     Carrying(Box<Promotion>),
     /// It can't go on; what is under way ends first.
     Draining(Box<Promotion>),
+    /// What the recovery disks have lost is not noted durably yet.
+    Noting {
+        ticket: u64,
+    },
     /// The low-water mark is not durable yet.
     Ending {
         ticket: u64,
@@ -79,10 +90,6 @@ const BUSY_WINDOW_BYTES: u64 = 1 << 20;
 const IDLE_WINDOW_BYTES: u64 = 8 << 20;
 /// Without a batch for so long, in microseconds, a journal isn't taking writes: between two batches of a busy VM nothing is under way either.
 const BUSY_US: u64 = 100_000;
-/// Free slots that are kept besides those that the journal never fills.
-const SPARE_SLOTS: u32 = 1;
-/// Without a batch for so long, in microseconds, nothing is kept for a load that isn't there.
-const QUIET_US: u64 = 60_000_000;
 /// Wait after a promotion that couldn't go on, in microseconds.
 const HOLD_OFF_US: u64 = 5_000_000;
 
@@ -130,23 +137,46 @@ impl Receiver {
             return self.shrink(usize::MAX, now);
         }
         let Some(through) = self.writer.closed_segments().nth(due.count - 1) else { return };
-        let through = through.last;
-        if let Ok(ticket) = self.writer.change(Change::AnnouncePromotion { through }) {
-            self.promoting.stage = Stage::Announcing { ticket, through, due };
-            if is_planted(Planted::PromotionNotAnnounced) {
-                self.carry(through, due);
-            }
+        let promotion = self.promotion(through.last);
+        self.promoting.stage = if is_planted(Planted::PromotionNotAnnounced) {
+            Stage::Carrying(Box::new(promotion))
+        } else {
+            Stage::Looking { promotion: Box::new(promotion.before_announcing()), due }
+        };
+    }
+
+    /// It is known what the segments hold: the promotion is announced, if it may still be.
+    fn announce(&mut self) {
+        let Stage::Looking { promotion, due } = std::mem::take(&mut self.promoting.stage) else { return };
+        let through = promotion.through();
+        if !self.promoting.closing
+            && self.may_promote_through(through.seq)
+            && let Ok(ticket) = self.writer.change(Change::AnnouncePromotion { through })
+        {
+            self.promoting.stage = Stage::Announcing { ticket, promotion, due };
         }
+    }
+
+    /// Whether nothing has come in the way since it was decided: a view was opened, or a history given up.
+    fn may_promote_through(&self, through_seq: u64) -> bool {
+        let superblock = self.writer.superblock();
+        let announced = superblock.promotion_intent_seq;
+        if announced > superblock.low_water.seq {
+            return through_seq == announced;
+        }
+        let pin = if is_planted(Planted::PromotionPastPin) { None } else { self.pins.lowest() };
+        self.history.newest_cut().is_some_and(|cut| through_seq <= cut.min(pin.unwrap_or(u64::MAX)))
+            && (is_planted(Planted::PromotionEndsInSync) || !self.history.is_inside_sync(through_seq))
     }
 
     /// Ends what is under way, as soon as that can be: it was announced, and the next opening does it again.
     pub(super) fn stop_promoting(&mut self) {
         self.promoting.closing = true;
         match std::mem::take(&mut self.promoting.stage) {
-            Stage::Carrying(promotion) if promotion.is_busy() => {
+            Stage::Carrying(promotion) | Stage::Looking { promotion, .. } if promotion.is_busy() => {
                 self.promoting.stage = Stage::Draining(promotion);
             }
-            Stage::Carrying(_) => {}
+            Stage::Carrying(_) | Stage::Looking { .. } => {}
             other => self.promoting.stage = other,
         }
     }
@@ -154,7 +184,7 @@ impl Receiver {
     /// The lowest number that a view may be opened at, counting what is only about to be announced.
     pub fn oldest_seq(&self) -> u64 {
         let announced = match &self.promoting.stage {
-            Stage::Announcing { through, .. } => through.seq,
+            Stage::Announcing { promotion, .. } => promotion.through().seq,
             _ => 0,
         };
         self.writer.superblock().oldest_seq().max(announced)
@@ -266,25 +296,33 @@ impl Receiver {
         in_use + RESERVED_SLOTS > self.policy.limits.max_slots as usize
     }
 
-    fn carry(&mut self, through: ChainPoint, due: Due) {
+    /// One that carries all that is closed through a place.
+    fn promotion(&self, through: ChainPoint) -> Promotion {
         let segments = self.writer.closed_segments().take_while(|segment| segment.last.seq <= through.seq);
         let segments: Vec<_> = segments.cloned().collect();
-        self.tell_shortened(due.shortens, segments.last().map_or(0, ClosedSegment::end_time_us));
-        if segments.is_empty() {
-            self.promoting.stage = Stage::Idle;
-            return;
-        }
         let reserved = self.promoting.recovery_disks_reserved.clone();
         let superblock = self.writer.superblock().clone();
         let bad_ranges = self.writer.bad_ranges().clone();
-        let promotion = Promotion::new(superblock, bad_ranges, segments, reserved, self.policy.promotion);
-        self.promoting.stage = Stage::Carrying(Box::new(promotion));
+        Promotion::new(superblock, bad_ranges, segments, reserved, self.policy.promotion)
+    }
+
+    /// It is announced, durably.
+    fn carry(&mut self, mut promotion: Box<Promotion>, due: Due) {
+        let through = promotion.through();
+        let ending = self.writer.closed_segments().find(|segment| segment.last == through);
+        let end_time_us = ending.map_or(0, ClosedSegment::end_time_us);
+        self.tell_shortened(due.shortens, end_time_us);
+        promotion.announced();
+        self.promoting.stage = Stage::Carrying(promotion);
     }
 
     /// The next operation of a promotion.
     pub(super) fn promotion_action(&mut self, now: Now) -> Option<PromotionAction> {
         let newest_append_us = self.last_append_us.max(self.neighbours_append_us);
-        let Stage::Carrying(promotion) = &mut self.promoting.stage else { return None };
+        let (Stage::Carrying(promotion) | Stage::Looking { promotion, .. }) = &mut self.promoting.stage
+        else {
+            return None;
+        };
         let is_quiet = now.mono_us.saturating_sub(newest_append_us) > BUSY_US && self.writer.is_idle();
         let window_bytes = if is_quiet || self.full { IDLE_WINDOW_BYTES } else { BUSY_WINDOW_BYTES };
         let action = promotion.poll_action(window_bytes);
@@ -296,13 +334,19 @@ impl Receiver {
 
     /// An operation of a promotion has ended.
     pub fn promotion_done(&mut self, token: u64, result: Result<Option<AlignedBuf>, StorageError>, now: Now) {
-        let (Stage::Carrying(promotion) | Stage::Draining(promotion)) = &mut self.promoting.stage else {
+        let (Stage::Carrying(promotion) | Stage::Draining(promotion) | Stage::Looking { promotion, .. }) =
+            &mut self.promoting.stage
+        else {
             return;
         };
         let ended = promotion.done(token, result);
         match (&mut self.promoting.stage, ended) {
             (Stage::Carrying(_), Ok(true)) => self.carried(),
-            (Stage::Carrying(_), Err(error)) => self.stuck(error, now),
+            (Stage::Carrying(_), Err(PromotionError::DiskLost { .. })) => self.note_lost(now),
+            (Stage::Carrying(_) | Stage::Looking { .. }, Err(error)) => self.stuck(error, now),
+            (Stage::Looking { promotion, .. }, Ok(_)) if promotion.waits_for_announcement() => {
+                self.announce()
+            }
             (Stage::Draining(promotion), _) if !promotion.is_busy() => self.promoting.stage = Stage::Idle,
             _ => {}
         }
@@ -333,10 +377,36 @@ impl Receiver {
         }
     }
 
-    fn stuck(&mut self, error: PromotionError, now: Now) {
+    /// The recovery disks have lost what is to be written in part: it is noted, then the promotion is done again. Open views know before the
+    /// file does, and nothing was written there yet.
+    fn note_lost(&mut self, now: Now) {
         let Stage::Carrying(promotion) = std::mem::take(&mut self.promoting.stage) else { return };
+        let bad_ranges = promotion.bad_ranges_with_lost();
+        self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::Promoted {
+            through_seq: self.writer.superblock().low_water.seq,
+            written_bytes: 0,
+            bad_ranges: bad_ranges.clone(),
+        }));
+        match self.writer.change(Change::NoteBadRanges(bad_ranges)) {
+            Ok(ticket) => self.promoting.stage = Stage::Noting { ticket },
+            Err(_) => self.hold_off(now),
+        }
+    }
+
+    fn stuck(&mut self, error: PromotionError, now: Now) {
+        let stage = std::mem::take(&mut self.promoting.stage);
+        let (Stage::Carrying(promotion) | Stage::Looking { promotion, .. }) = stage else { return };
         if promotion.is_busy() {
             self.promoting.stage = Stage::Draining(promotion);
+        }
+        let superblock = self.writer.superblock();
+        if superblock.state.is_base_sync() {
+            // The history was given up meanwhile, and its segments with it.
+            return;
+        }
+        if let PromotionError::Gap { first_seq, last_seq, .. } = error {
+            let volume_count = superblock.volumes.len() as u16;
+            self.history.gap(Gap { first_seq, last_seq }, volume_count);
         }
         self.hold_off(now);
         // It is done again from the start, with every write of it: nothing that failed is trusted. The journal itself is whole.
@@ -356,15 +426,18 @@ impl Receiver {
     /// A change of the journal is durable: whether it was one of promotion's.
     pub(super) fn promotion_changed(&mut self, changed: u64, now: Now) -> bool {
         match self.promoting.stage {
-            Stage::Announcing { ticket, through, due } if ticket == changed => {
+            Stage::Announcing { ticket, .. } if ticket == changed => {
+                let Stage::Announcing { promotion, due, .. } = std::mem::take(&mut self.promoting.stage)
+                else {
+                    return true;
+                };
                 let superblock = self.writer.superblock();
+                let is_announced = superblock.promotion_intent_seq == promotion.through().seq;
                 if self.promoting.closing {
                     // Announced is enough: the next opening goes on from there.
-                    self.promoting.stage = Stage::Idle;
-                } else if superblock.promotion_intent_seq == through.seq && !superblock.state.is_base_sync() {
-                    self.carry(through, due);
+                } else if is_announced && !superblock.state.is_base_sync() {
+                    self.carry(promotion, due);
                 } else {
-                    self.promoting.stage = Stage::Idle;
                     self.hold_off(now);
                     self.tell_full();
                 }
@@ -375,32 +448,12 @@ impl Receiver {
                 self.promoting.stage = Stage::Idle;
                 self.shrink(segments + 1, now);
             }
-            Stage::Shrinking { ticket } if ticket == changed => self.promoting.stage = Stage::Idle,
+            Stage::Shrinking { ticket } | Stage::Noting { ticket } if ticket == changed => {
+                self.promoting.stage = Stage::Idle
+            }
             _ => return false,
         }
         true
-    }
-
-    /// Gives back what the history doesn't need if that is more than `least` slots, or anything when nothing has come for a while. As much as
-    /// has just been promoted may be needed again soon: to keep it costs less than to give it back and reserve it again.
-    fn shrink(&mut self, least: usize, now: Now) {
-        let is_quiet = now.mono_us.saturating_sub(self.last_append_us) > QUIET_US && self.writer.is_idle();
-        let is_too_long = self.writer.superblock().slot_count > self.policy.limits.max_slots;
-        let least = if is_quiet || is_too_long { 0 } else { least };
-        let spare_slots = self.spare_slots();
-        if self.writer.surplus_slot_count(spare_slots) > least
-            && let Ok(ticket) = self.writer.change(Change::Shrink { spare_slots })
-        {
-            self.promoting.stage = Stage::Shrinking { ticket };
-        }
-    }
-
-    /// Free slots that keep their space besides those that the journal never fills: as many as its minimum has.
-    fn spare_slots(&self) -> u32 {
-        let slot_count = self.writer.superblock().slot_count as usize;
-        let kept = slot_count - self.writer.free_slot_count().min(slot_count) + RESERVED_SLOTS;
-        let missing = (self.policy.limits.min_slots as usize).saturating_sub(kept);
-        SPARE_SLOTS.max(u32::try_from(missing).unwrap_or(u32::MAX))
     }
 
     /// When something that comes now was received, in microseconds (C6): goes on from the newest time in the journal by the monotonic clock,

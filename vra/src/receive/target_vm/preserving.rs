@@ -246,6 +246,12 @@ impl From<TargetError> for KeepError {
 
 /// What of a volume the records after `after_seq` and up to `through_seq` write: disjoint, in order.
 fn changed(footers: &[Footer], volume: u16, after_seq: u64, through_seq: u64) -> Vec<Range<u64>> {
+    let mut gaps = footers.iter().flat_map(|footer| &footer.gaps);
+    if gaps.any(|gap| gap.has_records() && gap.last_seq > after_seq && gap.first_seq <= through_seq) {
+        // It is promoted only with a sync of the whole disk that came later; and should the disk give the records back by then, with those.
+        let all = 0..u64::MAX;
+        return vec![all];
+    }
     let mut ranges: Vec<Range<u64>> = Vec::new();
     for footer in footers {
         for extent in footer.extents_of(volume) {

@@ -1,9 +1,12 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
+use journal::batch::{Checkpoint, CheckpointKind, Epoch, Record};
+use journal::format::FooterEvent;
 use journal::promotion::TransferSizes;
 use journal::storage::Op;
 use journal::writer::Limits;
+use uuid::Uuid;
 
 use super::*;
 use crate::api::{JournalId, VmId, VolumeId};
@@ -13,27 +16,38 @@ use crate::view::test_journal::TestJournal;
 use crate::wire::VolumeShape;
 
 const SIZE_BYTES: u64 = 12 << 20;
-/// So many are promoted.
-const SEGMENTS: usize = 6;
 const NOW: Now = Now { mono_us: 10_000_000, wall_us: 10_000_000 };
 
-/// A receiver over a journal that announces a promotion of its oldest segments: the intent is durable, and nobody was told.
-fn announcing(name: &str, closing: bool) -> (Receiver, TestJournal) {
+/// A receiver over a journal with so many sealed segments, and a checkpoint behind them; with `announce` the intent to promote them is durable.
+/// And the end of the last one.
+fn receiver(name: &str, segments: usize, announce: bool) -> (Receiver, ChainPoint, TestJournal) {
     let mut journal = TestJournal::new(name, SIZE_BYTES, "{}");
+    journal.write(0, vec![1; 4096]);
+    journal.flush();
     for offset_bytes in (0..SIZE_BYTES).step_by(256 << 10) {
-        journal.write(offset_bytes, vec![1; 256 << 10]);
-        journal.flush();
+        if journal.writer.closed_segments().count() + 1 < segments {
+            journal.write(offset_bytes, vec![1; 256 << 10]);
+            journal.flush();
+        }
     }
     journal.checkpoint("first", 1);
     journal.flush();
     journal.change(Change::Seal);
     journal.write(0, vec![2; 4096]);
-    journal.checkpoint("second", 2);
+    let cut = journal.checkpoint("second", 2);
     journal.flush();
-    let through = journal.writer.closed_segments().nth(SEGMENTS - 1).expect("a sealed segment").last;
-    journal.change(Change::AnnouncePromotion { through });
+    assert_eq!(journal.writer.closed_segments().count(), segments);
+    let through = journal.writer.closed_segments().last().expect("a sealed segment").last;
+    if announce {
+        journal.change(Change::AnnouncePromotion { through });
+    }
     let writer = journal.take_writer();
-    assert_eq!(writer.superblock().promotion_intent_seq, through.seq);
+    assert_eq!(writer.superblock().promotion_intent_seq, if announce { through.seq } else { 0 });
+    let epoch = Epoch { nonce: Uuid::from_u128(7), counter: 1 };
+    let (kind, tag) = (CheckpointKind::Automatic, String::new());
+    let checkpoint = Checkpoint { epoch, cut, member_set_version: 1, time_us: 2, kind, tag };
+    let record = Record::checkpoint(cut + 1, 1, &checkpoint);
+    let events = vec![FooterEvent { position_seq: record.seq, record }];
     let shape =
         VolumeShape { volume: 0, id: VolumeId::random(), logical_block_bytes: 512, size_bytes: SIZE_BYTES };
     let identity = VmIdentity { vm: VmId::random(), journal: JournalId::random(), volumes: vec![shape] };
@@ -44,8 +58,14 @@ fn announcing(name: &str, closing: bool) -> (Receiver, TestJournal) {
         give_up_history: false,
         window_bytes: 1 << 20,
     };
-    let mut receiver = Receiver::new(identity, policy, writer, Vec::new(), &[false]);
-    receiver.promoting.stage = Stage::Announcing { ticket: 7, through, due: Due::default() };
+    (Receiver::new(identity, policy, writer, events, &[false]), through, journal)
+}
+
+/// One that waits for the announcement: the intent is durable, and nobody was told.
+fn announcing(name: &str, segments: usize, closing: bool) -> (Receiver, TestJournal) {
+    let (mut receiver, through, journal) = receiver(name, segments, true);
+    let promotion = Box::new(receiver.promotion(through).before_announcing());
+    receiver.promoting.stage = Stage::Announcing { ticket: 7, promotion, due: Due::default() };
     if closing {
         receiver.stop_promoting();
     }
@@ -55,17 +75,18 @@ fn announcing(name: &str, closing: bool) -> (Receiver, TestJournal) {
 
 #[test]
 fn what_is_announced_while_the_files_are_closed_is_left_to_the_next_opening() {
-    let (mut receiver, _journal) = announcing("announcing", false);
+    let (mut receiver, _journal) = announcing("announcing", 1, false);
     assert!(receiver.promotion_action(NOW).is_some(), "it is carried out");
-    let (mut receiver, _journal) = announcing("announcing-closed", true);
+    let (mut receiver, _journal) = announcing("announcing-closed", 1, true);
     assert!(receiver.promoting.is_idle() && receiver.promotion_action(NOW).is_none());
 }
 
 #[test]
 fn little_is_under_way_while_this_journal_or_one_beside_it_takes_writes() {
+    const SEGMENTS: usize = 6;
     // Bytes that a promotion reads before any of it has ended.
     let under_way = |name: &str, change: fn(&mut Receiver)| {
-        let (mut receiver, journal) = announcing(name, false);
+        let (mut receiver, journal) = announcing(name, SEGMENTS, false);
         let file = File::open(journal.path()).expect("the journal");
         for _ in 0..SEGMENTS {
             let footer = receiver.promotion_action(NOW).expect("the footers come first");
@@ -90,4 +111,26 @@ fn little_is_under_way_while_this_journal_or_one_beside_it_takes_writes() {
     });
     assert!(0 < busy && busy * 2 <= quiet, "{busy} bytes and {quiet}");
     assert_eq!((beside, waits_for_room), (busy, quiet));
+}
+
+/// The announcement alone takes away all before it.
+#[test]
+fn a_segment_that_nobody_knows_is_found_before_its_promotion_is_announced() {
+    let (mut receiver, through, _journal) = receiver("promoting-lost", 1, false);
+    let now = Now { mono_us: 1, wall_us: 1 };
+    assert_eq!(receiver.history.checkpoints().len(), 1);
+    receiver.promote(now);
+    // The disk has nothing but zeroes where footer and batches were.
+    while let Some(PromotionAction { token, op, .. }) = receiver.promotion_action(now) {
+        let Op::Read { buffer, .. } = op else { panic!("it only looks") };
+        receiver.promotion_done(token, Ok(Some(buffer)), now);
+    }
+    assert_eq!(receiver.writer.superblock().promotion_intent_seq, 0);
+    assert!(receiver.writer.is_idle(), "nothing is to be announced");
+    let is_stuck = |output: &ReceiverOutput| {
+        let ReceiverOutput::Event(ReceiverEvent::PromotionStuck { error }) = output else { return false };
+        matches!(error, PromotionError::Gap { last_seq, .. } if *last_seq == through.seq)
+    };
+    assert!(receiver.outputs.iter().any(is_stuck));
+    assert!(receiver.history.checkpoints().is_empty(), "nothing behind it counts any more");
 }
