@@ -4,7 +4,7 @@
 mod sim_target;
 
 use journal::format::{SUPERBLOCK_OFFSETS, Superblock};
-use journal::recovery::OpenError;
+use journal::recovery::{OpenError, survey};
 use journal::storage::sim::Crash;
 use journal::view::Reader;
 use journal::writer::Change;
@@ -135,6 +135,27 @@ fn no_page_by_which_a_slot_is_recognised_takes_the_journal_down() {
         assert_eq!(target.writer.durable(), whole.tail);
         target.write(0, &[9]);
         target.append();
+    }
+}
+
+/// What can be read a moment later is not lost: of the newest segment that would be records that were acknowledged.
+#[test]
+fn a_read_that_fails_once_changes_nothing() {
+    let whole = site().survey();
+    for reads in 0..20 {
+        let site = site();
+        site.disk.arm_error(reads, "read");
+        match survey(&mut site.disk.storage(), site.journal, &Default::default()) {
+            Ok(found) => {
+                assert_eq!(
+                    (found.tail, found.damage, found.hidden),
+                    (whole.tail, None, None),
+                    "read {reads}"
+                );
+            }
+            // The manifest, say: the next try finds it.
+            Err(error) => assert!(matches!(error, OpenError::Storage(_)), "{error}"),
+        }
     }
 }
 

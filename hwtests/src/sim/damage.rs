@@ -51,8 +51,8 @@ pub(super) struct Expected {
     /// The journal may be refused as a whole. It is if the other copy of the superblock is no good, and if nobody knows any more what of the
     /// recovery disks is lost. No other bit may do that.
     may_be_refused: bool,
-    /// Numbers of checkpoints that are listed, if promotion hasn't taken them away.
-    listed: Vec<u64>,
+    /// Numbers and cuts of checkpoints that are listed, if promotion hasn't taken them away.
+    listed: Vec<(u64, u64)>,
 }
 
 /// A journal before a bit flips.
@@ -105,9 +105,9 @@ impl Before {
         Expected { may_be_refused: false, listed }
     }
 
-    fn listed_until(&self, seq: u64) -> Vec<u64> {
+    fn listed_until(&self, seq: u64) -> Vec<(u64, u64)> {
         let entries = self.reader.catalogue().checkpoints().iter();
-        entries.map(|entry| entry.seq).filter(|listed| *listed <= seq).collect()
+        entries.map(|entry| (entry.seq, entry.checkpoint.cut)).filter(|listed| listed.0 <= seq).collect()
     }
 }
 
@@ -145,8 +145,9 @@ pub(super) fn look(
     };
     let oldest_seq = reader.survey.superblock.oldest_seq();
     let is_listed = |seq: u64| reader.catalogue().checkpoints().iter().any(|entry| entry.seq == seq);
-    if let Some(missing) = expected.listed.iter().find(|seq| **seq > oldest_seq && !is_listed(**seq)) {
-        return Err(format!("after a bit flipped checkpoint {missing} is missing"));
+    let is_missing = |(seq, cut): &&(u64, u64)| *cut >= oldest_seq && !is_listed(*seq);
+    if let Some((seq, cut)) = expected.listed.iter().find(is_missing) {
+        return Err(format!("after a bit flipped checkpoint {seq} with cut {cut} is missing"));
     }
     let mut noticed = reader.newest_seq() < ledger.acked() || reader.survey.damage.is_some();
     for entry in reader.catalogue().checkpoints() {

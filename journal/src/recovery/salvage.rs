@@ -13,6 +13,9 @@ pub struct Salvage {
     unreadable: BTreeMap<u64, StorageError>,
 }
 
+/// How often a page is read again that the disk couldn't give back.
+const READ_AGAIN: usize = 2;
+
 /// Pages that are read together.
 const PAGES_AT_ONCE: usize = 256;
 
@@ -88,6 +91,22 @@ impl Salvage {
             }
             page => page,
         }
+    }
+
+    /// The same, after it was read again if need be: what fails for a moment must not count as lost.
+    pub(super) fn page_again<S: Storage>(
+        &mut self,
+        io: &mut Blocking<'_, S>,
+        offset_bytes: u64,
+        mut page: Result<Option<AlignedBuf>, StorageError>,
+    ) -> Result<Option<AlignedBuf>, StorageError> {
+        for _ in 0..READ_AGAIN {
+            match page {
+                Err(error) if self.skips(&error) => page = io.read(offset_bytes, PAGE_BYTES).map(Some),
+                _ => break,
+            }
+        }
+        self.page(offset_bytes, page)
     }
 
     fn skips(&self, error: &StorageError) -> bool {

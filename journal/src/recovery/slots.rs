@@ -131,7 +131,8 @@ pub(super) fn read_slots<S: Storage>(
         };
         let places: Vec<u64> = chunk.iter().flat_map(|slot| edges(*slot)).collect();
         let pages = io.run_all(places.iter().map(|place| page(*place)).collect());
-        let mut pages = places.into_iter().zip(pages).map(|(place, page)| salvage.page(place, page));
+        let mut pages =
+            places.into_iter().zip(pages).map(|(place, page)| salvage.page_again(io, place, page));
         for &index in chunk {
             let mut next = || pages.next().expect("two for each slot");
             let header = next()?.and_then(|page| SegmentHeader::decode(&page, slot_len_bytes).ok());
@@ -188,7 +189,7 @@ pub(super) fn find_headless<S: Storage>(
             |slot| Op::Read { offset_bytes: second_page(slot), buffer: AlignedBuf::zeroed(PAGE_BYTES) };
         let pages = io.run_all(chunk.iter().map(read).collect());
         for (slot, page) in chunk.iter().zip(pages) {
-            let page = salvage.page(second_page(slot), page)?;
+            let page = salvage.page_again(io, second_page(slot), page)?;
             let is_batch = page.as_ref().is_some_and(|page| {
                 BatchHeader::ref_from_prefix(page).is_ok_and(|(batch, _)| {
                     batch.magic == BATCH_MAGIC && batch.journal_id == *superblock.journal_id.as_bytes()

@@ -259,7 +259,8 @@ impl<'a, S: Storage> Blocking<'a, S> {
         let mut results: Vec<_> = ops
             .iter()
             .map(|op| {
-                let errno = Errno::EIO;
+                // Of one that never ended, since the storage itself is broken: no place on the disk is to blame.
+                let errno = Errno::ECANCELED;
                 let (verb, offset_bytes) = (op.verb(), op.offset_bytes());
                 Err(StorageError { verb, purpose: self.purpose, offset_bytes, errno })
             })

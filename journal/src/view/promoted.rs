@@ -62,7 +62,7 @@ impl Promoted {
     /// The ranges are at least as new as the number, since that is stored last and loaded first. The other way round, a read could come by
     /// the list of before a promotion and by the number of after it, and take what that promotion found damaged for good. Newer ranges do
     /// no harm: a record above the number is looked for in the journal, and every range that is new, or is no longer bad, is covered by such
-    /// a record.
+    /// a record, or is one that the disk couldn't give back anyway.
     pub(super) fn snapshot(&self) -> (u64, Option<Arc<BadRanges>>) {
         let through_seq = self.through_seq();
         if !self.0.has_bad.load(Ordering::Acquire) || planted(Bug::BadRangesIgnored) {

@@ -137,6 +137,10 @@ impl Receiver {
             return self.shrink(usize::MAX, now);
         }
         let Some(through) = self.writer.closed_segments().nth(due.count - 1) else { return };
+        if self.writer.durable().seq <= through.last.seq && !self.writer.is_idle() {
+            // Its footer may not be written yet.
+            return;
+        }
         let promotion = self.promotion(through.last);
         self.promoting.stage = if is_planted(Planted::PromotionNotAnnounced) {
             Stage::Carrying(Box::new(promotion))
