@@ -350,6 +350,8 @@ fn what_is_no_journal_of_this_release_is_refused() {
     let mut newer = intact.clone();
     for copy in [0, 64 << 10] {
         newer[copy + 8] = 2;
+        let crc = journal::format::page_crc(&newer[copy..copy + 4096], 12);
+        newer[copy + 12..copy + 16].copy_from_slice(&crc.to_le_bytes());
     }
     std::fs::write(&path, &newer).expect("journal");
     let text = failure(&extract);

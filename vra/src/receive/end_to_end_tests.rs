@@ -117,6 +117,8 @@ async fn files_that_do_not_fit_are_named() {
     let mut bytes = fs::read(folder.journal()).expect("journal");
     for superblock in [0, 64 << 10] {
         bytes[superblock + 8] = 99;
+        let crc = journal::format::page_crc(&bytes[superblock..superblock + 4096], 12);
+        bytes[superblock + 12..superblock + 16].copy_from_slice(&crc.to_le_bytes());
     }
     fs::write(folder.journal(), bytes).expect("changed");
     let error = error_chain(&host.ensure(&vpg, vm).await.err().expect("newer"));

@@ -73,13 +73,16 @@ pub struct Case {
 
 /// Second crashes are among so many operations after an opening.
 const LATER_OPS: u64 = 48;
+/// The same for every other one: what an opening has failed to make durable is so soon by the next sync.
+const SOON_OPS: u64 = 6;
 
 impl Case {
     /// The same crash followed by a later one; which, a number decides.
     fn and_later(&self, number: u64) -> Self {
         let mut rng = SimRng::new(self.salt() << 8 ^ number);
         let strike = Strike::DEATHS[rng.below(Strike::DEATHS.len() as u64) as usize];
-        Self { later: Some((rng.below(LATER_OPS) as usize, strike)), ..self.clone() }
+        let within = if rng.one_in(2) { SOON_OPS } else { LATER_OPS };
+        Self { later: Some((rng.below(within) as usize, strike)), ..self.clone() }
     }
 
     /// Other bits survive in each case.

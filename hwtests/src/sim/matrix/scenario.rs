@@ -135,13 +135,13 @@ pub(super) const ALL: [Scenario; 10] = [
             Create,
             Sync,
             Write(6),
-            Zeroes(8),
+            Zeroes(40),
             Write(3),
             Settle,
             Seal,
             Settle,
             Write(3),
-            Zeroes(6),
+            Zeroes(20),
             Settle,
             Seal,
             Write(2),
@@ -246,7 +246,7 @@ pub(super) const ALL: [Scenario; 10] = [
     Scenario {
         // What is promoted makes room for what waits.
         name: "full",
-        max_slots: 4,
+        max_slots: 5,
         steps: &[
             Create,
             Sync,

@@ -142,11 +142,15 @@ impl Receiver {
             return;
         }
         let promotion = self.promotion(through.last);
-        self.promoting.stage = if is_planted(Planted::PromotionNotAnnounced) {
-            Stage::Carrying(Box::new(promotion))
-        } else {
-            Stage::Looking { promotion: Box::new(promotion.before_announcing()), due }
-        };
+        if is_planted(Planted::PromotionNotAnnounced) {
+            let through = promotion.through();
+            if self.writer.change(Change::AnnouncePromotion { through }).is_ok() {
+                self.carry(Box::new(promotion), due);
+            }
+            return;
+        }
+        let promotion = Box::new(promotion.before_announcing());
+        self.promoting.stage = Stage::Looking { promotion, due };
     }
 
     /// It is known what the segments hold: the promotion is announced, if it may still be.
@@ -349,7 +353,7 @@ impl Receiver {
             (Stage::Carrying(_), Err(PromotionError::DiskLost { .. })) => self.note_lost(now),
             (Stage::Carrying(_) | Stage::Looking { .. }, Err(error)) => self.stuck(error, now),
             (Stage::Looking { promotion, .. }, Ok(_)) if promotion.waits_for_announcement() => {
-                self.announce()
+                self.announce();
             }
             (Stage::Draining(promotion), _) if !promotion.is_busy() => self.promoting.stage = Stage::Idle,
             _ => {}
@@ -453,7 +457,7 @@ impl Receiver {
                 self.shrink(segments + 1, now);
             }
             Stage::Shrinking { ticket } | Stage::Noting { ticket } if ticket == changed => {
-                self.promoting.stage = Stage::Idle
+                self.promoting.stage = Stage::Idle;
             }
             _ => return false,
         }
