@@ -2,7 +2,10 @@
 
 use super::survey::{Content, Segment, SegmentError};
 use crate::format::{Footer, FooterError, Superblock, slot_offset_bytes};
-use crate::storage::{AlignedBuf, Blocking, Op, Storage, StorageError};
+use crate::storage::{AlignedBuf, Blocking, Op, Purpose, Storage, StorageError};
+
+/// Lost footers that one opening writes again: a disk that has lost more has lost more than those, and the next opening goes on.
+const MENDED_AT_ONCE: usize = 16;
 
 /// Segments whose footers are read together.
 const SEGMENTS_AT_ONCE: usize = 32;
@@ -21,7 +24,55 @@ pub fn each_footer<S: Storage>(
     segments: &[Segment],
     io: &mut Blocking<'_, S>,
     superblock: &Superblock,
+    take: impl FnMut(Footer),
+) -> Result<(), SegmentError> {
+    each_footer_by(segments, io, superblock, take, |_, _| {})
+}
+
+/// The same for the journal's owner: a lost footer is written again if the batches give the very bytes that the trailer vouches for. A power
+/// cut can take a footer and leave its trailer, since one sync covers both. Says how many were.
+///
+/// # Errors
+/// As for [`each_footer`]; also if what was written can't be made durable.
+pub fn each_footer_mended<S: Storage>(
+    segments: &[Segment],
+    io: &mut Blocking<'_, S>,
+    superblock: &Superblock,
+    take: impl FnMut(Footer),
+) -> Result<usize, SegmentError> {
+    let mut lost: Vec<Op> = Vec::new();
+    let note = |segment: &Segment, footer: &Footer| {
+        let Content::Sealed(trailer) = &segment.content else { return };
+        let mut bytes = footer.encode();
+        let is_the_same = bytes.len() as u64 == trailer.footer_len_bytes
+            && crc32c::crc32c(&bytes) == trailer.footer_crc
+            && footer.gaps.is_empty();
+        if lost.len() < MENDED_AT_ONCE && is_the_same {
+            segment.cipher.encrypt(trailer.data_end_bytes, &mut bytes);
+            let mut page = AlignedBuf::zeroed(bytes.len());
+            page.copy_from_slice(&bytes);
+            let slot_offset = slot_offset_bytes(segment.header.slot, superblock.slot_len_bytes);
+            let offset_bytes = slot_offset + trailer.data_end_bytes;
+            lost.push(Op::Write { offset_bytes, pieces: vec![page.into_bytes()] });
+        }
+    };
+    each_footer_by(segments, io, superblock, take, note)?;
+    // A place that can't be written stays as it was: the batches tell the same.
+    let written = io.purpose(Purpose::Seal).run_all(lost);
+    let mended = written.iter().filter(|result| result.is_ok()).count();
+    if mended > 0 {
+        io.sync()?;
+    }
+    Ok(mended)
+}
+
+/// `restored` is given each sealed segment and the footer that its batches gave, where its own is lost.
+fn each_footer_by<S: Storage>(
+    segments: &[Segment],
+    io: &mut Blocking<'_, S>,
+    superblock: &Superblock,
     mut take: impl FnMut(Footer),
+    mut restored: impl FnMut(&Segment, &Footer),
 ) -> Result<(), SegmentError> {
     let mut again = |segment: &Segment, io: &mut Blocking<'_, S>, decoded| match decoded {
         Ok(footer) => {
@@ -29,7 +80,10 @@ pub fn each_footer<S: Storage>(
             Ok(())
         }
         // The other way: an unsealed one, or one whose batches must tell.
-        Err(_) => segment.footer(io, superblock).map(&mut take),
+        Err(_) => segment.footer(io, superblock).map(|footer| {
+            restored(segment, &footer);
+            take(footer);
+        }),
     };
     let mut chunks = segments.chunks(SEGMENTS_AT_ONCE).peekable();
     std::thread::scope(|scope| {

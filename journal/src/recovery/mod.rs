@@ -11,7 +11,7 @@ mod survey;
 use bytes::Bytes;
 use uuid::Uuid;
 
-pub use footers::each_footer;
+pub use footers::{each_footer, each_footer_mended};
 pub use rebuild::{Rebuilt, newest_manifest, rebuild};
 pub use salvage::Salvage;
 pub use superblocks::choose_superblock;

@@ -1,14 +1,18 @@
 //! A disk that can't give back single pages: the tool saves what can be saved.
 
-use journal::crypt::SiteKeys;
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+
+use journal::crypt::{SiteKey, SiteKeys};
 use journal::format::{
     BAD_LIST_OFFSETS, MANIFEST_OFFSETS, PAGE_BYTES, SUPERBLOCK_OFFSETS, slot_offset_bytes,
 };
+use journal::recovery::Content;
 use journal::writer::Change;
 
 use super::place::Journal;
 use super::storage::break_disk;
-use super::tests::{CleanUp, START_US, call, datastore, failure, protected};
+use super::tests::{CleanUp, START_US, call, datastore, failure, protected, protected_by};
 use super::verify;
 use crate::view::test_journal::TestJournal;
 
@@ -103,6 +107,37 @@ fn without_both_superblocks_the_segments_tell() {
     let page = place / PAGE * PAGE;
     assert!(report.damage.iter().any(|damage| damage.file_offset_bytes == page), "{report:?}");
     assert!(extracted(&journal, cuts[0]) == journal.model(cuts[0]));
+}
+
+#[test]
+fn a_footer_that_a_power_cut_took_is_written_again_by_the_next_opening() {
+    for site_key in [None, Some(SiteKey::random().expect("random"))] {
+        let name = if site_key.is_some() { "lost-footer-encrypted" } else { "lost-footer" };
+        let (mut journal, cuts) = protected_by(site_key.as_ref(), name);
+        let _clean_up = CleanUp(&datastore(&journal).to_path_buf());
+        let keys = SiteKeys::new(site_key.into_iter().collect());
+        journal.change(Change::Seal);
+        let opened = Journal::open(&journal.path(), &keys).expect("readable");
+        let superblock = &opened.reader.survey.superblock;
+        let lost = opened.reader.survey.segments.iter().filter_map(|segment| match &segment.content {
+            Content::Sealed(trailer) => Some(
+                slot_offset_bytes(segment.header.slot, superblock.slot_len_bytes) + trailer.data_end_bytes,
+            ),
+            Content::Scanned(_) => None,
+        });
+        let lost: Vec<u64> = lost.collect();
+        assert!(!lost.is_empty(), "something is sealed");
+        let file = OpenOptions::new().write(true).open(journal.path()).expect("journal");
+        lost.iter().for_each(|place| file.write_all_at(&[0; PAGE as usize], *place).expect("written"));
+        let damage =
+            |journal: &TestJournal| verify::check(&journal.path(), &keys).expect("readable").damage.len();
+        assert_eq!(damage(&journal), lost.len());
+        journal.reopen();
+        assert_eq!(damage(&journal), 0);
+        let newest = *cuts.last().expect("some");
+        let again = Journal::open(&journal.path(), &keys).expect("readable");
+        assert!(again.reader.catalogue().checkpoints().iter().any(|entry| entry.checkpoint.cut == newest));
+    }
 }
 
 #[test]

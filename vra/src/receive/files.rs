@@ -188,8 +188,11 @@ pub(super) fn open(
         }
         events.extend(footer.events);
     };
-    journal::recovery::each_footer(&opened.segments, &mut io, &opened.superblock, take)
+    let mended = journal::recovery::each_footer_mended(&opened.segments, &mut io, &opened.superblock, take)
         .map_err(|source| TargetError::Segment { path: path.clone(), source })?;
+    if mended > 0 {
+        tracing::info!(journal = %path.display(), mended, "footers that a power cut took were written again");
+    }
     let journal = storage.remove_file(file).expect("added above");
     let Some(text) = opened.manifest.as_ref().map(|manifest| &manifest.text) else {
         return Err(TargetError::NoManifest { path });

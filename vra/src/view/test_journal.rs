@@ -10,9 +10,9 @@ use journal::batch::{BatchLink, BatchSealer, BatchView, Checkpoint, CheckpointKi
 use journal::crypt::{Encryption, Keys, NewKey, SiteKey, SiteKeys};
 use journal::format::VolumeState;
 use journal::promotion::{Promotion, PromotionFile, TransferSizes};
-use journal::recovery::{NewJournal, OpenOptions, SurveyOptions, create, open};
+use journal::recovery::{NewJournal, OpenOptions, SurveyOptions, create, each_footer_mended, open};
 use journal::storage::ring::{Access, DirectFile, RingStorage};
-use journal::storage::{Blocking, FileId};
+use journal::storage::{Blocking, FileId, Purpose};
 use journal::view::{Reader, ViewError, VolumeView};
 use journal::writer::{Change, Limits, Writer, drive};
 use rand::rngs::StdRng;
@@ -122,6 +122,8 @@ impl TestJournal {
     pub(crate) fn reopen(&mut self) {
         let options = OpenOptions { keys: self.keys.clone(), ..OpenOptions::default() };
         let opened = open(&mut self.storage, self.file, &options).expect("open");
+        let mut io = Blocking::new(&mut self.storage, self.file, Purpose::Survey);
+        each_footer_mended(&opened.segments, &mut io, &opened.superblock, |_| {}).expect("readable");
         self.writer = Writer::new(opened, LIMITS);
     }
 
