@@ -67,7 +67,7 @@ pub(super) fn possible_faults(kind: OpKind) -> Vec<Fault> {
 }
 
 /// Those that hardly come about, the rarest first.
-pub(super) static RARE_KINDS: [OpKind; 7] = [
+pub(super) static RARE_KINDS: [OpKind; 8] = [
     (Purpose::Shrink, "punch"),
     (Purpose::Promotion, "allocate"),
     (Purpose::Shrink, "truncate"),
@@ -75,6 +75,7 @@ pub(super) static RARE_KINDS: [OpKind; 7] = [
     (Purpose::Seal, "fdatasync"),
     (Purpose::Seal, "punch"),
     (Purpose::RecoveryDisk, "allocate"),
+    (Purpose::Grow, "allocate"),
 ];
 
 /// How many of them are rarer still.

@@ -2,7 +2,7 @@
 
 use journal::batch::BatchView;
 use journal::crypt::{Encryption, Keys};
-use journal::format::{FIRST_SLOT_OFFSET_BYTES, VolumeState};
+use journal::format::{FIRST_SLOT_OFFSET_BYTES, Superblock, VolumeState};
 use journal::planted::{Bug, planted};
 use journal::promotion::{PromotionAction, PromotionFile};
 use journal::recovery::{
@@ -421,9 +421,22 @@ impl TargetSite {
             }
             Err(error) => return Err(format!("the journal cannot be opened: {error:?}")),
         };
+        env.note(|| {
+            let Superblock { open_count, low_water_segment, low_water, state, .. } = &opened.superblock;
+            let segments: Vec<_> = opened.segments.iter().map(|found| (found.header.number, found.last().seq)).collect();
+            format!(
+                "opening {open_count}: {state:?}, low water {} before segment {low_water_segment}, then {segments:?}",
+                low_water.seq
+            )
+        });
         if opened.tail.seq < ledger.acked() {
             let (tail, acked) = (opened.tail.seq, ledger.acked());
-            return Err(format!("recovered through {tail}, but {acked} was acknowledged"));
+            let numbers: Vec<_> =
+                opened.segments.iter().map(|segment| (segment.header.number, segment.last().seq)).collect();
+            let (hidden, superblock) = (opened.hidden, &opened.superblock);
+            return Err(format!(
+                "recovered through {tail}, but {acked} was acknowledged; segments {numbers:?}, {hidden:?}, {superblock:?}"
+            ));
         }
         if !ledger.was_sent(opened.tail) {
             return Err(format!("recovered through {:?}, which the source never sent", opened.tail));

@@ -82,6 +82,8 @@ pub struct Promotion {
     stage: Stage,
     /// The recovery disks may be touched.
     is_announced: bool,
+    /// Payloads that the disk doesn't give back end it, rather than count as damaged.
+    is_patient: bool,
     /// What nobody knows of the segments, by their numbers.
     gaps: Vec<(u64, Gap)>,
     /// Begins and ends of syncs, by the segments' numbers.
@@ -190,6 +192,7 @@ impl Promotion {
             sizes,
             stage: Stage::Footers { next: skipped, missing, builders, slots: BTreeMap::new() },
             is_announced: true,
+            is_patient: false,
             gaps: Vec::new(),
             syncs: BTreeMap::new(),
             ready: VecDeque::new(),
@@ -211,6 +214,14 @@ impl Promotion {
     #[must_use]
     pub fn before_announcing(mut self) -> Self {
         self.is_announced = false;
+        self
+    }
+
+    /// For one that is tried again: a disk that fails for a while has lost nothing. What can't be read ends it then, rather than count as
+    /// damaged.
+    #[must_use]
+    pub fn patient(mut self) -> Self {
+        self.is_patient = true;
         self
     }
 
@@ -443,7 +454,7 @@ impl Promotion {
                 }
                 chunk.take_page(read, offset_bytes, page.as_deref());
             }
-            Err(error) if error.is_medium() => chunk.take_page(read, offset_bytes, None),
+            Err(error) if error.is_medium() && !self.is_patient => chunk.take_page(read, offset_bytes, None),
             Err(error) => return Err(PromotionError::Journal(error)),
         }
         if chunk.has_read(read) {

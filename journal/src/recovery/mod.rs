@@ -194,7 +194,16 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
         keys: options.keys.site().clone(),
     };
     let found = survey(storage, file, &look)?;
-    let Survey { mut superblock, mut segments, tail, damage, hidden, free_slots, older_copy, .. } = found;
+    let Survey {
+        mut superblock,
+        mut segments,
+        mut tail,
+        damage,
+        mut hidden,
+        mut free_slots,
+        mut older_copy,
+        ..
+    } = found;
     let (manifest, bad_ranges, keyring) = (found.manifest, found.bad_ranges, found.keyring);
     let is_alone = found.superblock_is_alone;
     if let Some(expected) = options.vm_id
@@ -202,8 +211,16 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
     {
         return Err(OpenError::OtherVm { found: superblock.vm_id, expected });
     }
-    if let Some(damage) = damage {
+    let is_given_up = matches!(superblock.state, JournalState::HistoryGivenUp { .. });
+    if let Some(damage) = damage.filter(|_| !is_given_up) {
         return Err(OpenError::Damaged(damage));
+    }
+    if is_given_up {
+        // What is found is none of the history: what was not erased yet, or what an opening didn't trust and passed over, which the numbers of
+        // segments would let in again.
+        (tail, hidden, older_copy) = (superblock.low_water, None, None);
+        segments.clear();
+        free_slots = (0..superblock.slot_count).collect();
     }
     if let Encryption::On(key) = &superblock.encryption {
         keyring.check(key)?;
@@ -227,6 +244,8 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
     io.write(SUPERBLOCK_OFFSETS[first], page.clone())?;
     io.sync()?;
     io.purpose(Purpose::SuperblockMirror).write(SUPERBLOCK_OFFSETS[1 - first], page)?;
+    // Both, before anything counts on this opening's count: should either be lost, no later opening takes the same count for another one.
+    io.sync()?;
 
     if matches!(superblock.state, JournalState::HistoryGivenUp { .. }) {
         // The writer that gave it up may have died before it had erased all of it.
@@ -237,7 +256,6 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
     if io.file_len_bytes()? > len_bytes {
         io.purpose(Purpose::Shrink).run(Op::Truncate { len_bytes })?;
     }
-    let mut free_slots = free_slots;
     if let Some(last) = segments.last_mut()
         && matches!(last.content, Content::Scanned(_))
         && !planted(Bug::AppendToForeignSegment)

@@ -161,6 +161,22 @@ pub(super) fn read_slots<S: Storage>(
     Ok(slots)
 }
 
+/// Why the first page of a slot couldn't be read of which nothing else tells what it holds now.
+pub(super) fn unread_header(
+    superblock: &Superblock,
+    known: &[Slot],
+    segments: &[Segment],
+    pages: &Salvage,
+) -> Option<StorageError> {
+    let in_use = |slot: u32| segments.iter().any(|segment| segment.header.slot == slot);
+    let has_header = |slot: u32| known.iter().any(|known| known.header.slot == slot && known.has_header);
+    let error = |slot| {
+        let offset_bytes = slot_offset_bytes(slot, superblock.slot_len_bytes);
+        pages.first_error_in(offset_bytes..offset_bytes + PAGE_BYTES as u64)
+    };
+    (0..superblock.slot_count).filter(|slot| !in_use(*slot) && !has_header(*slot)).find_map(error)
+}
+
 /// A segment whose first page is gone, and that had no last page yet: its first batch tells that it was there. In a journal that has been
 /// encrypted that may be anything but zeroes: what is free is zeroed there, or has its segment's pages still.
 pub(super) fn find_headless<S: Storage>(
@@ -195,16 +211,23 @@ pub(super) fn find_headless<S: Storage>(
                     batch.magic == BATCH_MAGIC && batch.journal_id == *superblock.journal_id.as_bytes()
                 })
             });
+            let first = slot_offset_bytes(*slot, slot_len_bytes);
+            let is_unread = salvage.first_error_in(first..first + PAGE_BYTES as u64).is_some();
             if !is_batch {
                 let is_empty = page.as_ref().is_some_and(|page| page.iter().all(|byte| *byte == 0));
-                if may_be_encrypted && !is_empty && !has_trailer(*slot) {
+                // Without its first page a last page may be one of the slot's earlier life.
+                if may_be_encrypted && !is_empty && (is_unread || !has_trailer(*slot)) {
                     let after_seq = tail.seq;
                     return Ok(Some(Hidden { segment: 0, slot: *slot, after_seq, resumes_seq: None }));
                 }
                 if page.is_some() {
                     continue;
                 }
-                // Its first batch can't be read: others may tell.
+                // Its first batch can't be read: others may tell. Without its first page, too, nobody knows.
+                if is_unread {
+                    let after_seq = tail.seq;
+                    return Ok(Some(Hidden { segment: 0, slot: *slot, after_seq, resumes_seq: None }));
+                }
             }
             let offset_bytes = slot_offset_bytes(*slot, slot_len_bytes);
             let slot_bytes = salvage.read(io, offset_bytes, slot_len_bytes as usize)?;
@@ -215,7 +238,8 @@ pub(super) fn find_headless<S: Storage>(
                 slot: *slot,
                 open_count: superblock.open_count,
                 after: tail,
-                carried_end_bytes: PAGE_BYTES as u64,
+                // One that the disk doesn't give back may have been written by an earlier opening, whose records were acknowledged.
+                carried_end_bytes: if is_unread { slot_len_bytes } else { PAGE_BYTES as u64 },
                 begin_time_us: 0,
                 slot_len_bytes,
                 encryption: None,

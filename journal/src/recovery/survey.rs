@@ -3,7 +3,7 @@
 use super::OpenError;
 use super::decide::Verdict;
 use super::salvage::Salvage;
-use super::slots::{find_headless, read_slots};
+use super::slots::{find_headless, read_slots, unread_header};
 use super::superblocks::read_superblock;
 use crate::bad_ranges::BadRanges;
 use crate::crypt::{Cipher, Ciphers, Keyring, SiteKeys};
@@ -320,6 +320,13 @@ pub fn survey_as<S: Storage>(
     });
     if hidden.is_none() && damage.is_none() {
         hidden = find_headless(&mut io, &superblock, &slots, &segments, tail, &mut pages)?;
+    }
+    if (hidden.is_some() || damage.is_some())
+        && !skip_unreadable
+        && let Some(error) = unread_header(&superblock, &slots, &segments, &pages)
+    {
+        // It may be that of the segment that is missed, and the disk may give it back later: what was acknowledged is not given up for that.
+        return Err(error.into());
     }
     let in_use = |slot: &u32| segments.iter().any(|segment| segment.header.slot == *slot);
     let free_slots = (0..superblock.slot_count).filter(|slot| !in_use(slot)).collect();

@@ -29,8 +29,13 @@ impl Promoted {
 
     /// The recovery disks hold everything up to here, durably, but for the bad ranges. To be noted before the slots are freed.
     pub fn advance(&self, through_seq: u64, bad_ranges: &BadRanges) {
+        let mut all = bad_ranges.clone();
+        if self.through_seq() > through_seq {
+            // A later promotion ended, and the file doesn't know yet: what that one found damaged is bad, too.
+            self.all_bad_ranges().iter().for_each(|bad| all.add(bad));
+        }
         // The number comes last: see [`Self::snapshot`].
-        self.set_bad_ranges(bad_ranges.clone());
+        self.set_bad_ranges(all);
         self.0.through_seq.fetch_max(through_seq, Ordering::AcqRel);
     }
 

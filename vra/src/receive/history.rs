@@ -14,7 +14,7 @@ pub struct History {
     /// Of batches that are not durable yet, by the number that makes them so.
     pending: VecDeque<(u64, Happened)>,
     /// Volumes in a sync, and which one has to end, by what is durable.
-    open_syncs: BTreeMap<u16, u64>,
+    open_syncs: BTreeMap<u16, OpenSync>,
     /// Syncs that went through the journal, oldest first.
     syncs: VecDeque<SyncSpan>,
     /// The checkpoints outside of syncs.
@@ -27,6 +27,14 @@ enum Happened {
     SyncBegin { volume: u16, sync_id: u64 },
     SyncEnd { volume: u16, sync_id: u64 },
     Checkpoint(ListedCheckpoint),
+}
+
+/// The newest sync of a volume that has not ended: it takes over what those left that began before.
+#[derive(Clone, Copy, Debug)]
+struct OpenSync {
+    /// What has to end; 0 if that is none that has begun yet.
+    sync_id: u64,
+    begin_seq: u64,
 }
 
 /// The numbers from a volume's sync begin to before its end.
@@ -115,12 +123,12 @@ impl History {
             match happened {
                 Happened::SyncBegin { volume, sync_id } => {
                     // One that begins before the last one ended takes over what that one left.
-                    if self.open_syncs.insert(volume, sync_id).is_none() {
+                    if self.open_syncs.insert(volume, OpenSync { sync_id, begin_seq: seq }).is_none() {
                         self.syncs.push_back(SyncSpan { volume, begin_seq: seq, end_seq: None });
                     }
                 }
                 Happened::SyncEnd { volume, sync_id } => {
-                    if self.open_syncs.get(&volume) != Some(&sync_id) {
+                    if self.open_syncs.get(&volume).is_none_or(|open| open.sync_id != sync_id) {
                         continue;
                     }
                     self.open_syncs.remove(&volume);
@@ -143,16 +151,27 @@ impl History {
     /// ended (B5).
     pub(super) fn gap(&mut self, gap: Gap, volume_count: u16) {
         for volume in 0..volume_count {
-            let begun_behind = |sync: &&mut SyncSpan| sync.volume == volume && sync.begin_seq > gap.last_seq;
             let begin_seq = gap.first_seq;
-            match self.syncs.iter_mut().find(begun_behind) {
-                Some(sync) => sync.begin_seq = begin_seq,
-                None => {
-                    // The id 0 is no sync's: what is under way now began before the records were lost, and ends nothing.
-                    if self.open_syncs.insert(volume, 0).is_none() {
-                        self.syncs.push_back(SyncSpan { volume, begin_seq, end_seq: None });
+            let is_open = |sync: &&mut SyncSpan| sync.volume == volume && sync.end_seq.is_none();
+            let begun_behind = |sync: &&mut SyncSpan| sync.volume == volume && sync.begin_seq > gap.last_seq;
+            match self.open_syncs.get_mut(&volume) {
+                Some(open) => {
+                    if let Some(sync) = self.syncs.iter_mut().rev().find(is_open) {
+                        sync.begin_seq = sync.begin_seq.min(begin_seq);
+                    }
+                    // One that began behind the lost records ends what they left, whatever was told before. Another one ends nothing.
+                    if open.begin_seq <= gap.last_seq {
+                        *open = OpenSync { sync_id: 0, begin_seq };
                     }
                 }
+                None => match self.syncs.iter_mut().find(begun_behind) {
+                    Some(sync) => sync.begin_seq = begin_seq,
+                    None => {
+                        // The id 0 is no sync's.
+                        self.open_syncs.insert(volume, OpenSync { sync_id: 0, begin_seq });
+                        self.syncs.push_back(SyncSpan { volume, begin_seq, end_seq: None });
+                    }
+                },
             }
         }
         let listed: Vec<ListedCheckpoint> = self.checkpoints.iter_from(0).cloned().collect();
@@ -238,6 +257,22 @@ mod tests {
         not_synced.durable(100);
         assert_eq!(cuts(&not_synced), [8, 50]);
         assert!(!not_synced.is_in_sync());
+    }
+
+    /// Each try of a promotion tells it again.
+    #[test]
+    fn a_gap_that_is_told_again_leaves_the_sync_that_ends_it() {
+        let gap = Gap { first_seq: 10, last_seq: 20 };
+        let mut history = history(vec![checkpoint(8)]);
+        history.gap(gap, 1);
+        history.note(30, RecordKind::SyncBegin, 0, 5, &[]);
+        history.durable(30);
+        history.gap(gap, 1);
+        history.note(40, RecordKind::SyncEnd, 0, 5, &[]);
+        let later = checkpoint(50);
+        history.note(later.seq, later.kind, 0, 0, &later.payload);
+        history.durable(100);
+        assert_eq!((cuts(&history), history.is_in_sync()), (vec![8, 50], false));
     }
 
     #[test]

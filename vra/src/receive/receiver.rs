@@ -312,7 +312,7 @@ impl Receiver {
 
     /// Whether a promotion is under way, with its memory.
     pub fn is_promoting(&self) -> bool {
-        self.promoting.is_carrying()
+        self.promoting.is_carrying() || self.promoting.is_looking()
     }
 
     /// Prepares a planned end: no promotion begins any more, and the open segment is sealed, so that the next opening has nothing to copy. To be

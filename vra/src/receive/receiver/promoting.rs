@@ -20,6 +20,8 @@ pub(super) struct Promoting {
     not_before_us: u64,
     /// How often in a row it couldn't go on.
     failures: u32,
+    /// How often in a row something couldn't be read that counts as lost then.
+    lost_failures: u32,
     /// The history is shorter than it should be, and that was told.
     told_shortened: bool,
     /// The locked checkpoint that was told to be in the way.
@@ -92,6 +94,8 @@ const IDLE_WINDOW_BYTES: u64 = 8 << 20;
 const BUSY_US: u64 = 100_000;
 /// Wait after a promotion that couldn't go on, in microseconds.
 const HOLD_OFF_US: u64 = 5_000_000;
+/// What can't be read then counts as lost: after so many failures in a row, which take some five minutes.
+const LOST_AFTER: u32 = 6;
 
 impl Promoting {
     pub(super) fn new(recovery_disks_reserved: &[bool]) -> Self {
@@ -100,6 +104,11 @@ impl Promoting {
 
     pub(super) fn is_idle(&self) -> bool {
         matches!(self.stage, Stage::Idle)
+    }
+
+    /// Whether it looks at what it is going to promote.
+    pub(super) fn is_looking(&self) -> bool {
+        matches!(self.stage, Stage::Looking { .. })
     }
 
     /// Whether recovery disks may be changing.
@@ -311,7 +320,8 @@ impl Receiver {
         let reserved = self.promoting.recovery_disks_reserved.clone();
         let superblock = self.writer.superblock().clone();
         let bad_ranges = self.writer.bad_ranges().clone();
-        Promotion::new(superblock, bad_ranges, segments, reserved, self.policy.promotion)
+        let promotion = Promotion::new(superblock, bad_ranges, segments, reserved, self.policy.promotion);
+        if self.is_lost_for_good() { promotion } else { promotion.patient() }
     }
 
     /// It is announced, durably.
@@ -327,12 +337,13 @@ impl Receiver {
     /// The next operation of a promotion.
     pub(super) fn promotion_action(&mut self, now: Now) -> Option<PromotionAction> {
         let newest_append_us = self.last_append_us.max(self.neighbours_append_us);
+        let is_pressed = self.is_pressed();
         let (Stage::Carrying(promotion) | Stage::Looking { promotion, .. }) = &mut self.promoting.stage
         else {
             return None;
         };
         let is_quiet = now.mono_us.saturating_sub(newest_append_us) > BUSY_US && self.writer.is_idle();
-        let window_bytes = if is_quiet || self.full { IDLE_WINDOW_BYTES } else { BUSY_WINDOW_BYTES };
+        let window_bytes = if is_quiet || is_pressed { IDLE_WINDOW_BYTES } else { BUSY_WINDOW_BYTES };
         let action = promotion.poll_action(window_bytes);
         if action.is_none() && promotion.promoted().is_some() {
             self.carried();
@@ -342,6 +353,7 @@ impl Receiver {
 
     /// An operation of a promotion has ended.
     pub fn promotion_done(&mut self, token: u64, result: Result<Option<AlignedBuf>, StorageError>, now: Now) {
+        let is_lost_for_good = self.is_lost_for_good();
         let (Stage::Carrying(promotion) | Stage::Draining(promotion) | Stage::Looking { promotion, .. }) =
             &mut self.promoting.stage
         else {
@@ -350,7 +362,9 @@ impl Receiver {
         let ended = promotion.done(token, result);
         match (&mut self.promoting.stage, ended) {
             (Stage::Carrying(_), Ok(true)) => self.carried(),
-            (Stage::Carrying(_), Err(PromotionError::DiskLost { .. })) => self.note_lost(now),
+            (Stage::Carrying(_), Err(PromotionError::DiskLost { .. })) if is_lost_for_good => {
+                self.note_lost(now)
+            }
             (Stage::Carrying(_) | Stage::Looking { .. }, Err(error)) => self.stuck(error, now),
             (Stage::Looking { promotion, .. }, Ok(_)) if promotion.waits_for_announcement() => {
                 self.announce();
@@ -366,6 +380,7 @@ impl Receiver {
         let Stage::Carrying(promotion) = std::mem::take(&mut self.promoting.stage) else { return };
         let Some(done) = promotion.promoted() else { return };
         (self.promoting.told_blocked, self.promoting.failures) = (false, 0);
+        self.promoting.lost_failures = 0;
         // Open views read from the recovery disk before the slots are free (C3).
         self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::Promoted {
             through_seq: done.through.seq,
@@ -390,6 +405,7 @@ impl Receiver {
     fn note_lost(&mut self, now: Now) {
         let Stage::Carrying(promotion) = std::mem::take(&mut self.promoting.stage) else { return };
         let bad_ranges = promotion.bad_ranges_with_lost();
+        (self.promoting.told_blocked, self.promoting.lost_failures) = (false, 0);
         self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::Promoted {
             through_seq: self.writer.superblock().low_water.seq,
             written_bytes: 0,
@@ -412,7 +428,14 @@ impl Receiver {
             // The history was given up meanwhile, and its segments with it.
             return;
         }
-        if let PromotionError::Gap { first_seq, last_seq, .. } = error {
+        match &error {
+            PromotionError::Gap { .. } | PromotionError::DiskLost { .. } => self.promoting.lost_failures += 1,
+            PromotionError::Journal(error) if error.is_medium() => self.promoting.lost_failures += 1,
+            _ => self.promoting.lost_failures = 0,
+        }
+        if let PromotionError::Gap { first_seq, last_seq, .. } = error
+            && self.promoting.lost_failures == LOST_AFTER
+        {
             let volume_count = superblock.volumes.len() as u16;
             self.history.gap(Gap { first_seq, last_seq }, volume_count);
         }
@@ -422,6 +445,11 @@ impl Receiver {
             self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::PromotionStuck { error }));
         }
         self.tell_full();
+    }
+
+    /// Whether what can't be read counts as lost: it couldn't be in several tries over some minutes. A disk that fails for a while loses nothing.
+    fn is_lost_for_good(&self) -> bool {
+        self.promoting.lost_failures >= LOST_AFTER
     }
 
     /// Not again before a while, which grows with each failure.

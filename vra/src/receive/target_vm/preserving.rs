@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use journal::format::Footer;
+use journal::format::{Footer, Gap};
 use journal::recovery::{Segment, SurveyOptions, each_footer, survey};
 use journal::storage::ring::{Access, DirectFile};
 use journal::storage::{Blocking, Purpose};
@@ -133,6 +133,12 @@ impl TargetVm {
         let mut io = Blocking::new(&mut storage, file, Purpose::View);
         each_footer(&segments, &mut io, &survey.superblock, |footer| footers.push(footer))
             .map_err(|source| TargetError::View(source.into()))?;
+        let is_lost =
+            |gap: &Gap| gap.has_records() && gap.last_seq > after_seq && gap.first_seq <= through_seq;
+        if footers.iter().flat_map(|footer| &footer.gaps).any(is_lost) {
+            // It isn't known what is to be copied, and the promotion can't be carried out either: nothing makes way for it.
+            return Err(TargetError::View(ViewError::InsideSync { seq: through_seq }));
+        }
         Ok(footers)
     }
 

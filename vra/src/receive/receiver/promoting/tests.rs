@@ -119,6 +119,8 @@ fn a_segment_that_nobody_knows_is_found_before_its_promotion_is_announced() {
     let (mut receiver, through, _journal) = receiver("promoting-lost", 1, false);
     let now = Now { mono_us: 1, wall_us: 1 };
     assert_eq!(receiver.history.checkpoints().len(), 1);
+    // Not at the first try: a disk may fail for a while.
+    receiver.promoting.lost_failures = LOST_AFTER - 1;
     receiver.promote(now);
     // The disk has nothing but zeroes where footer and batches were.
     while let Some(PromotionAction { token, op, .. }) = receiver.promotion_action(now) {
