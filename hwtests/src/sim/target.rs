@@ -354,7 +354,11 @@ impl TargetSite {
     }
 
     pub(super) fn open(&mut self, ledger: &Ledger, env: &mut Env) -> Result<(), String> {
-        for _ in 0..20 {
+        for tries in 0..20 {
+            if tries == 10 {
+                // The slots that are free may have no space, and the datastore none to give: somebody makes room.
+                self.disk.set_capacity_bytes(u64::MAX);
+            }
             let storage = self.disk.storage();
             if self.try_open(ledger, env)? {
                 return Ok(());
