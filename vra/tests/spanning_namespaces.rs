@@ -8,6 +8,7 @@ mod common;
 mod relay;
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -105,9 +106,9 @@ impl Seen {
     /// Looks at those that are offered and weren't looked at.
     async fn look(&mut self, site: &Site, chain: &Chain) {
         for info in site.offered().await {
-            if !self.newest.contains_key(&info.id) {
+            if let Entry::Vacant(unseen) = self.newest.entry(info.id) {
                 let newest = chain.newest_at(site, info.id).await;
-                self.newest.insert(info.id, (info.time_us.0, newest));
+                unseen.insert((info.time_us.0, newest));
             }
         }
     }

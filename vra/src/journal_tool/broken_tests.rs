@@ -114,7 +114,8 @@ fn a_footer_that_a_power_cut_took_is_written_again_by_the_next_opening() {
     for site_key in [None, Some(SiteKey::random().expect("random"))] {
         let name = if site_key.is_some() { "lost-footer-encrypted" } else { "lost-footer" };
         let (mut journal, cuts) = protected_by(site_key.as_ref(), name);
-        let _clean_up = CleanUp(&datastore(&journal).to_path_buf());
+        let store = datastore(&journal).to_path_buf();
+        let _clean_up = CleanUp(&store);
         let keys = SiteKeys::new(site_key.into_iter().collect());
         journal.change(Change::Seal);
         let opened = Journal::open(&journal.path(), &keys).expect("readable");

@@ -363,7 +363,7 @@ impl Receiver {
         match (&mut self.promoting.stage, ended) {
             (Stage::Carrying(_), Ok(true)) => self.carried(),
             (Stage::Carrying(_), Err(PromotionError::DiskLost { .. })) if is_lost_for_good => {
-                self.note_lost(now)
+                self.note_lost(now);
             }
             (Stage::Carrying(_) | Stage::Looking { .. }, Err(error)) => self.stuck(error, now),
             (Stage::Looking { promotion, .. }, Ok(_)) if promotion.waits_for_announcement() => {
