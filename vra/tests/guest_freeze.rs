@@ -2,7 +2,8 @@
 
 mod common;
 
-use std::time::Duration;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
 
 use ::vra::api::status::SourceMode;
 use ::vra::api::vpg::CheckpointKind;
@@ -98,7 +99,7 @@ async fn a_checkpoint_is_taken_while_the_guest_is_frozen_and_it_never_stays_so()
     let took = agent.wait_until_thawed(THAWED_WITHIN).await;
     println!("thawed {took:?} after nobody asked for it");
     let bad = source.refusal(Request::FreezeGuests(FreezeGuests { vpg, limit_ms: 60_000 })).await;
-    assert!(bad.message.contains("it must be 500 to 8000"), "{bad}");
+    assert!(bad.message.contains("it must be 2000 to 8000"), "{bad}");
 
     // The VRA dies; its guard sees to it.
     freeze(&source, vpg, 8_000).await;
@@ -123,4 +124,68 @@ async fn a_checkpoint_is_taken_while_the_guest_is_frozen_and_it_never_stays_so()
     source.wait_for("streaming", |status| status.source_vms[0].mode == SourceMode::Streaming).await;
     assert!(!noted.contains("agent.sock") || !agent.is_frozen(), "{noted}");
     source.ask(tag_frozen(vpg, "again")).await;
+
+    // The VRA ends in good order.
+    freeze(&source, vpg, 8_000).await;
+    source.stop();
+    assert!(!agent.is_frozen(), "it is thawed before the VRA has ended");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_agent_that_others_use_or_that_is_slow_keeps_nobody_waiting_and_no_guest_frozen() {
+    let ca = TestCa::new();
+    let Some((source, _target, _, definition)) = streaming_pair("freeze-slow", &ca).await else { return };
+    let (vpg, vm) = (definition.id, definition.vms[0].id);
+    let socket = source.path("agent.sock");
+    let agent = FakeAgent::start(&socket);
+    source.ask(Request::SetGuestAgent(SetGuestAgent { vm, socket: Some(socket.clone()) })).await;
+    let ask = Request::FreezeGuests(FreezeGuests { vpg, limit_ms: 2_000 });
+
+    // Another client has the channel: at the third try not even a connection can be made.
+    let other = UnixStream::connect(&socket).expect("a client");
+    for attempt in 1..=4 {
+        let began = Instant::now();
+        let refused = source.refusal(ask.clone()).await;
+        assert_eq!(refused.code, ErrorCode::NotReady, "{attempt}: {refused}");
+        assert!(began.elapsed() < Duration::from_secs(4), "{attempt}: {:?}", began.elapsed());
+    }
+    assert_eq!(agent.asked(), [""; 0], "nothing was asked of the guest");
+    drop(other);
+    freeze(&source, vpg, 8_000).await;
+    source.ask(Request::ThawGuests(ThawGuests { vpg })).await;
+    assert_eq!((agent.is_frozen(), agent.asked().len()), (false, 2));
+
+    // Somebody else has frozen it.
+    agent.set_frozen(true);
+    let refused = source.refusal(ask.clone()).await;
+    assert!(refused.message.contains("frozen it already"), "{refused}");
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    assert!(agent.is_frozen() && agent.asked().is_empty(), "it isn't ours to thaw");
+    agent.set_frozen(false);
+
+    // It freezes when nobody waits for that any more.
+    agent.freeze_after(Duration::from_secs(5));
+    let refused = source.refusal(ask.clone()).await;
+    assert!(refused.code == ErrorCode::NotReady && !agent.is_frozen(), "{refused}");
+    let busy = source.refusal(ask.clone()).await;
+    assert_eq!(busy.code, ErrorCode::Busy, "{busy}");
+    agent.freeze_after(Duration::ZERO);
+    let noted = || std::fs::read_to_string(source.path("state/frozen-guests.json")).expect("the list");
+    assert!(noted().contains("agent.sock"));
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while noted().contains("agent.sock") {
+        assert!(Instant::now() < deadline, "never thawed:\n{}", source.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!((agent.is_frozen(), agent.asked()), (false, both()), "it was frozen, and is thawed");
+
+    // The guard alone dies: another one thaws the guest.
+    freeze(&source, vpg, 8_000).await;
+    children(source.pid()).iter().for_each(|pid| kill(Pid::from_raw(*pid), Signal::SIGKILL).expect("killed"));
+    agent.wait_until_thawed(Duration::from_secs(5)).await;
+    assert_eq!(agent.asked(), both());
+}
+
+fn both() -> Vec<String> {
+    ["guest-fsfreeze-freeze", "guest-fsfreeze-thaw"].map(str::to_owned).to_vec()
 }

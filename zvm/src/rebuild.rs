@@ -1,7 +1,9 @@
 //! `zvm rebuild`: a lost database is made again from what the VRAs know. The state folder's keys must still be there: they make it the manager
 //! that the VRAs obey.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+mod world;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use vra::api::vpg::VraEndpoint;
@@ -14,18 +16,20 @@ use vra::link::{Link, LinkError, LinkSettings};
 use vra::pki::{PeerCertificate, Trust};
 use vra::report::chain;
 
-use crate::api::defaults;
-use crate::authority::{Authority, Issued};
+use self::world::{World, endpoints, is_member, newest_definitions};
+use crate::authority::Authority;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::manager::StartError;
-use crate::model::vpg::{JournalBounds, Member, Vpg, VpgSettings, VpgState};
 use crate::model::vra::{Vra, VraState};
 use crate::serve::lock_state;
 use crate::store::{self, Store, StoreError};
 
 /// How long a VRA may take to answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+
+/// Largest version or revision that is believed: a manager counts them from one, and goes on counting.
+const MAX_VERSION: u64 = i64::MAX as u64 / 2;
 
 /// What came of it.
 #[derive(Debug, Default)]
@@ -36,6 +40,21 @@ pub struct Rebuilt {
     pub vras: Vec<String>,
     /// VRAs that groups name and that didn't answer, with the reason: they are known by their ids until they do.
     pub silent: Vec<(VraEndpoint, String)>,
+    /// Groups that another one had the name of: that, and their new one.
+    pub renamed: Vec<(String, String)>,
+    /// Groups that weren't restored.
+    pub unrestored: Vec<Unrestored>,
+}
+
+/// A group that some of its VRAs know, and others that answered don't: it was deleted, or is only half there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unrestored {
+    /// The group's id.
+    pub id: VpgId,
+    /// Its name.
+    pub name: String,
+    /// The names of the VRAs that know it.
+    pub known_at: Vec<String>,
 }
 
 /// Why the database could not be made again.
@@ -51,7 +70,9 @@ pub enum RebuildError {
         path: std::path::PathBuf,
     },
     /// Nobody answered.
-    #[error("VRA at {address} doesn't answer: {reason}")]
+    #[error(
+        "VRA at {address} doesn't answer: {reason}; start it, or leave it out and name another VRA of the site by --vra"
+    )]
     NoVra {
         /// Where it should be.
         address: String,
@@ -95,14 +116,24 @@ pub async fn rebuild(
     }
     let settings = LinkSettings { listen: std::net::SocketAddr::new(config.listen.ip(), 0) };
     let (link, _) = Link::bind(&settings, credentials, Trust::default()).map_err(StartError::from)?;
-    let (found, silent) = ask_all(&link, addresses).await?;
+    let asked = ask_all(&link, addresses).await;
     link.close().await;
+    let (found, silent) = asked?;
     let now_us = TimeUs(clock.now_us());
-    let world = World::of(found, silent, now_us);
+    let world = World::of(&found, silent, now_us);
     let mut tx = store.begin().await?;
-    let site = store::site::Site { name: site_name.into(), zvm, trust_version: world.trust_version };
-    if store::site::get(&mut tx).await?.is_none() {
-        store::site::insert(&mut tx, &site).await?;
+    match store::site::get(&mut tx).await? {
+        None => {
+            let site = store::site::Site { name: site_name.into(), zvm, trust_version: world.trust_version };
+            store::site::insert(&mut tx, &site).await?;
+        }
+        Some(site) if site.zvm != zvm => {
+            return Err(StartError::Mixed { state_dir: config.state_dir.clone() }.into());
+        }
+        Some(site) => {
+            let version = world.trust_version.max(site.trust_version);
+            store::site::set_trust_version(&mut tx, version).await?;
+        }
     }
     for (vra, issued) in &world.vras {
         store::vras::save_enrolled(&mut tx, vra).await?;
@@ -122,6 +153,8 @@ pub async fn rebuild(
         vpgs: world.vpgs.into_iter().map(|vpg| vpg.name).collect(),
         vras: world.vras.iter().map(|(vra, _)| vra).filter(is_enrolled).map(|vra| vra.name.clone()).collect(),
         silent: world.silent,
+        renamed: world.renamed,
+        unrestored: world.unrestored,
     })
 }
 
@@ -130,40 +163,64 @@ async fn is_empty(store: &Store) -> Result<bool, StoreError> {
     Ok(store::vras::list(&mut db).await?.is_empty() && store::vpgs::list(&mut db).await?.is_empty())
 }
 
-/// Asks the first ones, which must answer, then all that they name.
+/// Asks the first ones, which must answer, then all that they name, but none that one of them knows to be revoked.
 async fn ask_all(
     link: &Link,
     addresses: &[String],
 ) -> Result<(Vec<Found>, Vec<(VraEndpoint, String)>), RebuildError> {
-    let (mut found, mut silent) = (Vec::<Found>::new(), Vec::new());
-    let mut asked = BTreeSet::new();
-    let mut named = VecDeque::new();
+    let mut found = Vec::<Found>::new();
     for address in addresses {
         let first = ask(link, None, address).await;
         let first = first.map_err(|reason| RebuildError::NoVra { address: address.clone(), reason })?;
-        if asked.insert(first.hello.vra) {
-            named.extend(endpoints(&first.vpgs));
-            found.push(first);
-        }
+        believe(link, &mut found, first);
     }
-    while let Some(endpoint) = named.pop_front() {
-        if !asked.insert(endpoint.id) {
-            continue;
-        }
+    let (mut asked, mut silent) = (BTreeSet::new(), BTreeMap::new());
+    while let Some(endpoint) = next_to_ask(&found, &asked) {
+        asked.insert((endpoint.id, endpoint.address.clone()));
         match ask(link, Some(endpoint.id), &endpoint.address).await {
-            Ok(next) => {
-                named.extend(endpoints(&next.vpgs));
-                found.push(next);
-            }
-            Err(reason) => silent.push((endpoint, reason)),
+            Ok(next) => believe(link, &mut found, next),
+            Err(reason) => _ = silent.insert(endpoint.id, (endpoint, reason)),
         }
     }
-    Ok((found, silent))
+    let trust = trust_of(&found);
+    silent.retain(|id, _| !trust.revoked_vras.contains(id) && found.iter().all(|vra| vra.hello.vra != *id));
+    Ok((found, silent.into_values().collect()))
 }
 
-fn endpoints(vpgs: &[VpgDefinition]) -> Vec<VraEndpoint> {
-    let vms = vpgs.iter().flat_map(|vpg| &vpg.vms);
-    vms.flat_map(|vm| [vm.source.clone(), vm.target.clone()]).collect()
+/// A VRA that the newest definitions name and that wasn't asked there yet.
+fn next_to_ask(found: &[Found], asked: &BTreeSet<(VraId, String)>) -> Option<VraEndpoint> {
+    let trust = trust_of(found);
+    newest_definitions(found).into_values().flat_map(endpoints).find(|endpoint| {
+        !trust.revoked_vras.contains(&endpoint.id)
+            && found.iter().all(|vra| vra.hello.vra != endpoint.id)
+            && !asked.contains(&(endpoint.id, endpoint.address.clone()))
+    })
+}
+
+/// Takes in what one answered. Whoever is revoked by that isn't believed any more, and can't be connected to.
+fn believe(link: &Link, found: &mut Vec<Found>, next: Found) {
+    if found.iter().all(|vra| vra.hello.vra != next.hello.vra) {
+        let revoked = next.trust.clone();
+        found.retain(|vra| {
+            !revoked.revoked_vras.contains(&vra.hello.vra)
+                && !revoked.revoked_serials.contains(&vra.certificate.serial)
+        });
+        found.push(next);
+        link.set_trust(trust_of(found));
+    }
+}
+
+/// All that any of them knows to be revoked.
+fn trust_of(found: &[Found]) -> SetTrust {
+    let all = |list: fn(&SetTrust) -> &Vec<String>| -> BTreeSet<String> {
+        found.iter().flat_map(|vra| list(&vra.trust)).cloned().collect()
+    };
+    let vras: BTreeSet<VraId> = found.iter().flat_map(|vra| &vra.trust.revoked_vras).copied().collect();
+    SetTrust {
+        version: found.iter().map(|vra| vra.trust.version).max().unwrap_or_default(),
+        revoked_serials: all(|trust| &trust.revoked_serials).into_iter().collect(),
+        revoked_vras: vras.into_iter().collect(),
+    }
 }
 
 async fn ask(link: &Link, expected: Option<VraId>, address: &str) -> Result<Found, String> {
@@ -190,6 +247,10 @@ async fn ask(link: &Link, expected: Option<VraId>, address: &str) -> Result<Foun
         if certificate.identity.as_vra() != Some(hello.vra) {
             return Err(AskError::Unexpected);
         }
+        vpgs.retain(|vpg| is_member(vpg, hello.vra));
+        if trust.version > MAX_VERSION || vpgs.iter().any(|vpg| vpg.revision > MAX_VERSION) {
+            return Err(AskError::Absurd);
+        }
         Ok(Found { address: address.to_owned(), hello, certificate, vpgs, trust })
     };
     match tokio::time::timeout(ANSWER_WITHIN, answer).await {
@@ -206,129 +267,6 @@ enum AskError {
     Client(#[from] ClientError),
     #[error("it gave a wrong answer: is it of another version?")]
     Unexpected,
-}
-
-/// All that was told, put together.
-struct World {
-    vras: Vec<(Vra, Issued)>,
-    vpgs: Vec<Vpg>,
-    trust_version: u64,
-    silent: Vec<(VraEndpoint, String)>,
-}
-
-impl World {
-    fn of(found: Vec<Found>, silent: Vec<(VraEndpoint, String)>, now_us: TimeUs) -> Self {
-        let mut definitions: BTreeMap<VpgId, Vec<&VpgDefinition>> = BTreeMap::new();
-        for vpg in found.iter().flat_map(|vra| &vra.vpgs) {
-            definitions.entry(vpg.id).or_default().push(vpg);
-        }
-        let vpgs: Vec<Vpg> = definitions.into_values().filter_map(|known| vpg_of(&known, now_us)).collect();
-        // The addresses by which groups know them: those that were asked first may be others.
-        let named: BTreeMap<VraId, String> = found
-            .iter()
-            .flat_map(|vra| endpoints(&vra.vpgs))
-            .map(|endpoint| (endpoint.id, endpoint.address))
-            .collect();
-        let mut vras: Vec<(Vra, Issued)> = Vec::new();
-        for vra in &found {
-            let id = vra.hello.vra;
-            let address = named.get(&id).unwrap_or(&vra.address);
-            let (serial, not_after_us) = (vra.certificate.serial.clone(), vra.certificate.ends_us.0);
-            let issued = Issued { pem: String::new(), serial, not_after_us };
-            vras.push((vra_of(id, address, &vra.hello.name, VraState::Enrolled, &issued, now_us), issued));
-        }
-        for (endpoint, _) in &silent {
-            let (id, issued) = (endpoint.id, unknown_certificate(endpoint.id));
-            let name = format!("vra-{}", short(id));
-            vras.push((vra_of(id, &endpoint.address, &name, VraState::Enrolled, &issued, now_us), issued));
-        }
-        let revoked: BTreeSet<VraId> =
-            found.iter().flat_map(|vra| vra.trust.revoked_vras.iter().copied()).collect();
-        for id in revoked {
-            let issued = unknown_certificate(id);
-            let name = format!("revoked-{}", short(id));
-            vras.push((vra_of(id, "unknown:9710", &name, VraState::Revoked, &issued, now_us), issued));
-        }
-        tell_apart(&mut vras);
-        let trust_version = found.iter().map(|vra| vra.trust.version).max().unwrap_or_default().max(1);
-        Self { vras, vpgs, trust_version, silent }
-    }
-}
-
-/// Two VRAs may call themselves the same: here a name means one.
-fn tell_apart(vras: &mut [(Vra, Issued)]) {
-    let mut names = BTreeSet::new();
-    for (vra, _) in vras {
-        if !names.insert(vra.name.clone()) {
-            vra.name = format!("{}-{}", vra.name, short(vra.id));
-            names.insert(vra.name.clone());
-        }
-    }
-}
-
-fn vra_of(id: VraId, address: &str, name: &str, state: VraState, issued: &Issued, now_us: TimeUs) -> Vra {
-    Vra {
-        id,
-        name: name.to_owned(),
-        address: address.to_owned(),
-        version: "unknown".to_owned(),
-        state,
-        enrolled_us: now_us,
-        revoked_us: (state == VraState::Revoked).then_some(now_us),
-        certificate_serial: issued.serial.clone(),
-        certificate_ends_us: TimeUs(issued.not_after_us),
-    }
-}
-
-/// Stands for one that isn't known: its VRA is known by its id.
-fn unknown_certificate(id: VraId) -> Issued {
-    Issued { pem: String::new(), serial: format!("unknown-{id}"), not_after_us: 0 }
-}
-
-fn short(id: VraId) -> String {
-    id.to_string().chars().take(8).collect()
-}
-
-/// The newest definition of a group, as settings.
-fn vpg_of(known: &[&VpgDefinition], now_us: TimeUs) -> Option<Vpg> {
-    let newest = known.iter().max_by_key(|vpg| vpg.revision)?;
-    let applied_revision = known.iter().map(|vpg| vpg.revision).min()?;
-    let first = newest.vms.first()?;
-    let notes = newest.notes.clone().unwrap_or_default();
-    let vms = newest.vms.iter().map(|vm| Member {
-        vm: vm.id,
-        name: vm.name.clone(),
-        journal: vm.journal,
-        source: vm.source.id,
-        target: vm.target.id,
-        datastore: vm.datastore.clone(),
-        journal_size: JournalBounds {
-            limit_bytes: vm.journal_limit_bytes,
-            limit_percent: vm.journal_limit_percent,
-            warning: vm.journal_warning,
-            minimum_bytes: vm.journal_minimum_bytes,
-        },
-        volumes: vm.volumes.clone(),
-    });
-    Some(Vpg {
-        id: newest.id,
-        name: newest.name.clone(),
-        state: VpgState::Active,
-        revision: newest.revision,
-        applied_revision,
-        created_us: notes.created_us.unwrap_or(now_us),
-        settings: VpgSettings {
-            description: notes.description,
-            priority: notes.priority.parse().unwrap_or_else(|_| defaults::priority()),
-            member_set_version: newest.member_set_version,
-            checkpoint_interval_ms: newest.checkpoint_interval_ms,
-            hold_deadline_ms: newest.hold_deadline_ms,
-            history_s: first.history_s,
-            rpo_target_s: notes.rpo_target_s.unwrap_or_else(defaults::rpo_target_s),
-            give_up_history: first.give_up_history,
-            encrypt: newest.encrypt,
-            vms: vms.collect(),
-        },
-        removal: None,
-    })
+    #[error("it tells of a version that no manager has given: revoke it if it isn't to be trusted")]
+    Absurd,
 }

@@ -102,3 +102,30 @@ fn a_vra_that_does_not_answer_is_named_and_known_again_when_it_does() {
     });
     wait_for("the group", || pair.site.zvm(&["checkpoint", "tag", "shop", "again"]).code == 0);
 }
+
+#[test]
+fn one_that_is_revoked_stays_so_and_is_not_asked() {
+    let mut pair = Pair::defined();
+    assert_eq!(pair.site.zvm(&["vra", "revoke", "vra-a", "--force"]).code, 0);
+    wait_for("the other VRA to be told", || pair.b.log().contains("revoked"));
+    pair.site.kill();
+    for file in ["zvm.db", "zvm.db-wal", "zvm.db-shm"] {
+        let _ = std::fs::remove_file(pair.site.dir.join("state").join(file));
+    }
+    // It runs, its group names it, and it would answer.
+    let rebuilt = pair.site.zvm(&["--json", "rebuild", "--vra", &format!("127.0.0.1:{}", pair.b.port)]);
+    let told: Value = serde_json::from_str(&rebuilt.stdout).unwrap_or_default();
+    assert_eq!((&told["vras"], &told["silent"]), (&serde_json::json!(["vra-b"]), &serde_json::json!([])));
+    let both = [pair.b.port, pair.a.port].map(|port| format!("127.0.0.1:{port}"));
+    for file in ["zvm.db", "zvm.db-wal", "zvm.db-shm"] {
+        let _ = std::fs::remove_file(pair.site.dir.join("state").join(file));
+    }
+    let refused = pair.site.zvm(&["rebuild", "--vra", &both[0], "--vra", &both[1]]);
+    assert!(refused.code != 0 && refused.stderr.contains("leave it out"), "{refused:?}");
+    let rebuilt = pair.site.zvm(&["rebuild", "--vra", &both[0]]);
+    assert_eq!(rebuilt.code, 0, "into a database that the refused one left: {rebuilt:?}");
+    pair.site.serve();
+    let vras = pair.site.json(&["vra", "list"]);
+    let states: Vec<_> = vras.as_array().expect("list").iter().map(|vra| vra["state"].clone()).collect();
+    assert_eq!(states, ["enrolled", "revoked"]);
+}

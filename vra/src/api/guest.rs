@@ -21,7 +21,7 @@ pub struct SetGuestAgent {
 pub struct FreezeGuests {
     /// Which VPG.
     pub vpg: VpgId,
-    /// How long they stay frozen at most, in milliseconds: 500 to 8000.
+    /// How long they stay frozen at most, in milliseconds: 2000 to 8000.
     pub limit_ms: u32,
 }
 

@@ -35,7 +35,7 @@ struct HeldMember {
     vm: VmId,
     epoch: Arc<HeldEpoch>,
     freeze: Freeze,
-    /// How its guest was when its cut was taken.
+    /// How its guest was just before its cut was taken.
     mark: FreezeMark,
 }
 
@@ -111,6 +111,8 @@ impl LocalHold {
         }
         let mut held = Vec::with_capacity(members.len());
         for member in members {
+            // Before the cut: a guest that is frozen only after it wrote in between.
+            let mark = member.freeze.mark(Instant::now());
             // An early return drops the holds that stand: they expire.
             let epoch = HeldEpoch::begin(member.core.clone(), now.mono_us + deadline_us)
                 .map_err(|refusal| CheckpointRefusal::Hold { vm: member.vm, refusal });
@@ -122,7 +124,6 @@ impl LocalHold {
                 }
             };
             watch(&epoch);
-            let mark = member.freeze.mark(Instant::now());
             held.push(HeldMember { vm: member.vm, epoch, freeze: member.freeze.clone(), mark });
         }
         Ok(Self { held, began_mono_us: now.mono_us })

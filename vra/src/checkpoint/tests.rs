@@ -150,6 +150,23 @@ fn an_overflow_during_the_hold_leaves_no_record() {
 }
 
 #[test]
+fn a_guest_that_is_frozen_only_after_its_cut_gives_no_application_checkpoint() {
+    let mut vm = Vm::new(1);
+    let freeze = vm.member.freeze.clone();
+    freeze.set_agent(true);
+    let application = Checkpoint { kind: CheckpointKind::Application, ..checkpoint() };
+    let until = Instant::now() + Duration::from_secs(60);
+    // The hold is watched once its cut was taken.
+    let hold = LocalHold::begin(&[vm.member.clone()], at(0), 100, &mut |_| freeze.begin(until));
+    let refused = hold.expect("streaming").release(&application, at(1));
+    assert_eq!(refused, Err(CheckpointRefusal::NotFrozen { vm: vm.member.vm }));
+    assert_eq!(vm.checkpoints(), []);
+    let hold = LocalHold::begin(&[vm.member.clone()], at(2), 100, &mut |_| {}).expect("streaming");
+    hold.release(&application, at(3)).expect("frozen all along");
+    assert_eq!(vm.checkpoints().len(), 1);
+}
+
+#[test]
 fn commit_and_expiry_never_both_win() {
     let mut vm = Vm::new(1);
     let mut committed = 0;

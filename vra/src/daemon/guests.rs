@@ -1,6 +1,6 @@
-//! Freezing guests for checkpoints, and seeing to it that they are thawed (D5).
+//! Freezing guests for checkpoints, and seeing to it that they are thawed (D5). Only their guards speak with the guests' agents.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -11,32 +11,35 @@ use crate::api::vpg::VmDefinition;
 use crate::api::{ApiError, ErrorCode, Severity, VmId, VpgDefinition, VpgId};
 use crate::checkpoint::Freeze;
 use crate::config::StoreError;
-use crate::guest::{AgentError, FrozenGuest, FrozenGuests, Guard, GuestAgent, LONGEST_FREEZE};
+use crate::guest::{FrozenGuest, FrozenGuests, Guard, GuardEnd, LONGEST_FREEZE, Told};
 use crate::report::chain;
 
-/// Longest that a guest may take to write out what is dirty and be frozen.
-const FREEZE_WITHIN: Duration = Duration::from_secs(5);
-
-/// Longest that it may take to be thawed before its guard sees to it.
+/// Longest that a guest's thawing is waited for; its guard goes on.
 const THAW_WITHIN: Duration = Duration::from_secs(2);
+
+/// Longest that a new freeze waits for the guard of a former one.
+const FORMER_WITHIN: Duration = Duration::from_secs(1);
 
 /// So long before its guard thaws it a guest isn't taken for frozen any more.
 const MARGIN: Duration = Duration::from_millis(500);
 
 /// Limits of [`FreezeGuests::limit_ms`].
-const LIMIT_MS: std::ops::RangeInclusive<u32> = 500..=LONGEST_FREEZE.as_millis() as u32;
+const LIMIT_MS: std::ops::RangeInclusive<u32> = 2_000..=LONGEST_FREEZE.as_millis() as u32;
 
 /// How long a guest that was left frozen is tried to be thawed before that is told. Its VM may have been stopped: then nobody answers any more.
 const TELL_AFTER: Duration = Duration::from_secs(10);
 const TRY_EVERY: Duration = Duration::from_secs(1);
+
+/// The very file that runs, whatever lies under its name by now.
+const PROGRAM: &str = "/proc/self/exe";
 
 /// The guests of this host's VMs.
 pub(super) struct Guests {
     list: FrozenGuests,
     freezes: Mutex<BTreeMap<VmId, Freeze>>,
     frozen: Mutex<BTreeMap<VpgId, FrozenVpg>>,
-    /// Guests that couldn't be thawed, since when.
-    stuck: Mutex<BTreeMap<VmId, Instant>>,
+    /// Guests that are noted and not in `frozen`: they are being thawed.
+    thawing: Mutex<BTreeMap<VmId, Thawing>>,
     /// Held while guests are frozen or thawed.
     changing: tokio::sync::Mutex<()>,
 }
@@ -48,21 +51,44 @@ struct FrozenVpg {
     until: Instant,
 }
 
+impl FrozenVpg {
+    /// Whether they are to be thawed: nobody wants them any more, or they aren't all frozen any more.
+    fn is_over(&self, now: Instant) -> bool {
+        self.until <= now || self.vms.iter().any(|frozen| !frozen.guard.is_sure())
+    }
+}
+
 struct FrozenVm {
     vm: VmId,
-    socket: PathBuf,
     guard: Guard,
+}
+
+struct Thawing {
+    since: Instant,
+    /// None if it could not be started.
+    guard: Option<Guard>,
 }
 
 /// Why a guest isn't frozen.
 #[derive(Debug, thiserror::Error)]
 enum FreezeError {
-    #[error(transparent)]
-    Agent(#[from] AgentError),
+    #[error("{0}")]
+    Agent(String),
+    #[error("it was frozen before, and isn't thawed yet")]
+    NotThawed,
     #[error(transparent)]
     Store(#[from] StoreError),
-    #[error("cannot start the process that would thaw it")]
+    #[error("cannot start the process that freezes and thaws it")]
     Guard(#[source] std::io::Error),
+}
+
+impl FreezeError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::NotThawed => ErrorCode::Busy,
+            _ => ErrorCode::NotReady,
+        }
+    }
 }
 
 impl Guests {
@@ -72,86 +98,130 @@ impl Guests {
             list: FrozenGuests::open(folder)?,
             freezes: Mutex::default(),
             frozen: Mutex::default(),
-            stuck: Mutex::default(),
+            thawing: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
         })
     }
 
     /// Whether a VM's guest is frozen, for its checkpoints.
     pub(super) fn freeze_of(&self, vm: VmId, has_agent: bool) -> Freeze {
-        let freeze = lock(&self.freezes).entry(vm).or_default().clone();
+        let freeze = self.known_freeze_of(vm);
         freeze.set_agent(has_agent);
         freeze
     }
 
+    /// The same, whether it has an agent or not.
+    fn known_freeze_of(&self, vm: VmId) -> Freeze {
+        lock(&self.freezes).entry(vm).or_default().clone()
+    }
+
     /// Freezes one guest. If that fails after it was asked, it stays noted and is thawed again.
     fn freeze(&self, vm: &VmDefinition, socket: PathBuf, limit: Duration) -> Result<FrozenVm, FreezeError> {
+        if !self.is_thawed(vm.id) {
+            return Err(FreezeError::NotThawed);
+        }
         self.list.note(vm.id, FrozenGuest { name: vm.name.clone(), socket: socket.clone() })?;
-        // The very file that runs, whatever lies under its name by now.
-        let guard = Guard::start(Path::new("/proc/self/exe"), &socket, limit).map_err(FreezeError::Guard)?;
-        let mut agent = match GuestAgent::connect(&socket, FREEZE_WITHIN.min(limit)) {
-            Ok(agent) => agent,
+        let freeze = self.known_freeze_of(vm.id);
+        let guard = match Guard::freeze(Path::new(PROGRAM), &socket, limit, move || freeze.end()) {
+            Ok(guard) => guard,
             Err(error) => {
-                // It was asked nothing.
-                guard.dismiss();
-                self.list.forget(vm.id)?;
-                return Err(error.into());
+                self.forget(vm.id);
+                return Err(FreezeError::Guard(error));
             }
         };
-        match agent.freeze() {
-            Ok(filesystems) => {
+        let reason = match guard.how_it_went(limit) {
+            Some(Told::Frozen { filesystems }) => {
                 tracing::info!(vm = vm.name, filesystems, "froze the guest");
-                Ok(FrozenVm { vm: vm.id, socket, guard })
+                return Ok(FrozenVm { vm: vm.id, guard });
             }
-            // It may be frozen, or become so: the guard, dropped here, thaws it.
-            Err(error) => {
-                lock(&self.stuck).insert(vm.id, Instant::now());
-                Err(error.into())
+            Some(Told::Refused { reason }) => {
+                self.forget(vm.id);
+                return Err(FreezeError::Agent(reason));
+            }
+            Some(Told::Silent { reason }) => reason,
+            _ => "the process that freezes and thaws it says nothing".to_owned(),
+        };
+        self.leave_to(vm.id, guard);
+        Err(FreezeError::Agent(reason))
+    }
+
+    /// Whether nothing of a former freeze is left, or will be within a moment.
+    fn is_thawed(&self, vm: VmId) -> bool {
+        // Taken out: looking at all of them mustn't wait for this one.
+        let former = lock(&self.thawing).remove(&vm);
+        let Some(former) = former else { return !self.list.all().contains_key(&vm) };
+        let end = former.guard.as_ref().map_or(GuardEnd::Died, |guard| guard.wait(FORMER_WITHIN));
+        if end == GuardEnd::Thawed {
+            self.forget(vm);
+            return true;
+        }
+        lock(&self.thawing).insert(vm, former);
+        false
+    }
+
+    /// Thaws one guest; if that takes long its guard goes on alone.
+    fn thaw(&self, mut frozen: FrozenVm) {
+        self.known_freeze_of(frozen.vm).end();
+        frozen.guard.thaw();
+        match frozen.guard.wait(THAW_WITHIN) {
+            GuardEnd::Thawed => self.forget(frozen.vm),
+            GuardEnd::NotYet | GuardEnd::Died => {
+                tracing::warn!(vm = %frozen.vm, "the guest isn't thawed yet: that is tried on");
+                self.leave_to(frozen.vm, frozen.guard);
             }
         }
     }
 
-    /// Thaws one guest; if that can't be done its guard does it.
-    fn thaw(&self, frozen: FrozenVm) {
-        let thawed = GuestAgent::connect(&frozen.socket, THAW_WITHIN).and_then(|mut agent| agent.thaw());
-        match thawed {
-            Ok(()) => {
-                frozen.guard.dismiss();
-                self.forget(frozen.vm);
+    /// Thaws guests, all at the same time.
+    fn thaw_all(&self, vms: Vec<FrozenVm>) {
+        std::thread::scope(|scope| {
+            for frozen in vms {
+                scope.spawn(|| self.thaw(frozen));
             }
-            Err(error) => {
-                tracing::warn!(vm = %frozen.vm, error = chain(&error), "the guest isn't thawed yet: its guard goes on");
-                lock(&self.stuck).insert(frozen.vm, Instant::now());
-            }
-        }
+        });
+    }
+
+    /// A guest is thawed by its guard, whenever that can be done.
+    fn leave_to(&self, vm: VmId, mut guard: Guard) {
+        self.known_freeze_of(vm).end();
+        guard.thaw();
+        lock(&self.thawing).insert(vm, Thawing { since: Instant::now(), guard: Some(guard) });
     }
 
     fn forget(&self, vm: VmId) {
         if let Err(error) = self.list.forget(vm) {
-            tracing::warn!(%vm, error = chain(&error), "the guest is thawed once more at the next start");
+            tracing::warn!(%vm, error = chain(&error), "the guest is thawed once more");
         }
-        lock(&self.stuck).remove(&vm);
     }
 
-    /// Guests that couldn't be thawed are tried again.
-    fn thaw_stuck(&self) {
-        let noted = self.list.all();
-        let stuck: Vec<VmId> = lock(&self.stuck).keys().copied().collect();
-        for vm in stuck {
-            let Some(guest) = noted.get(&vm) else {
-                lock(&self.stuck).remove(&vm);
+    /// Sees to it that every noted guest that isn't frozen now is being thawed. Waits for nothing.
+    pub(super) fn thaw_noted(&self) {
+        let frozen: BTreeSet<VmId> =
+            lock(&self.frozen).values().flat_map(|vpg| vpg.vms.iter().map(|frozen| frozen.vm)).collect();
+        let mut thawing = lock(&self.thawing);
+        for (vm, guest) in self.list.all() {
+            if frozen.contains(&vm) {
                 continue;
-            };
-            match GuestAgent::connect(&guest.socket, THAW_WITHIN).and_then(|mut agent| agent.thaw()) {
-                Ok(()) => {
+            }
+            let known = thawing.get(&vm);
+            let end = known.and_then(|known| known.guard.as_ref()).map(|guard| guard.wait(Duration::ZERO));
+            match end {
+                Some(GuardEnd::NotYet) => {}
+                Some(GuardEnd::Thawed) => {
                     tracing::info!(vm = guest.name, "the guest is thawed");
+                    thawing.remove(&vm);
                     self.forget(vm);
                 }
-                // QEMU removes its sockets: a VM that was stopped has no frozen guest.
-                Err(AgentError::Connect { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                    self.forget(vm);
+                Some(GuardEnd::Died) | None => {
+                    tracing::warn!(vm = guest.name, "the guest may have been left frozen: it is thawed");
+                    self.known_freeze_of(vm).end();
+                    let since = known.map_or_else(Instant::now, |known| known.since);
+                    let guard = Guard::only_thaw(Path::new(PROGRAM), &guest.socket);
+                    if let Err(error) = &guard {
+                        tracing::error!(vm = guest.name, %error, "cannot start the process that thaws it");
+                    }
+                    thawing.insert(vm, Thawing { since, guard: guard.ok() });
                 }
-                Err(_) => {}
             }
         }
     }
@@ -221,20 +291,33 @@ impl Daemon {
                 Err(error) => failed = failed.or(Some((vm, error))),
             }
         }
+        let without_agent: Vec<VmId> = without.iter().map(|vm| vm.id).collect();
         if let Some((vm, error)) = failed {
-            vms.into_iter().for_each(|frozen| self.guests.thaw(frozen));
+            self.guests.thaw_all(vms);
             let message = format!("the guest of VM {} can't be frozen: {}", vm.name, chain(&error));
-            return Err(ApiError::new(ErrorCode::NotReady, message).remedy(
-                "see to its guest agent (qemu-guest-agent runs, its channel is that of `vra guest-agent`), or make a checkpoint without it",
-            ));
+            let remedy = match error {
+                FreezeError::NotThawed => "it is being thawed: try again in some seconds",
+                _ => {
+                    "see to its guest agent (qemu-guest-agent runs, its channel is that of `vra guest-agent` and nobody else uses it), or make a checkpoint without it"
+                }
+            };
+            return Err(ApiError::new(error.code(), message).remedy(remedy));
         }
-        let told = GuestsFrozen {
-            frozen: vms.iter().map(|frozen| frozen.vm).collect(),
-            without_agent: without.iter().map(|vm| vm.id).collect(),
-        };
+        if Instant::now() >= until {
+            self.guests.thaw_all(vms);
+            let message = format!("the guests of VPG \"{}\" took too long to be frozen", vpg.name);
+            return Err(ApiError::new(ErrorCode::NotReady, message)
+                .remedy("try again with a larger limit, or when they write less"));
+        }
         for frozen in &vms {
-            self.guests.freeze_of(frozen.vm, true).begin(until);
+            let freeze = self.guests.known_freeze_of(frozen.vm);
+            freeze.begin(until);
+            // Its guard calls `end` after it has told: if not before this, then later.
+            if !frozen.guard.is_sure() {
+                freeze.end();
+            }
         }
+        let told = GuestsFrozen { frozen: vms.iter().map(|frozen| frozen.vm).collect(), without_agent };
         let without_agent = told.without_agent.clone();
         lock(&self.guests.frozen).insert(vpg.id, FrozenVpg { vms, without_agent, until });
         Ok(told)
@@ -251,13 +334,17 @@ impl Daemon {
             return GuestsFrozen::default();
         };
         let told = GuestsFrozen { frozen: vms.iter().map(|frozen| frozen.vm).collect(), without_agent };
-        std::thread::scope(|scope| {
-            for frozen in vms {
-                self.guests.freeze_of(frozen.vm, true).end();
-                scope.spawn(|| self.guests.thaw(frozen));
-            }
-        });
+        self.guests.thaw_all(vms);
         told
+    }
+
+    /// Thaws all guests that are frozen, before the daemon ends.
+    pub(super) async fn thaw_all_guests(&self) {
+        let _changing = self.guests.changing.lock().await;
+        tokio::task::block_in_place(|| {
+            let all = std::mem::take(&mut *lock(&self.guests.frozen));
+            self.guests.thaw_all(all.into_values().flat_map(|vpg| vpg.vms).collect());
+        });
     }
 
     /// Whether a VPG's guests here are frozen.
@@ -265,28 +352,25 @@ impl Daemon {
         lock(&self.guests.frozen).get(&vpg).is_some_and(|frozen| Instant::now() < frozen.until)
     }
 
-    /// Thaws what a former daemon left frozen, what was forgotten by whoever asked for it, and what couldn't be thawed at once. Ends only when
-    /// cancelled.
+    /// Starts to thaw what a former daemon left frozen. To be called as soon as the guests' disks are served.
+    pub(super) fn thaw_left_guests(&self) {
+        self.guests.thaw_noted();
+    }
+
+    /// Thaws what was forgotten by whoever asked for it, and what couldn't be thawed at once. Ends only when cancelled.
     pub(super) async fn keep_thawed(self: Arc<Self>) {
-        let left: Vec<VmId> = self.guests.list.all().into_keys().collect();
-        for vm in left {
-            tracing::warn!(%vm, "the guest may have been left frozen: it is thawed");
-            // Told at once if it doesn't work: nobody knows for how long it has been so.
-            let since = Instant::now().checked_sub(TELL_AFTER).unwrap_or_else(Instant::now);
-            lock(&self.guests.stuck).insert(vm, since);
-        }
         loop {
-            let _changing = self.guests.changing.lock().await;
+            let changing = self.guests.changing.lock().await;
             tokio::task::block_in_place(|| {
                 let now = Instant::now();
                 let overdue: Vec<VpgId> = {
                     let frozen = lock(&self.guests.frozen);
-                    frozen.iter().filter(|(_, vpg)| vpg.until <= now).map(|(id, _)| *id).collect()
+                    frozen.iter().filter(|(_, vpg)| vpg.is_over(now)).map(|(id, _)| *id).collect()
                 };
                 overdue.into_iter().for_each(|vpg| _ = self.thaw_vpg(vpg));
-                self.guests.thaw_stuck();
+                self.guests.thaw_noted();
             });
-            drop(_changing);
+            drop(changing);
             tokio::time::sleep(TRY_EVERY).await;
         }
     }
@@ -294,8 +378,9 @@ impl Daemon {
     /// Guests that are frozen and can't be thawed.
     pub(super) fn guest_findings(&self, found: &mut Vec<Finding>) {
         let noted = self.guests.list.all();
-        for (vm, since) in lock(&self.guests.stuck).iter() {
-            let Some(guest) = noted.get(vm).filter(|_| since.elapsed() >= TELL_AFTER) else { continue };
+        for (vm, thawing) in lock(&self.guests.thawing).iter() {
+            let is_late = thawing.since.elapsed() >= TELL_AFTER;
+            let Some(guest) = noted.get(vm).filter(|_| is_late) else { continue };
             found.push(Finding {
                 code: "guest-frozen",
                 severity: Severity::Critical,

@@ -97,7 +97,10 @@ async fn serve(config: &Config) -> Result<(), DaemonError> {
     let mut interrupt = signals(SignalKind::interrupt())?;
     let _only_one = lock_state(config)?;
     let daemon = Arc::new(tokio::task::block_in_place(|| Daemon::new(config))?);
-    tokio::task::block_in_place(|| daemon.restore_volumes());
+    tokio::task::block_in_place(|| {
+        daemon.restore_volumes();
+        daemon.thaw_left_guests();
+    });
     daemon.restore_definitions().await;
     let path = config.socket_path();
     let server = UnixServer::bind(&path).await.map_err(|source| DaemonError::Socket { path, source })?;
@@ -225,6 +228,8 @@ impl Daemon {
     }
 
     async fn stop(&self) {
+        // While their disks are still served.
+        self.thaw_all_guests().await;
         self.spanning.stop().await;
         lock(&self.sources).clear();
         let link = lock(&self.link).take();

@@ -1,8 +1,13 @@
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, setsockopt, socket, sockopt,
+};
+use nix::sys::time::TimeVal;
 use serde_json::{Value, json};
 
 /// A connection to the QEMU guest agent of a VM, through the unix socket of its channel. Its protocol is JSON, a line each way
@@ -67,9 +72,9 @@ impl GuestAgent {
     /// # Errors
     /// [`AgentError`]: nobody is there, or somebody who isn't a guest agent.
     pub fn connect(path: &Path, patience: Duration) -> Result<Self, AgentError> {
-        let connect = |source| AgentError::Connect { path: path.to_owned(), source };
-        let stream = UnixStream::connect(path).map_err(connect)?;
         let deadline = Instant::now() + patience;
+        let stream = connect_within(path, patience)
+            .map_err(|source| AgentError::Connect { path: path.to_owned(), source })?;
         let mut agent = Self { stream, path: path.to_owned(), deadline, unread: Vec::new() };
         agent.synchronise()?;
         Ok(agent)
@@ -115,17 +120,38 @@ impl GuestAgent {
         }
     }
 
-    /// Answers to what a former user of the socket asked may still be under way.
+    /// Goes on with this connection after an answer that was given up: that answer, if it comes yet, is passed over. All that is asked from now
+    /// on must be answered within `patience`.
+    ///
+    /// # Errors
+    /// [`AgentError`].
+    pub fn renew(&mut self, patience: Duration) -> Result<(), AgentError> {
+        self.deadline = Instant::now() + patience;
+        self.unread.clear();
+        self.synchronise()
+    }
+
+    /// Whether the other end of the connection is still there.
+    pub fn is_connected(&self) -> bool {
+        let looked = recv(self.stream.as_raw_fd(), &mut [0], MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT);
+        match looked {
+            Ok(len_bytes) => len_bytes > 0,
+            Err(errno) => matches!(errno, nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR),
+        }
+    }
+
+    /// Answers to what a former user of the socket asked, or to what was given up, may still be under way.
     fn synchronise(&mut self) -> Result<(), AgentError> {
         let command = "guest-sync-delimited";
         let id = rand::random::<u32>() >> 1;
         let line = json!({ "execute": command, "arguments": { "id": id } }).to_string();
         self.send(&[&[SENTINEL], line.as_bytes(), b"\n"].concat())?;
-        // Until the sentinel, then until the line's end.
-        self.take_until(SENTINEL)?;
-        match self.answer(command)? {
-            value if value.as_u64() == Some(id.into()) => Ok(()),
-            _ => Err(self.nonsense(command)),
+        loop {
+            // Until the sentinel, then until the line's end.
+            self.take_until(SENTINEL)?;
+            if self.answer(command)?.as_u64() == Some(id.into()) {
+                return Ok(());
+            }
         }
     }
 
@@ -190,6 +216,40 @@ impl GuestAgent {
     }
 }
 
+impl AgentError {
+    /// Whether the connection can be of use no more.
+    pub fn is_broken(&self) -> bool {
+        match self {
+            Self::Connect { .. } => true,
+            Self::Silent { source, .. } => {
+                !matches!(source.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock)
+            }
+            Self::Refused { .. } | Self::Nonsense { .. } => false,
+        }
+    }
+
+    /// Whether there is no socket: QEMU removes it when the VM ends.
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Connect { source, .. } if source.kind() == io::ErrorKind::NotFound)
+    }
+}
+
+/// A connection, or an error in time: while others wait at the socket to be served, `connect` waits, too.
+fn connect_within(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    // Nought would be for ever.
+    let patience_ms = i64::try_from(patience.as_millis()).unwrap_or(i64::MAX).max(1);
+    let wait = TimeVal::new(patience_ms / 1000, patience_ms % 1000 * 1000);
+    setsockopt(&fd, sockopt::SendTimeout, &wait)?;
+    match connect(fd.as_raw_fd(), &UnixAddr::new(path)?) {
+        Ok(()) => Ok(fd.into()),
+        Err(nix::errno::Errno::EAGAIN) => {
+            Err(io::Error::new(io::ErrorKind::TimedOut, "others use it, and it serves one at a time"))
+        }
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixListener;
@@ -251,12 +311,47 @@ mod tests {
         assert_eq!(agent.freeze().expect("frozen"), 2);
         assert!(agent.is_frozen().expect("told"));
         agent.thaw().expect("thawed");
+        assert!(agent.is_connected());
+    }
+
+    #[test]
+    fn an_answer_that_was_given_up_is_passed_over() {
+        let path = served("late", |asked| match asked["execute"].as_str() {
+            Some("guest-sync-delimited") => sync(asked),
+            Some("guest-fsfreeze-freeze") => {
+                std::thread::sleep(Duration::from_millis(400));
+                b"{\"return\": 2}\n".to_vec()
+            }
+            _ => b"{\"return\": \"thawed\"}\n".to_vec(),
+        });
+        let mut agent = GuestAgent::connect(&path, Duration::from_millis(200)).expect("an agent");
+        let error = agent.freeze().expect_err("too late");
+        assert!(matches!(error, AgentError::Silent { .. }) && !error.is_broken(), "{error}");
+        let error = agent.renew(Duration::from_millis(20)).expect_err("it isn't done yet");
+        assert!(!error.is_broken(), "{error}");
+        agent.renew(PATIENCE).expect("the same connection");
+        assert!(!agent.is_frozen().expect("told"));
+    }
+
+    #[test]
+    fn a_socket_that_others_wait_at_is_given_up_in_time() {
+        let path = std::env::temp_dir().join(format!("agent-full-{:08x}.sock", rand::random::<u32>()));
+        let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).expect("socket");
+        nix::sys::socket::bind(fd.as_raw_fd(), &UnixAddr::new(&path).expect("short")).expect("bound");
+        nix::sys::socket::listen(&fd, nix::sys::socket::Backlog::new(1).expect("small")).expect("listens");
+        let patience = Duration::from_millis(200);
+        let began = Instant::now();
+        let errors: Vec<_> =
+            (0..4).map(|_| GuestAgent::connect(&path, patience).expect_err("nobody serves")).collect();
+        let _ = std::fs::remove_file(&path);
+        assert!(matches!(errors[0], AgentError::Silent { .. }) && began.elapsed() < PATIENCE, "{errors:?}");
+        assert!(matches!(errors[3], AgentError::Connect { .. }) && !errors[3].is_gone(), "{errors:?}");
     }
 
     #[test]
     fn what_is_wrong_is_told_and_never_waited_for_longer() {
         let error = GuestAgent::connect(Path::new("/nowhere/agent.sock"), PATIENCE).expect_err("nobody");
-        assert!(matches!(error, AgentError::Connect { .. }), "{error}");
+        assert!(error.is_gone() && error.is_broken(), "{error}");
         let refuses = served("refuses", |asked| match asked["execute"].as_str() {
             Some("guest-sync-delimited") => sync(asked),
             _ => b"{\"error\": {\"class\": \"GenericError\", \"desc\": \"not\\u0007 now\"}}\n".to_vec(),

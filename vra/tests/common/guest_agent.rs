@@ -1,12 +1,14 @@
 //! What answers like a QEMU guest agent, and remembers whether its guest is frozen.
 
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, socket};
 use serde_json::{Value, json};
 
 pub struct FakeAgent {
@@ -18,12 +20,13 @@ pub struct FakeAgent {
 struct State {
     frozen: AtomicBool,
     refuses: AtomicBool,
+    freeze_after: Mutex<Duration>,
     asked: Mutex<Vec<String>>,
 }
 
 impl FakeAgent {
     pub fn start(socket: &Path) -> Self {
-        let listener = UnixListener::bind(socket).expect("socket");
+        let listener = listen(socket);
         let state = Arc::<State>::default();
         let shared = Arc::clone(&state);
         std::thread::spawn(move || {
@@ -44,6 +47,16 @@ impl FakeAgent {
         self.state.refuses.store(refuses, Ordering::SeqCst);
     }
 
+    /// As if somebody else had frozen or thawed the guest.
+    pub fn set_frozen(&self, is_frozen: bool) {
+        self.state.frozen.store(is_frozen, Ordering::SeqCst);
+    }
+
+    /// Takes so long to freeze from now on.
+    pub fn freeze_after(&self, delay: Duration) {
+        *self.state.freeze_after.lock().expect("no panic") = delay;
+    }
+
     /// What it was asked to freeze and thaw, since the last call.
     pub fn asked(&self) -> Vec<String> {
         std::mem::take(&mut self.state.asked.lock().expect("no panic"))
@@ -58,6 +71,14 @@ impl FakeAgent {
         }
         began.elapsed()
     }
+}
+
+/// A socket as QEMU makes it: others wait in a queue of one.
+fn listen(path: &Path) -> UnixListener {
+    let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).expect("socket");
+    bind(fd.as_raw_fd(), &UnixAddr::new(path).expect("a short path")).expect("bound");
+    nix::sys::socket::listen(&fd, Backlog::new(1).expect("small")).expect("listens");
+    fd.into()
 }
 
 fn serve(mut stream: UnixStream, state: &State) {
@@ -91,6 +112,8 @@ fn answer(asked: &Value, state: &State) -> Vec<u8> {
             json!({ "error": { "class": "GenericError", "desc": "a hook said no" } })
         }
         "guest-fsfreeze-freeze" => {
+            let delay = *state.freeze_after.lock().expect("no panic");
+            std::thread::sleep(delay);
             state.frozen.store(true, Ordering::SeqCst);
             json!({ "return": 1 })
         }

@@ -211,7 +211,19 @@ async fn rebuild(config: &Config, name: &str, vras: &[String], json: bool) -> Re
             .iter()
             .map(|(vra, reason)| serde_json::json!({ "vra": vra.id, "address": vra.address, "reason": reason }))
             .collect();
-        println!("{}", serde_json::json!({ "vpgs": rebuilt.vpgs, "vras": rebuilt.vras, "silent": silent }));
+        let renamed = rebuilt.renamed.iter().map(|(from, to)| serde_json::json!({ "from": from, "to": to }));
+        let unrestored = rebuilt
+            .unrestored
+            .iter()
+            .map(|vpg| serde_json::json!({ "vpg": vpg.id, "name": vpg.name, "known_at": vpg.known_at }));
+        let told = serde_json::json!({
+            "vpgs": rebuilt.vpgs,
+            "vras": rebuilt.vras,
+            "silent": silent,
+            "renamed": renamed.collect::<Vec<_>>(),
+            "unrestored": unrestored.collect::<Vec<_>>(),
+        });
+        println!("{told}");
         return Ok(());
     }
     println!("VPGs   {}", rebuilt.vpgs.join(", "));
@@ -219,6 +231,13 @@ async fn rebuild(config: &Config, name: &str, vras: &[String], json: bool) -> Re
     for (vra, reason) in &rebuilt.silent {
         println!("VRA {} at {} didn't answer: {reason}", vra.id, vra.address);
         println!("  -> it is known by its id until it does; `zvm vra set-address` tells where else it is");
+    }
+    for (from, to) in &rebuilt.renamed {
+        println!("There are two VPGs {from}: the older one is {to} now");
+    }
+    for vpg in &rebuilt.unrestored {
+        println!("VPG {} ({}) is known only at {}: not restored", vpg.name, vpg.id, vpg.known_at.join(", "));
+        println!("  -> it was deleted, or not all of its VRAs have it; what its VRAs keep of it stays there");
     }
     println!("Tasks, events, tokens and running tests are lost; start the manager: `zvm serve`.");
     Ok(())

@@ -72,12 +72,15 @@ impl Manager {
         })?;
         let frozen = if application { self.freeze_guests(&vpg, &vras).await } else { Ok(()) };
         let result = match frozen {
-            Ok(()) => self.tag_at(source, &vpg, tag, application).await,
+            Ok(()) => {
+                let tagged = self.tag_at(source, &vpg, tag, application).await;
+                if application {
+                    self.thaw_guests(&vpg, &vras).await;
+                }
+                tagged
+            }
             Err(error) => Err(error),
         };
-        if application {
-            self.thaw_guests(&vpg, &vras).await;
-        }
         let now_us = self.now_us();
         let mut task = self.new_task(TaskKind::InsertTaggedCp, &vpg.name, Some(vpg.id), "");
         task.completed_us = Some(now_us);

@@ -46,3 +46,9 @@ pub async fn raise_trust_version(db: &mut Connection) -> Result<(), StoreError> 
     sqlx::query("UPDATE site SET trust_version = trust_version + 1 WHERE id = 1").execute(db).await?;
     Ok(())
 }
+
+/// Sets the version of the list of revoked certificates.
+pub async fn set_trust_version(db: &mut Connection, version: u64) -> Result<(), StoreError> {
+    sqlx::query("UPDATE site SET trust_version = $1 WHERE id = 1").bind(int(version)).execute(db).await?;
+    Ok(())
+}

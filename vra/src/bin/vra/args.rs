@@ -90,15 +90,15 @@ pub(crate) enum Command {
         #[arg(long, conflicts_with = "agent_socket")]
         none: bool,
     },
-    /// Thaw a guest when the VRA that froze it can't
+    /// Freeze a guest and thaw it, whatever becomes of the VRA
     #[command(hide = true)]
     GuestGuard {
         /// The agent's socket
         #[arg(long = "agent")]
         agent_socket: PathBuf,
-        /// How long the VRA has, in milliseconds
+        /// How long it stays frozen at most, in milliseconds [default: it is only thawed]
         #[arg(long)]
-        limit_ms: u64,
+        limit_ms: Option<u64>,
     },
     /// Open, close or list disks as they were
     #[command(subcommand)]

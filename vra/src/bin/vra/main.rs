@@ -38,7 +38,7 @@ fn main() -> ExitCode {
 
 fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     if let Command::GuestGuard { agent_socket, limit_ms } = &cli.command {
-        vra::guest::run_guard(agent_socket, Duration::from_millis(*limit_ms))?;
+        vra::guest::run_guard(agent_socket, limit_ms.map(Duration::from_millis))?;
         return Ok(ExitCode::SUCCESS);
     }
     let config = Config::load(cli.config.as_deref())?;

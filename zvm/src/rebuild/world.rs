@@ -1,0 +1,287 @@
+//! What the VRAs told, put together.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use vra::api::vpg::VraEndpoint;
+use vra::api::{TimeUs, VpgDefinition, VpgId, VraId};
+
+use super::{Found, Unrestored, trust_of};
+use crate::api::defaults;
+use crate::authority::Issued;
+use crate::model::vpg::{JournalBounds, Member, Vpg, VpgSettings, VpgState};
+use crate::model::vra::{Vra, VraState};
+
+/// All that was told, put together.
+pub(super) struct World {
+    pub(super) vras: Vec<(Vra, Issued)>,
+    pub(super) vpgs: Vec<Vpg>,
+    pub(super) trust_version: u64,
+    pub(super) silent: Vec<(VraEndpoint, String)>,
+    pub(super) renamed: Vec<(String, String)>,
+    pub(super) unrestored: Vec<Unrestored>,
+}
+
+impl World {
+    /// Of these answers, and those that didn't answer.
+    pub(super) fn of(found: &[Found], silent: Vec<(VraEndpoint, String)>, now_us: TimeUs) -> Self {
+        let (mut vpgs, mut unrestored) = (Vec::new(), Vec::new());
+        for (id, newest) in newest_definitions(found) {
+            let (knows, lacks): (Vec<&Found>, Vec<_>) = found
+                .iter()
+                .filter(|vra| is_member(newest, vra.hello.vra))
+                .partition(|vra| vra.vpgs.iter().any(|vpg| vpg.id == id));
+            if lacks.is_empty() {
+                let all = found.iter().flat_map(|vra| &vra.vpgs).filter(|vpg| vpg.id == id);
+                vpgs.extend(vpg_of(newest, all.map(|vpg| vpg.revision).min().unwrap_or_default(), now_us));
+            } else {
+                let known_at = knows.iter().map(|vra| vra.hello.name.clone()).collect();
+                unrestored.push(Unrestored { id, name: newest.name.clone(), known_at });
+            }
+        }
+        let renamed = tell_vpgs_apart(&mut vpgs);
+        let trust = trust_of(found);
+        // None has that list as it is now: it needs a version of its own.
+        let is_known = found.iter().any(|vra| {
+            let revoked: BTreeSet<VraId> = vra.trust.revoked_vras.iter().copied().collect();
+            vra.trust.version == trust.version && revoked.iter().eq(&trust.revoked_vras)
+        });
+        let trust_version = (trust.version + u64::from(!is_known)).max(1);
+        Self { vras: vras_of(found, &silent, now_us), vpgs, trust_version, silent, renamed, unrestored }
+    }
+}
+
+/// Each VRA once; one that is revoked is that, whatever else is known of it.
+fn vras_of(found: &[Found], silent: &[(VraEndpoint, String)], now_us: TimeUs) -> Vec<(Vra, Issued)> {
+    let named: Vec<VraEndpoint> = newest_definitions(found).into_values().flat_map(endpoints).collect();
+    let mut vras = BTreeMap::new();
+    for vra in found {
+        let id = vra.hello.vra;
+        let mut addresses = named.iter().filter(|named| named.id == id).map(|named| &named.address);
+        let first = addresses.next();
+        // Groups may name several: then that where it answered.
+        let address = match first {
+            Some(first) if *first != vra.address && addresses.any(|other| *other == vra.address) => {
+                &vra.address
+            }
+            Some(first) => first,
+            None => &vra.address,
+        };
+        let (serial, not_after_us) = (vra.certificate.serial.clone(), vra.certificate.ends_us.0);
+        let issued = Issued { pem: String::new(), serial, not_after_us };
+        let name = &vra.hello.name;
+        vras.insert(id, (vra_of(id, address, name, VraState::Enrolled, &issued, now_us), issued));
+    }
+    for (endpoint, _) in silent {
+        let (id, issued) = (endpoint.id, unknown_certificate(endpoint.id));
+        let name = format!("vra-{}", short(id));
+        vras.insert(id, (vra_of(id, &endpoint.address, &name, VraState::Enrolled, &issued, now_us), issued));
+    }
+    for id in trust_of(found).revoked_vras {
+        let issued = unknown_certificate(id);
+        let name = format!("revoked-{}", short(id));
+        vras.insert(id, (vra_of(id, "unknown:9710", &name, VraState::Revoked, &issued, now_us), issued));
+    }
+    let mut vras: Vec<(Vra, Issued)> = vras.into_values().collect();
+    tell_apart(&mut vras);
+    vras
+}
+
+/// The newest definition of each group.
+pub(super) fn newest_definitions(found: &[Found]) -> BTreeMap<VpgId, &VpgDefinition> {
+    let mut newest: BTreeMap<VpgId, &VpgDefinition> = BTreeMap::new();
+    for vpg in found.iter().flat_map(|vra| &vra.vpgs) {
+        let known = newest.entry(vpg.id).or_insert(vpg);
+        if vpg.revision > known.revision {
+            *known = vpg;
+        }
+    }
+    newest
+}
+
+/// The VRAs that a definition names.
+pub(super) fn endpoints(vpg: &VpgDefinition) -> Vec<VraEndpoint> {
+    vpg.vms.iter().flat_map(|vm| [vm.source.clone(), vm.target.clone()]).collect()
+}
+
+/// Whether a VRA is source or target in a definition.
+pub(super) fn is_member(vpg: &VpgDefinition, vra: VraId) -> bool {
+    vpg.vms.iter().any(|vm| vm.source.id == vra || vm.target.id == vra)
+}
+
+/// Of two groups with one name the older one gets another; says which did.
+fn tell_vpgs_apart(vpgs: &mut [Vpg]) -> Vec<(String, String)> {
+    vpgs.sort_by_key(|vpg| (std::cmp::Reverse(vpg.created_us), vpg.id));
+    let (mut names, mut renamed) = (BTreeSet::new(), Vec::new());
+    for vpg in vpgs {
+        if !names.insert(vpg.name.clone()) {
+            let name = format!("{}-{}", vpg.name, vpg.id.to_string().chars().take(8).collect::<String>());
+            renamed.push((std::mem::replace(&mut vpg.name, name.clone()), name.clone()));
+            // Its VRAs have another definition of that revision.
+            vpg.revision += 1;
+            names.insert(name);
+        }
+    }
+    renamed
+}
+
+/// Two VRAs may call themselves the same: here a name means one.
+fn tell_apart(vras: &mut [(Vra, Issued)]) {
+    let mut names = BTreeSet::new();
+    for (vra, _) in vras {
+        if !names.insert(vra.name.clone()) {
+            vra.name = format!("{}-{}", vra.name, short(vra.id));
+            names.insert(vra.name.clone());
+        }
+    }
+}
+
+fn vra_of(id: VraId, address: &str, name: &str, state: VraState, issued: &Issued, now_us: TimeUs) -> Vra {
+    Vra {
+        id,
+        name: name.to_owned(),
+        address: address.to_owned(),
+        version: "unknown".to_owned(),
+        state,
+        enrolled_us: now_us,
+        revoked_us: (state == VraState::Revoked).then_some(now_us),
+        certificate_serial: issued.serial.clone(),
+        certificate_ends_us: TimeUs(issued.not_after_us),
+    }
+}
+
+/// Stands for one that isn't known: its VRA is known by its id.
+fn unknown_certificate(id: VraId) -> Issued {
+    Issued { pem: String::new(), serial: format!("unknown-{id}"), not_after_us: 0 }
+}
+
+fn short(id: VraId) -> String {
+    id.to_string().chars().take(8).collect()
+}
+
+/// The newest definition of a group, as settings.
+fn vpg_of(newest: &VpgDefinition, applied_revision: u64, now_us: TimeUs) -> Option<Vpg> {
+    let first = newest.vms.first()?;
+    let notes = newest.notes.clone().unwrap_or_default();
+    let vms = newest.vms.iter().map(|vm| Member {
+        vm: vm.id,
+        name: vm.name.clone(),
+        journal: vm.journal,
+        source: vm.source.id,
+        target: vm.target.id,
+        datastore: vm.datastore.clone(),
+        journal_size: JournalBounds {
+            limit_bytes: vm.journal_limit_bytes,
+            limit_percent: vm.journal_limit_percent,
+            warning: vm.journal_warning,
+            minimum_bytes: vm.journal_minimum_bytes,
+        },
+        volumes: vm.volumes.clone(),
+    });
+    Some(Vpg {
+        id: newest.id,
+        name: newest.name.clone(),
+        state: VpgState::Active,
+        revision: newest.revision,
+        applied_revision,
+        created_us: notes.created_us.unwrap_or(now_us),
+        settings: VpgSettings {
+            description: notes.description,
+            priority: notes.priority.parse().unwrap_or_else(|_| defaults::priority()),
+            member_set_version: newest.member_set_version,
+            checkpoint_interval_ms: newest.checkpoint_interval_ms,
+            hold_deadline_ms: newest.hold_deadline_ms,
+            history_s: first.history_s,
+            rpo_target_s: notes.rpo_target_s.unwrap_or_else(defaults::rpo_target_s),
+            give_up_history: first.give_up_history,
+            encrypt: newest.encrypt,
+            vms: vms.collect(),
+        },
+        removal: None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+    use vra::api::{HelloReply, PROTOCOL_VERSION, SetTrust};
+    use vra::pki::{Identity, PeerCertificate};
+
+    use super::*;
+
+    fn id(number: u128) -> VraId {
+        VraId(Uuid::from_u128(number << 96))
+    }
+
+    /// A group with one VM, from a source at an address to a target.
+    fn group(number: u128, name: &str, revision: u64, source: (u128, &str), target: u128) -> VpgDefinition {
+        let endpoint = |vra: u128, address: &str| serde_json::json!({ "id": id(vra), "address": address });
+        let vm = serde_json::json!({
+            "id": Uuid::from_u128(number + 7), "name": "db", "journal": Uuid::from_u128(number + 8),
+            "source": endpoint(source.0, source.1), "target": endpoint(target, "b:1"), "datastore": "/ds",
+            "journal_limit_bytes": 1_u64 << 30, "history_s": 3600, "give_up_history": false, "volumes": [],
+        });
+        let vpg = serde_json::json!({
+            "id": Uuid::from_u128(number << 96), "name": name, "revision": revision, "member_set_version": 1,
+            "checkpoint_interval_ms": 5000, "hold_deadline_ms": 100, "vms": [vm],
+            "notes": { "description": "", "priority": "Medium", "rpo_target_s": null, "created_us": number },
+        });
+        serde_json::from_value(vpg).expect("a definition")
+    }
+
+    fn answered(number: u128, address: &str, revoked: &[u128], vpgs: &[VpgDefinition]) -> Found {
+        let vra = id(number);
+        let hello = HelloReply {
+            protocol: PROTOCOL_VERSION,
+            vra,
+            name: format!("vra-{number}"),
+            version: "1".into(),
+            features: Vec::new(),
+        };
+        let certificate =
+            PeerCertificate { identity: Identity::vra(vra), serial: number.to_string(), ends_us: TimeUs(9) };
+        let revoked_vras = revoked.iter().copied().map(id).collect();
+        let trust = SetTrust { version: 3, revoked_serials: Vec::new(), revoked_vras };
+        Found { address: address.into(), hello, certificate, vpgs: vpgs.to_vec(), trust }
+    }
+
+    #[test]
+    fn one_that_is_revoked_and_silent_is_there_once_and_revoked() {
+        let shop = group(1, "shop", 2, (1, "a:1"), 2);
+        let silent = VraEndpoint { id: id(1), address: "a:1".into() };
+        let found = [answered(2, "b:1", &[1], std::slice::from_ref(&shop))];
+        let world = World::of(&found, vec![(silent, "no answer".into())], TimeUs(5));
+        let states: Vec<_> = world.vras.iter().map(|(vra, _)| (vra.id, vra.state)).collect();
+        assert_eq!(states, [(id(1), VraState::Revoked), (id(2), VraState::Enrolled)]);
+        assert_eq!((world.trust_version, world.vpgs.len()), (3, 1));
+    }
+
+    #[test]
+    fn a_group_that_a_member_lacks_is_listed_and_not_restored() {
+        let shop = group(1, "shop", 2, (1, "a:1"), 2);
+        let found = [answered(1, "a:1", &[], &[]), answered(2, "b:1", &[], std::slice::from_ref(&shop))];
+        let world = World::of(&found, Vec::new(), TimeUs(5));
+        let expected = Unrestored { id: shop.id, name: "shop".into(), known_at: vec!["vra-2".to_owned()] };
+        assert_eq!((world.vpgs.len(), world.unrestored), (0, vec![expected]));
+    }
+
+    #[test]
+    fn the_older_of_two_groups_with_one_name_gets_another_and_a_new_revision() {
+        let (older, newer) = (group(1, "shop", 2, (1, "a:1"), 2), group(2, "shop", 4, (1, "a:1"), 2));
+        let found = [answered(2, "b:1", &[], &[older, newer])];
+        let world = World::of(&found, Vec::new(), TimeUs(5));
+        let told: Vec<_> = world.vpgs.iter().map(|vpg| (vpg.name.as_str(), vpg.revision)).collect();
+        assert_eq!(told, [("shop", 4), ("shop-00000001", 3)]);
+        assert_eq!(world.renamed, [("shop".to_owned(), "shop-00000001".to_owned())]);
+    }
+
+    #[test]
+    fn the_newest_definition_gives_the_addresses() {
+        let (old, new) = (group(1, "shop", 2, (1, "old:1"), 2), group(1, "shop", 3, (1, "new:1"), 2));
+        let found = [answered(2, "given:1", &[], &[new]), answered(1, "given:2", &[], &[old])];
+        let world = World::of(&found, Vec::new(), TimeUs(5));
+        let addresses: Vec<_> = world.vras.iter().map(|(vra, _)| vra.address.as_str()).collect();
+        assert_eq!((addresses, world.vpgs[0].applied_revision), (vec!["new:1", "b:1"], 2));
+        let world = World::of(&[answered(3, "given:3", &[], &[])], Vec::new(), TimeUs(5));
+        assert_eq!(world.vras[0].0.address, "given:3", "no group names it");
+    }
+}
