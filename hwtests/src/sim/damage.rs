@@ -32,7 +32,7 @@ pub(super) fn flip_a_bit(site: &TargetSite, ledger: &Ledger, env: &mut Env) -> R
         if promote_all(site, env)? {
             site.disk.crash(Crash::PowerCut);
             site.disk.fence();
-            look(site, ledger, &expected, env)?;
+            look(site, ledger, &before.expected_without_seal(place), env)?;
             env.happened(Happening::DamagePromoted);
         }
         return Ok(());
@@ -107,6 +107,22 @@ impl Before {
             _ => all(),
         };
         Expected { may_be_refused: false, listed }
+    }
+
+    /// The same after a power cut, which may have taken the seal of the segment: it ends where it is damaged then, and with it the history.
+    fn expected_without_seal(&self, place: u64) -> Expected {
+        let superblock = &self.reader.survey.superblock;
+        let is_hit = |segment: &&Segment| {
+            let begin = slot_offset_bytes(segment.header.slot, superblock.slot_len_bytes);
+            (begin..begin + superblock.slot_len_bytes).contains(&place)
+        };
+        let hit = self.reader.survey.segments.iter().find(is_hit);
+        let expected = self.expected(place);
+        let until_seq = hit.map_or(u64::MAX, |segment| segment.header.after.seq);
+        Expected {
+            listed: expected.listed.into_iter().filter(|(seq, _)| *seq <= until_seq).collect(),
+            ..expected
+        }
     }
 
     fn has_footer(&self, segment: &Segment) -> bool {
