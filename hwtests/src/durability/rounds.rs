@@ -19,8 +19,9 @@ const GROWN_SLOTS: u32 = 3;
 /// Records that are shipped between two looks at the journal.
 const STEP_RECORDS: u64 = 8;
 
-/// While the file is to get shorter the load only trickles: what is promoted must first grow old, which takes two seconds.
-const TRICKLE: Duration = Duration::from_millis(20);
+/// While the file is to get shorter the load only trickles: what is promoted must first grow old, which takes two seconds, and in that time
+/// no more may come than a slot holds, or the slots in use never get fewer.
+const TRICKLE: Duration = Duration::from_millis(400);
 
 /// Half of a round takes no longer.
 const HALF_LIMIT: Duration = Duration::from_secs(180);
@@ -82,9 +83,10 @@ async fn ship_until(
         }
         ensure!(
             started.elapsed() < HALF_LIMIT,
-            "after {HALF_LIMIT:?} the journal has {} slots, and its low-water mark is at {}",
+            "after {HALF_LIMIT:?} the journal has {} slots, and its low-water mark is at {} of {}",
             now.slot_count,
-            now.low_water.seq
+            now.low_water.seq,
+            source.durable_through()
         );
         source.run_through(source.durable_through() + STEP_RECORDS, pace.ahead, pace.patience).await?;
         tokio::time::sleep(pause).await;

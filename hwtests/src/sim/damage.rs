@@ -100,7 +100,9 @@ impl Before {
                 let page = (place as usize - begin) / PAGE_BYTES * PAGE_BYTES;
                 let found =
                     scan(&slot[..page + PAGE_BYTES], &segment.header, Ownership::of(superblock), None);
-                self.listed_until(found.last.seq)
+                // A copy of an earlier one that isn't whole is taken for one that was never finished.
+                let is_whole = found.end_bytes >= segment.header.carried_end_bytes;
+                self.listed_until(if is_whole { found.last.seq } else { segment.header.after.seq })
             }
             // A crash took its footer: its batches alone tell what it holds.
             Some(segment) if !self.has_footer(segment) => self.listed_until(segment.header.after.seq),
