@@ -92,6 +92,8 @@ pub struct Job {
     pub env: Vec<(String, String)>,
     /// Programs of this machine, brought into the machine's `PATH` under their own names, with their libraries.
     pub programs: Vec<PathBuf>,
+    /// The root of unpacked packages whose libraries programs may need.
+    pub packages: Option<PathBuf>,
     /// Files and their places inside the machine. Permissions are kept.
     pub files: Vec<(PathBuf, String)>,
     /// Kernel modules loaded before the job starts.
@@ -104,6 +106,7 @@ pub fn build(cache: &Cache, kernel: &Kernel, job: &Job, target: &Path) -> Result
     fs::copy(&base, target).map_err(RigError::io("copying the base archive to", target))?;
     let file = File::options().append(true).open(target).map_err(RigError::io("opening", target))?;
     let mut archive = Root::new(CpioWriter::new(BufWriter::new(file)));
+    archive.packages.clone_from(&job.packages);
     job_part(cache, job, &mut archive)?;
     archive.finish().map_err(RigError::io("writing", target))
 }
@@ -296,18 +299,21 @@ fn all_depends(name: &str, depends: &BTreeMap<String, Vec<String>>) -> Vec<Strin
 struct Root<W: Write> {
     cpio: CpioWriter<W>,
     libraries: BTreeSet<String>,
+    packages: Option<PathBuf>,
 }
 
 impl<W: Write> Root<W> {
     fn new(cpio: CpioWriter<W>) -> Self {
-        Self { cpio, libraries: BTreeSet::new() }
+        Self { cpio, libraries: BTreeSet::new(), packages: None }
     }
 
     /// Adds a program and the libraries that it is linked with.
     fn program(&mut self, source: &Path, place: &str) -> Result<(), RigError> {
         self.copy(source, place)?;
-        for library in libraries_of(source)? {
-            let place = library.to_string_lossy().trim_start_matches('/').replacen("usr/lib", "lib", 1);
+        for library in libraries_of(source, self.packages.as_deref())? {
+            let unpacked = self.packages.as_ref().and_then(|root| library.strip_prefix(root).ok());
+            let installed = unpacked.unwrap_or(&library).to_string_lossy();
+            let place = installed.trim_start_matches('/').replacen("usr/lib", "lib", 1);
             if self.libraries.insert(place.clone()) {
                 self.copy(&library, &place)?;
             }
@@ -329,13 +335,15 @@ impl<W: Write> Root<W> {
     }
 }
 
-/// What the loader would load for a program, as `ldd` says; nothing for a static one or a script.
-fn libraries_of(program: &Path) -> Result<Vec<PathBuf>, RigError> {
-    let output = Command::new(tool::require("ldd")?)
-        .arg(program)
-        .env("LC_ALL", "C")
-        .output()
-        .map_err(RigError::io("running ldd on", program))?;
+/// What the loader would load for a program, as `ldd` says, from unpacked packages too; nothing for a static one or a script.
+fn libraries_of(program: &Path, packages: Option<&Path>) -> Result<Vec<PathBuf>, RigError> {
+    let mut ldd = Command::new(tool::require("ldd")?);
+    ldd.arg(program).env("LC_ALL", "C");
+    if let Some(root) = packages {
+        let folders = ["usr/lib/x86_64-linux-gnu", "lib/x86_64-linux-gnu"].map(|folder| root.join(folder));
+        ldd.env("LD_LIBRARY_PATH", format!("{}:{}", folders[0].display(), folders[1].display()));
+    }
+    let output = ldd.output().map_err(RigError::io("running ldd on", program))?;
     let listing = String::from_utf8_lossy(&output.stdout);
     if let Some(line) = listing.lines().find(|line| line.contains("not found")) {
         return Err(RigError::Command {

@@ -10,6 +10,7 @@ pub mod cpio;
 pub mod demo;
 pub mod durability;
 pub mod error;
+pub mod guest_agent;
 pub mod initramfs;
 pub mod interrupt;
 pub mod journal_curve;

@@ -36,7 +36,20 @@ pub enum DiskContent {
     },
     /// The content of this file, used in place.
     Image(PathBuf),
+    /// What an NBD server has. While it is away requests wait for [`RECONNECT_WITHIN_S`].
+    Nbd {
+        /// The server's unix socket.
+        socket: PathBuf,
+        /// The export's name.
+        export: String,
+    },
 }
+
+/// How long requests to a disk wait for its NBD server to come back, in seconds.
+pub const RECONNECT_WITHIN_S: u32 = 60;
+
+/// Where a machine finds the channel of its guest agent, if it has one.
+pub const AGENT_PORT: &str = "/dev/vport0p4";
 
 /// A machine to be run.
 #[derive(Clone, Debug)]
@@ -55,6 +68,8 @@ pub struct Machine<'a> {
     pub cpus: u32,
     /// Its disks.
     pub disks: Vec<Disk>,
+    /// The unix socket at which the channel of its guest agent is reached, made by the emulator.
+    pub agent: Option<PathBuf>,
     /// When it is stopped, counted from its start.
     pub limit: Duration,
 }
@@ -98,7 +113,7 @@ impl<'a> Machine<'a> {
     /// A machine of the usual size without disks: two processors, 1500 MiB, stopped after two minutes.
     pub fn new(cache: &'a Cache, qemu: &'a Qemu, accel: Accel, kernel: &'a Kernel) -> Self {
         let limit = Duration::from_secs(120);
-        Self { cache, qemu, accel, kernel, memory_mib: 1500, cpus: 2, disks: Vec::new(), limit }
+        Self { cache, qemu, accel, kernel, memory_mib: 1500, cpus: 2, disks: Vec::new(), agent: None, limit }
     }
 
     /// Runs a job to its end. `sink` gets the job's output as it comes.
@@ -163,7 +178,7 @@ impl<'a> Machine<'a> {
         command.args(["-append", "console=ttyS0 quiet panic=-1 oops=panic random.trust_cpu=on"]);
         command.args([
             "-device",
-            "virtio-serial-pci,max_ports=4",
+            "virtio-serial-pci,max_ports=5",
             "-object",
             "rng-random,id=r,filename=/dev/urandom",
         ]);
@@ -172,6 +187,11 @@ impl<'a> Machine<'a> {
             let file = folder.join(name);
             command.args(["-chardev", &format!("file,id=c{number},path={}", file.display())]);
             command.args(["-device", &format!("virtserialport,chardev=c{number},nr={}", number + 1)]);
+        }
+        if let Some(socket) = &self.agent {
+            command
+                .args(["-chardev", &format!("socket,id=agent,path={},server=on,wait=off", socket.display())]);
+            command.args(["-device", "virtserialport,chardev=agent,nr=4,name=org.qemu.guest_agent.0"]);
         }
         for (index, disk) in self.disks.iter().enumerate() {
             attach(&mut command, folder, index, disk)?;
@@ -279,21 +299,25 @@ impl Tail {
 }
 
 fn attach(command: &mut Command, folder: &Path, index: usize, disk: &Disk) -> Result<(), RigError> {
-    let image = match &disk.content {
-        DiskContent::Image(path) => path.clone(),
-        DiskContent::Empty { size_mib } => {
-            let path = disk_file(folder, index, "raw");
-            let file = File::create(&path).map_err(RigError::io("creating", &path))?;
-            file.set_len(size_mib << 20).map_err(RigError::io("sizing", &path))?;
-            path
-        }
-    };
     // The emulator's own files need not survive a crash of this machine: its flushes stay in the page cache. The
     // log of writes is taken above that, so it has every flush.
     let file = |node: &str, path: &Path| {
         format!("driver=file,node-name={node},filename={},cache.no-flush=on,discard=unmap", path.display())
     };
-    command.args(["-blockdev", &file(&format!("file{index}"), &image)]);
+    let node = match &disk.content {
+        DiskContent::Image(path) => file(&format!("file{index}"), path),
+        DiskContent::Nbd { socket, export } => format!(
+            "driver=nbd,node-name=file{index},server.type=unix,server.path={},export={export},reconnect-delay={RECONNECT_WITHIN_S}",
+            socket.display()
+        ),
+        DiskContent::Empty { size_mib } => {
+            let path = disk_file(folder, index, "raw");
+            let created = File::create(&path).map_err(RigError::io("creating", &path))?;
+            created.set_len(size_mib << 20).map_err(RigError::io("sizing", &path))?;
+            file(&format!("file{index}"), &path)
+        }
+    };
+    command.args(["-blockdev", &node]);
     let mut top = format!("file{index}");
     if disk.log_writes {
         let log = disk_file(folder, index, "log");

@@ -7,6 +7,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::interrupt;
@@ -143,6 +145,14 @@ impl Daemon {
         Ok(())
     }
 
+    /// Lets it do nothing any more (SIGSTOP).
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn pause(&self) -> Result<()> {
+        self.signal(Signal::SIGSTOP)
+    }
+
     /// `kill -9`, and waits for the process to be gone.
     ///
     /// # Errors
@@ -158,9 +168,7 @@ impl Daemon {
     /// # Errors
     /// When it does not end within 20 s; it is killed then.
     pub fn stop(mut self) -> Result<()> {
-        let pid = nix::unistd::Pid::from_raw(self.child.id().cast_signed());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)
-            .with_context(|| format!("send SIGTERM to {}", self.name))?;
+        self.signal(Signal::SIGTERM)?;
         let deadline = Instant::now() + Duration::from_secs(20);
         while self.child.try_wait().with_context(|| format!("wait for {}", self.name))?.is_none() {
             ensure!(
@@ -172,6 +180,11 @@ impl Daemon {
             std::thread::sleep(Duration::from_millis(20));
         }
         Ok(())
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = Pid::from_raw(self.child.id().cast_signed());
+        kill(pid, signal).with_context(|| format!("send {signal} to {}", self.name))
     }
 
     fn log_end(&self) -> String {

@@ -4,6 +4,7 @@ use std::fs;
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -36,27 +37,15 @@ impl Site {
         let ports = free_udp_ports::<3>()?;
         let zvm_config = write_zvm_config(folder, ports[0])?.display().to_string();
         binaries.run("zvm", &["--config", &zvm_config, "init", "--name", "demo"])?;
-        let mut zvm = Daemon::start(
-            "zvm",
-            &binaries.path("zvm"),
-            &["--config", &zvm_config, "serve"],
-            &folder.join("zvm.log"),
-        )?;
-        zvm.wait_until(60, || binaries.run("zvm", &["--config", &zvm_config, "status"]).is_ok())?;
         let datastore = settings.datastore.clone().unwrap_or_else(|| folder.join("recovery-store"));
         let relay = match settings.relayed {
             true => Some(Relay::start(SocketAddr::from((Ipv4Addr::LOCALHOST, ports[2])), 1)?),
             false => None,
         };
         let target_port = relay.as_ref().map_or(ports[2], |relay| relay.address().port());
-        let mut site = Self {
-            binaries,
-            folder: folder.to_path_buf(),
-            datastore,
-            zvm: Some(zvm),
-            vras: [None, None],
-            relay,
-        };
+        let mut site =
+            Self { binaries, folder: folder.to_path_buf(), datastore, zvm: None, vras: [None, None], relay };
+        site.start_zvm()?;
         for (side, port, advertised_port) in
             [(Side::Source, ports[1], ports[1]), (Side::Target, ports[2], target_port)]
         {
@@ -129,6 +118,49 @@ impl Site {
     /// When it isn't running.
     pub fn kill(&mut self, side: Side) -> Result<()> {
         self.running(side)?.kill()
+    }
+
+    /// `kill -9` of the ZVM.
+    ///
+    /// # Errors
+    /// When it isn't running.
+    pub fn kill_zvm(&mut self) -> Result<()> {
+        self.zvm.take().context("the ZVM isn't running")?.kill()
+    }
+
+    /// Lets the ZVM do nothing any more, until it is killed.
+    ///
+    /// # Errors
+    /// When it isn't running.
+    pub fn pause_zvm(&self) -> Result<()> {
+        self.zvm.as_ref().context("the ZVM isn't running")?.pause()
+    }
+
+    /// Starts the ZVM, and waits until it answers.
+    ///
+    /// # Errors
+    /// When it runs already, or doesn't come up, with the end of its log.
+    pub fn start_zvm(&mut self) -> Result<()> {
+        ensure!(self.zvm.is_none(), "the ZVM runs already");
+        let (config, log) = (self.zvm_config(), self.folder.join("zvm.log"));
+        let mut zvm =
+            Daemon::start("zvm", &self.binaries.path("zvm"), &["--config", &config, "serve"], &log)?;
+        zvm.wait_until(60, || self.zvm(&["status"]).is_ok())?;
+        self.zvm = Some(zvm);
+        Ok(())
+    }
+
+    /// Starts a `zvm` command whose end is the caller's to wait for.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn begin_zvm(&self, arguments: &[&str]) -> Result<Child> {
+        self.binaries.start("zvm", &[&["--config", &self.zvm_config()], arguments].concat())
+    }
+
+    /// The folder that a VRA has for itself: its configuration, `run` and `state`.
+    pub fn vra_folder(&self, side: Side) -> PathBuf {
+        self.folder.join(side.name())
     }
 
     /// Starts a VRA that was killed or stopped, and waits until it answers.

@@ -3,6 +3,7 @@
 //! A process has one UDP socket for both directions. The side that opens a stream sends a [`StreamKind`] first (`docs/security.md`);
 //! what follows is the business of `wire` (data) or [`crate::control`] (control).
 
+mod congestion;
 mod endpoint;
 mod error;
 mod peer;

@@ -91,9 +91,20 @@ impl Site {
             if let Some(newest) = newest.filter(|info| info.time_us.0 > than) {
                 return newest;
             }
-            assert!(Instant::now() < deadline, "no checkpoint comes:\n{}", self.sources[0].log());
+            if Instant::now() >= deadline {
+                panic!("no checkpoint comes:\n{}", self.told().await);
+            }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
+    }
+
+    /// What all VRAs say of themselves, and have logged.
+    async fn told(&self) -> String {
+        let mut told = String::new();
+        for vra in self.sources.iter().chain(&self.targets) {
+            told += &format!("{}: {:#?}\n{}\n", vra.id, vra.status().await, vra.log());
+        }
+        told
     }
 
     pub async fn wait_until_offered(&self, id: CheckpointId) {

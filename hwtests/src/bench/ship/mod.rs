@@ -4,6 +4,7 @@ mod guest;
 mod raw_quinn;
 mod replication;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
@@ -11,6 +12,7 @@ use bytes::Bytes;
 
 use super::site_ca::SiteCa;
 use super::{BenchPlace, Benchmark, Better, Pair, in_turn};
+use crate::relay::Relay;
 use crate::suite::context::Context;
 use replication::Replication;
 
@@ -37,10 +39,27 @@ pub(super) const BENCHMARKS: &[Benchmark] = &[
         programs: &["fio"],
         pair: beside_fio,
     },
+    Benchmark {
+        name: "link-late",
+        what: "a stream over a line that delays each datagram by up to 50 ms and loses 1 %, with the product's QUIC parameters",
+        peer: "quinn's defaults",
+        unit: "MiB/s",
+        better: Better::Higher,
+        gate: None,
+        place: BenchPlace::Host,
+        programs: &[],
+        pair: over_a_late_line,
+    },
 ];
 
 /// What one run writes.
 const RUN_BYTES: u64 = 1 << 30;
+
+/// What one run over a late line sends.
+const LATE_RUN_BYTES: u64 = 1 << 20;
+
+/// How late a datagram may be there.
+const LATE: Duration = Duration::from_millis(50);
 
 /// Length of one write of the guest.
 const WRITE_BYTES: usize = 64 << 10;
@@ -54,7 +73,32 @@ const FIO_SYNC_EVERY: &str = "--fdatasync=4";
 fn beside_quinn(context: &mut Context, number: u32) -> Result<Pair> {
     let payload = Payload::random();
     let ca = SiteCa::create(&context.path(&format!("pki-{number}")))?;
-    in_turn(number, || replicate(context, &ca, &payload), || Ok(rate(raw_quinn::send(&ca, &payload)?)))
+    in_turn(
+        number,
+        || replicate(context, &ca, &payload),
+        || {
+            let transport = raw_quinn::best_on_loopback();
+            let run = raw_quinn::Run { ca: &ca, payload: &payload, len_bytes: RUN_BYTES, transport };
+            Ok(rate(run.send(Ok)?))
+        },
+    )
+}
+
+fn over_a_late_line(context: &mut Context, number: u32) -> Result<Pair> {
+    let payload = Payload::random();
+    let ca = SiteCa::create(&context.path(&format!("pki-{number}")))?;
+    let late = |transport| {
+        let run = raw_quinn::Run { ca: &ca, payload: &payload, len_bytes: LATE_RUN_BYTES, transport };
+        let mut relay = None;
+        let elapsed = run.send(|server| {
+            let line = relay.insert(Relay::start(server, number.into())?);
+            line.delay_up_to(LATE);
+            line.lose_permille(10);
+            Ok(line.address())
+        })?;
+        Ok((LATE_RUN_BYTES as f64 / f64::from(1 << 20)) / elapsed.as_secs_f64())
+    };
+    in_turn(number, || late(vra::link::transport_config()), || late(Arc::default()))
 }
 
 fn beside_fio(context: &mut Context, number: u32) -> Result<Pair> {
