@@ -334,6 +334,9 @@ fn take_slot<S: Storage>(
 }
 
 /// Copies an unsealed segment into a free slot as this opening's own, under a header that says so. Its batches stay encrypted as they are.
+///
+/// The header is written when all of it is durable. The slot may hold an older copy, whose first batches are the same and whose next ones were
+/// not trusted after a failed sync: under the new header, before the batches that replace them, they would be taken for the copied ones.
 fn carry<S: Storage>(
     io: &mut Blocking<'_, S>,
     segment: &mut Segment,
@@ -348,10 +351,14 @@ fn carry<S: Storage>(
         carried_end_bytes: scan.end_bytes,
         ..segment.header.clone()
     };
-    let mut bytes =
-        io.read(slot_offset_bytes(segment.header.slot, slot_len_bytes), scan.end_bytes as usize)?;
-    bytes[..PAGE_BYTES].copy_from_slice(&header.encode());
-    io.write(slot_offset_bytes(slot, slot_len_bytes), bytes.into_bytes())?;
+    let bytes = io.read(slot_offset_bytes(segment.header.slot, slot_len_bytes), scan.end_bytes as usize)?;
+    let batches = bytes.into_bytes().slice(PAGE_BYTES..);
+    let offset_bytes = slot_offset_bytes(slot, slot_len_bytes);
+    if !batches.is_empty() {
+        io.write(offset_bytes + PAGE_BYTES as u64, batches)?;
+        io.sync()?;
+    }
+    io.write(offset_bytes, header.encode().to_vec())?;
     segment.header = header;
     Ok(())
 }

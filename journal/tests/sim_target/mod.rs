@@ -31,18 +31,23 @@ pub(crate) struct Site {
 
 impl Site {
     pub(crate) fn new(slot_count: u32) -> Self {
-        Self::of(slot_count, Encryption::Never, Keys::default())
+        Self::seeded(slot_count, 1)
+    }
+
+    /// One whose disk has other luck.
+    pub(crate) fn seeded(slot_count: u32, seed: u64) -> Self {
+        Self::of(slot_count, Encryption::Never, Keys::default(), seed)
     }
 
     pub(crate) fn encrypted(slot_count: u32) -> Self {
         let site_key = SiteKey::new([7; SiteKey::LEN_BYTES].into());
         let key = NewKey::seeded(4).wrap(JOURNAL_ID, &site_key);
         let keys = Keys::seeded(SiteKeys::new(vec![site_key]), 5);
-        Self::of(slot_count, Encryption::On(key), keys)
+        Self::of(slot_count, Encryption::On(key), keys, 1)
     }
 
-    fn of(slot_count: u32, encryption: Encryption, keys: Keys) -> Self {
-        let disk = SimDisk::new(1);
+    fn of(slot_count: u32, encryption: Encryption, keys: Keys, seed: u64) -> Self {
+        let disk = SimDisk::new(seed);
         let (journal, recovery_disk) = (disk.add_file(), disk.add_file());
         let id = Uuid::from_u128(5);
         let volume = VolumeState { id, base_seq: 0, size_bytes: VOLUME_BYTES, fresh_image: true };
@@ -76,7 +81,18 @@ impl Site {
 
     /// The next writer, whose stream owns the tail.
     pub(crate) fn target(&self) -> Target<'_> {
-        let writer = Writer::new(self.open().expect("open"), LIMITS);
+        self.target_of(self.open().expect("open"))
+    }
+
+    /// The same after a failure of which no more is known to be durable than up to this number.
+    pub(crate) fn target_that_trusts(&self, through_seq: u64) -> Target<'_> {
+        let trusted_through = Some(through_seq);
+        let options = OpenOptions { keys: self.keys.clone(), trusted_through, ..OpenOptions::default() };
+        self.target_of(open(&mut self.disk.storage(), self.journal, &options).expect("open"))
+    }
+
+    fn target_of(&self, opened: Opened) -> Target<'_> {
+        let writer = Writer::new(opened, LIMITS);
         let sealer = BatchSealer::new();
         let (storage, lost) = (self.disk.storage(), BadRanges::default());
         let mut target = Target { site: self, storage, writer, sealer, seq: 0, crc: 0, lost };
