@@ -1,6 +1,10 @@
 //! Links, trust and enrolment between real endpoints on loopback.
 
 mod common;
+#[path = "../../hwtests/src/relay.rs"]
+#[allow(unreachable_pub, reason = "shared with the rig")]
+#[allow(dead_code, reason = "a part of it is used here")]
+mod relay;
 
 use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
@@ -9,6 +13,7 @@ use std::time::Duration;
 
 use common::{Folder, TestCa};
 use quinn::crypto::rustls::QuicServerConfig;
+use relay::Relay;
 use tokio::sync::mpsc;
 use vra::api::enroll::{EnrollError, EnrollErrorCode, EnrollOutcome, EnrollRequest, MAX_MESSAGE_BYTES};
 use vra::api::vpg::VraEndpoint;
@@ -170,6 +175,36 @@ async fn a_peer_that_comes_back_is_reached_again() {
 }
 
 /// The ZVM's side of enrolment, for as many requests as come; a token works once.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_takes_over_tells_peers_that_the_connections_before_it_are_gone() {
+    let ca = TestCa::new();
+    let (_, a) = ca.vra();
+    let (b_id, b) = ca.vra();
+    let (a, _) = bind(a);
+    let (first, mut accepted) = bind(b.clone());
+    let listen = first.local_address();
+    let relay = Relay::start(listen, 1).expect("relay");
+    let endpoint = VraEndpoint { id: b_id, address: relay.address().to_string() };
+    let (connection, mut send, _recv) = a.peer(&endpoint).open(&a, StreamKind::Data).await.expect("open");
+    let stream = accepted.recv().await.expect("accepted");
+
+    // Killed: nobody hears that it ends.
+    relay.cut(true);
+    first.close().await;
+    drop((first, stream, accepted));
+    let second = loop {
+        match Link::bind(&LinkSettings { listen }, b.clone(), Trust::default()) {
+            Ok(link) => break link,
+            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    };
+    relay.cut(false);
+    send.write_all(b"more").await.expect("the connection is thought to stand");
+    let reason = connection.closed().await;
+    assert!(matches!(reason, quinn::ConnectionError::Reset), "{reason}, not by the silence of the other end");
+    drop(second);
+}
+
 async fn serve_enrolment(endpoint: quinn::Endpoint, ca: Arc<TestCa>) {
     let mut used = false;
     while let Some(incoming) = endpoint.accept().await {

@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{Connection, Endpoint, EndpointConfig, RecvStream, SendStream, VarInt};
+use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt};
 use tokio::sync::mpsc;
 
-use super::transport::IDLE_TIMEOUT_MS;
+use super::transport::{IDLE_TIMEOUT_MS, endpoint_config};
 use super::{ALPN, LinkError, Peer, SERVER_NAME, bind_udp, close_code, resolve, transport_config};
 use crate::api::vpg::VraEndpoint;
 use crate::api::{SetTrust, VraId};
@@ -97,9 +97,9 @@ impl Link {
         server.transport_config(transport_config());
         server.max_incoming(MAX_HANDSHAKES);
         let socket = bind_udp(settings.listen).map_err(bind)?;
+        let config = endpoint_config(&credentials.key);
         let endpoint =
-            Endpoint::new(EndpointConfig::default(), Some(server), socket, Arc::new(quinn::TokioRuntime))
-                .map_err(bind)?;
+            Endpoint::new(config, Some(server), socket, Arc::new(quinn::TokioRuntime)).map_err(bind)?;
         let local = endpoint.local_addr().map_err(bind)?;
         let inner = Inner {
             endpoint,

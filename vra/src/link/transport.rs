@@ -7,7 +7,10 @@ use std::time::Duration;
 
 use nix::sys::socket::sockopt::{RcvBuf, RcvBufForce, SndBuf, SndBufForce};
 use nix::sys::socket::{GetSockOpt, SetSockOpt, getsockopt, setsockopt};
-use quinn::{AckFrequencyConfig, IdleTimeout, TransportConfig, VarInt};
+use quinn::{AckFrequencyConfig, EndpointConfig, IdleTimeout, TransportConfig, VarInt};
+use quinn_proto::HashedConnectionIdGenerator;
+use ring::hmac;
+use rustls::pki_types::PrivateKeyDer;
 
 use super::LinkError;
 use super::congestion::FlooredCubic;
@@ -63,6 +66,20 @@ pub fn transport_config() -> Arc<TransportConfig> {
         .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(IDLE_TIMEOUT_MS))))
         .keep_alive_interval(Some(KEEP_ALIVE));
     Arc::new(config)
+}
+
+/// An endpoint's parameters for the holder of a private key. A process that takes over its predecessor's socket answers what peers send on the
+/// predecessor's connections so that they give those up at once (RFC 9000, section 10.3), not after [`IDLE_TIMEOUT_MS`]: for that its connection
+/// ids and reset tokens come from the key, which both have.
+pub(super) fn endpoint_config(key: &PrivateKeyDer<'_>) -> EndpointConfig {
+    let root = hmac::Key::new(hmac::HMAC_SHA256, key.secret_der());
+    let derived = |label: &[u8]| hmac::sign(&root, label);
+    let resets = hmac::Key::new(hmac::HMAC_SHA256, derived(b"holdfast/1 stateless reset").as_ref());
+    let ids = derived(b"holdfast/1 connection ids");
+    let ids = u64::from_le_bytes(*ids.as_ref().first_chunk().expect("SHA-256 has 32 bytes"));
+    let mut config = EndpointConfig::new(Arc::new(resets));
+    config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(ids)));
+    config
 }
 
 /// A UDP socket with large buffers, beyond the host's limits where the process may (`SO_RCVBUFFORCE`, CAP_NET_ADMIN); smaller ones are
