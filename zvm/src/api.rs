@@ -104,6 +104,22 @@ pub enum Request {
         /// What changes.
         edit: VpgEdit,
     },
+    /// Adds VMs to a group. Answer: [`Response::Task`].
+    VpgAddVms {
+        /// Its name or id.
+        vpg: String,
+        /// The VMs. What they don't say is as the group's first VM has it.
+        vms: Vec<VmSpec>,
+    },
+    /// Takes VMs out of a group. Answer: [`Response::Task`].
+    VpgRemoveVms {
+        /// Its name or id.
+        vpg: String,
+        /// Their names or ids.
+        vms: Vec<String>,
+        /// Leave their journals and recovery disks in the datastore.
+        keep_disks: bool,
+    },
     /// Deletes a group. Answer: [`Response::Task`].
     VpgDelete {
         /// Its name or id.

@@ -1,6 +1,6 @@
 //! How groups do: status, RPO, history and problems, from what their VRAs tell.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use vra::api::status::{
     Severity, SourceMode, SourceVmStatus, TargetState, TargetVmStatus, VpgStatus as VpgAtVra,
@@ -67,19 +67,24 @@ impl<'a> Look<'a> {
         let mut seen_problems = std::collections::HashSet::new();
         troubles.retain(|(_, problem)| seen_problems.insert(problem.description.clone()));
 
+        // Those of VMs that came later may have no checkpoint yet: what is older is complete without them.
+        let first: BTreeSet<VraId> = vpg.first_members().map(|member| member.target).collect();
         let targets = self.target_statuses();
-        let newest_us =
-            targets.iter().map(|at| at.last_checkpoint.as_ref().map(|last| last.time_us)).min().flatten();
-        let all_targets_tell = targets.len() == vpg.targets().len();
+        let newest_us = targets
+            .iter()
+            .filter(|(vra, at)| first.contains(vra) || at.last_checkpoint.is_some())
+            .map(|(_, at)| at.last_checkpoint.as_ref().map(|last| last.time_us))
+            .min()
+            .flatten();
+        let first_targets: Vec<_> = targets.iter().filter(|(vra, _)| first.contains(vra)).collect();
+        let all_targets_tell = first_targets.len() == first.len();
         let checkpoint_count = if all_targets_tell {
-            targets.iter().map(|at| at.checkpoint_count).min().unwrap_or(0)
+            first_targets.iter().map(|(_, at)| at.checkpoint_count).min().unwrap_or(0)
         } else {
             0
         };
         let history_from_us = vpg
-            .settings
-            .vms
-            .iter()
+            .first_members()
             .map(|member| self.target_vm(member).and_then(|vm| vm.history_from_us))
             .try_fold(TimeUs(0), |oldest, from| from.map(|from| oldest.max(from)));
         let rpo_us = newest_us
@@ -280,7 +285,7 @@ impl<'a> Look<'a> {
         let name = self.vra_name(vra);
         if !self.vras.contains_key(&vra) {
             let description = format!("the certificate of VRA {name} is revoked");
-            let remedy = "a revoked VRA is never let in again: delete the group, and create it anew once its host has a new VRA".into();
+            let remedy = "a revoked VRA is never let in again: take its VMs out of the group (`zvm vpg remove-vm`), and add them once their host has a new VRA".into();
             troubles.push((Trouble::NeedsConfiguration, Problem { description, remedy }));
             return;
         }
@@ -354,9 +359,10 @@ impl<'a> Look<'a> {
             .map(|volume| volume.source_path.display().to_string())
     }
 
-    fn target_statuses(&self) -> Vec<&'a VpgAtVra> {
+    fn target_statuses(&self) -> Vec<(VraId, &'a VpgAtVra)> {
         let targets = self.vpg.targets().into_iter();
-        targets.filter_map(|vra| self.status(vra)?.vpgs.iter().find(|at| at.vpg == self.vpg.id)).collect()
+        let at = |vra| self.status(vra)?.vpgs.iter().find(|at| at.vpg == self.vpg.id);
+        targets.filter_map(|vra| Some((vra, at(vra)?))).collect()
     }
 
     fn source_vm(&self, member: &Member) -> Option<&'a SourceVmStatus> {

@@ -16,7 +16,7 @@ use vra::link::{Link, LinkError, LinkSettings};
 use vra::pki::{PeerCertificate, Trust};
 use vra::report::chain;
 
-use self::world::{World, endpoints, is_member, newest_definitions};
+use self::world::{World, endpoints, newest_definitions};
 use crate::authority::Authority;
 use crate::clock::Clock;
 use crate::config::Config;
@@ -146,6 +146,9 @@ pub async fn rebuild(
     for vpg in &world.vpgs {
         store::vpgs::insert(&mut tx, vpg).await?;
     }
+    for leftover in &world.leftovers {
+        store::leftovers::insert(&mut tx, leftover).await?;
+    }
     tx.commit().await.map_err(StoreError::from)?;
     store.close().await;
     let is_enrolled = |vra: &&Vra| vra.state == VraState::Enrolled;
@@ -247,7 +250,8 @@ async fn ask(link: &Link, expected: Option<VraId>, address: &str) -> Result<Foun
         if certificate.identity.as_vra() != Some(hello.vra) {
             return Err(AskError::Unexpected);
         }
-        vpgs.retain(|vpg| is_member(vpg, hello.vra));
+        let is_former = |vpg: &VpgDefinition| vpg.former.iter().any(|former| former.target == hello.vra);
+        vpgs.retain(|vpg| vpg.has_member_at(hello.vra) || is_former(vpg));
         if trust.version > MAX_VERSION || vpgs.iter().any(|vpg| vpg.revision > MAX_VERSION) {
             return Err(AskError::Absurd);
         }

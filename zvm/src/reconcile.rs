@@ -4,6 +4,7 @@
 //! of the same in flight, and waits longer after each failure. What it remembers is only what saves work: a restarted
 //! manager begins with an empty memory and arrives at the same place.
 
+mod leaving;
 mod plan;
 mod world;
 
@@ -16,6 +17,7 @@ use crate::model::task::TaskKind;
 use crate::model::test_run::{TestRun, TestState};
 use crate::model::vpg::{Vpg, VpgState};
 
+pub use leaving::Leaving;
 pub use plan::{Action, ActionKind, ActionOutcome, Failure, Plan, Progress, Subject, Transition};
 pub use world::{Desired, LastStatus, Leftover, Observed, Seen, SiteKeyWish};
 
@@ -79,7 +81,7 @@ impl Reconciler {
         for test in &desired.tests {
             self.plan_test(test, desired, observed, now_us, &mut plan);
         }
-        self.plan_leftovers(desired, &mut plan);
+        self.plan_leftovers(desired, observed, &mut plan);
         for transition in &plan.transitions {
             if let Transition::VpgRemoved { vpg, .. } = transition {
                 self.ended.insert(*vpg, now_us);
@@ -142,6 +144,7 @@ impl Reconciler {
                 self.applied.insert((action.vra, definition.id), (definition.revision, now_us));
             }
             ActionKind::RemoveVpg { vpg, .. } => {
+                self.applied.remove(&(action.vra, *vpg));
                 self.removed.insert((action.vra, *vpg));
             }
             ActionKind::OpenView { open, .. } => self.opened.extend(open.view),
@@ -161,7 +164,11 @@ impl Reconciler {
             desired.leftovers.iter().any(|left| left.vra == *vra && left.vpg == *vpg)
         };
         self.applied.retain(|(vra, vpg), _| known(vra) && vpgs.contains(vpg));
-        self.removed.retain(|(vra, vpg)| known(vra) && (vpgs.contains(vpg) || is_left(vra, vpg)));
+        // A VRA that has let go may get a part in the group again.
+        let is_ending = |vpg: &VpgId| {
+            desired.vpgs.iter().any(|wanted| wanted.id == *vpg && wanted.state == VpgState::Deleting)
+        };
+        self.removed.retain(|(vra, vpg)| known(vra) && (is_ending(vpg) || is_left(vra, vpg)));
         self.trusted.retain(|vra, _| known(vra));
         self.opened.retain(|view| views.contains(view));
         self.closed.retain(|view| views.contains(view));
@@ -207,6 +214,10 @@ impl Reconciler {
             if vpg.settings.encrypt && targets.contains(vra) && !has_site_keys(vra, observed) {
                 continue;
             }
+            // It was told to let go before it got a part in the group again.
+            if self.in_flight.contains(&(*vra, Subject::Remove(vpg.id))) {
+                continue;
+            }
             // A source that streams to a target that doesn't know the group would be refused: targets go first.
             if targets.contains(vra) || !a_target_is_missing {
                 plan.actions.push(Action { vra: *vra, kind: ActionKind::ApplyVpg(definition.clone()) });
@@ -217,16 +228,17 @@ impl Reconciler {
         }
         if missing.is_empty() {
             plan.transitions.push(Transition::VpgApplied { vpg: vpg.id, revision: vpg.revision });
-        } else if vpg.applied_revision == 0 {
+        } else {
             let all = vpg.vras().len();
             let step =
                 self.waits_for(&missing, "to take the definition", Subject::Apply(vpg.id), desired, observed);
-            plan.progress.push(Progress {
-                vpg: vpg.id,
-                kind: TaskKind::CreateProtectionGroup,
-                percent: percent(all - missing.len(), all),
-                step,
-            });
+            let percent = percent(all - missing.len(), all);
+            for kind in TaskKind::OF_DEFINITIONS {
+                // Before the first definition is everywhere there is nothing to change.
+                if (kind == TaskKind::CreateProtectionGroup) == (vpg.applied_revision == 0) {
+                    plan.progress.push(Progress { vpg: vpg.id, kind, percent, step: step.clone() });
+                }
+            }
         }
     }
 
@@ -244,11 +256,17 @@ impl Reconciler {
         if applying {
             return;
         }
+        // One that hasn't heard that a VM left, whose files stay, would remove them with those of the others.
+        let keeps = |vra: VraId| {
+            let kept = vpg.settings.former.iter().filter(|former| former.target == vra && former.keep_files);
+            let newest = kept.map(|former| former.revision).max().unwrap_or_default();
+            removal.keep_disks || self.revision_at(vra, vpg.id, observed) < newest
+        };
         if missing.is_empty() {
             let leftovers = members
                 .iter()
                 .filter(|vra| !self.removed.contains(&(**vra, vpg.id)))
-                .map(|vra| Leftover { vpg: vpg.id, vra: *vra, keep_files: removal.keep_disks })
+                .map(|vra| Leftover { vpg: vpg.id, vra: *vra, keep_files: keeps(*vra) })
                 .collect();
             plan.transitions.push(Transition::VpgRemoved { vpg: vpg.id, leftovers });
             return;
@@ -258,7 +276,7 @@ impl Reconciler {
         let a_source_is_missing = missing.iter().any(|vra| sources.contains(vra) && reachable(vra));
         for vra in &missing {
             if sources.contains(vra) || !a_source_is_missing {
-                let kind = ActionKind::RemoveVpg { vpg: vpg.id, keep_files: removal.keep_disks };
+                let kind = ActionKind::RemoveVpg { vpg: vpg.id, keep_files: keeps(*vra) };
                 plan.actions.push(Action { vra: *vra, kind });
             }
         }
@@ -348,15 +366,29 @@ impl Reconciler {
         }
     }
 
-    fn plan_leftovers(&self, desired: &Desired, plan: &mut Plan) {
-        for Leftover { vpg, vra, keep_files } in &desired.leftovers {
-            if self.removed.contains(&(*vra, *vpg)) {
-                plan.transitions.push(Transition::LeftoverGone { vpg: *vpg, vra: *vra });
-            } else {
-                let kind = ActionKind::RemoveVpg { vpg: *vpg, keep_files: *keep_files };
-                plan.actions.push(Action { vra: *vra, kind });
+    fn plan_leftovers(&self, desired: &Desired, observed: &Observed, plan: &mut Plan) {
+        for left in &desired.leftovers {
+            let Leftover { vpg, vra, keep_files } = *left;
+            if self.removed.contains(&(vra, vpg)) {
+                plan.transitions.push(Transition::LeftoverGone { vpg, vra });
+            } else if !self.in_flight.contains(&(vra, Subject::Apply(vpg))) {
+                let last_words = self.last_words(left, desired, observed);
+                let kind = last_words.unwrap_or(ActionKind::RemoveVpg { vpg, keep_files });
+                plan.actions.push(Action { vra, kind });
             }
         }
+    }
+
+    /// What a VRA is told that has no VM left in a group which goes on: first which files it is to remove, VM by VM; then to let go of
+    /// the group, with what files there still are.
+    fn last_words(&self, left: &Leftover, desired: &Desired, observed: &Observed) -> Option<ActionKind> {
+        let is_meant = |vpg: &&Vpg| vpg.id == left.vpg && vpg.state == VpgState::Active;
+        let vpg = desired.vpgs.iter().find(is_meant)?;
+        let knows = |revision| self.revision_at(left.vra, left.vpg, observed) >= revision;
+        if vpg.former_revision_at(left.vra).is_none_or(knows) {
+            return Some(ActionKind::RemoveVpg { vpg: left.vpg, keep_files: true });
+        }
+        vpg.definition(|vra| desired.vras.get(&vra)).map(ActionKind::ApplyVpg)
     }
 
     /// An opening whose answer was lost can leave a view behind that no test knows.

@@ -35,6 +35,27 @@ fn a_test_is_lost_only_while_its_vra_cannot_serve_its_disks() {
 }
 
 #[test]
+fn what_was_there_before_a_vm_joined_stays_what_it_is() {
+    let mut group = Group::new();
+    let before = group.report();
+    let other = group.world.add_vra("c");
+    group.world.desired.vpgs[0].settings.member_set_version = 2;
+    group.world.add_member(group.source, other);
+    // Its target has not even heard of the group.
+    let told = |report: &VpgReport| (report.checkpoint_count, report.history_from_us, report.history_to_us);
+    assert_eq!(told(&group.report()), told(&before));
+    let vpg = group.world.desired.vpgs[0].id;
+    group.world.see(other, NOW_US, |status| status.vpgs.push(world::vpg_status(vpg, 1)));
+    assert_eq!(told(&group.report()), told(&before), "its first sync runs");
+    assert_eq!(group.report().rpo_us, before.rpo_us);
+    // From then on it is missed.
+    let old = TimeUs(NOW_US - 600 * SECOND_US);
+    let last = LastCheckpoint { id: CheckpointId { nonce: 1, counter: 1 }, time_us: old, tag: None };
+    group.world.see(other, NOW_US, |status| status.vpgs[0].last_checkpoint = Some(last));
+    assert_eq!(group.report().history_to_us, Some(old));
+}
+
+#[test]
 fn a_group_goes_from_creating_over_its_first_sync_to_meeting_its_sla() {
     let mut group = Group::new();
     group.world.desired.vpgs[0].applied_revision = 0;

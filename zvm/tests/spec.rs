@@ -7,7 +7,7 @@ use vra::api::vpg::{JournalSize, VmDefinition};
 use vra::api::*;
 use zvm::api::{VmSpec, VpgEdit, VpgSpec, defaults};
 use zvm::inventory::{Inventory, static_file};
-use zvm::manager::spec::{Context, edited, resolve};
+use zvm::manager::spec::{Context, described, edited, join, resolve, without};
 use zvm::model::vpg::{Vpg, VpgSettings};
 use zvm::model::vra::{Vra, VraState};
 
@@ -221,6 +221,61 @@ struct Site {
     inventory: Inventory,
     vras: BTreeMap<VraId, Vra>,
     vpgs: Vec<Vpg>,
+}
+
+#[test]
+fn vms_join_a_group_as_its_first_vm_is_and_leave_it() {
+    let site = Site::new();
+    let mut group = spec(&["db"]);
+    (group.journal_limit_percent, group.journal_minimum_bytes) = (Some(50), 1 << 20);
+    let vpg = site.create(&group, &site.db_volumes()).unwrap();
+    assert_eq!(vpg.settings.vms[0].member_since, MemberSince(1));
+    let context = Context { inventory: &site.inventory, vras: &site.vras, vpgs: std::slice::from_ref(&vpg) };
+    let served = [(site.vra("vra-a"), vec![site.volume("web", 0, "/images/web")])].into();
+    let web = VmSpec { vm: "web".into(), ..VmSpec::default() };
+    let joined = |web: &VmSpec| join(&vpg, std::slice::from_ref(web), &context)?.into_settings(&served);
+    let settings = joined(&web).unwrap();
+    assert_eq!((settings.member_set_version, settings.vms.len()), (2, 2));
+    let (first, second) = (&settings.vms[0], &settings.vms[1]);
+    assert_eq!((first.member_since, second.member_since), (MemberSince(1), MemberSince(2)));
+    assert_eq!((second.target, &second.datastore), (first.target, &first.datastore));
+    assert_eq!(second.journal_size, first.journal_size);
+    let own = VmSpec {
+        target: Some("vra-c".into()),
+        datastore: Some("/else".into()),
+        journal_limit_bytes: Some(1 << 30),
+        journal_minimum_bytes: Some(0),
+        ..web.clone()
+    };
+    let settings = joined(&own).unwrap();
+    let second = &settings.vms[1];
+    assert_eq!((second.target, second.datastore.to_str()), (site.vra("vra-c"), Some("/else")));
+    assert_eq!((second.journal_size.limit_bytes, second.journal_size.limit_percent), (1 << 30, None));
+    let both = Vpg { settings, revision: 2, ..vpg.clone() };
+
+    let names = |vra| site.vras[&vra].name.clone();
+    let again = described(&both, names);
+    assert_eq!((again.target.as_str(), again.journal_limit_percent), ("vra-b", Some(50)));
+    let told = VmSpec { vm: site.vm("web").to_string(), ..own };
+    assert_eq!(again.vms[1], told);
+    assert_eq!(again.vms[0], VmSpec { vm: site.vm("db").to_string(), ..VmSpec::default() });
+
+    let left = without(&both, &["web".into()], true).unwrap();
+    assert_eq!((left.member_set_version, left.vms.len()), (3, 1));
+    let former = &left.former[0];
+    assert_eq!((former.journal, former.target), (both.settings.vms[1].journal, site.vra("vra-c")));
+    assert_eq!((former.revision, former.keep_files), (3, true));
+
+    let error = |vms: &[&str]| without(&both, &vms.iter().map(|vm| (*vm).into()).collect::<Vec<_>>(), false);
+    assert_eq!(error(&["nope"]).unwrap_err().code, ErrorCode::NotFound);
+    let last = error(&["db", "web"]).unwrap_err();
+    assert!(last.message.contains("at least one VM") && last.remedy.unwrap().contains("zvm vpg delete"));
+    assert!(error(&[]).is_err());
+    let again = join(&both, &[web], &Context { vpgs: std::slice::from_ref(&both), ..context }).unwrap_err();
+    assert!(again.message.contains("is in VPG") && again.remedy.unwrap().contains("remove-vm"));
+    assert!(join(&vpg, &[], &context).is_err());
+    let twice = ["web", "web"].map(|vm| VmSpec { vm: vm.into(), ..VmSpec::default() });
+    assert!(join(&vpg, &twice, &context).unwrap_err().message.contains("named twice"));
 }
 
 impl Site {

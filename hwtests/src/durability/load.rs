@@ -8,7 +8,7 @@ use journal::batch::{Checkpoint, CheckpointKind, Epoch, Record, RecordKind};
 use journal::catalogue::CheckpointEntry;
 use uuid::Uuid;
 use vra::api::vpg::{VmDefinition, VolumeDefinition, VpgDefinition, VraEndpoint};
-use vra::api::{GenerationId, JournalId, VmId, VolumeId, VpgId};
+use vra::api::{GenerationId, JournalId, MemberSince, VmId, VolumeId, VpgId};
 use vra::receive::VmFolder;
 use vra::wire::VolumeShape;
 
@@ -184,6 +184,7 @@ impl Load {
             id: VmId(self.id("vm")),
             name: "machine".to_owned(),
             journal: JournalId(self.id("journal")),
+            member_since: MemberSince::default(),
             volumes: (0_u16..).zip(DISKS).map(volume).collect(),
             source,
             target,
@@ -207,6 +208,7 @@ impl Load {
             notes: None,
             coordinators: Vec::new(),
             vms: vec![vm],
+            former: Vec::new(),
         }
     }
 

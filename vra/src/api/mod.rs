@@ -13,6 +13,7 @@ pub mod enroll;
 pub mod error;
 pub mod guest;
 pub mod ids;
+pub mod members;
 pub mod site_keys;
 pub mod status;
 pub mod view;
@@ -26,6 +27,7 @@ pub use ids::{
     BadId, BadTime, CheckpointId, CheckpointIdError, GenerationId, JournalId, TimeUs, ViewId, VmId, VolumeId,
     VpgId, VraId, ZvmId,
 };
+pub use members::{FormerVm, MAX_FORMER_VMS, MemberSince};
 pub use site_keys::{MAX_SITE_KEYS, SetSiteKeys, SiteKeyLine};
 pub use status::{Alert, DoctorReport, Severity, VraStatus};
 pub use view::{OpenView, PointInTime, ViewInfo, ViewMode};

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{CheckpointId, JournalId, SetTrust, TimeUs, VmId, VolumeId, VpgId, VraId};
+use super::{CheckpointId, FormerVm, JournalId, MemberSince, SetTrust, TimeUs, VmId, VolumeId, VpgId, VraId};
 
 /// Most VMs of one VPG.
 pub const MAX_VMS_PER_VPG: usize = 256;
@@ -54,7 +54,7 @@ pub struct VpgDefinition {
     pub name: String,
     /// Raised at every change of the definition.
     pub revision: u64,
-    /// Raised when VMs or volumes come or go; checkpoint records carry it (D1).
+    /// Raised when VMs or volumes come or go; checkpoint records carry it (D1). [`MemberSince`] says what it means for them.
     pub member_set_version: u32,
     /// Time between checkpoints, in milliseconds: 1000 to 3,600,000.
     pub checkpoint_interval_ms: u32,
@@ -72,6 +72,9 @@ pub struct VpgDefinition {
     pub coordinators: Vec<VraId>,
     /// The VMs.
     pub vms: Vec<VmDefinition>,
+    /// VMs that were taken out, for targets that have not heard of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub former: Vec<FormerVm>,
 }
 
 /// What only the manager needs of a group: its VRAs and journals keep it, so that a manager whose database is lost can be made again.
@@ -119,6 +122,11 @@ impl VpgDefinition {
         sources.extend(by_id.into_values());
         sources
     }
+
+    /// Whether a VRA is source or target of one of its VMs.
+    pub fn has_member_at(&self, vra: VraId) -> bool {
+        self.vms.iter().any(|vm| vm.source.id == vra || vm.target.id == vra)
+    }
 }
 
 /// A source VRA of a VPG.
@@ -139,6 +147,9 @@ pub struct VmDefinition {
     pub name: String,
     /// Its journal at the target. Another id means another journal: an initial sync into new files.
     pub journal: JournalId,
+    /// Since when it is a member.
+    #[serde(default, skip_serializing_if = "MemberSince::is_default")]
+    pub member_since: MemberSince,
     /// Its disks, at least one, numbered from 0 without gaps.
     pub volumes: Vec<VolumeDefinition>,
     /// Where it runs.
@@ -279,7 +290,8 @@ pub struct CheckpointInfo {
     pub tag: Option<String>,
     /// The members it was taken over.
     pub member_set_version: u32,
-    /// Every journal of the group that this VRA has holds it (D3). Only complete ones can be opened for the group.
+    /// Every journal that this VRA has of the VMs that it is of ([`MemberSince`]) holds it (D3). Only complete ones can be opened for the
+    /// group.
     pub complete: bool,
     /// It is kept when it grows older than the history (C5).
     #[serde(default)]

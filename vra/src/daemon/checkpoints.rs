@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::Daemon;
-use super::group_checkpoints::GroupCheckpoints;
+use super::group_checkpoints::{GroupCheckpoints, MemberJournal};
 use crate::api::status::{LastCheckpoint, VpgStatus};
 use crate::api::vpg::VmDefinition;
 use crate::api::{
@@ -43,8 +43,9 @@ impl Daemon {
             return self.unlock_checkpoint(&vpg, lock.checkpoint).await;
         }
         let vms = self.target_vms_of(&vpg)?;
-        let found =
-            self.group_checkpoint_at(&vms, PointInTime::Checkpoint { checkpoint: lock.checkpoint }).await?;
+        let at = PointInTime::Checkpoint { checkpoint: lock.checkpoint };
+        let found = self.group_checkpoint_at(&vms, at).await?;
+        let vms = members_at(vms, &found);
         let mut done: Vec<&Arc<TargetVm>> = Vec::new();
         for vm in &vms {
             let had = vm.locked_checkpoints().iter().any(|locked| locked.checkpoint == lock.checkpoint);
@@ -189,10 +190,17 @@ impl Daemon {
 async fn group_checkpoints(vms: &[Arc<TargetVm>]) -> Result<GroupCheckpoints, ApiError> {
     let (mut lists, mut locked) = (Vec::with_capacity(vms.len()), BTreeSet::new());
     for vm in vms {
-        lists.push((vm.id(), vm.checkpoints().await?));
+        let since = vm.definition().member_since;
+        lists.push(MemberJournal { vm: vm.id(), since, list: vm.checkpoints().await? });
         locked.extend(vm.locked_checkpoints().iter().map(|locked| locked.checkpoint));
     }
     Ok(GroupCheckpoints::new(lists, locked))
+}
+
+/// Those of a group's VMs that a checkpoint is of.
+pub(super) fn members_at(vms: Vec<Arc<TargetVm>>, checkpoint: &CheckpointInfo) -> Vec<Arc<TargetVm>> {
+    let is_in = |vm: &Arc<TargetVm>| vm.definition().member_since.is_in(checkpoint.member_set_version);
+    vms.into_iter().filter(is_in).collect()
 }
 
 fn no_checkpoint(checkpoint: CheckpointId) -> ApiError {

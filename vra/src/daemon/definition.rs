@@ -1,13 +1,13 @@
 //! Whether a VPG's definition can be taken.
 
 use std::collections::BTreeSet;
-use std::path::{Component, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use crate::api::volume::{MAX_NAME_BYTES, MAX_VOLUMES_PER_VM, is_text};
 use crate::api::vpg::{
     JOURNAL_LIMIT_BYTES, JOURNAL_PERCENT, JournalSize, MAX_SOURCES_PER_VPG, MAX_VMS_PER_VPG, VmDefinition,
 };
-use crate::api::{ApiError, ErrorCode, VpgDefinition, VraId};
+use crate::api::{ApiError, ErrorCode, FormerVm, MAX_FORMER_VMS, VpgDefinition, VraId};
 
 /// Checks all that can be checked without looking at disks.
 ///
@@ -31,8 +31,24 @@ pub fn check(definition: &VpgDefinition, own: VraId, datastores: &[PathBuf]) -> 
         if let Some(volume) = vm.volumes.iter().find(|volume| !volumes.insert(volume.id)) {
             return Err(bad(format!("volume {} is in VPG \"{}\" twice", volume.id, definition.name)));
         }
+        if vm.member_since.0 > definition.member_set_version {
+            return Err(bad(format!(
+                "VM {} is a member since the member set {}, but that of VPG \"{}\" is {}",
+                vm.name, vm.member_since.0, definition.name, definition.member_set_version
+            )));
+        }
         if vm.target.id == own {
             check_datastore(vm, datastores)?;
+        }
+    }
+    limits("the number of former VMs", definition.former.len() as u64, 0, MAX_FORMER_VMS as u64)?;
+    for former in &definition.former {
+        check_name("former VM", &former.name)?;
+        if journals.contains(&former.journal) {
+            return Err(bad(format!(
+                "journal {} of VM {} in VPG \"{}\" is both in use and to be let go of",
+                former.journal, former.name, definition.name
+            )));
         }
     }
     Ok(())
@@ -165,9 +181,7 @@ fn check_journal(vm: &VmDefinition) -> Result<(), ApiError> {
 }
 
 fn check_datastore(vm: &VmDefinition, datastores: &[PathBuf]) -> Result<(), ApiError> {
-    let plain =
-        vm.datastore.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
-    if plain && datastores.iter().any(|allowed| vm.datastore.starts_with(allowed)) {
+    if is_within(&vm.datastore, datastores) {
         return Ok(());
     }
     let allowed: Vec<_> = datastores.iter().map(|path| path.display().to_string()).collect();
@@ -176,6 +190,16 @@ fn check_datastore(vm: &VmDefinition, datastores: &[PathBuf]) -> Result<(), ApiE
         format!("{} is not in a datastore of this VRA ({})", vm.datastore.display(), allowed.join(", ")),
     )
     .remedy("add the folder to `datastores` in the VRA's configuration and restart it"))
+}
+
+/// Whether a former VM's files were in one of this VRA's datastores.
+pub(super) fn is_in_datastore(former: &FormerVm, datastores: &[PathBuf]) -> bool {
+    is_within(&former.datastore, datastores)
+}
+
+fn is_within(path: &Path, datastores: &[PathBuf]) -> bool {
+    let plain = path.components().all(|part| matches!(part, Component::RootDir | Component::Normal(_)));
+    plain && datastores.iter().any(|allowed| path.starts_with(allowed))
 }
 
 fn limits(what: &str, value: u64, min: u64, max: u64) -> Result<(), ApiError> {
@@ -193,7 +217,7 @@ fn bad(message: String) -> ApiError {
 mod tests {
     use super::*;
     use crate::api::vpg::{VolumeDefinition, VraEndpoint};
-    use crate::api::{JournalId, VmId, VolumeId, VpgId};
+    use crate::api::{FormerVm, JournalId, MemberSince, VmId, VolumeId, VpgId};
 
     fn definition(target: VraId) -> VpgDefinition {
         let volume = VolumeDefinition {
@@ -207,6 +231,7 @@ mod tests {
             id: VmId::random(),
             name: "db/1 ä".to_owned(),
             journal: JournalId::random(),
+            member_since: MemberSince::default(),
             volumes: vec![volume],
             source: VraEndpoint { id: VraId::random(), address: "a:9710".to_owned() },
             target: VraEndpoint { id: target, address: "[::1]:9710".to_owned() },
@@ -229,6 +254,21 @@ mod tests {
             notes: None,
             coordinators: Vec::new(),
             vms: vec![vm],
+            former: Vec::new(),
+        }
+    }
+
+    fn former(definition: &VpgDefinition, journal: JournalId) -> FormerVm {
+        let vm = &definition.vms[0];
+        let (target, datastore) = (vm.target.id, vm.datastore.clone());
+        FormerVm {
+            id: vm.id,
+            name: vm.name.clone(),
+            journal,
+            target,
+            datastore,
+            keep_files: false,
+            revision: 1,
         }
     }
 
@@ -236,6 +276,9 @@ mod tests {
     fn a_good_definition_passes() {
         let own = VraId::random();
         check(&definition(own), own, &["/data".into()]).expect("good");
+        let again = definition(own);
+        let again = VpgDefinition { former: vec![former(&again, JournalId::random())], ..again };
+        check(&again, own, &["/data".into()]).expect("a VM that came back with another journal");
     }
 
     #[test]
@@ -279,7 +322,7 @@ mod tests {
     fn each_bad_value_is_named() {
         type Change = fn(&mut VpgDefinition);
         let own = VraId::random();
-        let cases: [(Change, &str); 17] = [
+        let cases: [(Change, &str); 20] = [
             (|d| d.name = String::new(), "VPG name"),
             (|d| d.checkpoint_interval_ms = 10, "checkpoint_interval_ms is 10; it must be 1000 to 3600000"),
             (|d| d.vms.clear(), "the number of VMs is 0"),
@@ -313,6 +356,12 @@ mod tests {
                 |d| d.vms[0].journal_warning = Some(JournalSize::Bytes(1 << 30)),
                 "threshold of VM db/1 ä is 1073741824 bytes, above its journal limit, 67108864",
             ),
+            (
+                |d| d.vms[0].member_since = MemberSince(2),
+                "since the member set 2, but that of VPG \"shop\" is 1",
+            ),
+            (|d| d.former = vec![former(d, d.vms[0].journal)], "is both in use and to be let go of"),
+            (|d| d.former = vec![former(d, JournalId::random()); 257], "the number of former VMs is 257"),
             (|d| d.vms[0].journal_minimum_bytes = 1 << 30, "minimum of VM db/1 ä is 1073741824 bytes, above"),
         ];
         for (change, text) in cases {

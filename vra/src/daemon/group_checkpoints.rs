@@ -3,13 +3,24 @@
 use std::collections::BTreeSet;
 
 use crate::api::vpg::CheckpointPlace;
-use crate::api::{CheckpointId, CheckpointInfo, CheckpointPage, ListCheckpoints, TimeUs, VmId};
+use crate::api::{CheckpointId, CheckpointInfo, CheckpointPage, ListCheckpoints, MemberSince, TimeUs, VmId};
 use crate::planted::{Planted, is_planted};
 use crate::receive::{CheckpointKey, CheckpointList, ListedCheckpoint};
 
+/// What the journal of a VM lists.
+#[derive(Clone, Debug)]
+pub struct MemberJournal {
+    /// The VM.
+    pub vm: VmId,
+    /// Which checkpoints it has to have.
+    pub since: MemberSince,
+    /// Those that it has.
+    pub list: CheckpointList,
+}
+
 /// What each of a group's journals at this VRA lists.
 pub struct GroupCheckpoints {
-    lists: Vec<(VmId, CheckpointList)>,
+    journals: Vec<MemberJournal>,
     /// By any of the journals.
     locked: BTreeSet<CheckpointId>,
 }
@@ -21,20 +32,20 @@ const fn first_of(time_us: TimeUs) -> CheckpointKey {
 
 impl GroupCheckpoints {
     /// Of these journals, with the checkpoints that any of them has locked.
-    pub fn new(lists: Vec<(VmId, CheckpointList)>, locked: BTreeSet<CheckpointId>) -> Self {
-        Self { lists, locked }
+    pub fn new(journals: Vec<MemberJournal>, locked: BTreeSet<CheckpointId>) -> Self {
+        Self { journals, locked }
     }
 
-    /// How many all journals have.
+    /// How many are complete.
     pub(super) fn complete_count(&self) -> u64 {
-        match &self.lists[..] {
+        match &self.journals[..] {
             [] => 0,
-            [(_, only)] => only.len() as u64,
+            [only] => only.list.len() as u64,
             _ => self.merged(None, None, false).filter(|keyed| self.is_complete(keyed)).count() as u64,
         }
     }
 
-    /// The newest that all journals have: that with the largest cuts, whatever its coordinator's clock said.
+    /// The newest complete one: that with the largest cuts, whatever its coordinator's clock said.
     pub(super) fn newest(&self) -> Option<CheckpointInfo> {
         if !self.is_disordered() {
             return self.newest_until(TimeUs(u64::MAX));
@@ -43,7 +54,7 @@ impl GroupCheckpoints {
         complete.max_by_key(Keyed::age).map(|keyed| self.info(&keyed))
     }
 
-    /// The newest that all journals have, at or before a time.
+    /// The newest complete one at or before a time.
     pub(super) fn newest_until(&self, until: TimeUs) -> Option<CheckpointInfo> {
         let to = until.0.checked_add(1).map(|end| first_of(TimeUs(end)));
         let found = self.merged(None, to, true).find(|keyed| self.is_complete(keyed))?;
@@ -64,8 +75,8 @@ impl GroupCheckpoints {
             return self.page_by_cut(asked, from, to);
         }
         let matches = |keyed: &Keyed<'_>| !asked.tagged || keyed.listed.tag.is_some();
-        let total = match &self.lists[..] {
-            [(_, only)] if !asked.tagged => {
+        let total = match &self.journals[..] {
+            [MemberJournal { list: only, .. }] if !asked.tagged => {
                 let end = to.map_or(only.len(), |to| only.count_before(to));
                 end.saturating_sub(from.map_or(0, |from| only.count_before(from))) as u64
             }
@@ -110,22 +121,26 @@ impl GroupCheckpoints {
     }
 
     fn keyed(&self, id: CheckpointId) -> Option<Keyed<'_>> {
-        let key = self.lists.iter().find_map(|(_, list)| list.find(id))?.key();
+        let key = self.journals.iter().find_map(|journal| journal.list.find(id))?.key();
         self.merged(Some(key), None, false).next()
     }
 
     /// Whether the order of times may not be that of cuts.
     fn is_disordered(&self) -> bool {
-        self.lists.iter().any(|(_, list)| list.is_disordered())
+        self.journals.iter().any(|journal| journal.list.is_disordered())
     }
 
     fn is_complete(&self, keyed: &Keyed<'_>) -> bool {
-        keyed.holders == self.lists.len() || is_planted(Planted::MemberSubstituted)
+        let version = keyed.listed.member_set_version;
+        let needed = self.journals.iter().filter(|journal| journal.since.is_in(version)).count();
+        needed > 0 && keyed.holders == needed || is_planted(Planted::MemberSubstituted)
     }
 
     fn info(&self, keyed: &Keyed<'_>) -> CheckpointInfo {
         let key = keyed.listed.key();
-        let places = self.lists.iter().filter_map(|(vm, list)| {
+        let version = keyed.listed.member_set_version;
+        let members = self.journals.iter().filter(|journal| journal.since.is_in(version));
+        let places = members.filter_map(|MemberJournal { vm, list, .. }| {
             // The planted bug: an older one of the journal stands for the one that it lacks.
             let substitute =
                 || is_planted(Planted::MemberSubstituted).then(|| list.newest_until(key.0)).flatten();
@@ -137,7 +152,7 @@ impl GroupCheckpoints {
             time_us: keyed.listed.time_us,
             kind: keyed.listed.kind,
             tag: keyed.listed.tag.as_deref().map(str::to_owned),
-            member_set_version: keyed.listed.member_set_version,
+            member_set_version: version,
             complete: self.is_complete(keyed),
             locked: self.locked.contains(&keyed.listed.id),
             vms: places.collect(),
@@ -152,8 +167,8 @@ impl GroupCheckpoints {
         newest_first: bool,
     ) -> impl Iterator<Item = Keyed<'_>> {
         type Listed<'a> = Box<dyn Iterator<Item = &'a ListedCheckpoint> + 'a>;
-        let mut sources: Vec<std::iter::Peekable<Listed<'_>>> = Vec::with_capacity(self.lists.len());
-        for (_, list) in &self.lists {
+        let mut sources: Vec<std::iter::Peekable<Listed<'_>>> = Vec::with_capacity(self.journals.len());
+        for MemberJournal { list, .. } in &self.journals {
             let begin = from.map_or(0, |from| list.count_before(from));
             let end = to.map_or(list.len(), |to| list.count_before(to)).max(begin);
             let listed: Listed<'_> = if newest_first {
@@ -167,10 +182,10 @@ impl GroupCheckpoints {
             let heads = sources.iter_mut().filter_map(|source| source.peek().map(|listed| listed.key()));
             let key = if newest_first { heads.max() } else { heads.min() }?;
             let mut found: Option<Keyed<'_>> = None;
-            for source in &mut sources {
+            for (journal, source) in self.journals.iter().zip(&mut sources) {
                 if let Some(listed) = source.next_if(|listed| listed.key() == key) {
                     let keyed = found.get_or_insert(Keyed { listed, holders: 0, cuts: 0 });
-                    keyed.holders += 1;
+                    keyed.holders += usize::from(journal.since.is_in(listed.member_set_version));
                     keyed.cuts += u128::from(listed.cut);
                 }
             }
@@ -179,11 +194,11 @@ impl GroupCheckpoints {
     }
 }
 
-/// A checkpoint, and how many journals have it.
+/// A checkpoint, and how many journals of those that need it have it.
 struct Keyed<'a> {
     listed: &'a ListedCheckpoint,
     holders: usize,
-    /// The sum of its cuts: each of a later complete one's is larger.
+    /// The sum of its cuts: each of a later complete one's is larger, and that is of the same VMs and maybe more.
     cuts: u128,
 }
 
@@ -205,19 +220,24 @@ mod tests {
     use super::*;
     use crate::api::VpgId;
 
-    fn list(counters: &[u64]) -> (VmId, CheckpointList) {
+    fn list(counters: &[u64]) -> MemberJournal {
+        list_since(0, counters.iter().map(|counter| (*counter, 1)))
+    }
+
+    /// Of checkpoints with these member sets.
+    fn list_since(since: u32, taken: impl IntoIterator<Item = (u64, u64)>) -> MemberJournal {
         let mut list = CheckpointList::default();
-        for &counter in counters {
+        for (counter, member_set_version) in taken {
             list.push(ListedCheckpoint::of(&Checkpoint {
                 epoch: Epoch { nonce: Uuid::from_u128(5), counter },
                 cut: counter * 10,
-                member_set_version: 1,
+                member_set_version,
                 time_us: counter * 1000,
                 kind: CheckpointKind::Automatic,
                 tag: if counter == 3 { "three".to_owned() } else { String::new() },
             }));
         }
-        (VmId::random(), list)
+        MemberJournal { vm: VmId::random(), since: MemberSince(since), list }
     }
 
     fn ask(limit: u32) -> ListCheckpoints {
@@ -278,7 +298,7 @@ mod tests {
         let list = |counters: &[u64]| {
             let mut list = CheckpointList::default();
             counters.iter().for_each(|counter| list.push(jumped(*counter)));
-            (VmId::random(), list)
+            MemberJournal { vm: VmId::random(), since: MemberSince::default(), list }
         };
         let group =
             GroupCheckpoints::new(vec![list(&[1, 2, 3, 4, 5]), list(&[1, 2, 3, 4, 5, 6])], BTreeSet::new());
@@ -299,6 +319,35 @@ mod tests {
         }
         let ordered = GroupCheckpoints::new(vec![list(&[1, 2, 3]), list(&[2, 3])], BTreeSet::new());
         assert_eq!(ordered.newest().map(|info| info.id.counter), Some(3));
+    }
+
+    #[test]
+    fn a_checkpoint_is_of_those_that_had_joined_by_then() {
+        // The second came with the member set 2, the third with 3: until its first sync ended, there were no checkpoints.
+        let old = list_since(1, [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (6, 3)]);
+        let second = list_since(2, [(3, 2), (5, 3), (6, 3)]);
+        let third = list_since(3, [(6, 3)]);
+        let vms = [&old, &second, &third].map(|journal| journal.vm);
+        let group = GroupCheckpoints::new(vec![third.clone(), old, second.clone()], BTreeSet::new());
+        let told: Vec<_> = group.page(&ask(10)).checkpoints;
+        let complete: Vec<_> = told.iter().map(|info| (info.id.counter, info.complete)).collect();
+        assert_eq!(complete, [(1, true), (2, true), (3, true), (4, false), (5, false), (6, true)]);
+        let of = |at: usize| told[at].vms.iter().map(|place| place.vm).collect::<BTreeSet<_>>();
+        assert_eq!(of(0), BTreeSet::from([vms[0]]));
+        assert_eq!(of(2), BTreeSet::from([vms[0], vms[1]]));
+        assert_eq!(of(5), BTreeSet::from(vms));
+        assert_eq!(group.complete_count(), 4);
+        assert_eq!(group.newest_until(TimeUs(5999)).map(|info| info.id.counter), Some(3));
+        assert_eq!(group.newest().map(|info| info.id.counter), Some(6));
+        // The first is taken out: what the others have of their own time stays.
+        let rest = GroupCheckpoints::new(vec![second, third], BTreeSet::new());
+        let told: Vec<_> = rest.page(&ask(10)).checkpoints;
+        let complete: Vec<_> = told.iter().map(|info| (info.id.counter, info.complete)).collect();
+        assert_eq!(complete, [(3, true), (5, false), (6, true)]);
+        // None of those that are here had joined by then.
+        let strange = list_since(7, [(1, 1)]);
+        let late = GroupCheckpoints::new(vec![strange, list_since(7, [])], BTreeSet::new());
+        assert_eq!((late.complete_count(), late.newest()), (0, None));
     }
 
     #[test]

@@ -32,7 +32,7 @@ mod vpgs;
 pub use alerts::{AlertBook, Finding};
 pub use definition::check as check_definition;
 pub use error::DaemonError;
-pub use group_checkpoints::GroupCheckpoints;
+pub use group_checkpoints::{GroupCheckpoints, MemberJournal};
 pub use identity::LocalIdentity;
 
 use std::collections::{BTreeMap, BTreeSet};

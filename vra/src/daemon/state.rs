@@ -100,6 +100,11 @@ impl State {
         self.vpgs.values().find(|vpg| vpg.vms.iter().any(|member| member.id == vm))
     }
 
+    /// Whether a view shows disks of a VM.
+    pub(super) fn has_views_of(&self, vm: VmId) -> bool {
+        self.views.values().flat_map(|record| &record.disks).any(|disk| disk.vm == vm)
+    }
+
     /// A cookie that no device of ours has.
     pub(super) fn fresh_cookie(&self) -> u32 {
         loop {

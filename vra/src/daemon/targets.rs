@@ -5,12 +5,13 @@ use std::sync::Arc;
 
 use journal::recovery::OpenError;
 
+use super::definition::is_in_datastore;
 use super::state::State;
 use super::{Daemon, Finding, lock};
 use crate::api::status::TargetVmStatus;
-use crate::api::{Alert, ApiError, ErrorCode, Severity, VmId, VpgDefinition};
+use crate::api::{Alert, ApiError, ErrorCode, FormerVm, Severity, VmId, VpgDefinition};
 use crate::link::Accepted;
-use crate::receive::{FolderError, TargetError};
+use crate::receive::{FolderError, FormerFiles, TargetError};
 use crate::report::chain;
 
 impl Daemon {
@@ -98,6 +99,45 @@ impl Daemon {
                 }
                 Err(error) => return Err(error.into()),
             }
+        }
+        Ok(())
+    }
+
+    /// Ends this VRA's part as target of the VMs that a definition takes out of the one that is in force. To be called before it is: a VRA that
+    /// dies meanwhile is told again, and one that was told does nothing when it starts.
+    ///
+    /// # Errors
+    /// Views of such a VM are open, or its files can't be removed.
+    pub(super) async fn let_go_of_former(
+        &self,
+        in_force: Option<&VpgDefinition>,
+        definition: &VpgDefinition,
+    ) -> Result<(), ApiError> {
+        let known = in_force.map_or(0, |in_force| in_force.revision);
+        let is_new = |former: &&FormerVm| former.target == self.vra && former.revision > known;
+        let news: Vec<&FormerVm> = definition.former.iter().filter(is_new).collect();
+        let shown =
+            |former: &&&FormerVm| self.targets.has_open(former) && self.seen().has_views_of(former.id);
+        if let Some(former) = news.iter().find(shown) {
+            let message = format!(
+                "VM {} can't be taken out of VPG \"{}\": views of it are open",
+                former.name, definition.name
+            );
+            return Err(ApiError::new(ErrorCode::Busy, message).remedy("close them first"));
+        }
+        for former in news {
+            let datastore = former.datastore.display();
+            if !self.targets.has_open(former) && !is_in_datastore(former, &self.config.datastores) {
+                tracing::warn!(vm = former.name, %datastore, "not in a datastore of this VRA any more: the VM's files, if there are any, stay");
+                continue;
+            }
+            let files = self.targets.let_go(definition, former).await?;
+            let told = match files {
+                FormerFiles::Removed => "its files are removed",
+                FormerFiles::Kept => "its files are set aside",
+                FormerFiles::None => "it has no files here",
+            };
+            tracing::info!(vm = %former.id, name = former.name, vpg = definition.name, %datastore, "no longer a member: {told}");
         }
         Ok(())
     }

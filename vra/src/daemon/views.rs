@@ -10,6 +10,7 @@ use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use ublk::serve::Disk;
 
+use super::checkpoints::members_at;
 use super::definition::check_name;
 use super::doors::Door;
 use super::state::{Change, State, ViewDiskRecord, ViewRecord, ViewStage};
@@ -123,6 +124,10 @@ impl Daemon {
         // The pins come first: what is looked up must not be given up before it is opened (C3).
         let _pins: Vec<_> = vms.iter().map(TargetVm::pin).collect();
         let (checkpoint, at) = self.moment(&vms, open.at).await?;
+        let vms = match &checkpoint {
+            Some(checkpoint) => members_at(vms, checkpoint),
+            None => vms,
+        };
         let disks = self.disks_to_open(change.get(), view, &vms, &open);
         let has_own_address = matches!(open.door, DoorRequest::Nbd { listen: Some(_) });
         if has_own_address && disks.len() > 1 {

@@ -15,8 +15,8 @@ impl Daemon {
     /// Takes a definition, new or changed.
     pub(super) async fn apply_vpg(&self, definition: VpgDefinition) -> Result<VpgApplied, ApiError> {
         check(&definition, self.vra, &self.config.datastores)?;
-        let has_part = |vm: &VmDefinition| vm.source.id == self.vra || vm.target.id == self.vra;
-        if !definition.vms.iter().any(has_part) {
+        let has_left = definition.former.iter().any(|former| former.target == self.vra);
+        if !definition.has_member_at(self.vra) && !has_left {
             return Err(ApiError::new(
                 ErrorCode::BadRequest,
                 format!("VRA {} has no part in VPG \"{}\"", self.vra, definition.name),
@@ -29,6 +29,7 @@ impl Daemon {
         }
         let id = definition.id;
         if change.get().vpgs.get(&id) != Some(&definition) {
+            self.let_go_of_former(change.get().vpgs.get(&id), &definition).await?;
             // First the journals: a definition whose datastore doesn't do is refused as a whole.
             for vm in definition.vms.iter().filter(|vm| vm.target.id == self.vra) {
                 self.ensure_target(&definition, vm.id).await?;

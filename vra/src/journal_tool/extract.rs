@@ -293,8 +293,12 @@ fn find_group(arguments: &Extract, keys: &SiteKeys, wanted: &str) -> anyhow::Res
     if let Some(newer) = newer {
         eprintln!("note: {newer}, so it is not taken");
     }
+    for later in group.later_than(&found) {
+        eprintln!("note: VM {} is left out: it came to the group after that checkpoint", later.name);
+    }
     let mut vms = Vec::new();
-    for (told, cut) in group.whole()?.into_iter().zip(&found.cuts) {
+    for told in group.whole()? {
+        let Some((_, cut)) = found.cuts.iter().find(|(vm, _)| *vm == told.vm) else { continue };
         let journal = Journal::open(&told.path, keys)?;
         journal.warn();
         journal.check_bad_list(arguments.without_bad_list)?;

@@ -10,7 +10,7 @@ use super::locked::{Locked, LockedJournal, missing_key};
 use super::moment::{Moment, distance, id_of};
 use super::place::{Journal, Manifest, find_all};
 use super::text;
-use crate::api::{CheckpointId, VmId, VpgId};
+use crate::api::{CheckpointId, MemberSince, VmId, VpgId};
 use crate::report::chain;
 
 /// All that a folder holds.
@@ -41,6 +41,8 @@ pub(super) struct Group {
 pub(super) struct Member {
     pub(super) vm: VmId,
     pub(super) name: String,
+    /// Which checkpoints its journal has to hold.
+    pub(super) since: MemberSince,
     /// Where its journal should be.
     pub(super) datastore: Option<PathBuf>,
     /// Its journal; more than one if copies of it lie about.
@@ -64,14 +66,14 @@ pub(super) struct Told {
     pub(super) warning: Option<String>,
 }
 
-/// A checkpoint that all journals of a group hold.
+/// A checkpoint that the journals of all VMs hold that were in the group when it was taken.
 #[derive(Clone, Debug)]
 pub(super) struct GroupCheckpoint {
     pub(super) id: CheckpointId,
-    /// As the first member's journal has it.
+    /// As one of the journals has it.
     pub(super) entry: CheckpointEntry,
-    /// The last record that belongs to it, of each member.
-    pub(super) cuts: Vec<u64>,
+    /// Those VMs, and the last record of each that belongs to it.
+    pub(super) cuts: Vec<(VmId, u64)>,
 }
 
 /// Why there is no such moment of a group.
@@ -219,16 +221,28 @@ impl Group {
         group.members.extend(defined.map(|vm| Member {
             vm: vm.id,
             name: vm.name.clone(),
+            since: vm.member_since,
             datastore: Some(vm.datastore.clone()),
             journals: Vec::new(),
         }));
+        let is_former = |told: &Told| {
+            let own = told
+                .manifest
+                .as_ref()
+                .and_then(|manifest| manifest.vpg.vms.iter().find(|vm| vm.id == told.vm));
+            let now = newest.iter().flat_map(|vpg| &vpg.vms).find(|vm| vm.id == told.vm);
+            // It was taken out and came back with another journal.
+            own.zip(now).is_some_and(|(own, now)| own.journal != now.journal)
+        };
         for told in journals {
             match group.members.iter_mut().find(|member| member.vm == told.vm) {
+                Some(_) if is_former(&told) => group.former.push(told),
                 Some(member) => member.journals.push(told),
                 // No definition says who belongs to it.
                 None if newest.is_none() => {
                     let (vm, name) = (told.vm, told.name.clone());
-                    group.members.push(Member { vm, name, datastore: None, journals: vec![told] });
+                    let since = MemberSince::default();
+                    group.members.push(Member { vm, name, since, datastore: None, journals: vec![told] });
                 }
                 None => group.former.push(told),
             }
@@ -271,18 +285,29 @@ impl Group {
     /// The checkpoints that the journals of all its members hold, in the order in which they were taken (D3).
     pub(super) fn checkpoints(&self) -> Vec<GroupCheckpoint> {
         let Ok(journals) = self.whole() else { return Vec::new() };
-        let Some((first, others)) = journals.split_first() else { return Vec::new() };
         let cuts_of = |told: &&Told| -> HashMap<CheckpointId, u64> {
             told.checkpoints.iter().map(|entry| (id_of(entry), entry.checkpoint.cut)).collect()
         };
-        let others: Vec<_> = others.iter().map(cuts_of).collect();
+        let cuts: Vec<_> = journals.iter().map(cuts_of).collect();
+        let members = || self.members.iter().zip(&cuts);
         let complete = |entry: &CheckpointEntry| {
             let id = id_of(entry);
-            let cuts = others.iter().map(|cuts| cuts.get(&id).copied()).collect::<Option<Vec<u64>>>()?;
-            let cuts = std::iter::once(entry.checkpoint.cut).chain(cuts).collect();
+            let of = members().filter(|(member, _)| member.was_in(entry));
+            let cuts = of.map(|(member, cuts)| Some((member.vm, *cuts.get(&id)?)));
+            let cuts = cuts.collect::<Option<Vec<_>>>().filter(|cuts| !cuts.is_empty())?;
             Some(GroupCheckpoint { id, entry: entry.clone(), cuts })
         };
-        first.checkpoints.iter().filter_map(complete).collect()
+        // One that came first has to hold them all.
+        let first = self.members.iter().zip(journals).min_by_key(|(member, _)| member.since);
+        first.iter().flat_map(|(_, told)| &told.checkpoints).filter_map(complete).collect()
+    }
+
+    /// The VMs that came to the group after a checkpoint.
+    pub(super) fn later_than<'a>(
+        &'a self,
+        checkpoint: &'a GroupCheckpoint,
+    ) -> impl Iterator<Item = &'a Member> {
+        self.members.iter().filter(|member| !member.was_in(&checkpoint.entry))
     }
 
     /// The checkpoint that a moment means (D4); and a newer one that some VMs lack, in words, if there is one.
@@ -353,13 +378,19 @@ impl Group {
         let names: Vec<&str> = self
             .members
             .iter()
-            .filter(|member| !member.journals.iter().any(has))
+            .filter(|member| member.was_in(entry) && !member.journals.iter().any(has))
             .map(|member| member.name.as_str())
             .collect();
         match names[..] {
             [one] => format!("VM {one} lacks it"),
             _ => format!("VMs {} lack it", names.join(", ")),
         }
+    }
+}
+
+impl Member {
+    fn was_in(&self, entry: &CheckpointEntry) -> bool {
+        self.since.is_in(entry.checkpoint.member_set_version)
     }
 }
 

@@ -239,3 +239,58 @@ fn a_group_is_extracted_without_superblocks() {
         assert!(image == journal.model(cuts[1]), "{vm}");
     }
 }
+
+#[test]
+fn what_was_taken_before_a_vm_came_is_extracted_without_it() {
+    let mut shop = Shop::new("joined");
+    let store = shop.store.clone();
+    let _clean_up = CleanUp(&store);
+    // A third one comes with the member set 2, and was in the group before with another journal, which is kept.
+    let mut now = manifest(20, &["db", "web", "app"]);
+    (now["vpg"]["revision"], now["vpg"]["member_set_version"]) = (json!(2), json!(2));
+    (now["vpg"]["vms"][2]["member_since"], now["vpg"]["vms"][2]["journal"]) = (json!(2), json!(id(8)));
+    let of = |vm: u8| {
+        let mut own = now.clone();
+        own["vm"] = json!(id(vm));
+        own.to_string()
+    };
+    let folder = |name: &str| store.join("shop-00000003").join(name);
+    let mut app = TestJournal::in_folder(folder("app-22"), SIZE_BYTES, &of(22));
+    let former = manifest(22, &["db", "web", "app"]).to_string();
+    let _former = TestJournal::in_folder(folder("app-22-kept-1"), SIZE_BYTES, &former);
+    let (out, store_name) = (store.join("out"), shop.store());
+    let out_name = out.to_string_lossy().into_owned();
+    let extract = |at: &str| {
+        let arguments =
+            ["extract", &store_name, "--vpg", "shop", "--at", at, "--out-dir", &out_name, "--quiet"];
+        call(&arguments)
+    };
+    app.random_changes(7, 20, 60);
+    let time_us = START_US + 5 * MINUTE_US;
+    for journal in [&mut shop.db, &mut shop.web, &mut app] {
+        journal.checkpoint_over(2, 5, "with app", time_us);
+        journal.flush();
+    }
+    let list = answer(&["ls", &store_name, "--json"]);
+    assert_eq!(list["vpgs"][0]["checkpoints"], json!(3), "{list}");
+    let members: Vec<&Value> =
+        list["vpgs"][0]["vms"].as_array().expect("a list").iter().map(|vm| &vm["member"]).collect();
+    assert_eq!(members, [&json!(true), &json!(true), &json!(true), &json!(false)]);
+    extract("before upgrade").expect("extracted");
+    assert_eq!(files(&out), ["db-disk-0.raw", "web-disk-0.raw"]);
+    for (vm, journal, cuts) in [("db", &shop.db, &shop.cuts[0]), ("web", &shop.web, &shop.cuts[1])] {
+        let image = std::fs::read(out.join(format!("{vm}-disk-0.raw"))).expect("image");
+        assert!(image == journal.model(cuts[1]), "{vm}");
+    }
+    std::fs::remove_dir_all(&out).expect("removed");
+    extract("with app").expect("extracted");
+    assert_eq!(files(&out), ["app-disk-0.raw", "db-disk-0.raw", "web-disk-0.raw"]);
+    std::fs::remove_dir_all(&out).expect("removed");
+    // One that it should have and lacks is not complete.
+    for journal in [&mut shop.db, &mut shop.web] {
+        journal.checkpoint_over(2, 6, "app lacks", time_us + MINUTE_US);
+        journal.flush();
+    }
+    let error = extract("app lacks").expect_err("incomplete").to_string();
+    assert!(error.contains("VM app lacks it"), "{error}");
+}

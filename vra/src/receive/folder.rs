@@ -255,7 +255,23 @@ impl VmFolder {
         {
             let _ = fs::remove_dir(parent);
         }
-        Ok(())
+        // A power cut doesn't bring back what nobody would remove a second time.
+        let left = self.path.ancestors().find(|path| path.is_dir()).unwrap_or(&self.path);
+        sync_folder(left).map_err(|error| self.explain("syncing", left, error))
+    }
+
+    /// Gives the folder, whose files must be closed, another name: they stay, and the VM can get new ones. `mark` tells it from others that
+    /// were set aside.
+    ///
+    /// # Errors
+    /// The datastore's.
+    pub fn set_aside(&self, mark: &str) -> Result<(), FolderError> {
+        let mut name = self.path.file_name().unwrap_or_default().to_owned();
+        name.push(format!("-kept-{mark}"));
+        let kept = self.path.with_file_name(name);
+        fs::rename(&self.path, &kept).map_err(|error| self.explain("renaming", &self.path, error))?;
+        let parent = kept.parent().unwrap_or(&kept);
+        sync_folder(parent).map_err(|error| self.explain("syncing", parent, error))
     }
 
     /// Removes what a making that was cut short has left.

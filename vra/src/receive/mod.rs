@@ -47,7 +47,7 @@ pub use receiver_types::{
 pub use scrub::ScrubSettings;
 pub use shared_keys::SharedKeys;
 pub use target_error::TargetError;
-pub use target_host::{TargetHost, TargetSettings};
+pub use target_host::{FormerFiles, TargetHost, TargetSettings};
 pub use target_vm::{OpenedView, Pin, TargetVm};
 
 pub(crate) use crate::report::chain as error_chain;

@@ -1,5 +1,7 @@
 //! All VMs that this VRA is target of.
 
+mod former;
+
 use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -24,8 +26,10 @@ use super::target_error::TargetError;
 use super::target_vm::{HostParts, TargetVm};
 use super::view_memory::ViewMemory;
 use super::worker::{Input, VmKey, Worker, WorkerThread};
-use crate::api::{VmId, VpgId, VraId, vpg::VpgDefinition};
+use crate::api::{JournalId, VmId, VpgId, VraId, vpg::VpgDefinition};
 use crate::wire::{Refuse, RefuseCode};
+
+pub use former::FormerFiles;
 
 /// How much a target may use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -342,6 +346,11 @@ impl TargetHost {
 /// The folder of a VM in a datastore, whatever the names were when it was made. Folder names hold only the beginning of an id, which VMs made
 /// from one template may share: whose a folder is, its journal says.
 fn find_folder(datastore: &Path, vpg: VpgId, vm: VmId) -> Option<VmFolder> {
+    own_folders(datastore, vpg, vm).next()
+}
+
+/// All folders with a journal of a VM.
+fn own_folders(datastore: &Path, vpg: VpgId, vm: VmId) -> impl Iterator<Item = VmFolder> {
     let with_end = |path: &Path, end: &str| -> Vec<PathBuf> {
         let Ok(entries) = std::fs::read_dir(path) else { return Vec::new() };
         let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
@@ -350,17 +359,23 @@ fn find_folder(datastore: &Path, vpg: VpgId, vm: VmId) -> Option<VmFolder> {
             .collect()
     };
     let groups = with_end(datastore, &format!("-{}", vpg.short()));
-    let folders = groups.iter().flat_map(|group| with_end(group, &format!("-{}", vm.short())));
-    folders.map(VmFolder::at).find(|folder| journal_owner(folder).is_some_and(|owner| owner == (vpg, vm)))
+    let folders = groups.into_iter().flat_map(move |group| with_end(&group, &format!("-{}", vm.short())));
+    folders.map(VmFolder::at).filter(move |folder| {
+        superblock_in(folder).is_some_and(|found| (VpgId(found.vpg_id), VmId(found.vm_id)) == (vpg, vm))
+    })
 }
 
-/// Whose journal lies in a folder; nothing when there is none, or neither superblock can be read.
-fn journal_owner(folder: &VmFolder) -> Option<(VpgId, VmId)> {
+/// Which journal lies in a folder.
+fn journal_id_in(folder: &VmFolder) -> Option<JournalId> {
+    superblock_in(folder).map(|found| JournalId(found.journal_id))
+}
+
+/// What a folder's journal says of itself; nothing when there is none, or neither superblock can be read.
+fn superblock_in(folder: &VmFolder) -> Option<Superblock> {
     let file = std::fs::File::open(folder.journal()).ok()?;
     SUPERBLOCK_OFFSETS.into_iter().find_map(|offset_bytes| {
         let mut page = vec![0; PAGE_BYTES];
         file.read_exact_at(&mut page, offset_bytes).ok()?;
-        let superblock = Superblock::decode(&page).ok()?;
-        Some((VpgId(superblock.vpg_id), VmId(superblock.vm_id)))
+        Superblock::decode(&page).ok()
     })
 }

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use super::*;
 use crate::api::vpg::{VmDefinition, VolumeDefinition, VpgDefinition, VraEndpoint};
-use crate::api::{GenerationId, JournalId, VmId, VolumeId, VpgId, VraId, view::PointInTime};
+use crate::api::{GenerationId, JournalId, MemberSince, VmId, VolumeId, VpgId, VraId, view::PointInTime};
 use crate::link::transport_config;
 use crate::receive::worker::{Input, VmKey};
 use crate::ship::shell::{ConnectError, DataConnector, Shipper, ShipperParts};
@@ -76,6 +76,7 @@ pub(super) fn definition(datastore: &std::path::Path, volumes: u16) -> VpgDefini
             id: VmId::random(),
             name: "machine".into(),
             journal: JournalId::random(),
+            member_since: MemberSince::default(),
             volumes: (0..volumes).map(volume).collect(),
             source: endpoint(),
             target: endpoint(),
@@ -87,6 +88,7 @@ pub(super) fn definition(datastore: &std::path::Path, volumes: u16) -> VpgDefini
             history_s: 3600,
             give_up_history: true,
         }],
+        former: Vec::new(),
     }
 }
 

@@ -166,11 +166,22 @@ impl TestJournal {
     /// The same as one of a group: all its journals have the same `counter`.
     #[allow(dead_code, reason = "for tests of the journal tool")]
     pub(crate) fn group_checkpoint(&mut self, counter: u64, tag: &str, time_us: u64) -> u64 {
+        self.checkpoint_over(1, counter, tag, time_us)
+    }
+
+    /// The same over another member set.
+    pub(crate) fn checkpoint_over(
+        &mut self,
+        member_set_version: u64,
+        counter: u64,
+        tag: &str,
+        time_us: u64,
+    ) -> u64 {
         let cut = self.seq;
         let epoch = Epoch { nonce: Uuid::from_u128(77), counter };
         let kind = if tag.is_empty() { CheckpointKind::Automatic } else { CheckpointKind::Tagged };
         let tag = tag.to_owned();
-        let checkpoint = Checkpoint { epoch, cut, member_set_version: 1, time_us, kind, tag };
+        let checkpoint = Checkpoint { epoch, cut, member_set_version, time_us, kind, tag };
         self.push(|seq| Record::checkpoint(seq, time_us, &checkpoint));
         cut
     }

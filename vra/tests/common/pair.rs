@@ -6,8 +6,8 @@ use ::vra::api::status::{SourceMode, TargetState};
 use ::vra::api::view::ViewSubject;
 use ::vra::api::vpg::{VmDefinition, VolumeDefinition};
 use ::vra::api::{
-    CheckpointId, CheckpointInfo, DoorAddress, DoorRequest, JournalId, ListCheckpoints, OpenView,
-    PointInTime, Request, Response, TagCheckpoint, ViewId, ViewInfo, ViewMode, VmId, VolumeInfo,
+    CheckpointId, CheckpointInfo, DoorAddress, DoorRequest, JournalId, ListCheckpoints, MemberSince,
+    OpenView, PointInTime, Request, Response, TagCheckpoint, ViewId, ViewInfo, ViewMode, VmId, VolumeInfo,
     VpgDefinition, VpgId, VraStatus,
 };
 
@@ -21,6 +21,7 @@ pub fn definition(source: &Vra, target: &Vra, volumes: &[VolumeInfo]) -> VpgDefi
         id: volumes[0].vm,
         name: volumes[0].vm_name.clone(),
         journal: JournalId::random(),
+        member_since: MemberSince::default(),
         volumes: volumes
             .iter()
             .map(|volume| VolumeDefinition {
@@ -52,6 +53,7 @@ pub fn definition(source: &Vra, target: &Vra, volumes: &[VolumeInfo]) -> VpgDefi
         notes: None,
         coordinators: Vec::new(),
         vms: vec![vm],
+        former: Vec::new(),
     }
 }
 

@@ -1,20 +1,18 @@
 //! Commands that ask the running manager.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use uuid::Uuid;
-use vra::api::vpg::JournalSize;
 use vra::api::{DoorRequest, TimeUs};
 
-use super::{Command, Failure, VpgFile, show};
-use crate::api::{At, Client, MAX_LIST, Request, Response, VpgEdit};
+use super::{Command, Failure, show};
+use crate::api::{At, Client, MAX_LIST, Request, Response};
 use crate::config::Config;
 use crate::model::status::VpgStatus;
 use crate::model::task::{Task, TaskState};
-use crate::units::{parse_bytes, parse_duration, parse_journal_size};
+use crate::units::parse_duration;
 
 /// VRAs and the tokens that let them enrol.
 #[derive(Debug, Subcommand)]
@@ -58,72 +56,6 @@ pub(super) enum TokenCommand {
         #[arg(long, default_value = "1h", value_parser = parse_duration)]
         ttl: Duration,
     },
-}
-
-/// Virtual protection groups.
-#[derive(Debug, Subcommand)]
-pub(super) enum VpgCommand {
-    /// Protect VMs together.
-    Create(Box<VpgCreate>),
-    /// Change a group's settings. What isn't given stays.
-    Edit(Box<VpgEditArgs>),
-    /// One group with its VMs.
-    Show {
-        /// Its name or id.
-        vpg: String,
-    },
-    /// All groups.
-    List,
-    /// End a group's protection.
-    Delete {
-        /// Its name or id.
-        vpg: String,
-        /// Leave journals and recovery disks in the datastore.
-        #[arg(long)]
-        keep_disks: bool,
-        /// Don't wait for VRAs that cannot be reached.
-        #[arg(long)]
-        force: bool,
-        #[command(flatten)]
-        wait: Wait,
-    },
-}
-
-/// What a group is created from.
-#[derive(Debug, Args)]
-pub(super) struct VpgCreate {
-    /// TOML file to take settings from; options go before it.
-    #[arg(long, value_name = "FILE")]
-    file: Option<PathBuf>,
-    #[command(flatten)]
-    vpg: VpgFile,
-    #[command(flatten)]
-    wait: Wait,
-}
-
-/// What is to be another one of a group.
-#[derive(Debug, Args)]
-pub(super) struct VpgEditArgs {
-    /// Its name or id.
-    vpg: String,
-    /// How long history is wanted.
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
-    history: Option<Duration>,
-    /// Space for each VM's journal, or how many percent of the VM's disks.
-    #[arg(long, value_name = "SIZE|PERCENT%", value_parser = parse_journal_size)]
-    journal_limit: Option<JournalSize>,
-    /// Warn when a VM's journal uses this much, or so many percent of the VM's disks.
-    #[arg(long, value_name = "SIZE|PERCENT%", value_parser = parse_journal_size)]
-    journal_warning: Option<JournalSize>,
-    /// Don't warn any more.
-    #[arg(long, conflicts_with = "journal_warning")]
-    no_journal_warning: bool,
-    /// Space that each VM's journal keeps even if the history doesn't need it.
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
-    journal_minimum: Option<u64>,
-    /// Only the journal of this VM, by name or UUID; once for each.
-    #[arg(long = "vm", value_name = "VM")]
-    vms: Vec<String>,
 }
 
 /// Whether to wait for a task.
@@ -276,8 +208,8 @@ pub(super) enum SiteKeyCommand {
 /// How to ask and how to show.
 #[derive(Debug)]
 pub(super) struct Ask<'a> {
-    config: &'a Config,
-    json: bool,
+    pub(super) config: &'a Config,
+    pub(super) json: bool,
 }
 
 impl<'a> Ask<'a> {
@@ -340,43 +272,6 @@ impl<'a> Ask<'a> {
         self.print(request).await
     }
 
-    async fn vpg(&self, command: VpgCommand) -> Result<(), Failure> {
-        match command {
-            VpgCommand::Create(create) => {
-                let file = match &create.file {
-                    Some(path) => VpgFile::read(path).map_err(Failure::Usage)?,
-                    None => VpgFile::default(),
-                };
-                let spec = create.vpg.or(file).into_spec().map_err(Failure::Usage)?;
-                self.task(Request::VpgCreate(spec), &create.wait).await
-            }
-            VpgCommand::Edit(edit) => {
-                let edit = *edit;
-                let changes = VpgEdit {
-                    history_s: edit.history.map(|history| history.as_secs()),
-                    journal_limit: edit.journal_limit,
-                    journal_warning: edit.journal_warning,
-                    no_journal_warning: edit.no_journal_warning,
-                    journal_minimum_bytes: edit.journal_minimum,
-                    vms: edit.vms,
-                };
-                self.print(Request::VpgEdit { vpg: edit.vpg, edit: changes }).await
-            }
-            VpgCommand::Show { vpg } => self.print(Request::VpgShow { vpg }).await,
-            VpgCommand::List => {
-                let mut client = Client::connect(&self.config.socket).await?;
-                let Response::Status(status) = client.call(Request::Status).await? else {
-                    return Err(Failure::Unexpected);
-                };
-                show::vpgs(&status.vpgs, self.json)?;
-                Ok(())
-            }
-            VpgCommand::Delete { vpg, keep_disks, force, wait } => {
-                self.task(Request::VpgDelete { vpg, keep_disks, force }, &wait).await
-            }
-        }
-    }
-
     async fn checkpoint(&self, command: CheckpointCommand) -> Result<(), Failure> {
         let request = match command {
             CheckpointCommand::List { vpg, tagged, from, to, limit } => {
@@ -416,13 +311,13 @@ impl<'a> Ask<'a> {
         }
     }
 
-    async fn print(&self, request: Request) -> Result<(), Failure> {
+    pub(super) async fn print(&self, request: Request) -> Result<(), Failure> {
         let mut client = Client::connect(&self.config.socket).await?;
         let response = client.call(request).await?;
         self.show(&response)
     }
 
-    async fn task(&self, request: Request, wait: &Wait) -> Result<(), Failure> {
+    pub(super) async fn task(&self, request: Request, wait: &Wait) -> Result<(), Failure> {
         let mut client = Client::connect(&self.config.socket).await?;
         let task = self.follow(&mut client, request, wait).await?;
         self.show(&Response::Task(task))

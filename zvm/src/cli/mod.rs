@@ -7,6 +7,7 @@ mod ask;
 mod shape;
 mod show;
 mod table;
+mod vpg;
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
@@ -78,7 +79,7 @@ enum Command {
     Vra(ask::VraCommand),
     /// Virtual protection groups.
     #[command(subcommand)]
-    Vpg(ask::VpgCommand),
+    Vpg(vpg::VpgCommand),
     /// Checkpoints of a group.
     #[command(subcommand)]
     Checkpoint(ask::CheckpointCommand),

@@ -2,7 +2,7 @@
 
 use vra::api::{ApiError, CheckpointInfo, ErrorCode, LockCheckpoint, Request, Response};
 
-use super::checkpoints::{MAX_SEARCH_PAGES, newest_at, no_such};
+use super::checkpoints::{GroupTarget, MAX_SEARCH_PAGES, newest_at, no_such};
 use super::{Manager, internal};
 use crate::api::At;
 use crate::model::event::{Entity, EventKind};
@@ -35,9 +35,11 @@ impl Manager {
         Ok(CheckpointInfo { locked, ..found })
     }
 
-    async fn lock_at(&self, vpg: &Vpg, targets: &[Vra], at: &At) -> Result<CheckpointInfo, ApiError> {
+    async fn lock_at(&self, vpg: &Vpg, targets: &[GroupTarget], at: &At) -> Result<CheckpointInfo, ApiError> {
         let found = self.find_checkpoint(vpg, at).await?;
         let lock = LockCheckpoint { vpg: vpg.id, checkpoint: found.id, locked: true };
+        let targets: Vec<&Vra> =
+            targets.iter().filter(|target| target.is_of(&found)).map(|target| &target.vra).collect();
         for (number, target) in targets.iter().enumerate() {
             let Err(error) = self.set_lock(target, lock).await else { continue };
             for former in targets[..number].iter().filter(|_| !found.locked) {
@@ -52,7 +54,12 @@ impl Manager {
 
     /// What was locked need not be complete any more, nor known to every target: VMs may have joined the group since, and a journal without
     /// room may have given up its own lock.
-    async fn unlock_at(&self, vpg: &Vpg, targets: &[Vra], at: &At) -> Result<CheckpointInfo, ApiError> {
+    async fn unlock_at(
+        &self,
+        vpg: &Vpg,
+        targets: &[GroupTarget],
+        at: &At,
+    ) -> Result<CheckpointInfo, ApiError> {
         let checkpoint = match at {
             At::Checkpoint { checkpoint } => *checkpoint,
             At::Latest | At::Time { .. } | At::Tag { .. } => {
@@ -66,7 +73,7 @@ impl Manager {
         let lock = LockCheckpoint { vpg: vpg.id, checkpoint, locked: false };
         let (mut unlocked, mut result) = (None, Ok(()));
         for target in targets {
-            match self.set_lock(target, lock).await {
+            match self.set_lock(&target.vra, lock).await {
                 Ok(info) => unlocked = unlocked.or(Some(info)),
                 Err(error) if error.code == ErrorCode::NotFound => {}
                 Err(error) => result = result.and(Err(error)),
@@ -80,13 +87,13 @@ impl Manager {
     async fn find_locked(
         &self,
         vpg: &Vpg,
-        targets: &[Vra],
+        targets: &[GroupTarget],
         at: &At,
     ) -> Result<Option<CheckpointInfo>, ApiError> {
         for target in targets {
             let mut query = newest_at(vpg, at);
             for _ in 0..MAX_SEARCH_PAGES {
-                let page = self.page(target, query.clone()).await?;
+                let page = self.page(&target.vra, query.clone()).await?;
                 let is_meant = |info: &CheckpointInfo| match at {
                     At::Tag { tag } => info.locked && info.tag.as_ref() == Some(tag),
                     _ => info.locked,

@@ -2,7 +2,7 @@
 
 use vra::api::{
     ApiError, CheckpointId, CheckpointInfo, CheckpointPage, ErrorCode, ListCheckpoints,
-    MAX_CHECKPOINTS_PER_PAGE, Request, Response, TagCheckpoint, TimeUs, VraId,
+    MAX_CHECKPOINTS_PER_PAGE, MemberSince, Request, Response, TagCheckpoint, TimeUs,
 };
 
 use super::{Manager, internal};
@@ -15,6 +15,22 @@ use crate::store::{self, StoreError};
 
 /// Pages that a search for one checkpoint reads at most.
 pub(super) const MAX_SEARCH_PAGES: usize = 1_000;
+
+/// A target of a group.
+#[derive(Debug, Clone)]
+pub(super) struct GroupTarget {
+    /// The VRA.
+    pub(super) vra: Vra,
+    /// Since when it has had journals of it: it can't be asked about what is older.
+    since: MemberSince,
+}
+
+impl GroupTarget {
+    /// Whether it has to have a checkpoint.
+    pub(super) fn is_of(&self, checkpoint: &CheckpointInfo) -> bool {
+        self.since.is_in(checkpoint.member_set_version)
+    }
+}
 
 impl Manager {
     /// A group's checkpoints, newest first, at most `limit`. One counts as complete when all targets say so.
@@ -43,7 +59,9 @@ impl Manager {
         }
         for other in others {
             for checkpoint in &mut found {
-                checkpoint.complete = checkpoint.complete && self.has(other, &vpg, checkpoint).await?;
+                if checkpoint.complete && other.is_of(checkpoint) {
+                    checkpoint.complete = self.has(&other.vra, &vpg, checkpoint).await?;
+                }
             }
         }
         Ok(found)
@@ -141,8 +159,8 @@ impl Manager {
                     continue;
                 }
                 let mut complete = candidate.complete;
-                for other in others {
-                    complete = complete && self.has(other, vpg, &candidate).await?;
+                for other in others.iter().filter(|other| other.is_of(&candidate)) {
+                    complete = complete && self.has(&other.vra, vpg, &candidate).await?;
                 }
                 if complete {
                     return Ok(candidate);
@@ -162,12 +180,15 @@ impl Manager {
         Err(no_such(vpg, at))
     }
 
-    pub(super) async fn targets(&self, vpg: &Vpg) -> Result<Vec<Vra>, ApiError> {
+    /// A group's targets, those first that have been that the longest: the first of them has all checkpoints that may be complete.
+    pub(super) async fn targets(&self, vpg: &Vpg) -> Result<Vec<GroupTarget>, ApiError> {
         let vras = self.desired().await.map_err(internal)?.vras;
-        vpg.targets()
+        let targets = vpg
+            .targets_since()
             .into_iter()
-            .map(|vra: VraId| {
-                vras.get(&vra).cloned().ok_or_else(|| {
+            .map(|(vra, since)| {
+                let known = vras.get(&vra).cloned().map(|vra| GroupTarget { vra, since });
+                known.ok_or_else(|| {
                     ApiError::new(
                         ErrorCode::NotReady,
                         format!("target VRA {vra} of VPG {} is revoked", vpg.name),
@@ -177,7 +198,11 @@ impl Manager {
                     )
                 })
             })
-            .collect()
+            .collect::<Result<Vec<_>, _>>();
+        targets.map(|mut targets| {
+            targets.sort_by_key(|target| target.since);
+            targets
+        })
     }
 
     async fn has(&self, target: &Vra, vpg: &Vpg, checkpoint: &CheckpointInfo) -> Result<bool, ApiError> {
@@ -226,9 +251,10 @@ pub(super) fn newest_at(vpg: &Vpg, at: &At) -> ListCheckpoints {
     }
 }
 
-fn split<'a>(targets: &'a [Vra], vpg: &Vpg) -> Result<(&'a Vra, &'a [Vra]), ApiError> {
+fn split<'a>(targets: &'a [GroupTarget], vpg: &Vpg) -> Result<(&'a Vra, &'a [GroupTarget]), ApiError> {
     targets
         .split_first()
+        .map(|(first, others)| (&first.vra, others))
         .ok_or_else(|| ApiError::new(ErrorCode::NotReady, format!("VPG {} has no VMs", vpg.name)))
 }
 

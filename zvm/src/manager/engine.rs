@@ -175,9 +175,16 @@ impl Engine {
         match transition {
             Transition::VpgApplied { vpg, revision } => {
                 store::vpgs::set_applied(&mut tx, vpg, revision).await?;
-                for task in store::tasks::open_of(&mut tx, vpg, TaskKind::CreateProtectionGroup).await? {
-                    let step = "all VRAs have the definition; the first sync follows";
-                    store::tasks::finish(&mut tx, task.id, TaskState::Completed, step, now_us).await?;
+                // A user may have changed the group since this was found out: then the tasks go on.
+                let is_newest = store::vpgs::revision(&mut tx, vpg).await? == Some(revision);
+                for kind in TaskKind::OF_DEFINITIONS.into_iter().filter(|_| is_newest) {
+                    for task in store::tasks::open_of(&mut tx, vpg, kind).await? {
+                        let step = match kind {
+                            TaskKind::RemoveVm => "all VRAs have the definition",
+                            _ => "all VRAs have the definition; the first sync follows",
+                        };
+                        store::tasks::finish(&mut tx, task.id, TaskState::Completed, step, now_us).await?;
+                    }
                 }
                 let description = format!("all VRAs of VPG {} have revision {revision}", vpg_name(vpg));
                 let kind = EventKind::DefinitionApplied;
@@ -191,11 +198,13 @@ impl Engine {
                     error.message,
                     vpg_name(vpg)
                 );
-                for task in store::tasks::open_of(&mut tx, vpg, TaskKind::CreateProtectionGroup).await? {
-                    store::tasks::finish(&mut tx, task.id, TaskState::Failed, &step, now_us).await?;
-                    let kind = EventKind::CreateProtectionGroup;
-                    let entity = Entity::vpg(vpg);
-                    manager.note(&mut tx, kind, false, entity, step.clone(), Some(task.id)).await?;
+                let events = [EventKind::CreateProtectionGroup, EventKind::ProtectVm, EventKind::UnprotectVm];
+                for (kind, event) in TaskKind::OF_DEFINITIONS.into_iter().zip(events) {
+                    for task in store::tasks::open_of(&mut tx, vpg, kind).await? {
+                        store::tasks::finish(&mut tx, task.id, TaskState::Failed, &step, now_us).await?;
+                        let entity = Entity::vpg(vpg);
+                        manager.note(&mut tx, event, false, entity, step.clone(), Some(task.id)).await?;
+                    }
                 }
             }
             Transition::LeftoverGone { vpg, vra } => store::leftovers::delete(&mut tx, vpg, vra).await?,

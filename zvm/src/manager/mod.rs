@@ -8,6 +8,7 @@ pub mod enrolment;
 mod guests;
 pub mod inventory_watch;
 pub mod listings;
+pub mod members;
 pub mod site_keys;
 pub mod spec;
 pub mod test_runs;

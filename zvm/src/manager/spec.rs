@@ -1,5 +1,8 @@
 //! From what a user writes of a group to what its VRAs need: names are looked up, limits checked, disks found. No I/O.
 
+mod described;
+mod joining;
+
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 
@@ -7,7 +10,7 @@ use vra::api::volume::{MAX_VOLUMES_PER_VM, VolumeInfo};
 use vra::api::vpg::{
     JOURNAL_LIMIT_BYTES, JOURNAL_PERCENT, JournalSize, MAX_SOURCES_PER_VPG, MAX_VMS_PER_VPG, VolumeDefinition,
 };
-use vra::api::{ApiError, ErrorCode, JournalId, TimeUs, VmId, VpgId, VraId};
+use vra::api::{ApiError, ErrorCode, JournalId, MemberSince, TimeUs, VmId, VpgId, VraId};
 
 use super::check_name;
 use crate::api::{VmSpec, VpgEdit, VpgSpec};
@@ -16,8 +19,13 @@ use crate::model::vpg::{JournalBounds, Member, Vpg, VpgSettings, VpgState};
 use crate::model::vra::Vra;
 use crate::units::format_bytes;
 
+pub use described::described;
+pub use joining::{Joining, join, without};
+
 const CHECKPOINT_INTERVAL_MS: std::ops::RangeInclusive<u32> = 1_000..=3_600_000;
 const HOLD_DEADLINE_MS: std::ops::RangeInclusive<u32> = 10..=1_000;
+/// The member set that a group begins with.
+const FIRST_MEMBER_SET: u32 = 1;
 const HISTORY_S: std::ops::RangeInclusive<u64> = 60..=90 * 86_400;
 
 /// What a specification is resolved against.
@@ -61,16 +69,24 @@ pub fn resolve<'a>(spec: &'a VpgSpec, context: &Context<'a>) -> Result<Resolved<
     if spec.vms.is_empty() || spec.vms.len() > MAX_VMS_PER_VPG {
         return Err(bad(format!("a VPG has 1 to {MAX_VMS_PER_VPG} VMs, this one has {}", spec.vms.len())));
     }
+    let members = spec.vms.iter().map(|vm_spec| place(spec, vm_spec, context));
+    let members = members.collect::<Result<Vec<_>, _>>()?;
+    twice(&members)?;
+    check_sources(spec, &members.iter().map(|place| place.source.id).collect())?;
+    Ok(Resolved { spec, members })
+}
+
+/// Refuses a VM that is named twice.
+fn twice(places: &[Place<'_>]) -> Result<(), ApiError> {
     let mut seen = HashSet::new();
-    let mut members = Vec::with_capacity(spec.vms.len());
-    for vm_spec in &spec.vms {
-        let place = place(spec, vm_spec, context)?;
-        if !seen.insert(place.vm.uuid) {
-            return Err(bad(format!("VM {:?} is named twice", place.vm.name)));
-        }
-        members.push(place);
+    match places.iter().find(|place| !seen.insert(place.vm.uuid)) {
+        Some(place) => Err(bad(format!("VM {:?} is named twice", place.vm.name))),
+        None => Ok(()),
     }
-    let sources: HashSet<VraId> = members.iter().map(|place| place.source.id).collect();
+}
+
+/// Checks the VRAs that are to have checkpoints together.
+fn check_sources(spec: &VpgSpec, sources: &HashSet<VraId>) -> Result<(), ApiError> {
     if sources.len() > MAX_SOURCES_PER_VPG {
         let message = format!(
             "the VMs of {:?} run at {} different VRAs; a group may have {MAX_SOURCES_PER_VPG}",
@@ -87,13 +103,17 @@ pub fn resolve<'a>(spec: &'a VpgSpec, context: &Context<'a>) -> Result<Resolved<
         );
         return Err(bad(message).remedy("give it a shorter hold deadline or a longer checkpoint interval"));
     }
-    Ok(Resolved { spec, members })
+    Ok(())
+}
+
+fn sources_of<'a>(places: &[Place<'a>]) -> BTreeMap<VraId, &'a Vra> {
+    places.iter().map(|place| (place.source.id, place.source)).collect()
 }
 
 impl Resolved<'_> {
     /// The VRAs that serve the group's disks.
     pub fn sources(&self) -> BTreeMap<VraId, &Vra> {
-        self.members.iter().map(|place| (place.source.id, place.source)).collect()
+        sources_of(&self.members)
     }
 
     /// The group, with its disks found among those that each source serves now.
@@ -103,8 +123,7 @@ impl Resolved<'_> {
         now_us: TimeUs,
     ) -> Result<Vpg, ApiError> {
         let spec = self.spec;
-        let at_source = |place: &Place<'_>| served.get(&place.source.id).map_or(&[][..], Vec::as_slice);
-        let vms = self.members.iter().map(|place| member(place, at_source(place)));
+        let vms = self.members.iter().map(|place| member(place, served, MemberSince(FIRST_MEMBER_SET)));
         let vms = vms.collect::<Result<_, _>>()?;
         Ok(Vpg {
             id: VpgId::random(),
@@ -116,7 +135,7 @@ impl Resolved<'_> {
             settings: VpgSettings {
                 description: spec.description.chars().take(1_024).collect(),
                 priority: spec.priority,
-                member_set_version: 1,
+                member_set_version: FIRST_MEMBER_SET,
                 checkpoint_interval_ms: spec.checkpoint_interval_ms,
                 hold_deadline_ms: spec.hold_deadline_ms,
                 history_s: spec.history_s,
@@ -124,13 +143,14 @@ impl Resolved<'_> {
                 give_up_history: spec.give_up_history,
                 encrypt: spec.encrypt,
                 vms,
+                former: Vec::new(),
             },
             removal: None,
         })
     }
 }
 
-fn place<'a>(spec: &'a VpgSpec, vm_spec: &'a VmSpec, context: &Context<'a>) -> Result<Place<'a>, ApiError> {
+fn place<'a>(spec: &VpgSpec, vm_spec: &VmSpec, context: &Context<'a>) -> Result<Place<'a>, ApiError> {
     let vm = context.inventory.find_vm(&vm_spec.vm).map_err(|error| {
         let code = match error {
             FindVmError::Unknown(_) => ErrorCode::NotFound,
@@ -143,7 +163,10 @@ fn place<'a>(spec: &'a VpgSpec, vm_spec: &'a VmSpec, context: &Context<'a>) -> R
             ErrorCode::Conflict,
             format!("VM {:?} is in VPG {:?} already", vm.name, vpg.name),
         )
-        .remedy("delete that group first"));
+        .remedy(format!(
+            "take it out there first, `zvm vpg remove-vm {0} {1}`, or delete that group",
+            vpg.name, vm.name
+        )));
     }
     if vm.disks.is_empty() {
         return Err(bad(format!("VM {:?} has no disks in the inventory", vm.name)));
@@ -173,9 +196,14 @@ fn place<'a>(spec: &'a VpgSpec, vm_spec: &'a VmSpec, context: &Context<'a>) -> R
     })
 }
 
-fn member(place: &Place<'_>, served: &[VolumeInfo]) -> Result<Member, ApiError> {
+fn member(
+    place: &Place<'_>,
+    served: &BTreeMap<VraId, Vec<VolumeInfo>>,
+    member_since: MemberSince,
+) -> Result<Member, ApiError> {
     let vm_id = VmId(place.vm.uuid);
-    let at_source: Vec<&VolumeInfo> = served.iter().filter(|volume| volume.vm == vm_id).collect();
+    let served = served.get(&place.source.id).into_iter().flatten();
+    let at_source: Vec<&VolumeInfo> = served.filter(|volume| volume.vm == vm_id).collect();
     let mut volumes = Vec::with_capacity(place.vm.disks.len());
     for disk in &place.vm.disks {
         let volume = at_source.iter().find(|volume| volume.path == disk.path).ok_or_else(|| {
@@ -224,6 +252,7 @@ fn member(place: &Place<'_>, served: &[VolumeInfo]) -> Result<Member, ApiError> 
         vm: vm_id,
         name: place.vm.name.clone(),
         journal: JournalId::random(),
+        member_since,
         source: place.source.id,
         target: place.target.id,
         datastore: place.datastore.clone(),

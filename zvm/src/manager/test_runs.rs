@@ -36,9 +36,10 @@ impl Manager {
                 checkpoint_tag: checkpoint.tag.clone(),
                 door,
                 views: vpg
-                    .targets()
+                    .targets_since()
                     .into_iter()
-                    .map(|vra| TestView { vra, view: ViewId::random() })
+                    .filter(|(_, since)| since.is_in(checkpoint.member_set_version))
+                    .map(|(vra, _)| TestView { vra, view: ViewId::random() })
                     .collect(),
                 start_task: task.id,
                 stop_task: None,

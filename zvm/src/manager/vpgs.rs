@@ -1,8 +1,6 @@
 //! Groups: create, edit, show, delete.
 
-use std::collections::BTreeMap;
-
-use vra::api::{ApiError, ErrorCode, Request, Response};
+use vra::api::{ApiError, ErrorCode};
 
 use super::{Manager, internal, spec};
 use crate::api::{VpgDetails, VpgEdit, VpgSpec};
@@ -19,22 +17,7 @@ impl Manager {
         let inventory = self.inventory().inventory;
         let context = spec::Context { inventory: &inventory, vras: &desired.vras, vpgs: &desired.vpgs };
         let resolved = spec::resolve(&spec, &context)?;
-        let mut served = BTreeMap::new();
-        for (id, source) in resolved.sources() {
-            let endpoint = source.endpoint();
-            let asked = self.remote.call(&endpoint, Request::List, self.request_timeout());
-            let volumes = match asked.await {
-                Ok(Response::Volumes(volumes)) => volumes,
-                Ok(_) => {
-                    return Err(ApiError::new(
-                        ErrorCode::Other,
-                        format!("VRA {} gave a wrong answer", source.name),
-                    ));
-                }
-                Err(error) => return Err(error.into_api_error(&source.name)),
-            };
-            served.insert(id, volumes);
-        }
+        let served = self.served_by(resolved.sources()).await?;
         let vpg = resolved.into_vpg(&served, self.now_us())?;
         let task = self.new_task(TaskKind::CreateProtectionGroup, &vpg.name, Some(vpg.id), "defined");
         let save = async {
@@ -114,11 +97,12 @@ impl Manager {
                 tx.commit().await?;
                 return Ok(running);
             }
-            let superseded = store::tasks::open_of(&mut tx, vpg.id, TaskKind::CreateProtectionGroup).await?;
-            for open in superseded {
-                let (failed, now_us) = (crate::model::task::TaskState::Failed, self.now_us());
-                store::tasks::finish(&mut tx, open.id, failed, "the group was deleted meanwhile", now_us)
-                    .await?;
+            for kind in TaskKind::OF_DEFINITIONS {
+                for open in store::tasks::open_of(&mut tx, vpg.id, kind).await? {
+                    let (failed, now_us) = (crate::model::task::TaskState::Failed, self.now_us());
+                    store::tasks::finish(&mut tx, open.id, failed, "the group was deleted meanwhile", now_us)
+                        .await?;
+                }
             }
             store::tasks::insert(&mut tx, &task).await?;
             let kind = EventKind::RemoveProtectionGroup;

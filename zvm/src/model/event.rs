@@ -55,6 +55,10 @@ named! {
         CreateProtectionGroup = "CreateProtectionGroup",
         /// A group's settings were changed.
         EditProtectionGroup = "EditProtectionGroup",
+        /// VMs were added to a group.
+        ProtectVm = "ProtectVM",
+        /// VMs were taken out of a group.
+        UnprotectVm = "UnprotectVM",
         /// A group was deleted.
         RemoveProtectionGroup = "RemoveProtectionGroup",
         /// A test was started.

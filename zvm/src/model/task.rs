@@ -36,6 +36,10 @@ named! {
         CreateProtectionGroup = "CreateProtectionGroup",
         /// A group is deleted.
         RemoveProtectionGroup = "RemoveProtectionGroup",
+        /// VMs are added to a group.
+        AddVm = "AddVMToProtectionGroup",
+        /// VMs are taken out of a group.
+        RemoveVm = "RemoveVMFromProtectionGroup",
         /// A group's disks are opened for a test.
         FailOverTest = "FailOverTest",
         /// A test is ended.
@@ -45,6 +49,11 @@ named! {
         /// A VRA is revoked.
         UninstallVra = "UninstallVra",
     }
+}
+
+impl TaskKind {
+    /// Those that are done when all VRAs of a group have its newest definition.
+    pub const OF_DEFINITIONS: [Self; 3] = [Self::CreateProtectionGroup, Self::AddVm, Self::RemoveVm];
 }
 
 named! {

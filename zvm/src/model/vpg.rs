@@ -1,11 +1,11 @@
 //! Virtual protection groups: what the user wants protected, and how.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use vra::api::vpg::{JOURNAL_LIMIT_BYTES, JournalSize, VmDefinition, VolumeDefinition, VpgDefinition};
-use vra::api::{JournalId, TimeUs, VmId, VpgId, VpgNotes, VraId};
+use vra::api::{FormerVm, JournalId, MemberSince, TimeUs, VmId, VpgId, VpgNotes, VraId};
 
 use super::named;
 use super::vra::Vra;
@@ -55,6 +55,9 @@ pub struct VpgSettings {
     pub encrypt: bool,
     /// The VMs.
     pub vms: Vec<Member>,
+    /// VMs that were taken out, until all VRAs have heard of it.
+    #[serde(default)]
+    pub former: Vec<FormerVm>,
 }
 
 /// A VM of a group.
@@ -66,6 +69,9 @@ pub struct Member {
     pub name: String,
     /// Its journal.
     pub journal: JournalId,
+    /// Since when it is a member.
+    #[serde(default)]
+    pub member_since: MemberSince,
     /// VRA of the host that it runs on.
     pub source: VraId,
     /// VRA that keeps its journal.
@@ -162,6 +168,34 @@ impl Vpg {
         self.settings.vms.iter().map(|member| member.source).collect()
     }
 
+    /// The VRAs that hold its journals, and since when each has had one that is a member's now: what is older, it knows nothing of.
+    pub fn targets_since(&self) -> BTreeMap<VraId, MemberSince> {
+        let mut targets = BTreeMap::new();
+        for member in &self.settings.vms {
+            let since = targets.entry(member.target).or_insert(member.member_since);
+            *since = member.member_since.min(*since);
+        }
+        targets
+    }
+
+    /// Whether a VRA is to leave files of VMs that were taken out.
+    pub fn keeps_files_at(&self, vra: VraId) -> bool {
+        self.settings.former.iter().any(|former| former.target == vra && former.keep_files)
+    }
+
+    /// The revision that took the last VM out whose journal a VRA had.
+    pub fn former_revision_at(&self, vra: VraId) -> Option<u64> {
+        let former = self.settings.former.iter().filter(|former| former.target == vra);
+        former.map(|former| former.revision).max()
+    }
+
+    /// Those VMs that have been members the longest: their journals alone hold all of the group's checkpoints.
+    pub fn first_members(&self) -> impl Iterator<Item = &Member> {
+        let vms = &self.settings.vms;
+        let first = vms.iter().map(|member| member.member_since).min();
+        vms.iter().filter(move |member| Some(member.member_since) == first)
+    }
+
     /// The order in which its source VRAs coordinate checkpoints: that of their ids. A single one needs none.
     fn coordinators(&self) -> Vec<VraId> {
         let sources = self.sources();
@@ -179,6 +213,7 @@ impl Vpg {
                     id: member.vm,
                     name: member.name.clone(),
                     journal: member.journal,
+                    member_since: member.member_since,
                     volumes: member.volumes.clone(),
                     source: vra_of(member.source)?.endpoint(),
                     target: vra_of(member.target)?.endpoint(),
@@ -208,6 +243,7 @@ impl Vpg {
             }),
             coordinators: self.coordinators(),
             vms,
+            former: settings.former.clone(),
         })
     }
 }

@@ -10,11 +10,14 @@ use crate::api::defaults;
 use crate::authority::Issued;
 use crate::model::vpg::{JournalBounds, Member, Vpg, VpgSettings, VpgState};
 use crate::model::vra::{Vra, VraState};
+use crate::reconcile::Leftover;
 
 /// All that was told, put together.
 pub(super) struct World {
     pub(super) vras: Vec<(Vra, Issued)>,
     pub(super) vpgs: Vec<Vpg>,
+    /// Parts of them at VRAs whose last VM was taken out.
+    pub(super) leftovers: Vec<Leftover>,
     pub(super) trust_version: u64,
     pub(super) silent: Vec<(VraEndpoint, String)>,
     pub(super) renamed: Vec<(String, String)>,
@@ -24,15 +27,19 @@ pub(super) struct World {
 impl World {
     /// Of these answers, and those that didn't answer.
     pub(super) fn of(found: &[Found], silent: Vec<(VraEndpoint, String)>, now_us: TimeUs) -> Self {
-        let (mut vpgs, mut unrestored) = (Vec::new(), Vec::new());
+        let (mut vpgs, mut unrestored, mut leftovers) = (Vec::new(), Vec::new(), Vec::new());
         for (id, newest) in newest_definitions(found) {
             let (knows, lacks): (Vec<&Found>, Vec<_>) = found
                 .iter()
-                .filter(|vra| is_member(newest, vra.hello.vra))
+                .filter(|vra| newest.has_member_at(vra.hello.vra))
                 .partition(|vra| vra.vpgs.iter().any(|vpg| vpg.id == id));
             if lacks.is_empty() {
-                let all = found.iter().flat_map(|vra| &vra.vpgs).filter(|vpg| vpg.id == id);
-                vpgs.extend(vpg_of(newest, all.map(|vpg| vpg.revision).min().unwrap_or_default(), now_us));
+                let all = knows.iter().flat_map(|vra| &vra.vpgs).filter(|vpg| vpg.id == id);
+                let applied_revision = all.map(|vpg| vpg.revision).min().unwrap_or_default();
+                if let Some(vpg) = vpg_of(newest, applied_revision, now_us) {
+                    leftovers.extend(leftovers_of(&vpg, newest, found));
+                    vpgs.push(vpg);
+                }
             } else {
                 let known_at = knows.iter().map(|vra| vra.hello.name.clone()).collect();
                 unrestored.push(Unrestored { id, name: newest.name.clone(), known_at });
@@ -46,7 +53,8 @@ impl World {
             vra.trust.version == trust.version && revoked.iter().eq(&trust.revoked_vras)
         });
         let trust_version = (trust.version + u64::from(!is_known)).max(1);
-        Self { vras: vras_of(found, &silent, now_us), vpgs, trust_version, silent, renamed, unrestored }
+        let vras = vras_of(found, &silent, now_us);
+        Self { vras, vpgs, leftovers, trust_version, silent, renamed, unrestored }
     }
 }
 
@@ -103,9 +111,16 @@ pub(super) fn endpoints(vpg: &VpgDefinition) -> Vec<VraEndpoint> {
     vpg.vms.iter().flat_map(|vm| [vm.source.clone(), vm.target.clone()]).collect()
 }
 
-/// Whether a VRA is source or target in a definition.
-pub(super) fn is_member(vpg: &VpgDefinition, vra: VraId) -> bool {
-    vpg.vms.iter().any(|vm| vm.source.id == vra || vm.target.id == vra)
+/// The VRAs that know a group and have no VM in it any more.
+fn leftovers_of(vpg: &Vpg, newest: &VpgDefinition, found: &[Found]) -> Vec<Leftover> {
+    let knows = |vra: &&Found| vra.vpgs.iter().any(|known| known.id == newest.id);
+    let left = found.iter().filter(knows).map(|vra| vra.hello.vra).filter(|vra| !newest.has_member_at(*vra));
+    left.map(|vra| {
+        // What isn't said stays.
+        let keep_files = vpg.keeps_files_at(vra) || vpg.former_revision_at(vra).is_none();
+        Leftover { vpg: vpg.id, vra, keep_files }
+    })
+    .collect()
 }
 
 /// Of two groups with one name the older one gets another; says which did.
@@ -166,6 +181,7 @@ fn vpg_of(newest: &VpgDefinition, applied_revision: u64, now_us: TimeUs) -> Opti
         vm: vm.id,
         name: vm.name.clone(),
         journal: vm.journal,
+        member_since: vm.member_since,
         source: vm.source.id,
         target: vm.target.id,
         datastore: vm.datastore.clone(),
@@ -195,6 +211,7 @@ fn vpg_of(newest: &VpgDefinition, applied_revision: u64, now_us: TimeUs) -> Opti
             give_up_history: first.give_up_history,
             encrypt: newest.encrypt,
             vms: vms.collect(),
+            former: newest.former.clone(),
         },
         removal: None,
     })
@@ -203,7 +220,7 @@ fn vpg_of(newest: &VpgDefinition, applied_revision: u64, now_us: TimeUs) -> Opti
 #[cfg(test)]
 mod tests {
     use uuid::Uuid;
-    use vra::api::{HelloReply, PROTOCOL_VERSION, SetTrust};
+    use vra::api::{FormerVm, HelloReply, MemberSince, PROTOCOL_VERSION, SetTrust};
     use vra::pki::{Identity, PeerCertificate};
 
     use super::*;
@@ -283,5 +300,44 @@ mod tests {
         assert_eq!((addresses, world.vpgs[0].applied_revision), (vec!["new:1", "b:1"], 2));
         let world = World::of(&[answered(3, "given:3", &[], &[])], Vec::new(), TimeUs(5));
         assert_eq!(world.vras[0].0.address, "given:3", "no group names it");
+    }
+
+    #[test]
+    fn members_are_since_when_they_were_and_who_was_one_is_told() {
+        let mut shop = group(1, "shop", 5, (1, "a:1"), 2);
+        (shop.member_set_version, shop.vms[0].member_since) = (4, MemberSince(3));
+        let old = group(1, "shop", 3, (1, "a:1"), 3);
+        let was = &old.vms[0];
+        let former = FormerVm {
+            id: was.id,
+            name: was.name.clone(),
+            journal: was.journal,
+            target: id(3),
+            datastore: was.datastore.clone(),
+            keep_files: false,
+            revision: 4,
+        };
+        shop.former.push(former.clone());
+        let newest = std::slice::from_ref(&shop);
+        let found = [
+            answered(1, "a:1", &[], newest),
+            answered(2, "b:1", &[], newest),
+            answered(3, "c:1", &[], std::slice::from_ref(&old)),
+        ];
+        let world = World::of(&found, Vec::new(), TimeUs(5));
+        let vpg = &world.vpgs[0];
+        assert_eq!(vpg.settings.vms[0].member_since, MemberSince(3));
+        assert_eq!((vpg.applied_revision, &vpg.settings.former), (5, &vec![former]));
+        assert_eq!(world.leftovers, [Leftover { vpg: shop.id, vra: id(3), keep_files: false }]);
+        // One that nothing is said of keeps what it has.
+        let mut silent = shop.clone();
+        silent.former.clear();
+        let found = [
+            answered(1, "a:1", &[], &[silent.clone()]),
+            answered(2, "b:1", &[], &[silent]),
+            answered(3, "c:1", &[], &[old]),
+        ];
+        let world = World::of(&found, Vec::new(), TimeUs(5));
+        assert_eq!(world.leftovers, [Leftover { vpg: shop.id, vra: id(3), keep_files: true }]);
     }
 }

@@ -17,7 +17,7 @@ pub struct Desired {
     pub vpgs: Vec<Vpg>,
     /// Tests.
     pub tests: Vec<TestRun>,
-    /// Parts of deleted groups at VRAs that could not be reached.
+    /// Parts of groups at VRAs that have none in them any more.
     pub leftovers: Vec<Leftover>,
     /// Certificates that VRAs must not trust.
     pub trust: SetTrust,
@@ -40,7 +40,8 @@ impl Default for SiteKeyWish {
     }
 }
 
-/// A part of a group that was deleted by force while its VRA could not be reached.
+/// A part of a group at a VRA that has none in it any more: the group was deleted by force while the VRA could not be reached, or its last VM
+/// there was taken out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Leftover {
     /// The group.

@@ -1,4 +1,5 @@
-//! Parts of deleted groups at VRAs that could not be reached.
+//! Parts of groups at VRAs that have none in them any more: of deleted groups, those that could not be reached; of others, those whose last VM was
+//! taken out.
 
 use vra::api::{VpgId, VraId};
 
@@ -22,9 +23,12 @@ pub async fn list(db: &mut Connection) -> Result<Vec<Leftover>, StoreError> {
         .collect()
 }
 
-/// Adds one.
+/// Adds one. If there is one already, files that either leaves are left.
 pub async fn insert(db: &mut Connection, leftover: &Leftover) -> Result<(), StoreError> {
-    sqlx::query("INSERT INTO leftover (vpg_id, vra_id, keep_files) VALUES ($1, $2, $3)")
+    let query = "INSERT INTO leftover (vpg_id, vra_id, keep_files) VALUES ($1, $2, $3) \
+         ON CONFLICT (vpg_id, vra_id) DO UPDATE SET \
+         keep_files = CASE WHEN excluded.keep_files = 1 THEN 1 ELSE leftover.keep_files END";
+    sqlx::query(query)
         .bind(leftover.vpg.to_string())
         .bind(leftover.vra.to_string())
         .bind(i64::from(leftover.keep_files))

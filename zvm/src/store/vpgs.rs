@@ -30,6 +30,15 @@ pub async fn insert(db: &mut Connection, vpg: &Vpg) -> Result<(), StoreError> {
     Ok(())
 }
 
+/// The revision of a group; none if there is no such group any more.
+pub async fn revision(db: &mut Connection, vpg: VpgId) -> Result<Option<u64>, StoreError> {
+    let row = sqlx::query("SELECT revision FROM vpg WHERE id = $1")
+        .bind(vpg.to_string())
+        .fetch_optional(db)
+        .await?;
+    row.map(|row| Reader::new("vpg", &row).number("revision")).transpose()
+}
+
 /// Begins a group's deletion, or changes how it goes.
 pub async fn set_removal(db: &mut Connection, vpg: VpgId, removal: Removal) -> Result<(), StoreError> {
     sqlx::query("UPDATE vpg SET state = $2, removal = $3 WHERE id = $1")

@@ -72,6 +72,7 @@ impl World {
                 give_up_history: true,
                 encrypt: false,
                 vms: Vec::new(),
+                former: Vec::new(),
             },
             removal: None,
         });
@@ -80,10 +81,12 @@ impl World {
     }
 
     pub(crate) fn add_member(&mut self, source: VraId, target: VraId) {
+        let since = MemberSince(self.desired.vpgs[0].settings.member_set_version);
         self.desired.vpgs[0].settings.vms.push(Member {
             vm: VmId::random(),
             name: "db".into(),
             journal: JournalId::random(),
+            member_since: since,
             source,
             target,
             datastore: "/srv".into(),
@@ -182,8 +185,15 @@ impl World {
     }
 
     pub(crate) fn land(&mut self, action: &Action) {
-        if let ActionKind::ApplyVpg(definition) = &action.kind {
-            self.truth.get_mut(&action.vra).unwrap().insert(definition.id, definition.revision);
+        let truth = self.truth.get_mut(&action.vra).unwrap();
+        match &action.kind {
+            // As VRAs do it: an older one is refused.
+            ActionKind::ApplyVpg(definition) => {
+                let known = truth.entry(definition.id).or_default();
+                *known = definition.revision.max(*known);
+            }
+            ActionKind::RemoveVpg { vpg, .. } => _ = truth.remove(vpg),
+            _ => {}
         }
     }
 }

@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use ublk::serve::Geometry;
 use vra::api::status::TargetState;
 use vra::api::vpg::{VmDefinition, VolumeDefinition, VpgDefinition, VraEndpoint};
-use vra::api::{GenerationId, JournalId, VmId, VolumeId, VpgId, VraId};
+use vra::api::{GenerationId, JournalId, MemberSince, VmId, VolumeId, VpgId, VraId};
 use vra::capture::modes::Mode;
 use vra::capture::{
     CaptureLimits, FileSequenceStore, ProtectedDisk, RetainedEntries, SourceAction, SourceAlert, SourceVm,
@@ -256,6 +256,7 @@ fn definition(folder: &Path, source: VraId, target: VraEndpoint) -> VpgDefinitio
         id: VmId::random(),
         name: "guest".into(),
         journal: JournalId::random(),
+        member_since: MemberSince::default(),
         volumes: vec![volume],
         source: VraEndpoint { id: source, address: "127.0.0.1:1".into() },
         target,
@@ -278,6 +279,7 @@ fn definition(folder: &Path, source: VraId, target: VraEndpoint) -> VpgDefinitio
         notes: None,
         coordinators: Vec::new(),
         vms: vec![vm],
+        former: Vec::new(),
     }
 }
 

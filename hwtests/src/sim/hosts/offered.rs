@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use vra::api::{CheckpointId, CheckpointInfo, ListCheckpoints, MAX_CHECKPOINTS_PER_PAGE, VmId, VpgId};
-use vra::daemon::GroupCheckpoints;
+use vra::api::{
+    CheckpointId, CheckpointInfo, ListCheckpoints, MAX_CHECKPOINTS_PER_PAGE, MemberSince, VmId, VpgId,
+};
+use vra::daemon::{GroupCheckpoints, MemberJournal};
 
 use super::group_vm::GroupVm;
 
@@ -23,7 +25,9 @@ impl Journals {
         let mut targets: Vec<Vec<CheckpointInfo>> = Vec::new();
         for target in 0..target_count {
             let here = vms.iter().skip(target).step_by(target_count);
-            let lists = here.map(|vm| (vm.vm, vm.journal().clone())).collect();
+            let since = MemberSince::default();
+            let lists =
+                here.map(|vm| MemberJournal { vm: vm.vm, since, list: vm.journal().clone() }).collect();
             targets.push(all_of(vpg, &GroupCheckpoints::new(lists, Default::default())));
         }
         let mut journals = Self::default();

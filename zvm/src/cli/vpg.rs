@@ -1,0 +1,187 @@
+//! Commands about groups.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use vra::api::vpg::JournalSize;
+
+use super::ask::{Ask, Wait};
+use super::{Failure, VpgFile, show};
+use crate::api::{Client, Request, Response, VmSpec, VpgEdit};
+use crate::units::{parse_bytes, parse_duration, parse_journal_size};
+
+/// Virtual protection groups.
+#[derive(Debug, Subcommand)]
+pub(super) enum VpgCommand {
+    /// Protect VMs together.
+    Create(Box<VpgCreate>),
+    /// Change a group's settings. What isn't given stays.
+    Edit(Box<VpgEditArgs>),
+    /// Add VMs to a group. What isn't given is as the group's first VM has it.
+    AddVm(Box<VpgAddVm>),
+    /// Take VMs out of a group; their disks are served on.
+    RemoveVm {
+        /// The group's name or id.
+        vpg: String,
+        /// Name or UUID of a VM of the group; once for each.
+        #[arg(required = true, value_name = "VM")]
+        vms: Vec<String>,
+        /// Leave their journals and recovery disks in the datastore.
+        #[arg(long)]
+        keep_disks: bool,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// One group with its VMs.
+    Show {
+        /// Its name or id.
+        vpg: String,
+    },
+    /// All groups.
+    List,
+    /// End a group's protection.
+    Delete {
+        /// Its name or id.
+        vpg: String,
+        /// Leave journals and recovery disks in the datastore.
+        #[arg(long)]
+        keep_disks: bool,
+        /// Don't wait for VRAs that cannot be reached.
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        wait: Wait,
+    },
+}
+
+/// What a group is created from.
+#[derive(Debug, Args)]
+pub(super) struct VpgCreate {
+    /// TOML file to take settings from; options go before it.
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    #[command(flatten)]
+    vpg: VpgFile,
+    #[command(flatten)]
+    wait: Wait,
+}
+
+/// What is to be another one of a group.
+#[derive(Debug, Args)]
+pub(super) struct VpgEditArgs {
+    /// Its name or id.
+    vpg: String,
+    /// How long history is wanted.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    history: Option<Duration>,
+    /// Space for each VM's journal, or how many percent of the VM's disks.
+    #[arg(long, value_name = "SIZE|PERCENT%", value_parser = parse_journal_size)]
+    journal_limit: Option<JournalSize>,
+    /// Warn when a VM's journal uses this much, or so many percent of the VM's disks.
+    #[arg(long, value_name = "SIZE|PERCENT%", value_parser = parse_journal_size)]
+    journal_warning: Option<JournalSize>,
+    /// Don't warn any more.
+    #[arg(long, conflicts_with = "journal_warning")]
+    no_journal_warning: bool,
+    /// Space that each VM's journal keeps even if the history doesn't need it.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    journal_minimum: Option<u64>,
+    /// Only the journal of this VM, by name or UUID; once for each.
+    #[arg(long = "vm", value_name = "VM")]
+    vms: Vec<String>,
+}
+
+/// VMs that are to join a group.
+#[derive(Debug, Args)]
+pub(super) struct VpgAddVm {
+    /// The group's name or id.
+    vpg: String,
+    /// Name or UUID of a VM in the inventory; once for each.
+    #[arg(required = true, value_name = "VM")]
+    vms: Vec<String>,
+    /// VRA that keeps their journals.
+    #[arg(long, value_name = "VRA")]
+    target: Option<String>,
+    /// Datastore of the inventory, or absolute path of a folder at the target.
+    #[arg(long, value_name = "NAME|PATH")]
+    datastore: Option<String>,
+    /// Space for each of their journals, or how many percent of the VM's disks.
+    #[arg(long, value_name = "SIZE|PERCENT%", value_parser = parse_journal_size)]
+    journal_limit: Option<JournalSize>,
+    /// Warn when one of their journals uses this much, or so many percent of the VM's disks.
+    #[arg(long, value_name = "SIZE|PERCENT%", value_parser = parse_journal_size)]
+    journal_warning: Option<JournalSize>,
+    /// Space that each of their journals keeps even if the history doesn't need it.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    journal_minimum: Option<u64>,
+    #[command(flatten)]
+    wait: Wait,
+}
+
+impl VpgAddVm {
+    fn specs(&self) -> Vec<VmSpec> {
+        let spec = |vm: &String| VmSpec {
+            vm: vm.clone(),
+            target: self.target.clone(),
+            datastore: self.datastore.clone(),
+            journal_limit_bytes: match self.journal_limit {
+                Some(JournalSize::Bytes(bytes)) => Some(bytes),
+                _ => None,
+            },
+            journal_limit_percent: match self.journal_limit {
+                Some(JournalSize::Percent(percent)) => Some(percent),
+                _ => None,
+            },
+            journal_warning: self.journal_warning,
+            journal_minimum_bytes: self.journal_minimum,
+        };
+        self.vms.iter().map(spec).collect()
+    }
+}
+
+impl Ask<'_> {
+    pub(super) async fn vpg(&self, command: VpgCommand) -> Result<(), Failure> {
+        match command {
+            VpgCommand::Create(create) => {
+                let file = match &create.file {
+                    Some(path) => VpgFile::read(path).map_err(Failure::Usage)?,
+                    None => VpgFile::default(),
+                };
+                let spec = create.vpg.or(file).into_spec().map_err(Failure::Usage)?;
+                self.task(Request::VpgCreate(spec), &create.wait).await
+            }
+            VpgCommand::Edit(edit) => {
+                let edit = *edit;
+                let changes = VpgEdit {
+                    history_s: edit.history.map(|history| history.as_secs()),
+                    journal_limit: edit.journal_limit,
+                    journal_warning: edit.journal_warning,
+                    no_journal_warning: edit.no_journal_warning,
+                    journal_minimum_bytes: edit.journal_minimum,
+                    vms: edit.vms,
+                };
+                self.print(Request::VpgEdit { vpg: edit.vpg, edit: changes }).await
+            }
+            VpgCommand::Show { vpg } => self.print(Request::VpgShow { vpg }).await,
+            VpgCommand::List => {
+                let mut client = Client::connect(&self.config.socket).await?;
+                let Response::Status(status) = client.call(Request::Status).await? else {
+                    return Err(Failure::Unexpected);
+                };
+                show::vpgs(&status.vpgs, self.json)?;
+                Ok(())
+            }
+            VpgCommand::AddVm(add) => {
+                let vms = add.specs();
+                self.task(Request::VpgAddVms { vpg: add.vpg, vms }, &add.wait).await
+            }
+            VpgCommand::RemoveVm { vpg, vms, keep_disks, wait } => {
+                self.task(Request::VpgRemoveVms { vpg, vms, keep_disks }, &wait).await
+            }
+            VpgCommand::Delete { vpg, keep_disks, force, wait } => {
+                self.task(Request::VpgDelete { vpg, keep_disks, force }, &wait).await
+            }
+        }
+    }
+}

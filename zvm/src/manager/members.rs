@@ -1,0 +1,144 @@
+//! The members of a group that there is: VMs join it and leave it.
+
+use std::collections::BTreeMap;
+
+use vra::api::volume::VolumeInfo;
+use vra::api::{ApiError, ErrorCode, Request, Response, VraId};
+
+use super::{Manager, internal, spec};
+use crate::api::VmSpec;
+use crate::model::event::{Entity, EventKind};
+use crate::model::task::{Task, TaskKind};
+use crate::model::vpg::{Vpg, VpgSettings, VpgState};
+use crate::model::vra::Vra;
+use crate::reconcile::{Desired, Leaving};
+use crate::store::{self, StoreError};
+
+/// How a change of members is told.
+struct Told {
+    task: TaskKind,
+    event: EventKind,
+    description: String,
+}
+
+/// Why a change of members wasn't saved.
+enum Unsaved {
+    Tested,
+    ChangedMeanwhile,
+    Store(StoreError),
+}
+
+impl<E: Into<StoreError>> From<E> for Unsaved {
+    fn from(error: E) -> Self {
+        Self::Store(error.into())
+    }
+}
+
+impl Manager {
+    /// Adds VMs to a group; the engine takes its definition to the VRAs. Its checkpoints until then stay what they are; the next one comes
+    /// when the first syncs of those VMs have ended.
+    pub async fn add_vms(&self, name: &str, vms: &[VmSpec]) -> Result<Task, ApiError> {
+        let (vpg, desired) = self.changeable(name).await?;
+        let inventory = self.inventory().inventory;
+        let context = spec::Context { inventory: &inventory, vras: &desired.vras, vpgs: &desired.vpgs };
+        let joining = spec::join(&vpg, vms, &context)?;
+        let served = self.served_by(joining.sources()).await?;
+        let settings = joining.into_settings(&served)?;
+        let names: Vec<&str> =
+            settings.vms[vpg.settings.vms.len()..].iter().map(|member| member.name.as_str()).collect();
+        let description = format!("VM {} joined VPG {}", names.join(", "), vpg.name);
+        let told = Told { task: TaskKind::AddVm, event: EventKind::ProtectVm, description };
+        self.change_members(&vpg, settings, &desired, told).await
+    }
+
+    /// Takes VMs out of a group; the engine takes its definition to the VRAs, whose sources serve the disks on, and whose targets remove the
+    /// VMs' files, or leave them.
+    pub async fn remove_vms(&self, name: &str, vms: &[String], keep_disks: bool) -> Result<Task, ApiError> {
+        let (vpg, desired) = self.changeable(name).await?;
+        let settings = spec::without(&vpg, vms, keep_disks)?;
+        let left =
+            vpg.settings.vms.iter().filter(|member| settings.vms.iter().all(|stays| stays.vm != member.vm));
+        let names: Vec<&str> = left.map(|member| member.name.as_str()).collect();
+        let files = if keep_disks { "its files stay" } else { "its files are removed" };
+        let description = format!("VM {} left VPG {}: {files}", names.join(", "), vpg.name);
+        let told = Told { task: TaskKind::RemoveVm, event: EventKind::UnprotectVm, description };
+        self.change_members(&vpg, settings, &desired, told).await
+    }
+
+    /// What each of these VRAs serves now.
+    pub(super) async fn served_by(
+        &self,
+        sources: BTreeMap<VraId, &Vra>,
+    ) -> Result<BTreeMap<VraId, Vec<VolumeInfo>>, ApiError> {
+        let mut served = BTreeMap::new();
+        for (id, source) in sources {
+            let endpoint = source.endpoint();
+            let asked = self.remote.call(&endpoint, Request::List, self.request_timeout());
+            let volumes = match asked.await {
+                Ok(Response::Volumes(volumes)) => volumes,
+                Ok(_) => {
+                    return Err(ApiError::new(
+                        ErrorCode::Other,
+                        format!("VRA {} gave a wrong answer", source.name),
+                    ));
+                }
+                Err(error) => return Err(error.into_api_error(&source.name)),
+            };
+            served.insert(id, volumes);
+        }
+        Ok(served)
+    }
+
+    /// A group whose members may be changed now.
+    async fn changeable(&self, name: &str) -> Result<(Vpg, Desired), ApiError> {
+        let vpg = self.find_vpg(name).await?;
+        if vpg.state != VpgState::Active {
+            return Err(ApiError::new(ErrorCode::Conflict, format!("VPG {name} is being deleted")));
+        }
+        Ok((vpg, self.desired().await.map_err(internal)?))
+    }
+
+    async fn change_members(
+        &self,
+        vpg: &Vpg,
+        settings: VpgSettings,
+        desired: &Desired,
+        told: Told,
+    ) -> Result<Task, ApiError> {
+        let Told { task, event, description } = told;
+        let task = self.new_task(task, &vpg.name, Some(vpg.id), "defined");
+        let save = async {
+            let mut tx = self.store.begin().await?;
+            if store::test_runs::list(&mut tx).await?.iter().any(|test| test.vpg == vpg.id) {
+                return Err(Unsaved::Tested);
+            }
+            let mut after = Vpg { settings, ..vpg.clone() };
+            let left = store::leftovers::list(&mut tx).await?;
+            let leaving = Leaving::of(vpg, &mut after, &left, |vra| desired.vras.contains_key(&vra));
+            for left in &leaving.left {
+                store::leftovers::insert(&mut tx, left).await?;
+            }
+            for vra in leaving.back {
+                store::leftovers::delete(&mut tx, vpg.id, vra).await?;
+            }
+            if !store::vpgs::set_settings(&mut tx, vpg.id, vpg.revision, &after.settings).await? {
+                return Err(Unsaved::ChangedMeanwhile);
+            }
+            store::tasks::insert(&mut tx, &task).await?;
+            self.note(&mut tx, event, true, Entity::vpg(vpg.id), description.clone(), Some(task.id)).await?;
+            Ok(tx.commit().await.map_err(StoreError::from)?)
+        };
+        save.await.map_err(|unsaved| match unsaved {
+            Unsaved::Tested => ApiError::new(ErrorCode::Busy, format!("VPG {} is being tested", vpg.name))
+                .remedy(format!("stop the test first: `zvm test stop {}`", vpg.name)),
+            Unsaved::ChangedMeanwhile => {
+                let message = format!("VPG {} was changed by somebody else meanwhile", vpg.name);
+                ApiError::new(ErrorCode::Conflict, message).remedy("look at it, and try again")
+            }
+            Unsaved::Store(error) => internal(error),
+        })?;
+        tracing::info!(vpg = %vpg.id, name = vpg.name, "{description}");
+        self.wake.notify_one();
+        Ok(task)
+    }
+}

@@ -1,0 +1,285 @@
+//! VMs join a group that runs and leave it: three VRAs as processes, guests' writes meanwhile, and what can be recovered of which moment.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use common::vra::{Vra, has_qemu_io, qemu_io};
+use common::{Answer, Site, wait_for};
+use serde_json::Value;
+use uuid::Uuid;
+
+const MIB: usize = 1 << 20;
+
+/// A source with two VMs, a target, and one that is a target and has a VM, too.
+struct Trio {
+    // Dropped in this order: VRAs first.
+    _a: Vra,
+    b: Vra,
+    c: Vra,
+    /// Where the guests' disks are: those of db and web at the source, and of app.
+    disks: [String; 3],
+    site: Site,
+}
+
+impl Trio {
+    /// With a group of the first VM, whose journal the first target keeps.
+    fn defined() -> Self {
+        let site = Site::start();
+        let [a, b, c] = ["vra-a", "vra-b", "vra-c"].map(|name| Vra::start(&site, name));
+        let vms = [0; 3].map(|_| Uuid::new_v4().to_string());
+        let disks = [("db", &a, 0x11), ("web", &a, 0x77), ("app", &c, 0x66)];
+        let mut inventory = format!(
+            "[[site]]\nname = \"s\"\n[[datastore]]\nname = \"ds1\"\nhosts = [\"kvm-b\"]\npath = \"{}/datastore\"\n",
+            b.dir.display()
+        );
+        for vra in [&a, &b, &c] {
+            let host = vra.name.replace("vra", "kvm");
+            inventory += &format!("[[host]]\nname = \"{host}\"\nsite = \"s\"\nvra = \"{}\"\n", vra.name);
+        }
+        for ((name, vra, _), vm) in disks.iter().zip(&vms) {
+            inventory += &format!(
+                "[[vm]]\nname = \"{name}\"\nuuid = \"{vm}\"\nhost = \"{}\"\n\
+                 [[vm.disk]]\nname = \"vda\"\npath = \"{}/{name}.img\"\n",
+                vra.name.replace("vra", "kvm"),
+                vra.dir.display()
+            );
+        }
+        let disks = [0, 1, 2].map(|at| {
+            let (name, vra, byte) = disks[at];
+            vra.attach(name, &vms[at], &format!("{name}.img"), byte, 8 * MIB)
+        });
+        site.write_inventory(&inventory);
+        let trio = Self { _a: a, b, c, disks, site };
+        wait_for("the VRAs and the inventory", || {
+            let vras = trio.site.json(&["vra", "list"]);
+            let reachable = vras.as_array().expect("list").iter().filter(|vra| vra["reachable"] == true);
+            reachable.count() == 3 && !trio.site.json(&["inventory"])["inventory"]["vms"][2].is_null()
+        });
+        let group = ["vpg", "create", "shop", "--vm", "db", "--target", "vra-b", "--datastore", "ds1"];
+        let options = ["--journal-limit", "256MiB", "--checkpoint-interval", "1s"];
+        trio.done(&[&group[..], &options].concat());
+        trio
+    }
+
+    fn done(&self, args: &[&str]) -> Answer {
+        let answer = self.site.zvm(args);
+        assert_eq!(answer.code, 0, "{args:?}: {answer:?}");
+        answer
+    }
+
+    /// Names a checkpoint as soon as there can be one, and waits until it can be opened.
+    fn tag(&self, tag: &str) {
+        wait_for(tag, || self.site.zvm(&["checkpoint", "tag", "shop", tag]).code == 0);
+        wait_for(tag, || self.complete().contains(&tag.to_owned()));
+    }
+
+    /// Names of checkpoints that can be opened.
+    fn complete(&self) -> Vec<String> {
+        let listed = self.site.json(&["checkpoint", "list", "shop", "--tagged"]);
+        let listed = listed.as_array().expect("a list");
+        let complete = listed.iter().filter(|info| info["complete"] == true);
+        complete.map(|info| info["tag"].as_str().expect("a tag").to_owned()).collect()
+    }
+
+    /// Opens the group at a checkpoint, and gives the disks by their VMs' ids' order in the group with what was found.
+    fn tested(&self, at: &str, check: impl Fn(&[(String, String)])) {
+        self.done(&["test", "start", "shop", "--at", at, "--door", "nbd"]);
+        let test = self.site.json(&["test", "show", "shop"]);
+        let mut disks = Vec::new();
+        for view in test["views"].as_array().expect("views") {
+            let vra = view["vra"].as_str().expect("a VRA").to_owned();
+            for disk in view["view"]["disks"].as_array().expect("disks") {
+                let door = &disk["door"];
+                let (export, socket) = (door["export"].as_str(), door["path"].as_str());
+                let uri = format!(
+                    "nbd+unix:///{}?socket={}",
+                    export.unwrap_or_else(|| panic!("{door}")),
+                    socket.unwrap_or_else(|| panic!("{door}"))
+                );
+                disks.push((vra.clone(), uri));
+            }
+        }
+        disks.sort();
+        check(&disks);
+        self.done(&["test", "stop", "shop"]);
+    }
+
+    fn vpgs_at(&self, vra: &Vra) -> usize {
+        vra.json(&["status"])["vpgs"].as_array().map_or(0, Vec::len)
+    }
+}
+
+fn reads(uri: &str, byte: u8, from: usize, len: usize) {
+    qemu_io(uri, &[&format!("read -P {byte} {from} {len}")]);
+}
+
+/// Journals in a datastore, by their folders' names.
+fn journals(datastore: &Path) -> Vec<PathBuf> {
+    let folders = |path: &Path| -> Vec<PathBuf> {
+        std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path()).collect()
+    };
+    let vms = folders(datastore).iter().flat_map(|group| folders(group)).collect::<Vec<_>>();
+    vms.into_iter().filter(|vm| vm.join("journal.hfj").exists()).collect()
+}
+
+#[test]
+fn vms_join_and_leave_a_group_while_guests_write() {
+    if !has_qemu_io() {
+        eprintln!("skipped: qemu-io is not installed");
+        return;
+    }
+    let trio = Trio::defined();
+    let (site, [db, web, _]) = (&trio.site, &trio.disks);
+    trio.tag("alone");
+    qemu_io(db, &[&format!("write -P 0x33 0 {MIB}")]);
+    qemu_io(web, &[&format!("write -P 0x44 0 {MIB}")]);
+
+    // A guest writes all the time.
+    let stopped = Arc::new(AtomicBool::new(false));
+    let guest = std::thread::spawn({
+        let (stopped, db) = (Arc::clone(&stopped), db.clone());
+        move || {
+            let mut rounds = 0_u32;
+            while !stopped.load(Ordering::Relaxed) {
+                let byte = rounds % 200 + 1;
+                qemu_io(&db, &[&format!("write -P {byte} {} 65536", 4 * MIB)]);
+                rounds += 1;
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            rounds
+        }
+    });
+    let c_datastore = trio.c.dir.join("datastore");
+    let elsewhere = c_datastore.display().to_string();
+    trio.done(&["vpg", "add-vm", "shop", "web", "--target", "vra-c", "--datastore", &elsewhere]);
+    assert_eq!(trio.complete(), ["alone"], "it can be opened while the new VM's first sync runs");
+    trio.tag("together");
+    stopped.store(true, Ordering::Relaxed);
+    assert!(guest.join().expect("the guest") > 5);
+    let vpg = site.json(&["vpg", "show", "shop"])["vpg"].take();
+    assert_eq!((&vpg["settings"]["member_set_version"], &vpg["revision"]), (&2.into(), &2.into()));
+    assert_eq!(trio.complete(), ["together", "alone"]);
+
+    trio.tested("alone", |disks| {
+        let [(vra, uri)] = disks else { panic!("one disk: {disks:?}") };
+        assert_eq!(vra, "vra-b");
+        reads(uri, 0x11, 0, 8 * MIB);
+        for change in [&["add-vm", "shop", "web"][..], &["remove-vm", "shop", "web"]] {
+            let refused = site.zvm(&[&["vpg"], change].concat());
+            assert_eq!(refused.code, 4, "{refused:?}");
+        }
+        let refused = site.zvm(&["vpg", "remove-vm", "shop", "web"]);
+        assert!(refused.stderr.contains("is being tested"), "{refused:?}");
+    });
+    trio.tested("together", |disks| {
+        let [(b, db), (c, web)] = disks else { panic!("two disks: {disks:?}") };
+        assert_eq!((b.as_str(), c.as_str()), ("vra-b", "vra-c"));
+        reads(db, 0x33, 0, MIB);
+        reads(db, 0x11, MIB, 3 * MIB);
+        reads(web, 0x44, 0, MIB);
+        reads(web, 0x77, MIB, 7 * MIB);
+    });
+    // A lock of an older one asks only those that have it; a lock of a newer one all.
+    for (at, locked_at) in [("alone", 1), ("together", 2)] {
+        trio.done(&["checkpoint", "lock", "shop", at]);
+        let id = vpg["id"].as_str().expect("an id");
+        let is_locked = |vra: &Vra| {
+            let listed = vra.json(&["checkpoint", "list", id]);
+            listed["checkpoints"]
+                .as_array()
+                .expect("a list")
+                .iter()
+                .any(|info| info["tag"] == at && info["locked"] == true)
+        };
+        assert_eq!([&trio.b, &trio.c].into_iter().filter(|vra| is_locked(vra)).count(), locked_at, "{at}");
+    }
+    let again = site.zvm(&["vpg", "add-vm", "shop", "web"]);
+    assert!(again.code == 4 && again.stderr.contains("is in VPG \"shop\" already"), "{again:?}");
+
+    // It leaves: its target has no part in the group any more, and what the others have stays.
+    assert_eq!(journals(&c_datastore).len(), 1);
+    trio.done(&["vpg", "remove-vm", "shop", "web"]);
+    wait_for("the target to let go", || trio.vpgs_at(&trio.c) == 0 && journals(&c_datastore).is_empty());
+    assert_eq!(trio.complete(), ["together", "alone"]);
+    qemu_io(web, &[&format!("write -P 0x55 0 {MIB}"), &format!("read -P 0x55 0 {MIB}")]);
+    trio.tag("alone again");
+    trio.tested("together", |disks| {
+        let [(_, uri)] = disks else { panic!("one disk: {disks:?}") };
+        reads(uri, 0x33, 0, MIB);
+    });
+
+    // It comes back, to where the group's first VM is, and leaves with its files kept: twice.
+    let b_datastore = trio.b.dir.join("datastore");
+    for (round, tag) in ["back", "back again"].into_iter().enumerate() {
+        trio.done(&["vpg", "add-vm", "shop", "web"]);
+        trio.tag(tag);
+        trio.tested(tag, |disks| assert_eq!(disks.len(), 2, "{disks:?}"));
+        trio.done(&["vpg", "remove-vm", "shop", "web", "--keep-disks"]);
+        let is_kept = |path: &PathBuf| path.to_string_lossy().contains("-kept-");
+        let kept = journals(&b_datastore).iter().filter(|path| is_kept(path)).count();
+        assert_eq!((kept, journals(&b_datastore).len()), (round + 1, round + 2));
+    }
+    let last = site.zvm(&["vpg", "remove-vm", "shop", "db"]);
+    assert!(last.code == 2 && last.stderr.contains("must keep at least one VM"), "{last:?}");
+
+    // The one that was there first leaves: the other's checkpoints are the group's.
+    trio.done(&["vpg", "add-vm", "shop", "web", "--target", "vra-c", "--datastore", &elsewhere]);
+    trio.tag("both");
+    trio.done(&["vpg", "remove-vm", "shop", "db"]);
+    wait_for("the target to let go", || trio.vpgs_at(&trio.b) == 0);
+    assert_eq!(trio.complete(), ["both"]);
+    trio.tested("both", |disks| {
+        let [(vra, uri)] = disks else { panic!("one disk: {disks:?}") };
+        assert_eq!(vra, "vra-c");
+        reads(uri, 0x55, 0, MIB);
+    });
+    let tasks: Vec<Value> =
+        site.json(&["task", "list", "--limit", "1000"]).as_array().expect("a list").clone();
+    let done =
+        |kind: &str| tasks.iter().filter(|task| task["kind"] == kind && task["state"] == "Completed").count();
+    assert_eq!((done("AddVMToProtectionGroup"), done("RemoveVMFromProtectionGroup")), (4, 4));
+}
+
+#[test]
+fn a_vm_of_another_host_joins_a_group_and_leaves_it() {
+    if !has_qemu_io() {
+        eprintln!("skipped: qemu-io is not installed");
+        return;
+    }
+    let mut trio = Trio::defined();
+    trio.tag("alone");
+    let app = trio.disks[2].clone();
+    // Without its VRA nobody knows its disks.
+    trio.c.kill();
+    let silent = trio.site.zvm(&["vpg", "add-vm", "shop", "app"]);
+    assert!(silent.code == 4 && silent.stderr.contains("vra-c does not answer"), "{silent:?}");
+    trio.c.serve();
+    wait_for("the VM's VRA", || trio.site.zvm(&["vpg", "add-vm", "shop", "app"]).code == 0);
+    qemu_io(&app, &[&format!("write -P 0x67 0 {MIB}")]);
+    trio.tag("across hosts");
+    trio.tested("across hosts", |disks| {
+        let [(_, one), (_, other)] = disks else { panic!("two disks: {disks:?}") };
+        let has = |uri: &str, byte: u8| {
+            let output = std::process::Command::new("qemu-io")
+                .args(["-f", "raw", uri, "-c", &format!("read -P {byte} 0 {MIB}")])
+                .output()
+                .expect("qemu-io");
+            !String::from_utf8_lossy(&output.stdout).contains("Pattern verification failed")
+        };
+        assert!(has(one, 0x11) && has(other, 0x67) || has(one, 0x67) && has(other, 0x11), "{disks:?}");
+    });
+    assert_eq!(trio.complete(), ["across hosts", "alone"]);
+
+    // Both VRAs have to hear that it leaves; the one that can't is told later, and nobody waits for it.
+    trio.c.kill();
+    trio.done(&["vpg", "remove-vm", "shop", "app"]);
+    trio.tag("alone again");
+    assert_eq!(journals(&trio.b.dir.join("datastore")).len(), 1);
+    trio.c.serve();
+    wait_for("the source to let go", || trio.vpgs_at(&trio.c) == 0);
+    assert_eq!(trio.complete(), ["alone again", "across hosts", "alone"]);
+}
