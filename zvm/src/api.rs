@@ -289,6 +289,29 @@ pub struct Status {
     pub vras: Vec<VraState>,
     /// What is wrong.
     pub alerts: Vec<Alert>,
+    /// How long the manager takes to bring the world to where it should be.
+    #[serde(default)]
+    pub passes: PassTimes,
+}
+
+/// The passes of the reconciler since the manager's start: each looks at all groups and VRAs, and notes what follows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PassTimes {
+    /// How many.
+    pub count: u64,
+    /// How long the last one took, in microseconds.
+    pub last_us: u64,
+    /// How long the longest one took, in microseconds.
+    pub longest_us: u64,
+}
+
+impl PassTimes {
+    /// Notes one more.
+    pub(crate) fn note(&mut self, took: std::time::Duration) {
+        self.count += 1;
+        self.last_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        self.longest_us = self.longest_us.max(self.last_us);
+    }
 }
 
 /// A VRA and whether it answers.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
 use uuid::Uuid;
@@ -70,6 +70,7 @@ impl Manager {
 impl Engine {
     async fn pass(&mut self) -> Result<(), StoreError> {
         let manager = self.manager.clone();
+        let began = Instant::now();
         let desired = manager.desired().await?;
         let observed = manager.observed();
         let now_us = manager.clock.now_us();
@@ -96,6 +97,7 @@ impl Engine {
         let mut conditions = look.conditions();
         conditions.extend(self.own_conditions());
         self.update_alerts(conditions).await?;
+        manager.passes.lock().expect("no code panics while it holds this lock").note(began.elapsed());
         self.passes = self.passes.wrapping_add(1);
         if self.passes % TRIM_EVERY_PASSES == 1 {
             self.trim().await?;

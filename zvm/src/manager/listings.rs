@@ -23,6 +23,7 @@ impl Manager {
             vpgs: self.reports(&desired, &observed),
             vras: desired.vras.into_values().map(|vra| vras::shown(vra, &observed)).collect(),
             alerts,
+            passes: self.passes(),
         })
     }
 

@@ -27,6 +27,7 @@ use vra::api::{ApiError, ErrorCode, TimeUs, VpgId, VraId, ZvmId};
 use vra::pki::Credentials;
 use vra::report::chain;
 
+use crate::api::PassTimes;
 use crate::authority::{Authority, AuthorityError};
 use crate::clock::Clock;
 use crate::config::Config;
@@ -56,6 +57,7 @@ pub struct Manager {
     remote: Remote,
     inventory: RwLock<InventoryReading>,
     observed: Mutex<Observed>,
+    passes: Mutex<PassTimes>,
     /// Problems of the manager's own that the engine turns into alerts: code, description, remedy.
     own_problems: Mutex<BTreeMap<&'static str, (String, String)>>,
     /// Wakes the engine.
@@ -148,6 +150,7 @@ impl Manager {
             remote,
             inventory: RwLock::default(),
             observed: Mutex::default(),
+            passes: Mutex::default(),
             own_problems: Mutex::default(),
             wake: Notify::new(),
         }))
@@ -178,6 +181,10 @@ impl Manager {
 
     fn observed(&self) -> Observed {
         self.observed.lock().expect("no code panics while it holds this lock").clone()
+    }
+
+    fn passes(&self) -> PassTimes {
+        *self.passes.lock().expect("no code panics while it holds this lock")
     }
 
     fn set_own_problem(&self, code: &'static str, problem: Option<(String, String)>) {

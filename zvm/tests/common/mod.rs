@@ -70,6 +70,11 @@ impl Site {
         wait_for("the manager to answer", || self.zvm(&["status"]).code == 0);
     }
 
+    /// The manager's process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.serve.as_ref().expect("it runs").id()
+    }
+
     /// Ends the manager as a power cut would.
     pub(crate) fn kill(&mut self) {
         if let Some(mut child) = self.serve.take() {
