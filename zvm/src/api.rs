@@ -104,6 +104,13 @@ pub enum Request {
         /// What changes.
         edit: VpgEdit,
     },
+    /// Pauses a group's replication, or lets it go on. Answer: [`Response::Vpg`].
+    VpgPause {
+        /// Its name or id.
+        vpg: String,
+        /// Paused, or not any more.
+        paused: bool,
+    },
     /// Adds VMs to a group. Answer: [`Response::Task`].
     VpgAddVms {
         /// Its name or id.

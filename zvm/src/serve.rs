@@ -192,6 +192,7 @@ async fn answer(manager: &Manager, request: Request) -> Result<Response, ApiErro
         Request::VpgCreate(spec) => Response::Task(manager.create_vpg(spec).await?),
         Request::VpgEdit { vpg, edit } => Response::Vpg(Box::new(manager.edit_vpg(&vpg, &edit).await?)),
         Request::VpgShow { vpg } => Response::Vpg(Box::new(manager.show_vpg(&vpg).await?)),
+        Request::VpgPause { vpg, paused } => Response::Vpg(Box::new(manager.pause_vpg(&vpg, paused).await?)),
         Request::VpgAddVms { vpg, vms } => Response::Task(manager.add_vms(&vpg, &vms).await?),
         Request::VpgRemoveVms { vpg, vms, keep_disks } => {
             Response::Task(manager.remove_vms(&vpg, &vms, keep_disks).await?)

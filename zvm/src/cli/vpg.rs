@@ -33,6 +33,16 @@ pub(super) enum VpgCommand {
         #[command(flatten)]
         wait: Wait,
     },
+    /// Pause a group's replication: its disks are served, nothing is sent.
+    Pause {
+        /// Its name or id.
+        vpg: String,
+    },
+    /// Let a paused group's replication go on.
+    Resume {
+        /// Its name or id.
+        vpg: String,
+    },
     /// One group with its VMs.
     Show {
         /// Its name or id.
@@ -163,6 +173,8 @@ impl Ask<'_> {
                 };
                 self.print(Request::VpgEdit { vpg: edit.vpg, edit: changes }).await
             }
+            VpgCommand::Pause { vpg } => self.print(Request::VpgPause { vpg, paused: true }).await,
+            VpgCommand::Resume { vpg } => self.print(Request::VpgPause { vpg, paused: false }).await,
             VpgCommand::Show { vpg } => self.print(Request::VpgShow { vpg }).await,
             VpgCommand::List => {
                 let mut client = Client::connect(&self.config.socket).await?;

@@ -9,6 +9,7 @@ mod guests;
 pub mod inventory_watch;
 pub mod listings;
 pub mod members;
+pub mod replication;
 pub mod site_keys;
 pub mod spec;
 pub mod test_runs;

@@ -142,6 +142,7 @@ impl Resolved<'_> {
                 rpo_target_s: spec.rpo_target_s,
                 give_up_history: spec.give_up_history,
                 encrypt: spec.encrypt,
+                paused: false,
                 vms,
                 former: Vec::new(),
             },

@@ -7,7 +7,7 @@ use crate::api::{VpgDetails, VpgEdit, VpgSpec};
 use crate::health;
 use crate::model::event::{Entity, EventKind};
 use crate::model::task::{Task, TaskKind};
-use crate::model::vpg::{Removal, VpgState};
+use crate::model::vpg::{Removal, Vpg, VpgSettings, VpgState};
 use crate::store::{self, StoreError};
 
 impl Manager {
@@ -48,26 +48,38 @@ impl Manager {
             return Err(ApiError::new(ErrorCode::Conflict, format!("VPG {name} is being deleted")));
         }
         let settings = spec::edited(&vpg, edit)?;
-        if settings != vpg.settings {
-            let save = async {
-                let mut tx = self.store.begin().await?;
-                let is_saved = store::vpgs::set_settings(&mut tx, vpg.id, vpg.revision, &settings).await?;
-                if is_saved {
-                    let description = format!("VPG {} was changed", vpg.name);
-                    let kind = EventKind::EditProtectionGroup;
-                    self.note(&mut tx, kind, true, Entity::vpg(vpg.id), description, None).await?;
-                    tx.commit().await?;
-                }
-                Ok::<_, StoreError>(is_saved)
-            };
-            if !save.await.map_err(internal)? {
-                let message = format!("VPG {name} was changed by somebody else meanwhile");
-                return Err(ApiError::new(ErrorCode::Conflict, message).remedy("look at it, and try again"));
-            }
-            tracing::info!(vpg = %vpg.id, name = vpg.name, "a VPG was changed");
-            self.wake.notify_one();
-        }
+        let description = format!("VPG {} was changed", vpg.name);
+        self.save_settings(&vpg, &settings, EventKind::EditProtectionGroup, description).await?;
         self.show_vpg(name).await
+    }
+
+    /// Notes other settings of a group, if they are others.
+    pub(super) async fn save_settings(
+        &self,
+        vpg: &Vpg,
+        settings: &VpgSettings,
+        kind: EventKind,
+        description: String,
+    ) -> Result<(), ApiError> {
+        if *settings == vpg.settings {
+            return Ok(());
+        }
+        let save = async {
+            let mut tx = self.store.begin().await?;
+            let is_saved = store::vpgs::set_settings(&mut tx, vpg.id, vpg.revision, settings).await?;
+            if is_saved {
+                self.note(&mut tx, kind, true, Entity::vpg(vpg.id), description.clone(), None).await?;
+                tx.commit().await?;
+            }
+            Ok::<_, StoreError>(is_saved)
+        };
+        if !save.await.map_err(internal)? {
+            let message = format!("VPG {} was changed by somebody else meanwhile", vpg.name);
+            return Err(ApiError::new(ErrorCode::Conflict, message).remedy("look at it, and try again"));
+        }
+        tracing::info!(vpg = %vpg.id, name = vpg.name, "{description}");
+        self.wake.notify_one();
+        Ok(())
     }
 
     /// A group, wanted and as it is.
