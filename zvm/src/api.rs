@@ -111,6 +111,13 @@ pub enum Request {
         /// Paused, or not any more.
         paused: bool,
     },
+    /// Begins full syncs of a group's VMs. Answer: [`Response::Task`].
+    VpgForceSync {
+        /// Its name or id.
+        vpg: String,
+        /// Only of this VM, by name or id.
+        vm: Option<String>,
+    },
     /// Adds VMs to a group. Answer: [`Response::Task`].
     VpgAddVms {
         /// Its name or id.

@@ -47,13 +47,21 @@ fn a_paused_group_keeps_what_is_written_and_goes_on_with_it() {
     }
     wait_for("the pause", || is_paused(&pair));
     assert_eq!(pair.revisions()[0], 2, "pausing again changes nothing");
-    let count = report(&pair)["checkpoint_count"].as_u64();
     qemu_io(&pair.disks[0], &[&format!("write -P 0x33 0 {MIB}"), &format!("read -P 0x33 0 {MIB}")]);
     let refused = pair.site.zvm(&["checkpoint", "tag", "shop", "never"]);
     assert!(refused.code == 4 && refused.stderr.contains("is paused"), "{refused:?}");
+    let refused = pair.site.zvm(&["vpg", "force-sync", "shop"]);
+    assert!(refused.code == 4 && refused.stderr.contains("is paused"), "{refused:?}");
+    let count = || {
+        let listed = pair.site.json(&["checkpoint", "list", "shop", "--limit", "1000"]);
+        listed.as_array().expect("a list").len()
+    };
+    // What was under way has arrived.
+    std::thread::sleep(Duration::from_secs(1));
+    let before = count();
     // Longer than VRAs take to look for what is wrong, and than a checkpoint's interval.
     std::thread::sleep(Duration::from_secs(7));
-    assert_eq!(report(&pair)["checkpoint_count"].as_u64(), count);
+    assert_eq!(count(), before);
     assert_eq!(open_alerts(&pair), ["vpg-paused"]);
     for vra in [&pair.a, &pair.b] {
         assert_eq!(vra.json(&["status"])["alerts"], serde_json::json!([]), "{}", vra.name);
@@ -64,8 +72,7 @@ fn a_paused_group_keeps_what_is_written_and_goes_on_with_it() {
     pair.site.tag("shop", "after");
     let has_0x33 = |at: &str| {
         pair.site.tested("shop", at, |disks| {
-            let larger =
-                disks.iter().find(|(_, uri)| uri.contains("-0?")).expect("disk 0");
+            let larger = disks.iter().find(|(_, uri)| uri.contains("-0?")).expect("disk 0");
             reads(&larger.1, 0x33, 0, MIB);
             reads(&larger.1, 0x11, MIB, 7 * MIB);
         })
@@ -97,4 +104,33 @@ fn a_paused_group_keeps_what_is_written_and_goes_on_with_it() {
     let of =
         |kind: &str| events.as_array().expect("a list").iter().filter(|event| event["kind"] == kind).count();
     assert_eq!((of("PauseProtectionGroup"), of("ResumeProtectionGroup")), (2, 2));
+}
+
+#[test]
+fn a_full_sync_is_begun_once_and_older_checkpoints_stay() {
+    let pair = Pair::defined();
+    pair.site.tag("shop", "before");
+    let syncs = || pair.a.log().matches("a full sync has begun").count();
+    assert_eq!(syncs(), 1);
+    let unknown = pair.site.zvm(&["vpg", "force-sync", "shop", "--vm", "nope"]);
+    assert!(unknown.code == 3 && unknown.stderr.contains("has no VM"), "{unknown:?}");
+    for (round, vm) in [(2, &[][..]), (3, &["--vm", "db"])] {
+        let force = || pair.site.zvm(&[&["vpg", "force-sync", "shop"], vm].concat());
+        let forced = force();
+        assert_eq!(forced.code, 0, "{forced:?}");
+        // At once again: it is about to run, runs, or is over by then.
+        let again = force();
+        let is_over = again.code == 0;
+        assert!(is_over || again.code == 4 && again.stderr.contains("full sync of VM db"), "{again:?}");
+        wait_for("the sync", || syncs() >= round && source(&pair)["mode"] == "streaming");
+        pair.site.tag("shop", &format!("after {round}"));
+    }
+    assert_eq!(pair.site.complete("shop"), ["after 3", "after 2", "before"]);
+    // Nobody is alarmed by what was asked for.
+    let log = pair.a.log();
+    let is_alarm = |line: &&str| line.contains("WARN") && line.contains("not captured");
+    assert_eq!(log.lines().find(is_alarm), None, "{log}");
+    let tasks = pair.site.json(&["task", "list", "--limit", "1000"]);
+    let done = tasks.as_array().expect("a list").iter().filter(|task| task["kind"] == "InitFullSync");
+    assert!(done.filter(|task| task["state"] == "Completed").count() >= 2);
 }

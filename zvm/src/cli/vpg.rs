@@ -43,6 +43,14 @@ pub(super) enum VpgCommand {
         /// Its name or id.
         vpg: String,
     },
+    /// Read the disks of a group's VMs as a whole again, as after a crash of their source.
+    ForceSync {
+        /// Its name or id.
+        vpg: String,
+        /// Only those of this VM, by name or UUID.
+        #[arg(long)]
+        vm: Option<String>,
+    },
     /// One group with its VMs.
     Show {
         /// Its name or id.
@@ -175,6 +183,7 @@ impl Ask<'_> {
             }
             VpgCommand::Pause { vpg } => self.print(Request::VpgPause { vpg, paused: true }).await,
             VpgCommand::Resume { vpg } => self.print(Request::VpgPause { vpg, paused: false }).await,
+            VpgCommand::ForceSync { vpg, vm } => self.print(Request::VpgForceSync { vpg, vm }).await,
             VpgCommand::Show { vpg } => self.print(Request::VpgShow { vpg }).await,
             VpgCommand::List => {
                 let mut client = Client::connect(&self.config.socket).await?;

@@ -59,6 +59,8 @@ named! {
         PauseProtectionGroup = "PauseProtectionGroup",
         /// A group's replication goes on.
         ResumeProtectionGroup = "ResumeProtectionGroup",
+        /// Full syncs were begun.
+        InitFullSync = "InitFullSync",
         /// VMs were added to a group.
         ProtectVm = "ProtectVM",
         /// VMs were taken out of a group.
