@@ -198,6 +198,10 @@ async fn answer(manager: &Manager, request: Request) -> Result<Response, ApiErro
         Request::VpgRemoveVms { vpg, vms, keep_disks } => {
             Response::Task(manager.remove_vms(&vpg, &vms, keep_disks).await?)
         }
+        Request::VpgExport { vpgs } => Response::Export(manager.export_vpgs(&vpgs).await?),
+        Request::VpgImport { export, dry_run } => {
+            Response::Imported(manager.import_vpgs(export, dry_run).await?)
+        }
         Request::VpgDelete { vpg, keep_disks, force } => {
             Response::Task(manager.delete_vpg(&vpg, keep_disks, force).await?)
         }

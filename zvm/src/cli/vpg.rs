@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use vra::api::vpg::JournalSize;
 
 use super::ask::{Ask, Wait};
+use super::transfer::Import;
 use super::{Failure, VpgFile, show};
 use crate::api::{Client, Request, Response, VmSpec, VpgEdit};
 use crate::units::{parse_bytes, parse_duration, parse_journal_size};
@@ -51,6 +52,14 @@ pub(super) enum VpgCommand {
         #[arg(long)]
         vm: Option<String>,
     },
+    /// Write definitions of groups to standard output, for `import`.
+    Export {
+        /// Names or ids of groups; without any, all.
+        #[arg(value_name = "VPG")]
+        vpgs: Vec<String>,
+    },
+    /// Create the groups of a file that `export` wrote. Those that can't be are refused, each with the reason.
+    Import(Import),
     /// One group with its VMs.
     Show {
         /// Its name or id.
@@ -184,6 +193,8 @@ impl Ask<'_> {
             VpgCommand::Pause { vpg } => self.print(Request::VpgPause { vpg, paused: true }).await,
             VpgCommand::Resume { vpg } => self.print(Request::VpgPause { vpg, paused: false }).await,
             VpgCommand::ForceSync { vpg, vm } => self.print(Request::VpgForceSync { vpg, vm }).await,
+            VpgCommand::Export { vpgs } => self.export(vpgs).await,
+            VpgCommand::Import(import) => self.import(import).await,
             VpgCommand::Show { vpg } => self.print(Request::VpgShow { vpg }).await,
             VpgCommand::List => {
                 let mut client = Client::connect(&self.config.socket).await?;

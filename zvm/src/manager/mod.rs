@@ -13,6 +13,7 @@ pub mod replication;
 pub mod site_keys;
 pub mod spec;
 pub mod test_runs;
+pub mod transfer;
 pub mod vpgs;
 pub mod vra_watch;
 pub mod vras;

@@ -8,17 +8,14 @@ use crate::health;
 use crate::model::event::{Entity, EventKind};
 use crate::model::task::{Task, TaskKind};
 use crate::model::vpg::{Removal, Vpg, VpgSettings, VpgState};
+use crate::reconcile::Desired;
 use crate::store::{self, StoreError};
 
 impl Manager {
     /// Defines a group; the engine takes it to its VRAs.
     pub async fn create_vpg(&self, spec: VpgSpec) -> Result<Task, ApiError> {
         let desired = self.desired().await.map_err(internal)?;
-        let inventory = self.inventory().inventory;
-        let context = spec::Context { inventory: &inventory, vras: &desired.vras, vpgs: &desired.vpgs };
-        let resolved = spec::resolve(&spec, &context)?;
-        let served = self.served_by(resolved.sources()).await?;
-        let vpg = resolved.into_vpg(&served, self.now_us())?;
+        let vpg = self.prepare_vpg(&spec, &desired).await?;
         let task = self.new_task(TaskKind::CreateProtectionGroup, &vpg.name, Some(vpg.id), "defined");
         let save = async {
             let mut tx = self.store.begin().await?;
@@ -39,6 +36,15 @@ impl Manager {
         tracing::info!(vpg = %vpg.id, name = vpg.name, vms = vpg.settings.vms.len(), "a VPG was created");
         self.wake.notify_one();
         Ok(task)
+    }
+
+    /// A group as it would be created now.
+    pub(super) async fn prepare_vpg(&self, spec: &VpgSpec, desired: &Desired) -> Result<Vpg, ApiError> {
+        let inventory = self.inventory().inventory;
+        let context = spec::Context { inventory: &inventory, vras: &desired.vras, vpgs: &desired.vpgs };
+        let resolved = spec::resolve(spec, &context)?;
+        let served = self.served_by(resolved.sources()).await?;
+        resolved.into_vpg(&served, self.now_us())
     }
 
     /// Changes a group's settings; the engine takes them to its VRAs.
