@@ -1,7 +1,9 @@
 //! What the `zvm` command asks of `zvm serve`: JSON frames over a unix socket, as VRAs use them (`vra::control`).
 
+mod transfer;
 mod vpg;
 
+pub use transfer::{ImportOutcome, ImportedVpg, VPG_EXPORT_VERSION, VpgExport};
 pub use vpg::{VmSpec, VpgEdit, VpgSpec, defaults};
 
 use std::path::PathBuf;
@@ -104,6 +106,20 @@ pub enum Request {
         /// What changes.
         edit: VpgEdit,
     },
+    /// Pauses a group's replication, or lets it go on. Answer: [`Response::Vpg`].
+    VpgPause {
+        /// Its name or id.
+        vpg: String,
+        /// Paused, or not any more.
+        paused: bool,
+    },
+    /// Begins full syncs of a group's VMs. Answer: [`Response::Task`].
+    VpgForceSync {
+        /// Its name or id.
+        vpg: String,
+        /// Only of this VM, by name or id.
+        vm: Option<String>,
+    },
     /// Adds VMs to a group. Answer: [`Response::Task`].
     VpgAddVms {
         /// Its name or id.
@@ -119,6 +135,18 @@ pub enum Request {
         vms: Vec<String>,
         /// Leave their journals and recovery disks in the datastore.
         keep_disks: bool,
+    },
+    /// Definitions of groups. Answer: [`Response::Export`].
+    VpgExport {
+        /// Their names or ids; without any, all.
+        vpgs: Vec<String>,
+    },
+    /// Creates groups of an export. Answer: [`Response::Imported`].
+    VpgImport {
+        /// The export.
+        export: VpgExport,
+        /// Only tell what would be done.
+        dry_run: bool,
     },
     /// Deletes a group. Answer: [`Response::Task`].
     VpgDelete {
@@ -228,6 +256,10 @@ pub enum Response {
     Checkpoints(Vec<CheckpointInfo>),
     /// To [`Request::CheckpointTag`] and [`Request::CheckpointLock`].
     Checkpoint(CheckpointInfo),
+    /// To [`Request::VpgExport`].
+    Export(VpgExport),
+    /// To [`Request::VpgImport`].
+    Imported(Vec<ImportedVpg>),
     /// To [`Request::TestShow`].
     Test(TestShown),
     /// To what takes time, and to [`Request::TaskShow`].

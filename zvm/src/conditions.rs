@@ -8,7 +8,7 @@ use vra::api::{ViewInfo, VpgId, VraId};
 use crate::inventory::Inventory;
 use crate::model::alert::{Condition, Level};
 use crate::model::event::{Entity, EventKind};
-use crate::model::status::{VpgReport, VpgStatus};
+use crate::model::status::{VpgReport, VpgStatus, VpgSubstatus};
 use crate::model::test_run::TestState;
 use crate::model::vpg::{Vpg, VpgState};
 use crate::reconcile::{ActionOutcome, Desired, Failure, Observed, Seen, Subject};
@@ -108,6 +108,12 @@ impl Look<'_> {
     fn vpgs(&self, found: &mut Vec<Condition>) {
         for report in self.reports {
             let (code, level) = match report.status {
+                // Somebody wanted it, and may have forgotten.
+                VpgStatus::NotMeetingSla
+                    if report.substatus == VpgSubstatus::ReplicationPausedUserInitiated =>
+                {
+                    ("vpg-paused", Level::Warning)
+                }
                 VpgStatus::NotMeetingSla => ("vpg-not-protected", Level::Error),
                 VpgStatus::RpoNotMeetingSla => ("vpg-rpo", Level::Warning),
                 VpgStatus::HistoryNotMeetingSla => ("vpg-history", Level::Warning),

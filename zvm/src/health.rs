@@ -45,6 +45,7 @@ struct Look<'a> {
 enum Trouble {
     NeedsConfiguration,
     Storage,
+    PausedByUser,
     NotServed,
     Disconnected,
     Paused,
@@ -62,6 +63,11 @@ impl<'a> Look<'a> {
             vpg.settings.vms.iter().map(|member| self.vm(member, &mut troubles)).collect();
         for vra in vpg.vras() {
             self.vra_troubles(vra, &mut troubles);
+        }
+        if vpg.settings.paused {
+            let description = format!("replication of {} is paused: nothing new can be recovered", vpg.name);
+            let remedy = format!("`zvm vpg resume {}` lets it go on", vpg.name);
+            troubles.push((Trouble::PausedByUser, Problem { description, remedy }));
         }
         troubles.sort_by_key(|(trouble, _)| *trouble);
         let mut seen_problems = std::collections::HashSet::new();
@@ -125,6 +131,7 @@ impl<'a> Look<'a> {
         let substatus = match worst {
             Some(Trouble::NeedsConfiguration) => VpgSubstatus::NeedsConfiguration,
             Some(Trouble::Storage) => VpgSubstatus::JournalStorageError,
+            Some(Trouble::PausedByUser) => VpgSubstatus::ReplicationPausedUserInitiated,
             Some(Trouble::NotServed) => VpgSubstatus::VmNotProtectedError,
             Some(Trouble::Disconnected) if recoverable => VpgSubstatus::DisconnectedFromPeer,
             Some(Trouble::Disconnected) => VpgSubstatus::DisconnectedFromPeerNoRecoveryPoints,
@@ -174,7 +181,7 @@ impl<'a> Look<'a> {
                 ),
                 remedy: "synchronise the clocks of its source hosts: checkpoints are stamped by them".into(),
             });
-        } else if report.checkpoint_count > 0 && self.rpo_missed(report) {
+        } else if !self.vpg.settings.paused && report.checkpoint_count > 0 && self.rpo_missed(report) {
             let stage = report.slowest_stage.map_or("between checkpoints", |(stage, _)| match stage {
                 Stage::Queue => "in the source's queue",
                 Stage::Wire => "on the network",
@@ -249,7 +256,8 @@ impl<'a> Look<'a> {
                     "check the network and that both VRAs run; `zvm vra show` tells the addresses",
                 );
             }
-            Some(SourceMode::Connecting | SourceMode::Streaming | SourceMode::Other) | None => {}
+            Some(SourceMode::Connecting | SourceMode::Streaming | SourceMode::Paused | SourceMode::Other)
+            | None => {}
         }
         match target.map(|vm| vm.state) {
             Some(TargetState::PausedFull) => add(

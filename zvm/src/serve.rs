@@ -192,9 +192,15 @@ async fn answer(manager: &Manager, request: Request) -> Result<Response, ApiErro
         Request::VpgCreate(spec) => Response::Task(manager.create_vpg(spec).await?),
         Request::VpgEdit { vpg, edit } => Response::Vpg(Box::new(manager.edit_vpg(&vpg, &edit).await?)),
         Request::VpgShow { vpg } => Response::Vpg(Box::new(manager.show_vpg(&vpg).await?)),
+        Request::VpgPause { vpg, paused } => Response::Vpg(Box::new(manager.pause_vpg(&vpg, paused).await?)),
+        Request::VpgForceSync { vpg, vm } => Response::Task(manager.force_sync(&vpg, vm.as_deref()).await?),
         Request::VpgAddVms { vpg, vms } => Response::Task(manager.add_vms(&vpg, &vms).await?),
         Request::VpgRemoveVms { vpg, vms, keep_disks } => {
             Response::Task(manager.remove_vms(&vpg, &vms, keep_disks).await?)
+        }
+        Request::VpgExport { vpgs } => Response::Export(manager.export_vpgs(&vpgs).await?),
+        Request::VpgImport { export, dry_run } => {
+            Response::Imported(manager.import_vpgs(export, dry_run).await?)
         }
         Request::VpgDelete { vpg, keep_disks, force } => {
             Response::Task(manager.delete_vpg(&vpg, keep_disks, force).await?)

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use common::recovered::reads;
 use common::vra::{Vra, has_qemu_io, qemu_io};
 use common::{Answer, Site, wait_for};
 use serde_json::Value;
@@ -71,50 +72,21 @@ impl Trio {
         answer
     }
 
-    /// Names a checkpoint as soon as there can be one, and waits until it can be opened.
     fn tag(&self, tag: &str) {
-        wait_for(tag, || self.site.zvm(&["checkpoint", "tag", "shop", tag]).code == 0);
-        wait_for(tag, || self.complete().contains(&tag.to_owned()));
+        self.site.tag("shop", tag);
     }
 
-    /// Names of checkpoints that can be opened.
     fn complete(&self) -> Vec<String> {
-        let listed = self.site.json(&["checkpoint", "list", "shop", "--tagged"]);
-        let listed = listed.as_array().expect("a list");
-        let complete = listed.iter().filter(|info| info["complete"] == true);
-        complete.map(|info| info["tag"].as_str().expect("a tag").to_owned()).collect()
+        self.site.complete("shop")
     }
 
-    /// Opens the group at a checkpoint, and gives the disks by their VMs' ids' order in the group with what was found.
     fn tested(&self, at: &str, check: impl Fn(&[(String, String)])) {
-        self.done(&["test", "start", "shop", "--at", at, "--door", "nbd"]);
-        let test = self.site.json(&["test", "show", "shop"]);
-        let mut disks = Vec::new();
-        for view in test["views"].as_array().expect("views") {
-            let vra = view["vra"].as_str().expect("a VRA").to_owned();
-            for disk in view["view"]["disks"].as_array().expect("disks") {
-                let door = &disk["door"];
-                let (export, socket) = (door["export"].as_str(), door["path"].as_str());
-                let uri = format!(
-                    "nbd+unix:///{}?socket={}",
-                    export.unwrap_or_else(|| panic!("{door}")),
-                    socket.unwrap_or_else(|| panic!("{door}"))
-                );
-                disks.push((vra.clone(), uri));
-            }
-        }
-        disks.sort();
-        check(&disks);
-        self.done(&["test", "stop", "shop"]);
+        self.site.tested("shop", at, check);
     }
 
     fn vpgs_at(&self, vra: &Vra) -> usize {
         vra.json(&["status"])["vpgs"].as_array().map_or(0, Vec::len)
     }
-}
-
-fn reads(uri: &str, byte: u8, from: usize, len: usize) {
-    qemu_io(uri, &[&format!("read -P {byte} {from} {len}")]);
 }
 
 /// Journals in a datastore, by their folders' names.

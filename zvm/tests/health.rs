@@ -35,6 +35,22 @@ fn a_test_is_lost_only_while_its_vra_cannot_serve_its_disks() {
 }
 
 #[test]
+fn a_paused_group_says_so_and_nothing_else() {
+    let mut group = Group::new();
+    group.world.desired.vpgs[0].settings.paused = true;
+    group.source_vm(|vm| (vm.mode, vm.connected) = (SourceMode::Paused, false));
+    group.world.now_us += 600 * SECOND_US;
+    let report = group.report();
+    assert_eq!(
+        (report.status, report.substatus),
+        (Status::NotMeetingSla, Substatus::ReplicationPausedUserInitiated)
+    );
+    assert_eq!(report.problems.len(), 1, "{:?}", report.problems);
+    assert!(report.problems[0].remedy.contains("zvm vpg resume"));
+    assert_eq!(group.codes(), ["vpg-paused"]);
+}
+
+#[test]
 fn what_was_there_before_a_vm_joined_stays_what_it_is() {
     let mut group = Group::new();
     let before = group.report();

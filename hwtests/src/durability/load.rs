@@ -205,6 +205,7 @@ impl Load {
             checkpoint_interval_ms: 1000,
             hold_deadline_ms: 100,
             encrypt: false,
+            paused: false,
             notes: None,
             coordinators: Vec::new(),
             vms: vec![vm],

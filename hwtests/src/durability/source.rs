@@ -71,6 +71,7 @@ impl Source {
         let connector =
             Connector { link, target: vm.target.clone(), is_reachable, connection: Arc::clone(&connection) };
         let shipper = Shipper::start(ShipperParts {
+            paused: false,
             sender: Sender::new(identity, start, SenderLimits::STANDARD, 1),
             retained: Box::new(retained),
             doorbell: Arc::clone(&doorbell),

@@ -99,6 +99,8 @@ pub enum Request {
     ApplyVpg(VpgDefinition),
     /// Ends the protection of a VPG here. Answer: [`Response::Done`].
     RemoveVpg(RemoveVpg),
+    /// Begins full syncs; to the source VRA. [`ErrorCode::Busy`] while one runs. Answer: [`Response::Done`].
+    ForceSync(ForceSync),
     /// The definitions that this VRA has a part in. Answer: [`Response::Definitions`].
     ListDefinitions(ListDefinitions),
     /// The checkpoints that this VRA's journals hold. Answer: [`Response::Checkpoints`].
@@ -191,6 +193,16 @@ pub struct RemoveVpg {
     pub vpg: VpgId,
     /// Target: leave journals, recovery disks and manifests in the datastore.
     pub keep_files: bool,
+}
+
+/// Begins full syncs of VMs of a VPG, as after a crash of their source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForceSync {
+    /// Of which VPG.
+    pub vpg: VpgId,
+    /// Of this VM; without, of all that the VRA is source of.
+    #[serde(default)]
+    pub vm: Option<VmId>,
 }
 
 /// Closes a view.

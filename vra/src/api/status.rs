@@ -161,6 +161,8 @@ pub enum SourceMode {
     Overflowed,
     /// The target refused the stream; a human must choose.
     Refused,
+    /// Its group is paused: nothing is sent. What the guest writes is kept as long as there is room.
+    Paused,
     /// A mode of a newer VRA.
     #[serde(other)]
     Other,

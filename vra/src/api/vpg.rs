@@ -63,6 +63,10 @@ pub struct VpgDefinition {
     /// Target: encrypt journals and scratch at rest.
     #[serde(default)]
     pub encrypt: bool,
+    /// Source: nothing is sent, and no checkpoints are made. The disks are served, and what their guests write is kept as long as there is
+    /// room, as when the target is away.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub paused: bool,
     /// What only the manager needs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub notes: Option<VpgNotes>,

@@ -251,6 +251,7 @@ mod tests {
             checkpoint_interval_ms: 5000,
             hold_deadline_ms: 100,
             encrypt: false,
+            paused: false,
             notes: None,
             coordinators: Vec::new(),
             vms: vec![vm],

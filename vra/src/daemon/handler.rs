@@ -25,6 +25,7 @@ impl Handler for Daemon {
             Request::List => Ok(Response::Volumes(self.volume_infos())),
             Request::ApplyVpg(definition) => self.apply_vpg(definition).await.map(Response::Vpg),
             Request::RemoveVpg(remove) => self.remove_vpg(remove).await.map(|()| Response::Done),
+            Request::ForceSync(force) => self.force_sync(force).map(|()| Response::Done),
             Request::TagCheckpoint(tag) => self.tag_checkpoint(tag).await.map(Response::Checkpoint),
             Request::SetGuestAgent(set) => self.set_guest_agent(set).await.map(|()| Response::Done),
             Request::FreezeGuests(freeze) => self.freeze_guests(freeze).await.map(Response::Guests),

@@ -9,6 +9,7 @@ mod checkpoints;
 mod definition;
 mod doors;
 mod error;
+mod force_sync;
 mod group_checkpoints;
 mod guests;
 mod handler;

@@ -13,11 +13,12 @@ use crate::checkpoint::{GroupSettings, Member};
 
 impl Daemon {
     /// Tells who takes the checkpoints of the groups that this VRA is a source of: the checkpointer, if all of a group's VMs are here, else
-    /// the VRAs of their hosts together. A group with a member that isn't protected now gets none (D3).
+    /// the VRAs of their hosts together. A group with a member that isn't protected now gets none (D3), nor does one
+    /// that is paused.
     pub(super) fn follow_groups(&self, state: &State) {
         let sources = lock(&self.sources);
         let (mut here, mut spanning, mut ways) = (Vec::new(), Vec::new(), BTreeMap::new());
-        for vpg in state.vpgs.values() {
+        for vpg in state.vpgs.values().filter(|vpg| !vpg.paused) {
             let of_vpg = vpg.sources();
             let Some(own) = of_vpg.iter().find(|source| source.endpoint.id == self.vra) else { continue };
             let members = members_of(&own.vms, &sources);

@@ -16,7 +16,7 @@ use crate::api::{
     ThawGuests, TimeUs, VmId, VpgDefinition,
 };
 use crate::capture::SourceSnapshot;
-use crate::capture::modes::Mode;
+use crate::capture::modes::{Mode, OverflowReason};
 use crate::checkpoint::{CheckpointRefusal, TakenCheckpoint};
 use crate::guest::LONGEST_FREEZE;
 use crate::ship::Phase;
@@ -79,6 +79,9 @@ impl Daemon {
                     vpg.name
                 ),
             ));
+        }
+        if vpg.paused {
+            return Err(paused(&vpg));
         }
         let is_frozen = self.has_frozen(vpg.id);
         if self.spanning.status(vpg.id).is_some() {
@@ -148,6 +151,7 @@ impl Daemon {
         let definition = source.definition();
         let mode = match (&sender.phase, snapshot.mode) {
             (Phase::Stopped(reason), _) if !reason.needs_new_generation() => SourceMode::Refused,
+            _ if source.is_paused() => SourceMode::Paused,
             (_, Mode::Streaming { .. }) if snapshot.sync_id.is_none() => SourceMode::Streaming,
             (_, Mode::Streaming { .. }) => SourceMode::Syncing,
             (_, Mode::Overflow { .. } | Mode::Lost) => SourceMode::Overflowed,
@@ -176,6 +180,12 @@ impl Daemon {
             local_errors: snapshot.local_errors,
         }
     }
+}
+
+/// Why nothing is done in a group.
+pub(super) fn paused(vpg: &VpgDefinition) -> ApiError {
+    ApiError::new(ErrorCode::NotReady, format!("VPG \"{}\" is paused", vpg.name))
+        .remedy(format!("`zvm vpg resume {}` lets it go on", vpg.name))
 }
 
 /// A VM that isn't protected because volumes are missing.
@@ -227,6 +237,9 @@ fn source_finding(source: &LiveSource, found: &mut Vec<Finding>) {
         });
     };
     match snapshot.mode {
+        // It goes on when somebody wants it to.
+        Mode::Overflow { .. } | Mode::Streaming { .. } if source.is_paused() => {}
+        Mode::Overflow { reason: OverflowReason::Requested, .. } => {}
         Mode::Overflow { reason, .. } => add(
             "overflow",
             Severity::Critical,
@@ -255,6 +268,7 @@ fn source_finding(source: &LiveSource, found: &mut Vec<Finding>) {
             "decide which side is right; a new journal (another journal id in the definition) starts afresh",
         ),
         (Phase::Streaming, _) => {}
+        _ if source.is_paused() => {}
         (_, notes) => {
             let refused = notes.refused.as_ref().map(|refuse| format!("the target refuses: {}", refuse.text));
             if let Some(reason) = refused.or_else(|| notes.disconnected.clone()) {

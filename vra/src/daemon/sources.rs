@@ -14,7 +14,8 @@ use super::vpgs::missing_volumes;
 use super::{Daemon, lock};
 use crate::api::status::SyncProgress;
 use crate::api::vpg::{VmDefinition, VraEndpoint};
-use crate::api::{ApiError, ErrorCode, GenerationId, TimeUs, VmId, VpgId};
+use crate::api::{ApiError, ErrorCode, GenerationId, TimeUs, VmId, VpgDefinition, VpgId};
+use crate::capture::modes::OverflowReason;
 use crate::capture::{
     CaptureLimits, FileSequenceStore, ProtectedDisk, RetainedEntries, SourceAction, SourceAlert, SourceVm,
 };
@@ -42,6 +43,8 @@ pub(super) struct LiveSource {
     notes: Arc<Mutex<Notes>>,
     /// The VM is no longer a source: set before its capture is ended.
     left: AtomicBool,
+    /// Its group is.
+    paused: AtomicBool,
 }
 
 /// What happened last, for status and alerts.
@@ -74,6 +77,19 @@ impl LiveSource {
         Member { vm: self.definition.id, core, freeze }
     }
 
+    /// Whether its group is paused.
+    pub(super) fn is_paused(&self) -> bool {
+        self.paused.load(Ordering::Acquire)
+    }
+
+    fn set_paused(&self, paused: bool) {
+        if self.paused.swap(paused, Ordering::AcqRel) != paused {
+            let what = if paused { "replication is paused" } else { "replication goes on" };
+            tracing::info!(vm = %self.definition.id, name = self.definition.name, "{what}");
+        }
+        self.shipper.set_paused(paused);
+    }
+
     pub(super) fn sender(&self) -> SenderStatus {
         self.shipper.status()
     }
@@ -97,11 +113,12 @@ impl LiveSource {
 impl Daemon {
     /// Starts and stops source VMs so that those run whose volumes are all served. Must be called inside tokio.
     pub(super) fn follow_sources(&self, state: &State) -> Result<(), ApiError> {
-        let mut wanted: BTreeMap<VmId, (VpgId, &VmDefinition, Vec<Arc<ProtectedDisk>>)> = BTreeMap::new();
+        let mut wanted: BTreeMap<VmId, (&VpgDefinition, &VmDefinition, Vec<Arc<ProtectedDisk>>)> =
+            BTreeMap::new();
         for vpg in state.vpgs.values() {
             for vm in vpg.vms.iter().filter(|vm| vm.source.id == self.vra) {
                 if let Some(disks) = self.disks_of(state, vm) {
-                    wanted.insert(vm.id, (vpg.id, vm, disks));
+                    wanted.insert(vm.id, (vpg, vm, disks));
                 }
             }
         }
@@ -111,7 +128,7 @@ impl Daemon {
             .filter(|(id, live)| {
                 wanted
                     .get(*id)
-                    .is_none_or(|(vpg, vm, _)| *vpg != live.vpg || !is_same_stream(vm, &live.definition))
+                    .is_none_or(|(vpg, vm, _)| vpg.id != live.vpg || !is_same_stream(vm, &live.definition))
             })
             .map(|(id, _)| *id)
             .collect();
@@ -123,7 +140,8 @@ impl Daemon {
         }
         let mut failed = None;
         for (id, (vpg, vm, disks)) in wanted {
-            if sources.contains_key(&id) {
+            if let Some(live) = sources.get(&id) {
+                live.set_paused(vpg.paused);
                 continue;
             }
             match self.start_source(vpg, vm, disks) {
@@ -163,7 +181,7 @@ impl Daemon {
 
     fn start_source(
         &self,
-        vpg: VpgId,
+        vpg: &VpgDefinition,
         definition: &VmDefinition,
         disks: Vec<Arc<ProtectedDisk>>,
     ) -> Result<LiveSource, ApiError> {
@@ -184,7 +202,7 @@ impl Daemon {
         vm.set_doorbell(doorbell.clone());
         let identity = StreamIdentity {
             vm: definition.id,
-            vpg,
+            vpg: vpg.id,
             journal: definition.journal,
             volumes: definition.volumes.iter().map(shape_of).collect(),
         };
@@ -194,6 +212,7 @@ impl Daemon {
             sender,
             retained: Box::new(RetainedEntries(Arc::clone(&vm))),
             doorbell,
+            paused: vpg.paused,
             connector: Connector { link: Arc::clone(&self.link), target: definition.target.clone() },
             on_event: {
                 let (vm, notes, name) = (Arc::clone(&vm), Arc::clone(&notes), definition.name.clone());
@@ -201,7 +220,7 @@ impl Daemon {
             },
         });
         Ok(LiveSource {
-            vpg,
+            vpg: vpg.id,
             definition: definition.clone(),
             vm,
             freeze: self
@@ -211,6 +230,7 @@ impl Daemon {
             sync: Mutex::default(),
             notes,
             left: AtomicBool::new(false),
+            paused: AtomicBool::new(vpg.paused),
         })
     }
 
@@ -229,6 +249,17 @@ impl LiveSource {
     fn leave(&self) {
         self.left.store(true, Ordering::Release);
         self.vm.unprotect();
+    }
+
+    /// Whether somebody has asked for what makes this happen.
+    fn is_expected(&self, alert: &SourceAlert) -> bool {
+        match alert {
+            SourceAlert::Overflow { reason: OverflowReason::Requested, .. } => true,
+            SourceAlert::Overflow {
+                reason: OverflowReason::RingFull | OverflowReason::MemoryFull, ..
+            } => self.is_paused(),
+            _ => false,
+        }
     }
 
     async fn act(&self, action: SourceAction) {
@@ -261,6 +292,8 @@ impl LiveSource {
                 if alert == SourceAlert::FullSync {
                     tracing::info!(vm = self.definition.name, "{alert}");
                     lock(&self.notes).alert = None;
+                } else if self.is_expected(&alert) {
+                    tracing::info!(vm = self.definition.name, "{alert}");
                 } else {
                     tracing::warn!(vm = self.definition.name, "{alert}");
                     lock(&self.notes).alert = Some(alert);

@@ -70,6 +70,7 @@ pub(super) fn definition(datastore: &std::path::Path, volumes: u16) -> VpgDefini
         checkpoint_interval_ms: 1000,
         hold_deadline_ms: 100,
         encrypt: false,
+        paused: false,
         notes: None,
         coordinators: Vec::new(),
         vms: vec![VmDefinition {
@@ -248,6 +249,7 @@ impl Source {
         endpoint.set_default_client_config(config);
         let (sender, events) = tokio::sync::mpsc::unbounded_channel();
         let shipper = Shipper::start(ShipperParts {
+            paused: false,
             sender: Sender::new(
                 identity,
                 start,

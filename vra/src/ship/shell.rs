@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use quinn::{RecvStream, SendStream, VarInt};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use super::{Doorbell, GenerationStart, Output, Retained, Sender, SenderEvent, SenderStatus};
 use crate::clock::Clock;
@@ -39,6 +39,8 @@ pub struct ShipperParts<C> {
     pub doorbell: Arc<Doorbell>,
     /// Makes streams.
     pub connector: C,
+    /// It begins paused; see [`Shipper::set_paused`].
+    pub paused: bool,
     /// Told each event, on the shipper's task: it must not block.
     pub on_event: Box<dyn FnMut(SenderEvent) + Send>,
 }
@@ -47,6 +49,7 @@ pub struct ShipperParts<C> {
 #[derive(Debug)]
 pub struct Shipper {
     commands: mpsc::Sender<Command>,
+    paused: watch::Sender<bool>,
     status: Arc<Mutex<SenderStatus>>,
     task: tokio::task::JoinHandle<()>,
 }
@@ -55,6 +58,7 @@ impl Shipper {
     /// Starts the task on the current tokio runtime.
     pub fn start<C: DataConnector>(parts: ShipperParts<C>) -> Self {
         let (commands, receiver) = mpsc::channel(COMMAND_QUEUE);
+        let (paused, is_paused) = watch::channel(parts.paused);
         let status = Arc::new(Mutex::new(parts.sender.status()));
         let shell = Shell {
             sender: parts.sender,
@@ -64,11 +68,12 @@ impl Shipper {
             on_event: parts.on_event,
             clock: Clock::start(),
             commands: receiver,
+            paused: is_paused,
             status: status.clone(),
             link: None,
             dialing: None,
         };
-        Self { commands, status, task: tokio::spawn(shell.run()) }
+        Self { commands, paused, status, task: tokio::spawn(shell.run()) }
     }
 
     /// The sender's state, as of its last step.
@@ -80,6 +85,11 @@ impl Shipper {
     pub async fn begin_generation(&self, start: GenerationStart, retained: Box<dyn Retained + Send>) {
         // The task ends only with this handle, so the command always has a reader.
         let _ = self.commands.send(Command::BeginGeneration(start, retained)).await;
+    }
+
+    /// Ends the stream and makes no other one, or goes on at once where it was. What is retained stays retained meanwhile.
+    pub fn set_paused(&self, paused: bool) {
+        self.paused.send_if_modified(|current| std::mem::replace(current, paused) != paused);
     }
 
     /// Tries again now; see [`Sender::resume`].
@@ -99,6 +109,9 @@ enum Command {
     Resume,
 }
 
+/// Why there is no stream while the shipper is paused.
+const PAUSED: &str = "replication is paused";
+
 /// Commands that may wait for the task.
 const COMMAND_QUEUE: usize = 8;
 
@@ -116,6 +129,7 @@ struct Shell<C> {
     on_event: Box<dyn FnMut(SenderEvent) + Send>,
     clock: Clock,
     commands: mpsc::Receiver<Command>,
+    paused: watch::Receiver<bool>,
     status: Arc<Mutex<SenderStatus>>,
     link: Option<Link>,
     dialing: Option<Dialing>,
@@ -134,6 +148,7 @@ enum Woken {
     Dialed(Result<(SendStream, RecvStream), ConnectError>),
     Link(Result<Option<Frame>, String>),
     Command(Option<Command>),
+    Paused(bool),
     Time,
     Bell,
 }
@@ -149,6 +164,8 @@ impl<C: DataConnector> Shell<C> {
                 dialed = dialed(&mut self.dialing) => Woken::Dialed(dialed),
                 progress = progress(&mut self.link) => Woken::Link(progress),
                 command = self.commands.recv() => Woken::Command(command),
+                // An error is the end of the handle, as no command is.
+                Ok(()) = self.paused.changed() => Woken::Paused(*self.paused.borrow_and_update()),
                 () = sleep_until(deadline) => Woken::Time,
                 () = self.doorbell.rung(), if wake.on_publish => Woken::Bell,
             };
@@ -179,7 +196,15 @@ impl<C: DataConnector> Shell<C> {
                     self.retained = retained;
                     self.sender.begin_generation(start, now);
                 }
-                Woken::Command(Some(Command::Resume)) => self.sender.resume(now),
+                Woken::Command(Some(Command::Resume)) | Woken::Paused(false) => self.sender.resume(now),
+                Woken::Paused(true) => {
+                    let was_dialing = self.dialing.is_some();
+                    self.hang_up();
+                    match was_dialing {
+                        true => self.sender.dial_failed(now, PAUSED),
+                        false => self.sender.stream_lost(now, PAUSED),
+                    }
+                }
                 Woken::Command(None) => return,
                 Woken::Link(Ok(None)) | Woken::Time | Woken::Bell => {}
             }
@@ -192,6 +217,9 @@ impl<C: DataConnector> Shell<C> {
         loop {
             let may_send = self.link.as_ref().is_some_and(|link| link.queued_bytes < QUEUED_BYTES_MAX);
             match self.sender.poll(self.clock.now(), &mut *self.retained, may_send) {
+                Some(Output::Dial) if *self.paused.borrow() => {
+                    self.sender.dial_failed(self.clock.now(), PAUSED);
+                }
                 Some(Output::Dial) => {
                     let connector = self.connector.clone();
                     self.dialing = Some(Box::pin(async move { connector.open().await }));

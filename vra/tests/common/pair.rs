@@ -50,6 +50,7 @@ pub fn definition(source: &Vra, target: &Vra, volumes: &[VolumeInfo]) -> VpgDefi
         checkpoint_interval_ms: 1000,
         hold_deadline_ms: 500,
         encrypt: false,
+        paused: false,
         notes: None,
         coordinators: Vec::new(),
         vms: vec![vm],

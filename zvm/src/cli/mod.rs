@@ -7,6 +7,7 @@ mod ask;
 mod shape;
 mod show;
 mod table;
+mod transfer;
 mod vpg;
 
 use std::io::IsTerminal;
@@ -117,6 +118,8 @@ enum Failure {
     TaskFailed(String),
     #[error("still under way: {0}; `zvm task list` shows when it is done")]
     StillUnderWay(String),
+    #[error("{refused} of {all} groups were refused")]
+    NotImported { refused: usize, all: usize },
     #[error("not every group meets its SLA")]
     SlaMissed,
     #[error("cannot write the output")]

@@ -8,7 +8,8 @@ use vra::api::{CheckpointInfo, TimeUs};
 
 use super::table::Table;
 use crate::api::{
-    InventoryState, NewToken, Response, SiteKeyList, Status, TestShown, VpgDetails, VraDetails, VraState,
+    ImportOutcome, ImportedVpg, InventoryState, NewToken, Response, SiteKeyList, Status, TestShown,
+    VpgDetails, VraDetails, VraState,
 };
 use crate::model::alert::Alert;
 use crate::model::event::Event;
@@ -29,6 +30,9 @@ pub(super) fn response(response: &Response, json: bool) -> io::Result<()> {
         Response::Checkpoint(checkpoint) => {
             out(checkpoint, json, |checkpoint| checkpoints_table(std::slice::from_ref(checkpoint)))
         }
+        // What a table would leave out is what it is for.
+        Response::Export(export) => out(export, true, |_| String::new()),
+        Response::Imported(imported) => out(imported, json, |imported| imported_table(imported)),
         Response::Test(test) => out(test, json, test_text),
         Response::Task(task) => out(task, json, |task| tasks_table(std::slice::from_ref(task))),
         Response::Tasks(tasks) => out(tasks, json, |tasks| tasks_table(tasks)),
@@ -54,6 +58,22 @@ fn out<T: Serialize>(value: &T, json: bool, text: impl Fn(&T) -> String) -> io::
     let mut stdout = io::stdout().lock();
     stdout.write_all(text.as_bytes())?;
     stdout.flush()
+}
+
+fn imported_table(imported: &[ImportedVpg]) -> String {
+    let mut table = Table::new(["VPG", "VMS", "OUTCOME"]);
+    for vpg in imported {
+        let outcome = match &vpg.outcome {
+            ImportOutcome::WouldBeCreated => "would be created".to_owned(),
+            ImportOutcome::Created(task) => format!("created, task {task}"),
+            ImportOutcome::Refused(error) => match &error.remedy {
+                Some(remedy) => format!("refused: {}; {remedy}", error.message),
+                None => format!("refused: {}", error.message),
+            },
+        };
+        table.row([vpg.name.clone(), vpg.vms.to_string(), outcome]);
+    }
+    table.render()
 }
 
 fn site_keys_text(list: &SiteKeyList) -> String {

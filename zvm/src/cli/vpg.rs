@@ -7,6 +7,7 @@ use clap::{Args, Subcommand};
 use vra::api::vpg::JournalSize;
 
 use super::ask::{Ask, Wait};
+use super::transfer::Import;
 use super::{Failure, VpgFile, show};
 use crate::api::{Client, Request, Response, VmSpec, VpgEdit};
 use crate::units::{parse_bytes, parse_duration, parse_journal_size};
@@ -33,6 +34,32 @@ pub(super) enum VpgCommand {
         #[command(flatten)]
         wait: Wait,
     },
+    /// Pause a group's replication: its disks are served, nothing is sent.
+    Pause {
+        /// Its name or id.
+        vpg: String,
+    },
+    /// Let a paused group's replication go on.
+    Resume {
+        /// Its name or id.
+        vpg: String,
+    },
+    /// Read the disks of a group's VMs as a whole again, as after a crash of their source.
+    ForceSync {
+        /// Its name or id.
+        vpg: String,
+        /// Only those of this VM, by name or UUID.
+        #[arg(long)]
+        vm: Option<String>,
+    },
+    /// Write definitions of groups to standard output, for `import`.
+    Export {
+        /// Names or ids of groups; without any, all.
+        #[arg(value_name = "VPG")]
+        vpgs: Vec<String>,
+    },
+    /// Create the groups of a file that `export` wrote. Those that can't be are refused, each with the reason.
+    Import(Import),
     /// One group with its VMs.
     Show {
         /// Its name or id.
@@ -163,6 +190,11 @@ impl Ask<'_> {
                 };
                 self.print(Request::VpgEdit { vpg: edit.vpg, edit: changes }).await
             }
+            VpgCommand::Pause { vpg } => self.print(Request::VpgPause { vpg, paused: true }).await,
+            VpgCommand::Resume { vpg } => self.print(Request::VpgPause { vpg, paused: false }).await,
+            VpgCommand::ForceSync { vpg, vm } => self.print(Request::VpgForceSync { vpg, vm }).await,
+            VpgCommand::Export { vpgs } => self.export(vpgs).await,
+            VpgCommand::Import(import) => self.import(import).await,
             VpgCommand::Show { vpg } => self.print(Request::VpgShow { vpg }).await,
             VpgCommand::List => {
                 let mut client = Client::connect(&self.config.socket).await?;

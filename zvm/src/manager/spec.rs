@@ -142,6 +142,7 @@ impl Resolved<'_> {
                 rpo_target_s: spec.rpo_target_s,
                 give_up_history: spec.give_up_history,
                 encrypt: spec.encrypt,
+                paused: false,
                 vms,
                 former: Vec::new(),
             },
@@ -342,6 +343,20 @@ pub fn edited(vpg: &Vpg, edit: &VpgEdit) -> Result<VpgSettings, ApiError> {
         check_journal(&member.name, size, Some(&member.volumes))?;
     }
     Ok(settings)
+}
+
+/// The VM of a group with this name or id.
+pub(super) fn find_member<'a>(vpg: &'a Vpg, name: &str) -> Result<&'a Member, ApiError> {
+    let mut found = vpg.settings.vms.iter().filter(|member| is_named(member, name));
+    let Some(member) = found.next() else {
+        let message = format!("VPG {:?} has no VM {name:?}", vpg.name);
+        return Err(ApiError::new(ErrorCode::NotFound, message).remedy("`zvm vpg show` lists its VMs"));
+    };
+    match found.next() {
+        None => Ok(member),
+        Some(_) => Err(bad(format!("VPG {:?} has several VMs {name:?}", vpg.name))
+            .remedy("name it by its id, `zvm vpg show --json` tells them")),
+    }
 }
 
 fn is_named(member: &Member, name: &str) -> bool {

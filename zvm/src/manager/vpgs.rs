@@ -7,18 +7,15 @@ use crate::api::{VpgDetails, VpgEdit, VpgSpec};
 use crate::health;
 use crate::model::event::{Entity, EventKind};
 use crate::model::task::{Task, TaskKind};
-use crate::model::vpg::{Removal, VpgState};
+use crate::model::vpg::{Removal, Vpg, VpgSettings, VpgState};
+use crate::reconcile::Desired;
 use crate::store::{self, StoreError};
 
 impl Manager {
     /// Defines a group; the engine takes it to its VRAs.
     pub async fn create_vpg(&self, spec: VpgSpec) -> Result<Task, ApiError> {
         let desired = self.desired().await.map_err(internal)?;
-        let inventory = self.inventory().inventory;
-        let context = spec::Context { inventory: &inventory, vras: &desired.vras, vpgs: &desired.vpgs };
-        let resolved = spec::resolve(&spec, &context)?;
-        let served = self.served_by(resolved.sources()).await?;
-        let vpg = resolved.into_vpg(&served, self.now_us())?;
+        let vpg = self.prepare_vpg(&spec, &desired).await?;
         let task = self.new_task(TaskKind::CreateProtectionGroup, &vpg.name, Some(vpg.id), "defined");
         let save = async {
             let mut tx = self.store.begin().await?;
@@ -41,6 +38,15 @@ impl Manager {
         Ok(task)
     }
 
+    /// A group as it would be created now.
+    pub(super) async fn prepare_vpg(&self, spec: &VpgSpec, desired: &Desired) -> Result<Vpg, ApiError> {
+        let inventory = self.inventory().inventory;
+        let context = spec::Context { inventory: &inventory, vras: &desired.vras, vpgs: &desired.vpgs };
+        let resolved = spec::resolve(spec, &context)?;
+        let served = self.served_by(resolved.sources()).await?;
+        resolved.into_vpg(&served, self.now_us())
+    }
+
     /// Changes a group's settings; the engine takes them to its VRAs.
     pub async fn edit_vpg(&self, name: &str, edit: &VpgEdit) -> Result<VpgDetails, ApiError> {
         let vpg = self.find_vpg(name).await?;
@@ -48,26 +54,38 @@ impl Manager {
             return Err(ApiError::new(ErrorCode::Conflict, format!("VPG {name} is being deleted")));
         }
         let settings = spec::edited(&vpg, edit)?;
-        if settings != vpg.settings {
-            let save = async {
-                let mut tx = self.store.begin().await?;
-                let is_saved = store::vpgs::set_settings(&mut tx, vpg.id, vpg.revision, &settings).await?;
-                if is_saved {
-                    let description = format!("VPG {} was changed", vpg.name);
-                    let kind = EventKind::EditProtectionGroup;
-                    self.note(&mut tx, kind, true, Entity::vpg(vpg.id), description, None).await?;
-                    tx.commit().await?;
-                }
-                Ok::<_, StoreError>(is_saved)
-            };
-            if !save.await.map_err(internal)? {
-                let message = format!("VPG {name} was changed by somebody else meanwhile");
-                return Err(ApiError::new(ErrorCode::Conflict, message).remedy("look at it, and try again"));
-            }
-            tracing::info!(vpg = %vpg.id, name = vpg.name, "a VPG was changed");
-            self.wake.notify_one();
-        }
+        let description = format!("VPG {} was changed", vpg.name);
+        self.save_settings(&vpg, &settings, EventKind::EditProtectionGroup, description).await?;
         self.show_vpg(name).await
+    }
+
+    /// Notes other settings of a group, if they are others.
+    pub(super) async fn save_settings(
+        &self,
+        vpg: &Vpg,
+        settings: &VpgSettings,
+        kind: EventKind,
+        description: String,
+    ) -> Result<(), ApiError> {
+        if *settings == vpg.settings {
+            return Ok(());
+        }
+        let save = async {
+            let mut tx = self.store.begin().await?;
+            let is_saved = store::vpgs::set_settings(&mut tx, vpg.id, vpg.revision, settings).await?;
+            if is_saved {
+                self.note(&mut tx, kind, true, Entity::vpg(vpg.id), description.clone(), None).await?;
+                tx.commit().await?;
+            }
+            Ok::<_, StoreError>(is_saved)
+        };
+        if !save.await.map_err(internal)? {
+            let message = format!("VPG {} was changed by somebody else meanwhile", vpg.name);
+            return Err(ApiError::new(ErrorCode::Conflict, message).remedy("look at it, and try again"));
+        }
+        tracing::info!(vpg = %vpg.id, name = vpg.name, "{description}");
+        self.wake.notify_one();
+        Ok(())
     }
 
     /// A group, wanted and as it is.

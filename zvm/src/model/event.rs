@@ -55,6 +55,12 @@ named! {
         CreateProtectionGroup = "CreateProtectionGroup",
         /// A group's settings were changed.
         EditProtectionGroup = "EditProtectionGroup",
+        /// A group's replication was paused.
+        PauseProtectionGroup = "PauseProtectionGroup",
+        /// A group's replication goes on.
+        ResumeProtectionGroup = "ResumeProtectionGroup",
+        /// Full syncs were begun.
+        InitFullSync = "InitFullSync",
         /// VMs were added to a group.
         ProtectVm = "ProtectVM",
         /// VMs were taken out of a group.

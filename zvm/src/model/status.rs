@@ -125,6 +125,8 @@ named! {
         Deleting = "Deleting",
         /// Source and target, or the manager and one of them, do not reach each other.
         DisconnectedFromPeer = "DisconnectedFromPeer",
+        /// A user has paused it.
+        ReplicationPausedUserInitiated = "ReplicationPausedUserInitiated",
         /// The journal is full.
         ReplicationPausedSystemInitiated = "ReplicationPausedSystemInitiated",
         /// Journal or recovery disks could not be written.

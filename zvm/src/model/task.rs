@@ -40,6 +40,8 @@ named! {
         AddVm = "AddVMToProtectionGroup",
         /// VMs are taken out of a group.
         RemoveVm = "RemoveVMFromProtectionGroup",
+        /// Full syncs are begun.
+        InitFullSync = "InitFullSync",
         /// A group's disks are opened for a test.
         FailOverTest = "FailOverTest",
         /// A test is ended.

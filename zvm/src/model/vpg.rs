@@ -53,6 +53,9 @@ pub struct VpgSettings {
     /// Encrypt journals and scratch at rest.
     #[serde(default)]
     pub encrypt: bool,
+    /// Replication is paused.
+    #[serde(default)]
+    pub paused: bool,
     /// The VMs.
     pub vms: Vec<Member>,
     /// VMs that were taken out, until all VRAs have heard of it.
@@ -235,6 +238,7 @@ impl Vpg {
             checkpoint_interval_ms: settings.checkpoint_interval_ms,
             hold_deadline_ms: settings.hold_deadline_ms,
             encrypt: settings.encrypt,
+            paused: settings.paused,
             notes: Some(VpgNotes {
                 description: settings.description.clone(),
                 priority: settings.priority.to_string(),

@@ -210,6 +210,7 @@ fn vpg_of(newest: &VpgDefinition, applied_revision: u64, now_us: TimeUs) -> Opti
             rpo_target_s: notes.rpo_target_s.unwrap_or_else(defaults::rpo_target_s),
             give_up_history: first.give_up_history,
             encrypt: newest.encrypt,
+            paused: newest.paused,
             vms: vms.collect(),
             former: newest.former.clone(),
         },

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
 pub(crate) mod pair;
+pub(crate) mod recovered;
 pub(crate) mod vra;
 
 use std::fs::File;

@@ -14,6 +14,8 @@ pub(crate) struct Pair {
     pub(crate) a: Vra,
     pub(crate) b: Vra,
     pub(crate) site: Site,
+    /// Where the guest's disks are.
+    pub(crate) disks: [String; 2],
 }
 
 impl Pair {
@@ -26,8 +28,8 @@ impl Pair {
             vras.as_array().expect("list").iter().filter(|vra| vra["reachable"] == true).count() == 2
         });
         let vm = Uuid::new_v4().to_string();
-        a.attach("db", &vm, "vda.img", 0x11, 8 * MIB);
-        a.attach("db", &vm, "vdb.img", 0x22, 4 * MIB);
+        let disks = [("vda.img", 0x11, 8 * MIB), ("vdb.img", 0x22, 4 * MIB)]
+            .map(|(file, byte, bytes)| a.attach("db", &vm, file, byte, bytes));
         site.write_inventory(&format!(
             "[[site]]\nname = \"s\"\n\
              [[host]]\nname = \"kvm-a\"\nsite = \"s\"\nvra = \"vra-a\"\n\
@@ -40,7 +42,7 @@ impl Pair {
             b = b.dir.display()
         ));
         wait_for("the inventory", || site.json(&["inventory"])["inventory"]["vms"][0]["name"] == "db");
-        Self { a, b, site }
+        Self { a, b, site, disks }
     }
 
     /// The same with a group that is defined everywhere.

@@ -71,6 +71,7 @@ impl World {
                 rpo_target_s: 10,
                 give_up_history: true,
                 encrypt: false,
+                paused: false,
                 vms: Vec::new(),
                 former: Vec::new(),
             },

@@ -81,6 +81,7 @@ impl Replication {
         let progress =
             Arc::new(Progress { durable_through: AtomicU64::new(0), guest: std::thread::current() });
         let parts = ShipperParts {
+            paused: false,
             sender: Sender::new(identity, vm.generation(), SenderLimits::STANDARD, rand::random()),
             retained: Box::new(Watched { entries: RetainedEntries(vm.clone()), progress: progress.clone() }),
             doorbell,
@@ -276,6 +277,7 @@ fn definition(folder: &Path, source: VraId, target: VraEndpoint) -> VpgDefinitio
         checkpoint_interval_ms: 1000,
         hold_deadline_ms: 100,
         encrypt: false,
+        paused: false,
         notes: None,
         coordinators: Vec::new(),
         vms: vec![vm],

@@ -6,9 +6,9 @@ use vra::api::volume::VolumeInfo;
 use vra::api::vpg::MAX_VMS_PER_VPG;
 use vra::api::{ApiError, ErrorCode, FormerVm, MAX_FORMER_VMS, MemberSince, VraId};
 
-use super::{Context, Place, bad, check_sources, described, is_named, member, place, sources_of, twice};
+use super::{Context, Place, bad, check_sources, described, find_member, member, place, sources_of, twice};
 use crate::api::VmSpec;
-use crate::model::vpg::{Member, Vpg, VpgSettings};
+use crate::model::vpg::{Vpg, VpgSettings};
 use crate::model::vra::Vra;
 
 /// VMs whose names have been looked up, still without their disks.
@@ -58,17 +58,7 @@ pub fn without(vpg: &Vpg, vms: &[String], keep_files: bool) -> Result<VpgSetting
     let mut settings = with_next_member_set(vpg)?;
     let mut leaving = BTreeSet::new();
     for name in vms {
-        let is_meant = |member: &&Member| is_named(member, name);
-        let mut found = vpg.settings.vms.iter().filter(is_meant);
-        let Some(member) = found.next() else {
-            let message = format!("VPG {:?} has no VM {name:?}", vpg.name);
-            return Err(ApiError::new(ErrorCode::NotFound, message).remedy("`zvm vpg show` lists its VMs"));
-        };
-        if found.next().is_some() {
-            return Err(bad(format!("VPG {:?} has several VMs {name:?}", vpg.name))
-                .remedy("name it by its id, `zvm vpg show --json` tells them"));
-        }
-        leaving.insert(member.vm);
+        leaving.insert(find_member(vpg, name)?.vm);
     }
     settings.vms.retain(|member| !leaving.contains(&member.vm));
     if leaving.is_empty() || settings.vms.is_empty() {
