@@ -354,6 +354,10 @@ fn carry<S: Storage>(
     let bytes = io.read(slot_offset_bytes(segment.header.slot, slot_len_bytes), scan.end_bytes as usize)?;
     let batches = bytes.into_bytes().slice(PAGE_BYTES..);
     let offset_bytes = slot_offset_bytes(slot, slot_len_bytes);
+    // The planted bug: what is half-made has its header.
+    if planted(Bug::HalfCarriedSegmentTaken) {
+        io.write(offset_bytes, header.encode().to_vec())?;
+    }
     if !batches.is_empty() {
         io.write(offset_bytes + PAGE_BYTES as u64, batches)?;
         io.sync()?;
