@@ -369,9 +369,13 @@ impl Reconciler {
     fn plan_leftovers(&self, desired: &Desired, observed: &Observed, plan: &mut Plan) {
         for left in &desired.leftovers {
             let Leftover { vpg, vra, keep_files } = *left;
+            // A status may tell of what is under way before its answer does.
+            let is_under_way = [Subject::Apply(vpg), Subject::Remove(vpg)]
+                .iter()
+                .any(|subject| self.in_flight.contains(&(vra, *subject)));
             if self.removed.contains(&(vra, vpg)) {
                 plan.transitions.push(Transition::LeftoverGone { vpg, vra });
-            } else if !self.in_flight.contains(&(vra, Subject::Apply(vpg))) {
+            } else if !is_under_way {
                 let last_words = self.last_words(left, desired, observed);
                 let kind = last_words.unwrap_or(ActionKind::RemoveVpg { vpg, keep_files });
                 plan.actions.push(Action { vra, kind });

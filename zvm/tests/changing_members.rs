@@ -172,9 +172,15 @@ fn vms_join_and_leave_a_group_while_guests_write() {
     let again = site.zvm(&["vpg", "add-vm", "shop", "web"]);
     assert!(again.code == 4 && again.stderr.contains("is in VPG \"shop\" already"), "{again:?}");
 
-    // It leaves: its target has no part in the group any more, and what the others have stays.
+    // It leaves: its target has no part in the group any more, and what the others have stays. While somebody looks at its disks, it waits.
     assert_eq!(journals(&c_datastore).len(), 1);
-    trio.done(&["vpg", "remove-vm", "shop", "web"]);
+    let view = trio.c.json(&["view", "open", "--vpg", "shop", "--door", "nbd", "--read-only"]);
+    let view = view["view"].as_str().expect("a view").to_owned();
+    let removed = site.zvm(&["vpg", "remove-vm", "shop", "web"]);
+    wait_for("the refusal", || site.zvm(&["alert", "list"]).stdout.contains("views of it are open"));
+    assert!(removed.code == 0 || removed.stderr.contains("views of it are open"), "{removed:?}");
+    assert_eq!(journals(&c_datastore).len(), 1);
+    assert_eq!(trio.c.run(&["view", "close", &view]).code, 0);
     wait_for("the target to let go", || trio.vpgs_at(&trio.c) == 0 && journals(&c_datastore).is_empty());
     assert_eq!(trio.complete(), ["together", "alone"]);
     qemu_io(web, &[&format!("write -P 0x55 0 {MIB}"), &format!("read -P 0x55 0 {MIB}")]);
@@ -213,7 +219,9 @@ fn vms_join_and_leave_a_group_while_guests_write() {
         site.json(&["task", "list", "--limit", "1000"]).as_array().expect("a list").clone();
     let done =
         |kind: &str| tasks.iter().filter(|task| task["kind"] == kind && task["state"] == "Completed").count();
-    assert_eq!((done("AddVMToProtectionGroup"), done("RemoveVMFromProtectionGroup")), (4, 4));
+    // The one that was refused for a while counts as that, if the refusal came before all members had heard.
+    let removals = done("RemoveVMFromProtectionGroup");
+    assert_eq!((done("AddVMToProtectionGroup"), (3..=4).contains(&removals)), (4, true), "{removals}");
 }
 
 #[test]

@@ -101,6 +101,29 @@ fn a_vra_whose_last_vm_left_hears_which_files_go_and_then_lets_go_of_the_group()
 }
 
 #[test]
+fn a_status_that_overtakes_the_answer_is_no_reason_to_begin_anew() {
+    let (mut world, vpg, [_, _, left]) = two_targets();
+    for vra in world.desired.vras.keys().copied().collect::<Vec<_>>() {
+        world.truth.get_mut(&vra).unwrap().insert(vpg, 1);
+    }
+    let leaving = last_member(&world);
+    change(&mut world, false, Some(leaving.vm), None);
+    round(&mut world);
+    world.now_us += 1;
+    world.look_at(left);
+    let plan = world.plan();
+    assert_eq!(removes(&plan), [left]);
+    // It has let go, and says so when it is asked for its status, but the answer to the request is still on its way.
+    plan.actions.iter().for_each(|action| world.land(action));
+    world.now_us += 1;
+    world.look_at(left);
+    assert!(!applies(&world.plan()).contains(&left), "it would have the group again");
+    world.finish_all(&plan, ActionOutcome::Done);
+    assert!(world.plan().transitions.contains(&Transition::LeftoverGone { vpg, vra: left }));
+    assert!(world.truth[&left].is_empty());
+}
+
+#[test]
 fn one_that_cant_be_reached_holds_nobody_up_and_is_told_when_it_comes_back() {
     let (mut world, vpg, [source, stays, left]) = two_targets();
     for vra in [source, stays, left] {

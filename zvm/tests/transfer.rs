@@ -60,18 +60,19 @@ fn a_group_is_exported_and_comes_back_as_it_was() {
         std::fs::write(&file, export.to_string()).expect("the file");
         pair.site.zvm(&["--json", "vpg", "import", &path, "--dry-run"])
     };
-    let wrong: [(&str, &dyn Fn(&mut Value)); 4] = [
-        ("no VRA is enrolled as \"vra-z\"", &|export| export["vpgs"][0]["target"] = json!("vra-z")),
-        ("no datastore \"ds9\"", &|export| export["vpgs"][0]["datastore"] = json!("ds9")),
-        ("\"gone\"", &|export| export["vpgs"][0]["vms"][0]["vm"] = json!("gone")),
-        ("is in VPG \"shop\" already", &|export| {
+    type Change = fn(&mut Value);
+    let wrong: [(&str, Change); 4] = [
+        ("no VRA is enrolled as \"vra-z\"", |export| export["vpgs"][0]["target"] = json!("vra-z")),
+        ("no datastore \"ds9\"", |export| export["vpgs"][0]["datastore"] = json!("ds9")),
+        ("\"gone\"", |export| export["vpgs"][0]["vms"][0]["vm"] = json!("gone")),
+        ("is in VPG \"shop\" already", |export| {
             let mut again = export["vpgs"][0].clone();
             again["name"] = json!("shop again");
             export["vpgs"].as_array_mut().expect("groups").push(again);
         }),
     ];
     for (message, change) in wrong {
-        let refused = with(change);
+        let refused = with(&change);
         assert!(
             refused.code == 1 && refused.stdout.contains(&message.replace('"', "\\\"")),
             "{message}: {refused:?}"
