@@ -8,9 +8,9 @@ use journal::bad_ranges::BadRange;
 use journal::batch::Record;
 use journal::format::{JournalState, slot_offset_bytes};
 use journal::promotion::PromotionError;
-use journal::recovery::{Content, Hidden};
-use journal::storage::Purpose;
+use journal::recovery::{Content, Hidden, OpenError, rebuild};
 use journal::storage::sim::Crash;
+use journal::storage::{Blocking, Op, Purpose};
 use journal::view::Reader;
 use journal::writer::{Change, ClosedSegment, Event, State};
 
@@ -32,6 +32,35 @@ fn sealed(target: &mut Target<'_>) -> ClosedSegment {
     target.write(0, &[9]);
     target.append();
     target.writer.closed_segments().next().expect("a sealed segment").clone()
+}
+
+/// A file is never shorter than its slots by itself.
+#[test]
+fn a_file_that_was_cut_short_is_told_and_not_written() {
+    let site = Site::new(6);
+    let mut target = site.target();
+    sealed(&mut target);
+    drop(target);
+    let slots = site.survey().superblock.slot_count;
+    let cut = |len_bytes| {
+        let mut storage = site.disk.storage();
+        let cut = Op::Truncate { len_bytes };
+        Blocking::new(&mut storage, site.journal, Purpose::Shrink).run(cut).expect("cut");
+    };
+    assert_eq!(site.survey().missing_slots, 0);
+    let expected_bytes = slot_offset_bytes(slots, SLOT_BYTES);
+    cut(expected_bytes - PAGE);
+    assert_eq!(site.survey().missing_slots, 1);
+    let error = site.open().expect_err("acknowledged records may be lost");
+    let cut_short = OpenError::CutShort { len_bytes: expected_bytes - PAGE, expected_bytes };
+    assert_eq!(error.to_string(), cut_short.to_string());
+    cut(slot_offset_bytes(0, SLOT_BYTES) + PAGE);
+    assert_eq!(site.survey().missing_slots, slots);
+    assert!(matches!(site.open(), Err(OpenError::CutShort { .. })));
+    // Without superblocks the one page that is left of a segment tells no more.
+    site.zero_pages(0, 2);
+    let rebuilt = rebuild(&mut site.disk.storage(), site.journal, None, Vec::new(), site.keys.site());
+    assert!(matches!(rebuilt, Err(OpenError::NoWholeSlot { slot_len_bytes: SLOT_BYTES })), "{rebuilt:?}");
 }
 
 /// The last copy of the open segment is made where an older one lies that goes on otherwise, with batches that weren't trusted after a failed

@@ -231,6 +231,33 @@ fn a_lost_batch_of_the_target_itself_hides_nothing_but_from_a_rebuild() {
     assert!(rebuilt(volumes).gap.is_some(), "it would take the recovery disks to be older than they are");
 }
 
+/// The intent in the open segment is behind a batch that can't be read: without superblocks nobody knows how new the recovery disks are.
+#[test]
+fn without_superblocks_nothing_is_opened_over_a_lost_batch_of_the_open_segment() {
+    let site = Site::new(8);
+    let mut target = site.target();
+    sealed(&mut target, a_write);
+    target.change(Change::Seal);
+    a_write(&mut target);
+    let through = target.writer.closed_segments().next().expect("closed").last;
+    target.change(Change::AnnouncePromotion { through });
+    newest(&mut target);
+    let volumes: Vec<VolumeState> = target.writer.superblock().volumes.clone();
+    drop(target);
+    let rebuilt = || {
+        let keys = site.keys.site().clone();
+        let found = rebuild(&mut site.disk.storage(), site.journal, None, volumes.clone(), &keys);
+        found.expect("there are segments")
+    };
+    let whole = rebuilt();
+    assert!(whole.gap.is_none() && whole.superblock.promotion_intent_seq == through.seq);
+    let open = site.survey().segments.last().expect("the open one").header.slot;
+    site.zero_pages(Site::place(open, PAGE), 1);
+    let survey = site.survey();
+    assert!(survey.hidden.is_some(), "{:?}", survey.hidden);
+    assert!(rebuilt().gap.is_some(), "it would take the recovery disks to be older than they are");
+}
+
 #[test]
 fn a_promotion_over_a_gap_that_no_sync_ended_finds_out_before_it_is_announced() {
     let site = Site::new(8);

@@ -27,6 +27,7 @@ use crate::format::{
     SegmentHeader, Superblock, SuperblockError, VolumeState, edge_pages, slot_offset_bytes,
 };
 use crate::planted::{Bug, planted};
+use crate::scan::{Ownership, Scan, scan};
 use crate::storage::{AlignedBuf, Blocking, FileId, Op, Purpose, Storage, StorageError};
 
 /// What a new journal is for.
@@ -80,6 +81,24 @@ pub enum OpenError {
     /// Records in the middle of the history cannot be read, though later ones are there.
     #[error("the journal is damaged after record {}: open it read-only to recover an older checkpoint, then replicate anew", _0.after_seq)]
     Damaged(Damage),
+    /// The file is shorter than its slots: a file that grows is longer before it says so, and one that shrinks says so before.
+    #[error(
+        "the file is cut short, it has {len_bytes} bytes of {expected_bytes}: put back the whole file, or recover a checkpoint with vra-journal, then move the folder away and replicate anew"
+    )]
+    CutShort {
+        /// Its length, in bytes.
+        len_bytes: u64,
+        /// What its superblock says, in bytes.
+        expected_bytes: u64,
+    },
+    /// Without superblocks only segments tell, and the file is too short for one.
+    #[error(
+        "both superblocks are damaged, and the file is too short for a segment of {slot_len_bytes} bytes: put back the whole file"
+    )]
+    NoWholeSlot {
+        /// How long a segment's slot is, in bytes.
+        slot_len_bytes: u64,
+    },
     /// A parameter of a new journal is out of bounds.
     #[error("a new journal cannot have this {0}")]
     Parameter(&'static str),
@@ -214,6 +233,11 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
     let is_given_up = matches!(superblock.state, JournalState::HistoryGivenUp { .. });
     if let Some(damage) = damage.filter(|_| !is_given_up) {
         return Err(OpenError::Damaged(damage));
+    }
+    if found.missing_slots > 0 && !is_given_up {
+        let expected_bytes = slot_offset_bytes(superblock.slot_count, superblock.slot_len_bytes);
+        let len_bytes = Blocking::new(storage, file, Purpose::Survey).file_len_bytes()?;
+        return Err(OpenError::CutShort { len_bytes, expected_bytes });
     }
     if is_given_up {
         // What is found is none of the history: what was not erased yet, or what an opening didn't trust and passed over, which the numbers of
@@ -351,7 +375,9 @@ fn carry<S: Storage>(
         carried_end_bytes: scan.end_bytes,
         ..segment.header.clone()
     };
-    let bytes = io.read(slot_offset_bytes(segment.header.slot, slot_len_bytes), scan.end_bytes as usize)?;
+    let from = slot_offset_bytes(segment.header.slot, slot_len_bytes);
+    let bytes = io.read(from, scan.end_bytes as usize)?;
+    check_carried(&bytes, segment, scan, superblock)?;
     let batches = bytes.into_bytes().slice(PAGE_BYTES..);
     let offset_bytes = slot_offset_bytes(slot, slot_len_bytes);
     // The planted bug: what is half-made has its header.
@@ -365,4 +391,27 @@ fn carry<S: Storage>(
     io.write(offset_bytes, header.encode().to_vec())?;
     segment.header = header;
     Ok(())
+}
+
+/// Whether what was read to be copied is what was found. If it weren't, the copy would look whole, and the next opening find it broken.
+fn check_carried(
+    bytes: &[u8],
+    segment: &Segment,
+    scanned: &Scan,
+    superblock: &Superblock,
+) -> Result<(), OpenError> {
+    // A scan doesn't look at the last page.
+    let mut slot = vec![0; bytes.len() + PAGE_BYTES];
+    slot[..bytes.len()].copy_from_slice(bytes);
+    segment.cipher.decrypt_slot(&mut slot);
+    let trusted_through = Some(scanned.last.seq);
+    let found = scan(&slot, &segment.header, Ownership::of(superblock), trusted_through);
+    if (found.end_bytes, found.last) == (scanned.end_bytes, scanned.last) {
+        return Ok(());
+    }
+    Err(OpenError::Damaged(Damage {
+        after_seq: found.last.seq,
+        resumes_after_seq: scanned.last.seq,
+        stop: Some((segment.header.number, found.stop)),
+    }))
 }

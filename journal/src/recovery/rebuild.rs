@@ -71,10 +71,9 @@ pub fn rebuild<S: Storage>(
     let mut io = Blocking::new(storage, file, Purpose::Survey);
     let first = find_header(&mut io)?.ok_or(OpenError::NotAJournal)?;
     let headers = read_headers(&mut io, &first)?;
-    let newest = headers
-        .iter()
-        .max_by_key(|header| (header.number, header.open_count))
-        .expect("the first one is among them");
+    // The one that was found may be in a slot that the file has a part of.
+    let newest = headers.iter().max_by_key(|header| (header.number, header.open_count));
+    let newest = newest.ok_or(OpenError::NoWholeSlot { slot_len_bytes: first.slot_len_bytes })?;
     let chain = oldest_of_chain(&headers, newest);
     let file_len_bytes = io.file_len_bytes()?;
     let mut superblock = Superblock {
@@ -112,7 +111,13 @@ pub fn rebuild<S: Storage>(
         return Err(OpenError::Damaged(damage));
     }
     let mut io = Blocking::new(storage, file, Purpose::Survey);
-    let (mut intents, mut gap) = (BTreeSet::new(), None);
+    // What is behind the end of the newest segment counts, too: the batch that ends it may have been the intent's.
+    let hidden = survey.hidden.map(|hidden| Damage {
+        after_seq: hidden.after_seq,
+        resumes_after_seq: hidden.resumes_seq.map_or(hidden.after_seq, |resumes_seq| resumes_seq - 1),
+        stop: None,
+    });
+    let (mut intents, mut gap) = (BTreeSet::new(), hidden);
     for segment in &survey.segments {
         let lost = |after_seq, resumes_after_seq| Damage { after_seq, resumes_after_seq, stop: None };
         let footer = match segment.footer(&mut io, &superblock) {

@@ -193,7 +193,6 @@ pub(super) fn find_headless<S: Storage>(
     // A last page may be one of the slot's earlier life: only a first page tells what is there now.
     let in_use = |slot: u32| segments.iter().any(|segment| segment.header.slot == slot);
     let has_header = |slot: u32| known.iter().any(|known| known.header.slot == slot && known.has_header);
-    let has_trailer = |slot: u32| known.iter().any(|known| known.header.slot == slot);
     let is_known = |slot: u32| in_use(slot) || has_header(slot);
     // Without its first page nobody knows the key of an encrypted one. While a history is given up, what is left of it doesn't count.
     let may_be_encrypted = superblock.encryption != Encryption::Never && !superblock.state.is_base_sync();
@@ -215,8 +214,8 @@ pub(super) fn find_headless<S: Storage>(
             let is_unread = salvage.first_error_in(first..first + PAGE_BYTES as u64).is_some();
             if !is_batch {
                 let is_empty = page.as_ref().is_some_and(|page| page.iter().all(|byte| *byte == 0));
-                // Without its first page a last page may be one of the slot's earlier life.
-                if may_be_encrypted && !is_empty && (is_unread || !has_trailer(*slot)) {
+                // Its last page may be one of the slot's earlier life.
+                if may_be_encrypted && !is_empty {
                     let after_seq = tail.seq;
                     return Ok(Some(Hidden { segment: 0, slot: *slot, after_seq, resumes_seq: None }));
                 }

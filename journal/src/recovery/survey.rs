@@ -37,6 +37,8 @@ pub struct Survey {
     pub bad_ranges: BadRanges,
     /// Set if there may be more of those, since their list can't be read; only with [`SurveyOptions::skip_unreadable`].
     pub bad_list_lost: Option<BadListError>,
+    /// How many of the last slots the file lacks: it was cut short.
+    pub missing_slots: u32,
     /// Pages that the disk couldn't give back, in bytes from the file's start.
     pub unreadable: Vec<u64>,
     /// One copy of the superblock is damaged or can't be read: it may have been that of a change that had not come to count.
@@ -246,6 +248,7 @@ pub fn survey_as<S: Storage>(
     let &SurveyOptions { trusted_through, skip_unreadable, ref keys } = options;
     let mut io = Blocking::new(storage, file, Purpose::Survey);
     let mut salvage = Salvage::new(skip_unreadable);
+    let file_len_bytes = io.file_len_bytes()?;
     let keyring = Keyring::new(superblock.journal_id, keys.clone());
     let manifest = read_manifest(&mut io, &superblock, &mut salvage)?;
     let (bad_ranges, bad_list_lost) = match read_bad_list(&mut io, &superblock, &mut salvage) {
@@ -328,6 +331,9 @@ pub fn survey_as<S: Storage>(
         // It may be that of the segment that is missed, and the disk may give it back later: what was acknowledged is not given up for that.
         return Err(error.into());
     }
+    let whole_slots = (0..superblock.slot_count)
+        .take_while(|slot| slot_offset_bytes(slot + 1, superblock.slot_len_bytes) <= file_len_bytes);
+    let missing_slots = superblock.slot_count - whole_slots.count() as u32;
     let in_use = |slot: &u32| segments.iter().any(|segment| segment.header.slot == *slot);
     let free_slots = (0..superblock.slot_count).filter(|slot| !in_use(slot)).collect();
     salvage.take(pages);
@@ -342,6 +348,7 @@ pub fn survey_as<S: Storage>(
         manifest,
         bad_ranges,
         older_copy,
+        missing_slots,
         bad_list_lost,
         unreadable: salvage.into_unreadable(),
         keyring,

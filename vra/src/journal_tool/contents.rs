@@ -15,7 +15,7 @@ use journal::format::{
     PageError, SUPERBLOCK_OFFSETS, SegmentHeader, SegmentTrailer, Superblock, SuperblockError,
     slot_offset_bytes,
 };
-use journal::recovery::{OpenError, Salvage, SurveyOptions, survey};
+use journal::recovery::{Hidden, OpenError, Salvage, SurveyOptions, survey};
 use journal::storage::{AlignedBuf, Blocking, FileId, Purpose, StorageError};
 use journal::walk::{Finding, Walked, walk};
 
@@ -408,6 +408,14 @@ impl<V: Visitor> Contents<'_, V> {
         if !self.is_rebuilt
             && let Ok(survey) = survey(&mut self.storage, self.file, &options)
         {
+            if told && let Some(Hidden { slot, after_seq, resumes_seq: None, .. }) = survey.hidden {
+                let offset_bytes = slot_offset_bytes(slot, superblock.slot_len_bytes);
+                let what = format!(
+                    "slot {slot}: an encrypted segment has lost its first page; if it was the newest, records from {} on are lost",
+                    after_seq + 1
+                );
+                self.visitor.visit(Part::Damage(Damage::at(offset_bytes, what)))?;
+            }
             // What a later opening passed over when it looked for the stream's end was never acknowledged.
             let counts = |slot: u32| survey.segments.iter().any(|segment| segment.header.slot == slot);
             found.retain(|_, Segment { header, trailer }| {
@@ -424,7 +432,12 @@ impl<V: Visitor> Contents<'_, V> {
         for slot in 0..superblock.slot_count {
             let offset_bytes = slot_offset_bytes(slot, slot_len_bytes);
             if slot_offset_bytes(slot + 1, slot_len_bytes) > file_len_bytes {
-                // As if nothing were in it: the file was cut.
+                let what = format!(
+                    "the file ends here: what was in the last {} of its {} slots is lost",
+                    superblock.slot_count - slot,
+                    superblock.slot_count
+                );
+                parts.push(Part::Damage(Damage::at(file_len_bytes, what)));
                 break;
             }
             let last_page = offset_bytes + slot_len_bytes - PAGE_BYTES as u64;

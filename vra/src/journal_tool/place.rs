@@ -295,6 +295,14 @@ fn cut_short(survey: &Survey) -> Option<String> {
     let (after_seq, until) = match (&survey.damage, &survey.hidden) {
         (Some(damage), _) => (damage.after_seq, Some(damage.resumes_after_seq)),
         (None, Some(hidden)) => (hidden.after_seq, hidden.resumes_seq.map(|resumes_seq| resumes_seq - 1)),
+        (None, None) if survey.missing_slots > 0 => {
+            return Some(format!(
+                "the file has lost the last {} of its {} slots: if they held the newest records, those from {} on cannot be read",
+                survey.missing_slots,
+                survey.superblock.slot_count,
+                survey.tail.seq + 1
+            ));
+        }
         (None, None) => return None,
     };
     let first = after_seq + 1;

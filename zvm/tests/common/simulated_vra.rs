@@ -8,11 +8,11 @@ use ::vra::api::status::{
     HoldTimes, HostInfo, LastCheckpoint, Rpo, SourceMode, SourceVmStatus, TargetState, TargetVmStatus,
     VpgStatus,
 };
-use ::vra::api::vpg::{CheckpointPlace, VmDefinition, VpgApplied};
+use ::vra::api::vpg::{CheckpointKind, CheckpointPlace, VmDefinition, VpgApplied};
 use ::vra::api::{
-    ApiError, CheckpointId, CheckpointInfo, CheckpointKind, CheckpointPage, ErrorCode, GenerationId,
-    HelloReply, ListCheckpoints, Request, Response, TimeUs, VmId, VolumeId, VolumeInfo, VpgDefinition, VpgId,
-    VraId, VraStatus,
+    ApiError, CheckpointId, CheckpointInfo, CheckpointPage, ErrorCode, GenerationId, HelloReply,
+    ListCheckpoints, Request, Response, TimeUs, VmId, VolumeId, VolumeInfo, VpgDefinition, VpgId, VraId,
+    VraStatus,
 };
 use ::vra::control::{Caller, Handler, serve_stream};
 use ::vra::link::{Link, LinkSettings, StreamKind};
