@@ -386,7 +386,7 @@ impl TargetSite {
         if env.is_rough() && env.rng.one_in(2) {
             // Whenever it comes about in this process's life.
             let kinds = if env.rng.one_in(2) { &RARE_KINDS[..] } else { &RARE_KINDS[..RAREST] };
-            if env.rng.one_in(3) {
+            if env.rng.one_in(2) {
                 self.disk.arm_error_at(kinds, 0);
             } else {
                 let crash = env.any_crash();

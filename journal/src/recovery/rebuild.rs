@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use uuid::Uuid;
 
 use super::OpenError;
-use super::survey::{Damage, SegmentError, SurveyOptions, survey_as};
+use super::salvage::Salvage;
+use super::survey::{Damage, Hidden, SegmentError, Survey, SurveyOptions, survey_as};
 use crate::batch::RecordKind;
 use crate::crypt::{Encryption, SiteKeys};
 use crate::format::bad_list::{BadList, BadListError};
@@ -17,6 +18,7 @@ use crate::format::{
     slot_offset_bytes,
 };
 use crate::storage::{AlignedBuf, Blocking, FileId, Op, Purpose, Storage, StorageError};
+use crate::walk::walk;
 
 /// What a journal's file says without its superblocks.
 #[derive(Clone, Debug)]
@@ -111,13 +113,17 @@ pub fn rebuild<S: Storage>(
         return Err(OpenError::Damaged(damage));
     }
     let mut io = Blocking::new(storage, file, Purpose::Survey);
-    // What is behind the end of the newest segment counts, too: the batch that ends it may have been the intent's.
-    let hidden = survey.hidden.map(|hidden| Damage {
-        after_seq: hidden.after_seq,
-        resumes_after_seq: hidden.resumes_seq.map_or(hidden.after_seq, |resumes_seq| resumes_seq - 1),
-        stop: None,
-    });
-    let (mut intents, mut gap) = (BTreeSet::new(), hidden);
+    let (mut intents, mut gap) = (BTreeSet::new(), None);
+    if let Some(hidden) = survey.hidden {
+        // What is behind the end of the open segment counts, too: the batch that ends it may have been the intent's.
+        match hidden_intents(&mut io, &superblock, &survey, hidden)? {
+            Some(found) => intents.extend(found),
+            None => {
+                let until = hidden.resumes_seq.map_or(hidden.after_seq, |resumes_seq| resumes_seq - 1);
+                gap = Some(Damage { after_seq: hidden.after_seq, resumes_after_seq: until, stop: None });
+            }
+        }
+    }
     for segment in &survey.segments {
         let lost = |after_seq, resumes_after_seq| Damage { after_seq, resumes_after_seq, stop: None };
         let footer = match segment.footer(&mut io, &superblock) {
@@ -150,6 +156,32 @@ pub fn rebuild<S: Storage>(
     superblock.bad_list = bad_list;
     let is_unproven = intent_seq == 0 && chain.number > 1;
     Ok(Rebuilt { superblock, manifest, is_unproven, gap, bad_list_lost })
+}
+
+/// The intents of the open segment, over payloads that are damaged; none if there may be others, since heads of batches can't be read.
+fn hidden_intents<S: Storage>(
+    io: &mut Blocking<'_, S>,
+    superblock: &Superblock,
+    survey: &Survey,
+    hidden: Hidden,
+) -> Result<Option<Vec<u64>>, StorageError> {
+    let slot_len_bytes = superblock.slot_len_bytes;
+    let offset_bytes = slot_offset_bytes(hidden.slot, slot_len_bytes);
+    let mut slot = Salvage::new(true).read(io, offset_bytes, slot_len_bytes as usize)?;
+    // It is none of the segments that count if its first batch is the damaged one.
+    let open = SegmentHeader::decode(&slot[..PAGE_BYTES], slot_len_bytes).ok();
+    let open = open.filter(|header| header.slot == hidden.slot && header.number == hidden.segment);
+    let cipher = open.as_ref().and_then(|header| survey.keyring.cipher(header).ok());
+    let (Some(open), Some(cipher)) = (open, cipher) else { return Ok(None) };
+    cipher.decrypt_slot(&mut slot);
+    let mut intents = Vec::new();
+    let walked = walk(&slot, &open, None, &mut |batch, _, _| {
+        let found = batch.records().filter(|record| record.kind() == RecordKind::PromotionIntent);
+        intents.extend(found.map(|record| record.argument()));
+        Ok::<_, std::convert::Infallible>(())
+    });
+    let Ok(walked) = walked;
+    Ok(walked.findings.iter().all(|finding| finding.place.is_some()).then_some(intents))
 }
 
 /// Where the list of bad ranges is, if there are any: of the valid ones the newest. And what is wrong with one that may be newer.

@@ -102,11 +102,18 @@ fn without_both_superblocks_the_segments_tell() {
     let bytes = std::fs::read(journal.path()).expect("journal");
     let place = bytes.windows(4096).position(|window| window == needle).expect("in the file") as u64;
     let [first, second] = SUPERBLOCK_OFFSETS.map(|place| (place, PAGE));
-    break_disk(&[first, second, (place, 1)], &[]);
+    break_disk(&[first, second, (place + 2 * PAGE, 1)], &[]);
     let report = verify::check(&journal.path(), &SiteKeys::default()).expect("readable");
     let page = place / PAGE * PAGE;
-    assert!(report.damage.iter().any(|damage| damage.file_offset_bytes == page), "{report:?}");
+    assert!(report.damage.iter().any(|damage| damage.file_offset_bytes == page + 2 * PAGE), "{report:?}");
     assert!(extracted(&journal, cuts[0]) == journal.model(cuts[0]));
+
+    // With the head of its batch nobody knows how new the recovery disks are.
+    break_disk(&[first, second, (place, 1)], &[]);
+    let (store, at) = (journal.folder.to_string_lossy().into_owned(), cuts[0].to_string());
+    let refused =
+        failure(&["extract", &store, "--at", &at, "--out", &format!("{store}/lost.img"), "--quiet"]);
+    assert!(refused.contains("both superblocks are lost too"), "{refused}");
 }
 
 #[test]

@@ -313,10 +313,10 @@ impl HostsWorld {
             self.give_definition(host);
         }
         self.network = Network::default();
-        // Attempts that have backed off come again only so much later, and the next one may still meet a host that is just starting.
+        // Attempts that have backed off come again only so much later.
         let statuses = self.hosts.iter().filter_map(|host| host.status(self.vpg, &self.env));
         let longest_us = statuses.map(|status| status.interval_us).max().unwrap_or(0);
-        let calm_until_us = self.env.now().mono_us + CALM_US + 2 * longest_us;
+        let calm_until_us = self.env.now().mono_us + CALM_US + longest_us;
         while self.env.now().mono_us < calm_until_us - 3_000_000 {
             self.step()?;
         }
