@@ -68,6 +68,7 @@ async fn a_test_goes_on_while_its_history_is_promoted_and_a_read_only_view_gives
     );
     assert!(problem(&status, &given_up).is_some_and(|problem| problem.contains("history")));
     target.ask(Request::CloseView(CloseView { view: given_up.view })).await;
+    target.wait_for("no word of it", |status| !is_told(status)).await;
     target.ask(Request::CloseView(CloseView { view: kept.view })).await;
     let last = tag(&source, vpg, "last").await;
     wait_for_checkpoint(&target, vpg, last.id).await;

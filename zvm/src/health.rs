@@ -210,6 +210,9 @@ impl<'a> Look<'a> {
     fn vm(&self, member: &Member, troubles: &mut Vec<(Trouble, Problem)>) -> VmReport {
         let source = self.source_vm(member);
         let target = self.target_vm(member);
+        // A target that can't take anything ends the stream.
+        let takes_nothing =
+            target.is_some_and(|vm| matches!(vm.state, TargetState::PausedFull | TargetState::Poisoned));
         let mut add = |trouble, description: String, remedy: &str| {
             troubles.push((trouble, Problem { description, remedy: remedy.into() }));
         };
@@ -248,7 +251,7 @@ impl<'a> Look<'a> {
             ),
             Some(SourceMode::Connecting) if self.is_new() => {}
             Some(SourceMode::Connecting | SourceMode::Streaming)
-                if source.is_some_and(|vm| !vm.connected) =>
+                if source.is_some_and(|vm| !vm.connected) && !takes_nothing =>
             {
                 add(
                     Trouble::Disconnected,

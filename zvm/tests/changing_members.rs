@@ -4,7 +4,7 @@ mod common;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use common::recovered::reads;
@@ -112,17 +112,16 @@ fn vms_join_and_leave_a_group_while_guests_write() {
 
     // A guest writes all the time.
     let stopped = Arc::new(AtomicBool::new(false));
+    let rounds = Arc::new(AtomicU32::new(0));
     let guest = std::thread::spawn({
-        let (stopped, db) = (Arc::clone(&stopped), db.clone());
+        let (stopped, rounds, db) = (Arc::clone(&stopped), Arc::clone(&rounds), db.clone());
         move || {
-            let mut rounds = 0_u32;
             while !stopped.load(Ordering::Relaxed) {
-                let byte = rounds % 200 + 1;
+                let byte = rounds.load(Ordering::Relaxed) % 200 + 1;
                 qemu_io(&db, &[&format!("write -P {byte} {} 65536", 4 * MIB)]);
-                rounds += 1;
+                rounds.fetch_add(1, Ordering::Relaxed);
                 std::thread::sleep(Duration::from_millis(20));
             }
-            rounds
         }
     });
     let c_datastore = trio.c.dir.join("datastore");
@@ -130,8 +129,9 @@ fn vms_join_and_leave_a_group_while_guests_write() {
     trio.done(&["vpg", "add-vm", "shop", "web", "--target", "vra-c", "--datastore", &elsewhere]);
     assert_eq!(trio.complete(), ["alone"], "it can be opened while the new VM's first sync runs");
     trio.tag("together");
+    wait_for("the guest's writes", || rounds.load(Ordering::Relaxed) > 5);
     stopped.store(true, Ordering::Relaxed);
-    assert!(guest.join().expect("the guest") > 5);
+    guest.join().expect("the guest");
     let vpg = site.json(&["vpg", "show", "shop"])["vpg"].take();
     assert_eq!((&vpg["settings"]["member_set_version"], &vpg["revision"]), (&2.into(), &2.into()));
     assert_eq!(trio.complete(), ["together", "alone"]);

@@ -201,7 +201,11 @@ fn each_trouble_has_its_substatus_and_a_remedy() {
             "a does not reach b",
         ),
         (
-            |group| group.target_vm(|vm| vm.state = TargetState::PausedFull),
+            |group| {
+                // It ends the stream.
+                group.source_vm(|vm| vm.connected = false);
+                group.target_vm(|vm| vm.state = TargetState::PausedFull);
+            },
             Status::NotMeetingSla,
             Substatus::ReplicationPausedSystemInitiated,
             "is full",

@@ -475,15 +475,18 @@ impl Sender {
             | RefuseCode::Closed => return self.halt(StopReason::Refused(refuse)),
             // Fenced: it may have been an older stream of this very source whose open came late. Another source of a newer generation
             // lets the target refuse this one for good.
-            RefuseCode::Busy | RefuseCode::BadBatch | RefuseCode::Fenced => self.backoff.failed(),
+            // A full journal makes room by itself, and a target that has just started gets its definitions and keys.
+            RefuseCode::Busy
+            | RefuseCode::BadBatch
+            | RefuseCode::Fenced
+            | RefuseCode::JournalFull
+            | RefuseCode::UnknownVm => self.backoff.failed(),
             // A target that speaks this version and says otherwise is tried as any other.
             RefuseCode::Version if refuse.detail == u64::from(PROTOCOL_VERSION) => self.backoff.failed(),
             RefuseCode::Version
             | RefuseCode::Feature
-            | RefuseCode::UnknownVm
             | RefuseCode::JournalDiffers
             | RefuseCode::Storage
-            | RefuseCode::JournalFull
             | RefuseCode::Other(_) => self.backoff.spread(self.limits.retry_slow_us),
         };
         self.state = State::Waiting { retry_at_us: now.mono_us + wait_us };

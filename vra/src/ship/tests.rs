@@ -273,11 +273,16 @@ fn refusals_are_retried_or_stop_it() {
     let mut world = World::new();
     world.open();
     let refuse = |code| Frame::Refuse(Refuse { code, detail: 0, text: "no".into() });
-    world.frame(refuse(RefuseCode::Busy));
-    assert!(matches!(world.poll(), Some(Output::Hangup)));
-    assert!(matches!(world.poll(), Some(Output::Event(SenderEvent::Refused(_)))));
-    assert!(world.sender.wake().at_us.is_some_and(|at_us| at_us <= world.now_us + 100_000));
-    world.open();
+    // What passes by itself is tried again soon.
+    for (code, longest_us) in
+        [(RefuseCode::Busy, 100_000), (RefuseCode::JournalFull, 200_000), (RefuseCode::UnknownVm, 400_000)]
+    {
+        world.frame(refuse(code));
+        assert!(matches!(world.poll(), Some(Output::Hangup)));
+        assert!(matches!(world.poll(), Some(Output::Event(SenderEvent::Refused(_)))));
+        assert!(world.sender.wake().at_us.is_some_and(|at_us| at_us <= world.now_us + longest_us));
+        world.open();
+    }
     world.frame(refuse(RefuseCode::NotDescendant));
     assert!(matches!(world.poll(), Some(Output::Hangup)));
     let Some(Output::Event(SenderEvent::Stopped(reason))) = world.poll() else { panic!("it stops") };

@@ -8,10 +8,7 @@ use super::super::env::Env;
 use super::reached::{Reached, ReachedCount};
 use super::shape::Shape;
 
-/// A message in so many comes twice.
-const REPEATED_ONE_IN: u64 = 50;
-/// A message in so many takes much longer than others, as if its stream had been replaced.
-const STALE_ONE_IN: u64 = 60;
+/// How long a stale message takes at most, in µs.
 const STALE_US: u64 = 600_000;
 
 #[derive(Default)]
@@ -34,18 +31,19 @@ impl Network {
     ) {
         let now_us = env.now().mono_us;
         let is_cut = self.cut.get(&(from, to)).is_some_and(|until_us| now_us < *until_us);
-        if is_cut || (shape.lost_one_in > 0 && env.rng.one_in(shape.lost_one_in)) {
+        let mut happens = |one_in: u64| one_in > 0 && env.rng.one_in(one_in);
+        if is_cut || happens(shape.lost_one_in) {
             return;
         }
-        let rough = shape.kind == super::shape::WorldKind::Rough;
         let bytes = message.encode();
         let mut copies = 1;
-        if rough && env.rng.one_in(REPEATED_ONE_IN) {
+        if happens(shape.repeated_one_in) {
             reached.note(Reached::Repeated);
             copies = 2;
         }
         for _ in 0..copies {
-            let most_us = if rough && env.rng.one_in(STALE_ONE_IN) { STALE_US } else { shape.delay_us };
+            let is_stale = shape.stale_one_in > 0 && env.rng.one_in(shape.stale_one_in);
+            let most_us = if is_stale { STALE_US } else { shape.delay_us };
             self.sent += 1;
             let due = (now_us + env.rng.below(most_us), self.sent);
             self.on_the_way.insert(due, (from, to, bytes.clone()));

@@ -15,6 +15,10 @@ pub(super) struct Shape {
     pub(super) delay_us: u64,
     /// One message in so many is lost; 0: none.
     pub(super) lost_one_in: u64,
+    /// One message in so many comes twice; 0: none.
+    pub(super) repeated_one_in: u64,
+    /// One message in so many takes much longer than others, as if its stream had been replaced; 0: none.
+    pub(super) stale_one_in: u64,
     /// One step in so many a VM's stream sends what it has.
     pub(super) ships_one_in: u64,
     /// How long the world lasts.
@@ -58,6 +62,8 @@ impl Shape {
             deadline_us: if rough { [30_000, 100_000, 400_000][env.any_index(3)] } else { 100_000 },
             delay_us,
             lost_one_in,
+            repeated_one_in: if rough { 50 } else { 0 },
+            stale_one_in: if rough { 60 } else { 0 },
             ships_one_in: if rough { [3, 30, 300][env.any_index(3)] } else { 3 },
             lasts_us: match kind {
                 WorldKind::Smooth => 20_000_000,
@@ -66,5 +72,11 @@ impl Shape {
                 WorldKind::Rough => 4_000_000 + env.rng.below(10_000_000),
             },
         }
+    }
+
+    /// Nothing is wrong with messages any more.
+    pub(super) fn calm_down(&mut self) {
+        self.delay_us = 2_000;
+        (self.lost_one_in, self.repeated_one_in, self.stale_one_in) = (0, 0, 0);
     }
 }

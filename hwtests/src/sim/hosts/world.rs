@@ -23,6 +23,8 @@ const STEP_US: u64 = 700;
 const SLACK_US: u64 = 3 * STEP_US;
 /// Before the end nothing goes wrong any more for so long, in µs: long enough for dead VRAs to be noticed, and to be live again.
 const CALM_US: u64 = 7_000_000;
+/// A checkpoint that comes so long after that was begun after it, in µs.
+const SETTLED_US: u64 = 4_000_000;
 /// A busy host does nothing for so long at most, in µs.
 const STALLED_US: u64 = 500_000;
 /// Writes that a guest has under way at most, besides the chain's.
@@ -305,30 +307,30 @@ impl HostsWorld {
 
     /// Everything is well again: then there are checkpoints again.
     fn settle(&mut self) -> Result<(), String> {
-        self.shape.delay_us = 2_000;
-        self.shape.lost_one_in = 0;
+        self.shape.calm_down();
         for host in 0..self.hosts.len() {
             self.hosts[host].starts_us = self.env.now().mono_us;
             self.hosts[host].stalled_until_us = 0;
             self.give_definition(host);
         }
         self.network = Network::default();
-        // Attempts that have backed off come again only so much later.
+        // Attempts that have backed off come again only so much later, and the next one may still meet a host that is just starting.
         let statuses = self.hosts.iter().filter_map(|host| host.status(self.vpg, &self.env));
         let longest_us = statuses.map(|status| status.interval_us).max().unwrap_or(0);
-        let calm_until_us = self.env.now().mono_us + CALM_US + longest_us;
-        while self.env.now().mono_us < calm_until_us - 3_000_000 {
+        let began_us = self.env.now().mono_us;
+        let mut before = None;
+        while self.env.now().mono_us < began_us + CALM_US + 3 * longest_us {
             self.step()?;
+            // What is confirmed first may have begun before.
+            let is_calm = self.env.now().mono_us >= began_us + SETTLED_US;
+            match before {
+                None if is_calm => before = Some(self.confirmed.len()),
+                Some(before) if self.confirmed.len() > before => return Ok(()),
+                _ => {}
+            }
         }
-        let before = self.confirmed.len();
-        while self.env.now().mono_us < calm_until_us {
-            self.step()?;
-        }
-        if self.confirmed.len() == before {
-            let statuses: Vec<_> = self.hosts.iter().map(|host| host.status(self.vpg, &self.env)).collect();
-            return Err(format!("no checkpoint comes though all is well: {statuses:?}"));
-        }
-        Ok(())
+        let statuses: Vec<_> = self.hosts.iter().map(|host| host.status(self.vpg, &self.env)).collect();
+        Err(format!("no checkpoint comes though all is well: {statuses:?}"))
     }
 
     fn end(mut self) -> Result<ReachedCount, String> {

@@ -28,6 +28,8 @@ pub(super) struct Promoting {
     told_lock: Option<u64>,
     /// The number through which views were told to make way.
     told_view: Option<u64>,
+    /// Since when the full journal waits for views to make way, by the monotonic clock.
+    waits_for_view_since_us: Option<u64>,
     /// That it is stuck was told.
     told_blocked: bool,
     recovery_disks_reserved: Vec<bool>,
@@ -92,6 +94,9 @@ const BUSY_WINDOW_BYTES: u64 = 1 << 20;
 const IDLE_WINDOW_BYTES: u64 = 8 << 20;
 /// Without a batch for so long, in microseconds, a journal isn't taking writes: between two batches of a busy VM nothing is under way either.
 const BUSY_US: u64 = 100_000;
+/// How long a full journal waits for views to make way before the sender is told, in microseconds: copying what the next promotion changes
+/// takes less, and the sender keeps what it has meanwhile.
+const VIEW_PATIENCE_US: u64 = 10_000_000;
 /// Wait after a promotion that couldn't go on, in microseconds.
 const HOLD_OFF_US: u64 = 5_000_000;
 /// What can't be read then counts as lost: after so many failures in a row, which take some five minutes.
@@ -140,6 +145,9 @@ impl Receiver {
         if due.count == 0 {
             if due.lock_in_the_way.is_some() && self.policy.give_up_history {
                 // It is given up before anybody is told that the journal is full.
+                return;
+            }
+            if self.waits_for_view(due, now) {
                 return;
             }
             self.tell_full();
@@ -246,6 +254,16 @@ impl Receiver {
             self.writer.closed_segments().nth(count.checked_sub(1)?).map(|segment| segment.last.seq)
         });
         Due { count, shortens: count > old, lock_in_the_way, view_in_the_way }
+    }
+
+    /// Whether the journal is full and it can still be hoped that views make way.
+    fn waits_for_view(&mut self, due: Due, now: Now) -> bool {
+        if due.view_in_the_way.is_none() || self.full_told.is_none() {
+            self.promoting.waits_for_view_since_us = None;
+            return false;
+        }
+        let since_us = *self.promoting.waits_for_view_since_us.get_or_insert(now.mono_us);
+        now.mono_us.saturating_sub(since_us) < VIEW_PATIENCE_US
     }
 
     /// Tells through which number views are in the way, or that none is any more.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Weak};
 
 use tokio::sync::oneshot;
 
-use super::preserving::InTheWay;
+use super::preserving::{EXPIRED, InTheWay};
 use super::{Inner, TargetVm};
 use crate::receive::manifest::LockedCheckpoint;
 use crate::receive::receiver_types::Pins;
@@ -139,6 +139,11 @@ impl PinBook {
         self.pins.values_mut().filter(on_it).for_each(|pinned| pinned.purpose = Purpose::Ended);
     }
 
+    /// Whether a view that was given up is not closed yet.
+    pub(super) fn has_ended(&self) -> bool {
+        self.pins.values().any(|pinned| pinned.purpose == Purpose::Ended)
+    }
+
     /// The disks of each open view, with the number that it shows.
     pub(super) fn views(&self) -> Vec<(u64, Vec<Arc<ViewDisk>>)> {
         let disks = |pinned: &Pinned| pinned.disks.iter().filter_map(Weak::upgrade).collect();
@@ -236,6 +241,9 @@ impl Drop for Pin {
     fn drop(&mut self) {
         let mut inner = self.vm.lock();
         inner.pins.pins.remove(&self.id);
+        if !inner.pins.has_ended() {
+            inner.alerts.remove(EXPIRED);
+        }
         self.vm.tell_pins(&inner, None);
     }
 }

@@ -24,7 +24,7 @@ const RETRY_WAIT: Duration = Duration::from_secs(2);
 /// How long a view is waited for that can't be kept for a reason that may pass, such as a hiccup of the datastore.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-const EXPIRED: &str = "view-expired";
+pub(super) const EXPIRED: &str = "view-expired";
 pub(super) const IN_THE_WAY: &str = "view-in-the-way";
 
 /// A view that is in the way.

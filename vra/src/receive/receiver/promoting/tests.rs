@@ -136,3 +136,37 @@ fn a_segment_that_nobody_knows_is_found_before_its_promotion_is_announced() {
     assert!(receiver.outputs.iter().any(is_stuck));
     assert!(receiver.history.checkpoints().is_empty(), "nothing behind it counts any more");
 }
+
+/// Views get the time to make way before the sender is told that the journal is full.
+#[test]
+fn a_full_journal_waits_a_while_for_views_to_make_way() {
+    let (mut receiver, through, _journal) = receiver("promoting-view", 1, false);
+    receiver.policy.history_us = u64::MAX / 2;
+    receiver.pins.view = Some(1);
+    (receiver.full, receiver.full_told) = (true, Some(false));
+    let later = |by_us: u64| Now { mono_us: NOW.mono_us + by_us, wall_us: NOW.wall_us + by_us };
+    let told_full = |receiver: &Receiver| {
+        receiver
+            .outputs
+            .iter()
+            .any(|output| matches!(output, ReceiverOutput::Event(ReceiverEvent::Full { .. })))
+    };
+    receiver.promote(NOW);
+    receiver.promote(later(VIEW_PATIENCE_US - 1));
+    let is_told = |output: &&ReceiverOutput| {
+        let ReceiverOutput::Event(ReceiverEvent::ViewInTheWay { through_seq }) = output else { return false };
+        *through_seq == Some(through.seq)
+    };
+    assert_eq!(receiver.outputs.iter().filter(is_told).count(), 1);
+    assert!(!told_full(&receiver));
+    receiver.promote(later(VIEW_PATIENCE_US));
+    assert!(told_full(&receiver), "not for ever");
+
+    // A view that has made way is not waited for, and the next one gets the same time.
+    receiver.outputs.clear();
+    receiver.pins.view = None;
+    receiver.full_told = Some(false);
+    receiver.promote(later(VIEW_PATIENCE_US));
+    assert!(matches!(receiver.promoting.stage, Stage::Looking { .. }), "{:?}", receiver.promoting.stage);
+    assert!(!told_full(&receiver));
+}
