@@ -3,9 +3,9 @@
 use hwtests::sim::PlantedBug;
 use hwtests::sim::hosts::{run_hosts_seed, run_many_hosts};
 
-/// How many seeds: 300, or with `HOLDFAST_LONG` twenty thousand.
+/// How many seeds: 300, or with `HOLDFAST_LONG` five thousand.
 fn seed_count() -> u64 {
-    if std::env::var_os("HOLDFAST_LONG").is_some() { 20_000 } else { 300 }
+    if std::env::var_os("HOLDFAST_LONG").is_some() { 5_000 } else { 300 }
 }
 
 #[test]

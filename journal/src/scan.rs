@@ -236,7 +236,9 @@ pub fn resume(
         let is_carried = offset_bytes < header.carried_end_bytes;
         let opening_fits =
             link.open_count == header.open_count || is_carried && link.open_count < header.open_count;
-        let belongs = link.journal_id == header.journal_id && opening_fits && batch.first_seq() > last_seq;
+        // A local batch has the number of the stream's record before it.
+        let is_behind = batch.first_seq() > last_seq || batch.is_local() && batch.first_seq() == last_seq;
+        let belongs = link.journal_id == header.journal_id && opening_fits && is_behind;
         belongs.then(|| (offset_bytes, batch.first_seq()))
     })
 }

@@ -51,6 +51,8 @@ pub struct Walked {
     pub findings: Vec<Finding>,
     /// Set if an unsealed segment ends in something that was never written to its end.
     pub torn_tail: Option<String>,
+    /// Where the walk ended, in bytes from the slot's start.
+    pub end_bytes: u64,
 }
 
 /// Is told of a batch, of what is wrong with its payloads, and of its place in the slot, in bytes.
@@ -129,6 +131,7 @@ pub fn walk<E>(
             walked.last = ChainPoint { seq: batch.last_seq(), batch_crc: batch.crc() };
         }
     }
+    walked.end_bytes = at as u64;
     if let Some(trailer) = trailer {
         walked.check_footer(slot, trailer, footer);
     }

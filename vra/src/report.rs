@@ -1,6 +1,7 @@
-//! How programs tell what went wrong.
+//! What the command lines have in common.
 
 use std::error::Error;
+use std::io::Write;
 
 /// An error and its causes in one line; a cause that the text before it holds already is left out.
 pub fn chain(error: &(dyn Error + 'static)) -> String {
@@ -15,6 +16,22 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
         cause = inner.source();
     }
     text
+}
+
+/// Writes the script with which `shell` completes the arguments of `command`.
+///
+/// # Errors
+/// Whatever `out` says.
+pub fn write_completion(
+    shell: clap_complete::Shell,
+    mut command: clap::Command,
+    out: &mut dyn Write,
+) -> std::io::Result<()> {
+    let name = command.get_name().to_owned();
+    // The generator panics where it can't write.
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut command, name, &mut script);
+    out.write_all(&script)
 }
 
 #[cfg(test)]

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::process::Command;
+
 use common::{Site, found_in_files, wait_for};
 use serde_json::Value;
 use vra::api::VraId;
@@ -13,6 +15,15 @@ fn refused(result: Result<(), EnrollClientError>) -> (EnrollErrorCode, String) {
         Err(EnrollClientError::Refused(error)) => (error.code, error.message),
         other => panic!("not refused but {other:?}"),
     }
+}
+
+/// As bash itself takes it: it answers what can follow `zvm vpg f`.
+#[test]
+fn a_shell_completes_arguments() {
+    let script = "source <(\"$0\" completion bash); COMP_WORDS=(zvm vpg f); COMP_CWORD=2; \
+                  _zvm zvm f vpg; echo \"${COMPREPLY[@]}\"";
+    let bash = Command::new("bash").args(["-c", script, env!("CARGO_BIN_EXE_zvm")]).output().expect("bash");
+    assert_eq!(String::from_utf8_lossy(&bash.stdout).trim(), "force-sync", "{bash:?}");
 }
 
 #[test]

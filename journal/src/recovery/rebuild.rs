@@ -6,8 +6,8 @@ use uuid::Uuid;
 
 use super::OpenError;
 use super::salvage::Salvage;
-use super::survey::{Damage, Hidden, SegmentError, Survey, SurveyOptions, survey_as};
-use crate::batch::RecordKind;
+use super::survey::{Content, Damage, SegmentError, Survey, SurveyOptions, survey_as};
+use crate::batch::{BatchView, RecordKind};
 use crate::crypt::{Encryption, SiteKeys};
 use crate::format::bad_list::{BadList, BadListError};
 use crate::format::manifest::Manifest;
@@ -85,7 +85,7 @@ pub fn rebuild<S: Storage>(
         vpg_id: Uuid::nil(),
         slot_len_bytes: first.slot_len_bytes,
         slot_count: slot_count(file_len_bytes, first.slot_len_bytes),
-        open_count: headers.iter().map(|header| header.open_count).max().unwrap_or_default(),
+        open_count: newest_open_count(&mut io, &headers, &first)?,
         manifest: None,
         bad_list: None,
         low_water_segment: chain.number,
@@ -114,13 +114,17 @@ pub fn rebuild<S: Storage>(
     }
     let mut io = Blocking::new(storage, file, Purpose::Survey);
     let (mut intents, mut gap) = (BTreeSet::new(), None);
-    if let Some(hidden) = survey.hidden {
-        // What is behind the end of the open segment counts, too: the batch that ends it may have been the intent's.
-        match hidden_intents(&mut io, &superblock, &survey, hidden)? {
+    // What is behind the end of the open segment counts, too: the batch that ends it may have been the intent's.
+    let open = survey.segments.last().filter(|last| matches!(last.content, Content::Scanned(_)));
+    let open = open.map(|last| (last.header.slot, last.header.number));
+    if let Some((slot, number)) = survey.hidden.map(|hidden| (hidden.slot, hidden.segment)).or(open) {
+        match all_intents(&mut io, &superblock, &survey, (slot, number))? {
             Some(found) => intents.extend(found),
             None => {
-                let until = hidden.resumes_seq.map_or(hidden.after_seq, |resumes_seq| resumes_seq - 1);
-                gap = Some(Damage { after_seq: hidden.after_seq, resumes_after_seq: until, stop: None });
+                let after_seq = survey.hidden.map_or(survey.tail.seq, |hidden| hidden.after_seq);
+                let resumes_seq = survey.hidden.and_then(|hidden| hidden.resumes_seq);
+                let until = resumes_seq.map_or(after_seq, |resumes_seq| resumes_seq - 1);
+                gap = Some(Damage { after_seq, resumes_after_seq: until, stop: None });
             }
         }
     }
@@ -158,30 +162,61 @@ pub fn rebuild<S: Storage>(
     Ok(Rebuilt { superblock, manifest, is_unproven, gap, bad_list_lost })
 }
 
-/// The intents of the open segment, over payloads that are damaged; none if there may be others, since heads of batches can't be read.
-fn hidden_intents<S: Storage>(
+/// The intents of the open segment, over payloads that are damaged; none if there may be others, since the head of a batch can't be read. Not
+/// even of its last one: what was announced in it may have been carried out.
+fn all_intents<S: Storage>(
     io: &mut Blocking<'_, S>,
     superblock: &Superblock,
     survey: &Survey,
-    hidden: Hidden,
+    (slot_number, segment): (u32, u64),
 ) -> Result<Option<Vec<u64>>, StorageError> {
     let slot_len_bytes = superblock.slot_len_bytes;
-    let offset_bytes = slot_offset_bytes(hidden.slot, slot_len_bytes);
+    let offset_bytes = slot_offset_bytes(slot_number, slot_len_bytes);
     let mut slot = Salvage::new(true).read(io, offset_bytes, slot_len_bytes as usize)?;
     // It is none of the segments that count if its first batch is the damaged one.
     let open = SegmentHeader::decode(&slot[..PAGE_BYTES], slot_len_bytes).ok();
-    let open = open.filter(|header| header.slot == hidden.slot && header.number == hidden.segment);
+    let open = open.filter(|header| header.slot == slot_number && header.number == segment);
     let cipher = open.as_ref().and_then(|header| survey.keyring.cipher(header).ok());
     let (Some(open), Some(cipher)) = (open, cipher) else { return Ok(None) };
     cipher.decrypt_slot(&mut slot);
     let mut intents = Vec::new();
-    let walked = walk(&slot, &open, None, &mut |batch, _, _| {
+    let mut take = |batch: &BatchView<'_>| {
         let found = batch.records().filter(|record| record.kind() == RecordKind::PromotionIntent);
         intents.extend(found.map(|record| record.argument()));
+    };
+    let walked = walk(&slot, &open, None, &mut |batch, _, _| {
+        take(batch);
         Ok::<_, std::convert::Infallible>(())
     });
     let Ok(walked) = walked;
+    if walked.torn_tail.is_some() {
+        let Ok((batch, _)) = BatchView::parse_damaged(&slot[walked.end_bytes as usize..]) else {
+            return Ok(None);
+        };
+        take(&batch);
+    }
     Ok(walked.findings.iter().all(|finding| finding.place.is_some()).then_some(intents))
+}
+
+/// The newest opening that left something in the file: slots that have lost their first page tell by their batches.
+fn newest_open_count<S: Storage>(
+    io: &mut Blocking<'_, S>,
+    headers: &[SegmentHeader],
+    first: &SegmentHeader,
+) -> Result<u64, StorageError> {
+    let mut newest = headers.iter().map(|header| header.open_count).max().unwrap_or_default();
+    let slot_len_bytes = first.slot_len_bytes;
+    let is_known = |slot: &u32| headers.iter().any(|header| header.slot == *slot);
+    for slot in (0..slot_count(io.file_len_bytes()?, slot_len_bytes)).filter(|slot| !is_known(slot)) {
+        let begin = slot_offset_bytes(slot, slot_len_bytes);
+        let bytes = Salvage::new(true).read(io, begin, slot_len_bytes as usize)?;
+        let batches = (0..bytes.len()).step_by(PAGE_BYTES);
+        let batches = batches.filter_map(|at| BatchView::parse_damaged(&bytes[at..]).ok());
+        let links = batches.map(|(batch, _)| batch.link());
+        let own = links.filter(|link| link.journal_id == first.journal_id);
+        newest = own.map(|link| link.open_count).fold(newest, u64::max);
+    }
+    Ok(newest)
 }
 
 /// Where the list of bad ranges is, if there are any: of the valid ones the newest. And what is wrong with one that may be newer.

@@ -76,6 +76,14 @@ pub enum Change {
     },
     /// The VM's volumes. Bases given are kept as they are given.
     SetVolumes(Vec<VolumeState>),
+    /// Disks that the VM has from now on, with the manifest that names them: both are durable together. Their recovery disks are there and
+    /// read zeroes. What was recovered before doesn't have them.
+    AddVolumes {
+        /// Id and size in bytes of each, in the order of their numbers, which go on from those that there are.
+        volumes: Vec<(Uuid, u64)>,
+        /// The manifest's text.
+        manifest: String,
+    },
     /// The manifest's text.
     SetManifest(String),
     /// Whether segments are encrypted from now on, and with which key. The open one is sealed; those that are there stay as they are.
@@ -201,6 +209,13 @@ impl Writer {
                 }
                 Ok(())
             }
+            Change::AddVolumes { volumes, manifest } => {
+                let count = self.superblock.volumes.len() + volumes.len();
+                if count > crate::batch::MAX_VOLUMES {
+                    return Err(ChangeError::Volumes(count));
+                }
+                self.manifest(manifest).encode().map(drop).map_err(ChangeError::Manifest)
+            }
             Change::SetManifest(text) => {
                 self.manifest(text).encode().map(drop).map_err(ChangeError::Manifest)
             }
@@ -298,15 +313,19 @@ impl Writer {
             Change::NoteBadRanges(bad_ranges) => self.note_bad_ranges(bad_ranges, &mut next, &mut before),
             &Change::Shrink { spare_slots } => return self.shrink(ticket, spare_slots),
             Change::SetVolumes(volumes) => next.volumes.clone_from(volumes),
-            Change::SetManifest(text) => {
-                let (bytes, crc) = self.manifest(text).encode().expect("checked when it was asked for");
-                let slot = PairPlace::other_slot(next.manifest);
-                next.manifest = Some(PairPlace { slot, crc });
-                let offset_bytes = MANIFEST_OFFSETS[slot as usize];
-                let write = Op::Write { offset_bytes, pieces: vec![bytes.into()] };
-                before.push(vec![(Purpose::Manifest, write)]);
-                before.push(vec![(Purpose::Manifest, Op::Sync)]);
+            Change::AddVolumes { volumes, manifest } => {
+                // What is at the stream's end now can be recovered, without them; nothing that is written later is before their first record.
+                let base_seq = self.durable.seq + 1;
+                let added = volumes.iter().map(|&(id, size_bytes)| VolumeState {
+                    id,
+                    base_seq,
+                    size_bytes,
+                    fresh_image: false,
+                });
+                next.volumes.extend(added);
+                self.note_manifest(manifest, &mut next, &mut before);
             }
+            Change::SetManifest(text) => self.note_manifest(text, &mut next, &mut before),
             Change::SetEncryption(encryption) => {
                 // Even one that only an intent has begun: nothing more is to be written with the former key.
                 if let Some(open) = self.open.take() {
@@ -451,6 +470,7 @@ impl Writer {
             | Change::AnnouncePromotion { .. }
             | Change::Shrink { .. }
             | Change::SetVolumes(_)
+            | Change::AddVolumes { .. }
             | Change::SetManifest(_)
             | Change::SetEncryption(_)
             | Change::Seal => {}
@@ -466,6 +486,17 @@ impl Writer {
         if std::mem::take(&mut self.full) {
             self.events.push_back(Event::Room);
         }
+    }
+
+    /// Writes a manifest, which must fit, to the slot that isn't in use; the superblock then says that it counts.
+    fn note_manifest(&self, text: &str, next: &mut Superblock, before: &mut Vec<Vec<(Purpose, Op)>>) {
+        let (bytes, crc) = self.manifest(text).encode().expect("checked when it was asked for");
+        let slot = PairPlace::other_slot(next.manifest);
+        next.manifest = Some(PairPlace { slot, crc });
+        let offset_bytes = MANIFEST_OFFSETS[slot as usize];
+        let write = Op::Write { offset_bytes, pieces: vec![bytes.into()] };
+        before.push(vec![(Purpose::Manifest, write)]);
+        before.push(vec![(Purpose::Manifest, Op::Sync)]);
     }
 
     fn manifest(&self, text: &str) -> Manifest {

@@ -201,6 +201,11 @@ impl Target<'_> {
         self.change(Change::AdvanceBase { through, end: true });
     }
 
+    /// Says whether the process lives on.
+    pub(crate) fn drive_or_die(&mut self) -> bool {
+        drive(&mut self.writer, &mut self.storage, self.site.journal).is_ok()
+    }
+
     /// Until the process dies.
     pub(crate) fn drive_to_death(&mut self) {
         drive(&mut self.writer, &mut self.storage, self.site.journal).expect_err("a crash was armed");

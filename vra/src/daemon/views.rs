@@ -128,7 +128,13 @@ impl Daemon {
             Some(checkpoint) => members_at(vms, checkpoint),
             None => vms,
         };
-        let disks = self.disks_to_open(change.get(), view, &vms, &open);
+        let disks = self.disks_to_open(change.get(), view, &vms, &open, |vm| match (&checkpoint, at) {
+            (Some(checkpoint), _) => {
+                checkpoint.vms.iter().find(|place| place.vm == vm).map_or(u64::MAX, |place| place.cut)
+            }
+            (None, PointInTime::Sequence { sequence }) => sequence,
+            (None, _) => u64::MAX,
+        });
         let has_own_address = matches!(open.door, DoorRequest::Nbd { listen: Some(_) });
         if has_own_address && disks.len() > 1 {
             return Err(ApiError::new(
@@ -285,17 +291,20 @@ impl Daemon {
         Ok((Some(checkpoint), at))
     }
 
-    /// What a view will have of each volume.
+    /// What a view will have of each volume that there was; `seq_of` gives the number that it shows of a VM.
     fn disks_to_open(
         &self,
         state: &State,
         view: ViewId,
         vms: &[Arc<TargetVm>],
         open: &OpenView,
+        seq_of: impl Fn(VmId) -> u64,
     ) -> Vec<ViewDiskRecord> {
         let mut disks = Vec::new();
         for vm in vms {
-            for volume in &vm.definition().volumes {
+            let seq = seq_of(vm.id());
+            for volume in vm.definition().volumes.iter().filter(|volume| vm.has_volume_at(volume.number, seq))
+            {
                 let scratch = match open.mode {
                     ViewMode::ReadOnly => None,
                     ViewMode::Scratch => Some(vm.folder().scratch(view, volume.number)),

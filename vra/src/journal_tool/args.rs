@@ -9,7 +9,7 @@ use super::moment::Moment;
 /// Looks into a journal, checks it, and gets disks out of it, from the datastore's files alone. Only reads, and works beside a
 /// VRA that uses the journal.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(name = "vra-journal", version, max_term_width = 100)]
 pub(super) struct Args {
     /// The site's keys, for journals that are encrypted: a copy of the file that `zvm site-key list` names
     #[arg(long, global = true, value_name = "FILE")]
@@ -69,6 +69,11 @@ pub(super) enum Command {
     Extract(Extract),
     /// Serve disks as they were over NBD, until interrupted
     Serve(Serve),
+    /// Write a shell's completion script to standard output
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
 }
 
 /// Arguments of `extract`.

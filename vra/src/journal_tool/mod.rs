@@ -29,11 +29,11 @@ mod verify;
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 use self::args::{Args, Command};
 use crate::config::read_site_keys;
-use crate::report::chain;
+use crate::report::{chain, write_completion};
 
 /// Exit code when `verify` or `dump` found damage, or `extract` went on over it.
 const EXIT_DAMAGED: u8 = 1;
@@ -79,6 +79,7 @@ fn run(args: &Args, out: &mut dyn Write) -> anyhow::Result<ExitCode> {
             }
         }
         Command::Serve(serve) => serve::run(serve, &keys, out)?,
+        Command::Completion { shell } => write_completion(*shell, Args::command(), out)?,
     }
     Ok(ExitCode::SUCCESS)
 }

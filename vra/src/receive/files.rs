@@ -7,7 +7,7 @@ use journal::format::{DEFAULT_SLOT_BYTES, Footer, FooterEvent, VolumeState};
 use journal::recovery::{NewJournal, OpenOptions, Opened};
 use journal::storage::ring::{Access, DirectFile, RingStorage};
 use journal::storage::{Blocking, Purpose};
-use journal::writer::Limits;
+use journal::writer::{Change, Event, Limits, Writer, drive};
 
 use super::folder::VmFolder;
 use super::manifest::Manifest;
@@ -221,6 +221,41 @@ pub(super) fn open(
     }
     let overlays = folder.overlay_cuts()?;
     Ok(VmFiles { manifest, identity, opened, events, journal, disks, overlays })
+}
+
+/// Gives a VM's files the disks that a definition has and they don't, and opens them again. Journal and manifest know of them at one moment: a
+/// crash before that leaves recovery disks that the next attempt replaces.
+pub(super) fn add_volumes(
+    folder: &VmFolder,
+    vpg: &VpgDefinition,
+    definition: &VmDefinition,
+    files: VmFiles,
+    keys: Keys,
+) -> Result<VmFiles, TargetError> {
+    let VmFiles { mut manifest, identity: known, opened, journal, disks, .. } = files;
+    drop(disks);
+    let first = known.volumes.len();
+    let added = &identity(definition)?.volumes[first..];
+    let sizes: Vec<u64> = added.iter().map(|volume| volume.size_bytes).collect();
+    let reserved = folder.add_disks(&definition.datastore, first as u16, &sizes)?;
+    let of_all = Manifest::new(vpg, definition.id, first + added.len(), manifest.disks_reserved && reserved);
+    manifest = Manifest { locked: manifest.locked, ..of_all };
+    let limits = limits(definition, opened.superblock.slot_len_bytes);
+    let mut writer = Writer::new(opened, limits);
+    let volumes = added.iter().map(|volume| (volume.id.0, volume.size_bytes)).collect();
+    writer
+        .change(Change::AddVolumes { volumes, manifest: manifest.to_text() })
+        .map_err(|error| host("adding disks to the journal", std::io::Error::other(error)))?;
+    let mut storage = ring()?;
+    let file = storage.add_file(journal);
+    let events = drive(&mut writer, &mut storage, file)
+        .map_err(|errno| host("adding disks to the journal", errno.into()))?;
+    if let Some(Event::Poisoned(error)) = events.into_iter().find(|event| matches!(event, Event::Poisoned(_)))
+    {
+        return Err(host("adding disks to the journal", std::io::Error::other(error)));
+    }
+    drop(storage);
+    open(folder, definition.id, None, keys)
 }
 
 pub(super) fn ring() -> Result<RingStorage, TargetError> {

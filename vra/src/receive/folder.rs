@@ -191,17 +191,7 @@ impl VmFolder {
         disk_bytes: &[u64],
         journal_bytes: u64,
     ) -> Result<Unfinished, FolderError> {
-        let space =
-            statvfs(datastore).map_err(|errno| self.explain("looking at", datastore, errno.into()))?;
-        // Unsigned long is 64 bits wide on every host that Holdfast runs on, but not by its type.
-        #[allow(clippy::useless_conversion, reason = "see above")]
-        let free_bytes = u64::from(space.blocks_available()) * u64::from(space.fragment_size());
-        let needed_bytes =
-            disk_bytes.iter().map(|bytes| bytes.next_multiple_of(DISK_UNIT_BYTES)).sum::<u64>();
-        let needed_bytes = needed_bytes.saturating_add(journal_bytes);
-        if needed_bytes > free_bytes {
-            return Err(FolderError::NoSpace { path: datastore.into(), free_bytes, needed_bytes });
-        }
+        self.check_space(datastore, disk_bytes, journal_bytes)?;
         let mut made =
             Unfinished { folder: self.clone(), disks: Vec::new(), reserved: true, finished: false };
         fs::DirBuilder::new()
@@ -217,17 +207,69 @@ impl VmFolder {
         for (volume, &bytes) in (0_u16..).zip(disk_bytes) {
             let path = self.disk(volume);
             made.disks.push(path.clone());
-            let reserved = make_disk(&path, bytes.next_multiple_of(DISK_UNIT_BYTES))
-                .map_err(|error| self.explain("creating", &path, error))?;
-            made.reserved &= reserved;
+            made.reserved &= self.make_disk(&path, bytes)?;
         }
         if !made.reserved {
-            tracing::warn!(
-                folder = %self.path.display(),
-                "the datastore's filesystem can't reserve space: the recovery disks are sparse, and can run out of it"
-            );
+            self.warn_of_sparse_disks();
         }
         Ok(made)
+    }
+
+    /// Makes recovery disks of the given sizes for a VM that has others, from number `first` on; durable when this returns. No journal has
+    /// them yet: what an attempt that was cut short has left of them is replaced. Says whether their space is reserved.
+    ///
+    /// # Errors
+    /// As for [`VmFolder::make`]. What was made may stay.
+    pub fn add_disks(&self, datastore: &Path, first: u16, disk_bytes: &[u64]) -> Result<bool, FolderError> {
+        let mut reserved = true;
+        for path in (first..).zip(disk_bytes).map(|(volume, _)| self.disk(volume)) {
+            remove_file(&path).map_err(|error| self.explain("removing", &path, error))?;
+        }
+        self.check_space(datastore, disk_bytes, 0)?;
+        for (volume, &bytes) in (first..).zip(disk_bytes) {
+            reserved &= self.make_disk(&self.disk(volume), bytes)?;
+        }
+        sync_folder(&self.path).map_err(|error| self.explain("syncing", &self.path, error))?;
+        if !reserved {
+            self.warn_of_sparse_disks();
+        }
+        Ok(reserved)
+    }
+
+    fn make_disk(&self, path: &Path, bytes: u64) -> Result<bool, FolderError> {
+        make_disk(path, bytes.next_multiple_of(DISK_UNIT_BYTES))
+            .map_err(|error| self.explain("creating", path, error))
+    }
+
+    fn warn_of_sparse_disks(&self) {
+        tracing::warn!(
+            folder = %self.path.display(),
+            "the datastore's filesystem can't reserve space: the recovery disks are sparse, and can run out of it"
+        );
+    }
+
+    /// Whether the datastore has room for such disks and a journal.
+    ///
+    /// # Errors
+    /// It hasn't, or can't be looked at.
+    pub(super) fn check_space(
+        &self,
+        datastore: &Path,
+        disk_bytes: &[u64],
+        journal_bytes: u64,
+    ) -> Result<(), FolderError> {
+        let space =
+            statvfs(datastore).map_err(|errno| self.explain("looking at", datastore, errno.into()))?;
+        // Unsigned long is 64 bits wide on every host that Holdfast runs on, but not by its type.
+        #[allow(clippy::useless_conversion, reason = "see above")]
+        let free_bytes = u64::from(space.blocks_available()) * u64::from(space.fragment_size());
+        let needed_bytes =
+            disk_bytes.iter().map(|bytes| bytes.next_multiple_of(DISK_UNIT_BYTES)).sum::<u64>();
+        let needed_bytes = needed_bytes.saturating_add(journal_bytes);
+        if needed_bytes > free_bytes {
+            return Err(FolderError::NoSpace { path: datastore.into(), free_bytes, needed_bytes });
+        }
+        Ok(())
     }
 
     /// Removes all files of the VM, and the folders that are empty then.

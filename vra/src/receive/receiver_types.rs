@@ -27,6 +27,16 @@ pub struct VmIdentity {
     pub volumes: Vec<VolumeShape>,
 }
 
+impl VmIdentity {
+    /// The volumes that `wanted` has and this doesn't, if that is all that differs.
+    pub(super) fn volumes_added_in<'a>(&self, wanted: &'a Self) -> &'a [VolumeShape] {
+        match wanted.volumes.strip_prefix(&self.volumes[..]) {
+            Some(added) if self.journal == wanted.journal => added,
+            _ => &[],
+        }
+    }
+}
+
 /// What the VM's definition lets a receiver do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReceiverPolicy {

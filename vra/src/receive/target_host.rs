@@ -147,9 +147,13 @@ impl TargetHost {
         if let Some(target) = self.vm(vm) {
             // What can't be done as a whole isn't begun.
             target.may_encrypt(vpg)?;
-            target.redefine(vpg)?;
-            target.follow_encryption()?;
-            return Ok(target);
+            if !target.may_add_volumes_of(vpg)? {
+                target.redefine(vpg)?;
+                target.follow_encryption()?;
+                return Ok(target);
+            }
+            self.lock().remove(&vm);
+            target.close().await;
         }
         let Some(definition) = vpg.vms.iter().find(|candidate| candidate.id == vm) else {
             return Err(TargetError::Definition("the VM is not in the group"));
@@ -163,7 +167,11 @@ impl TargetHost {
             if !making.is_complete() {
                 files::make(&making, &owned, &wanted, &keys)?;
             }
-            files::open(&making, vm, None, keys)
+            let opened = files::open(&making, vm, None, keys.clone())?;
+            if !opened.identity.volumes_added_in(&files::identity(&wanted)?).is_empty() {
+                return files::add_volumes(&making, &owned, &wanted, opened, keys);
+            }
+            Ok(opened)
         });
         let opened = opening
             .await

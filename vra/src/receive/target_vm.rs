@@ -88,6 +88,8 @@ struct Inner {
     pins: PinBook,
     /// Locks that are in the manifest no more, but may be in the file still: what they keep stays until they aren't.
     releasing: Vec<LockedCheckpoint>,
+    /// Where each volume's history began when the files were attached.
+    volume_bases: Vec<u64>,
     /// What was last told of the recovery disks.
     told_bad_ranges: BadRanges,
     /// What was free on the datastore when it was last looked at.
@@ -138,6 +140,7 @@ impl TargetVm {
         let is_noted = manifest == files.manifest;
         let runtime = Handle::current();
         let bad_ranges = files.opened.bad_ranges.clone();
+        let volume_bases = superblock.volumes.iter().map(|volume| volume.base_seq).collect();
         let target = Arc::new_cyclic(|weak| {
             let needed = pins.needed(&manifest.locked);
             let status =
@@ -152,6 +155,7 @@ impl TargetVm {
                 is_making_way: false,
                 scrub: None,
                 scrub_damage: BTreeMap::new(),
+                volume_bases,
                 pins,
                 releasing: Vec::new(),
                 not_kept_since: BTreeMap::new(),
@@ -300,6 +304,35 @@ impl TargetVm {
             return Err(not_open());
         }
         checkpoints.await.map_err(|_| not_open())
+    }
+
+    /// Whether a definition adds volumes. Then there is room for their recovery disks, and nobody has views open: they can be added while the
+    /// files are closed.
+    ///
+    /// # Errors
+    /// They can't be added now.
+    pub(super) fn may_add_volumes_of(&self, vpg: &VpgDefinition) -> Result<bool, TargetError> {
+        let Some(definition) = vpg.vms.iter().find(|vm| vm.id == self.vm) else {
+            return Err(TargetError::Definition("the VM is not in the group"));
+        };
+        let wanted = files::identity(definition)?;
+        let known = files::identity(&self.definition())?;
+        let added = known.volumes_added_in(&wanted);
+        if added.is_empty() {
+            return Ok(false);
+        }
+        let count = self.pin_count();
+        if count > 0 {
+            return Err(TargetError::InUse { vm: self.vm, count });
+        }
+        let sizes: Vec<u64> = added.iter().map(|volume| volume.size_bytes).collect();
+        self.folder.check_space(&definition.datastore, &sizes, 0)?;
+        Ok(true)
+    }
+
+    /// Whether the VM had this volume at a number of its journal.
+    pub fn has_volume_at(&self, volume: u16, seq: u64) -> bool {
+        self.lock().volume_bases.get(usize::from(volume)).is_some_and(|base_seq| *base_seq <= seq)
     }
 
     /// Takes another definition of the same journal and volumes: limits and names. The journal keeps it.

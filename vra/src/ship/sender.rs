@@ -469,17 +469,18 @@ impl Sender {
     fn refused(&mut self, refuse: Refuse, now: Now) {
         self.outputs.push_back(Output::Hangup);
         let wait_us = match refuse.code {
-            RefuseCode::NotDescendant
-            | RefuseCode::VolumesDiffer
-            | RefuseCode::NotAllowed
-            | RefuseCode::Closed => return self.halt(StopReason::Refused(refuse)),
+            RefuseCode::NotDescendant | RefuseCode::NotAllowed | RefuseCode::Closed => {
+                return self.halt(StopReason::Refused(refuse));
+            }
             // Fenced: it may have been an older stream of this very source whose open came late. Another source of a newer generation
             // lets the target refuse this one for good.
-            // A full journal makes room by itself, and a target that has just started gets its definitions and keys.
+            // A full journal makes room by itself; a target that has just started gets its definitions and keys, and one side has a definition
+            // with other volumes before the other.
             RefuseCode::Busy
             | RefuseCode::BadBatch
             | RefuseCode::Fenced
             | RefuseCode::JournalFull
+            | RefuseCode::VolumesDiffer
             | RefuseCode::UnknownVm => self.backoff.failed(),
             // A target that speaks this version and says otherwise is tried as any other.
             RefuseCode::Version if refuse.detail == u64::from(PROTOCOL_VERSION) => self.backoff.failed(),

@@ -219,9 +219,10 @@ impl<'a> Ask<'a> {
 
     pub(super) async fn run(&self, command: Command) -> Result<(), Failure> {
         match command {
-            Command::Init { .. } | Command::Rebuild { .. } | Command::Serve { .. } => {
-                Err(Failure::Unexpected)
-            }
+            Command::Init { .. }
+            | Command::Rebuild { .. }
+            | Command::Serve { .. }
+            | Command::Completion { .. } => Err(Failure::Unexpected),
             Command::Status { watch, check } => self.status(watch, check).await,
             Command::Inventory => self.print(Request::Inventory).await,
             Command::Vra(command) => self.vra(command).await,

@@ -14,9 +14,9 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use vra::api::ErrorCode;
-use vra::report::chain;
+use vra::report::{chain, write_completion};
 
 use crate::api::ClientError;
 use crate::config::Config;
@@ -99,6 +99,11 @@ enum Command {
     /// Keys of encrypted journals.
     #[command(subcommand)]
     SiteKey(ask::SiteKeyCommand),
+    /// Write a shell's completion script to standard output.
+    Completion {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
 }
 
 /// Why a command failed.
@@ -181,6 +186,9 @@ pub fn run() -> ExitCode {
 }
 
 async fn execute(cli: Cli) -> Result<(), Failure> {
+    if let Command::Completion { shell } = cli.command {
+        return Ok(write_completion(shell, Cli::command(), &mut std::io::stdout())?);
+    }
     let config = Config::load(cli.config.as_deref())?;
     match cli.command {
         Command::Init { name } => init(&config, &name, cli.json).await,

@@ -31,7 +31,7 @@ impl Effort {
     fn seeds(self) -> u64 {
         match self {
             Self::Short => 1,
-            Self::Long => 8,
+            Self::Long => 2,
         }
     }
 
@@ -39,7 +39,7 @@ impl Effort {
     fn later_crashes(self) -> u64 {
         match self {
             Self::Short => 1,
-            Self::Long => 8,
+            Self::Long => 4,
         }
     }
 

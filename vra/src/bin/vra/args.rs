@@ -103,6 +103,11 @@ pub(crate) enum Command {
     /// Open, close or list disks as they were
     #[command(subcommand)]
     View(ViewCommand),
+    /// Write a shell's completion script to standard output
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
 }
 
 #[derive(Debug, Args)]

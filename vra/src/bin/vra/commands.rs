@@ -27,7 +27,7 @@ const TOKEN_FILE_MAX: u64 = 4096;
 pub(crate) async fn run(cli: &Cli, config: &Config) -> anyhow::Result<ExitCode> {
     let daemon = Daemon { cli, config };
     match &cli.command {
-        Command::Serve => unreachable!("main runs the daemon itself"),
+        Command::Serve | Command::Completion { .. } => unreachable!("main does that itself"),
         Command::Doctor => return daemon.doctor().await,
         Command::Enroll { zvm, token_file } => daemon.enroll(zvm, token_file).await?,
         Command::Attach(args) => daemon.attach(args).await?,

@@ -10,9 +10,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
+use clap::CommandFactory;
 use vra::config::Config;
 use vra::control::ClientError;
-use vra::report::chain;
+use vra::report::{chain, write_completion};
 
 use crate::args::{Cli, Command};
 
@@ -39,6 +40,10 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     if let Command::GuestGuard { agent_socket, limit_ms } = &cli.command {
         vra::guest::run_guard(agent_socket, limit_ms.map(Duration::from_millis))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Command::Completion { shell } = cli.command {
+        write_completion(shell, Cli::command(), &mut std::io::stdout())?;
         return Ok(ExitCode::SUCCESS);
     }
     let config = Config::load(cli.config.as_deref())?;

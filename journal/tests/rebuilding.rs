@@ -1,0 +1,105 @@
+//! What is said of a journal whose superblocks are both lost, and more with them.
+#![cfg(feature = "sim")]
+
+mod sim_target;
+
+use journal::format::slot_offset_bytes;
+use journal::recovery::rebuild;
+use journal::storage::{Blocking, Purpose};
+use journal::walk::walk;
+use journal::writer::Change;
+
+use sim_target::{SLOT_BYTES, Site};
+
+const PAGE: u64 = 4096;
+
+/// A journal with an intent in its open segment, behind a batch of the stream; `reopened` has it in the copy of an opening instead, whose
+/// predecessor is still there.
+fn half_promoted(encrypted: bool, reopened: bool) -> (Site, u64) {
+    let site = if encrypted { Site::encrypted(6) } else { Site::new(6) };
+    let mut target = site.target();
+    target.base_sync();
+    target.write(0, &[1, 2]);
+    target.append();
+    target.change(Change::Seal);
+    let through = target.writer.closed_segments().last().expect("sealed").last;
+    target.write(8192, &[3, 4]);
+    target.append();
+    if reopened {
+        drop(target);
+        target = site.target();
+    }
+    target.write(16384, &[5]);
+    target.append();
+    target.change(Change::AnnouncePromotion { through });
+    drop(target);
+    site.zero_pages(0, 1);
+    site.zero_pages(64 << 10, 1);
+    (site, through.seq)
+}
+
+/// The recovery disks may be as new as the intent says: who doesn't know of it gives wrong data.
+#[test]
+fn no_flipped_bit_hides_the_intent_of_a_journal_without_superblocks() {
+    for (encrypted, reopened) in [(false, false), (false, true), (true, false), (true, true)] {
+        let (site, announced) = half_promoted(encrypted, reopened);
+        let says =
+            |site: &Site| rebuild(&mut site.disk.storage(), site.journal, None, Vec::new(), site.keys.site());
+        let whole = says(&site).expect("readable");
+        assert_eq!((whole.superblock.promotion_intent_seq, whole.gap), (announced, None));
+        let len_bytes = site.disk.contents(site.journal).len() as u64;
+        let (mut told, mut refused) = (0, 0);
+        for offset_bytes in (slot_offset_bytes(0, SLOT_BYTES)..len_bytes).step_by(61) {
+            let page = offset_bytes / PAGE * PAGE;
+            let mut storage = site.disk.storage();
+            let mut io = Blocking::new(&mut storage, site.journal, Purpose::Append);
+            let before = io.read(page, PAGE as usize).expect("readable").to_vec();
+            if before.iter().all(|byte| *byte == 0) {
+                continue;
+            }
+            let mut after = before.clone();
+            after[(offset_bytes - page) as usize] ^= 1 << (offset_bytes % 8);
+            io.write(page, after).expect("written");
+            match says(&site) {
+                Ok(rebuilt) if rebuilt.gap.is_none() => {
+                    let intent_seq = rebuilt.superblock.promotion_intent_seq;
+                    assert_eq!(
+                        intent_seq, announced,
+                        "encrypted {encrypted}, reopened {reopened}, bit at {offset_bytes}"
+                    );
+                    told += 1;
+                }
+                _ => refused += 1,
+            }
+            io.write(page, before).expect("written");
+        }
+        assert!(told > 0 && refused > 0, "{told} and {refused}");
+    }
+}
+
+/// What was announced behind it proves that it was durable.
+#[test]
+fn a_damaged_payload_before_an_intent_is_no_torn_tail() {
+    let site = Site::new(6);
+    let mut target = site.target();
+    target.base_sync();
+    target.write(0, &[1]);
+    target.append();
+    target.change(Change::Seal);
+    let through = target.writer.closed_segments().last().expect("sealed").last;
+    target.write(0, &[2]);
+    target.append();
+    target.change(Change::AnnouncePromotion { through });
+    drop(target);
+    let open = site.survey().segments.last().expect("one").header.clone();
+    let offset_bytes = slot_offset_bytes(open.slot, SLOT_BYTES);
+    let mut storage = site.disk.storage();
+    let mut io = Blocking::new(&mut storage, site.journal, Purpose::Append);
+    let mut slot = io.read(offset_bytes, SLOT_BYTES as usize).expect("readable").to_vec();
+    let payload = slot.windows(4096).position(|window| window.iter().all(|byte| *byte == 2)).expect("there");
+    slot[payload + 9] ^= 1;
+    let walked = walk(&slot, &open, None, &mut |_, _, _| Ok::<_, std::convert::Infallible>(()));
+    let Ok(walked) = walked;
+    assert_eq!(walked.torn_tail, None);
+    assert_eq!(walked.findings.len(), 1, "{:?}", walked.findings);
+}

@@ -1,0 +1,113 @@
+//! A disk joins a protected VM: what was recovered before doesn't have it, what comes later does.
+
+mod common;
+
+use std::path::PathBuf;
+
+use ::vra::api::status::{SourceMode, TargetState};
+use ::vra::api::vpg::VolumeDefinition;
+use ::vra::api::{CloseView, ErrorCode, OpenView, PointInTime, Request, ViewInfo, ViewMode, VmId, VraStatus};
+use common::TestCa;
+use common::pair::{DISK_BYTES, apply, definition, door, open, open_view, pattern, tag, wait_for_checkpoint};
+use common::vra::{Vra, nbdcopy, qemu_io};
+
+async fn shown(target: &Vra, open: &OpenView) -> (ViewInfo, Vec<Vec<u8>>) {
+    let view = open_view(target, open).await;
+    let copy =
+        |number: usize| nbdcopy(&view.disks[number].door, &target.path("copy.raw")).expect("installed");
+    let disks = (0..view.disks.len()).map(copy).collect();
+    (view, disks)
+}
+
+#[tokio::test]
+async fn a_disk_joins_a_vm_and_older_checkpoints_stay_as_they_were() {
+    let ca = TestCa::new();
+    let source = Vra::start("added-a", Some(&ca));
+    let mut target = Vra::start("added-b", Some(&ca));
+    let vm = VmId::random();
+    let first = source.attach(vm, "db", &source.disk("0.raw", DISK_BYTES)).await;
+    if qemu_io(&door(&first), &pattern(1, 64, 1024)).is_none() {
+        return;
+    }
+    let mut group = definition(&source, &target, std::slice::from_ref(&first));
+    let vpg = group.id;
+    apply(&target, &group).await;
+    apply(&source, &group).await;
+    let streams = |status: &VraStatus| status.source_vms[0].mode == SourceMode::Streaming;
+    source.wait_for("streaming", streams).await;
+    target.wait_for("journaling", |status| status.target_vms[0].state == TargetState::Journaling).await;
+    qemu_io(&door(&first), &pattern(2, 2048, 1024));
+    let before = tag(&source, vpg, "before").await;
+    wait_for_checkpoint(&target, vpg, before.id).await;
+    let first_then = std::fs::read(&first.path).expect("disk");
+
+    let second = source.attach(vm, "db", &source.disk("1.raw", DISK_BYTES / 2)).await;
+    qemu_io(&door(&second), &pattern(3, 0, 512));
+    group.vms[0].volumes.push(VolumeDefinition {
+        id: second.volume,
+        number: 1,
+        size_bytes: second.size_bytes,
+        logical_block_bytes: second.logical_block_bytes,
+        source_path: second.path.clone(),
+    });
+    (group.revision, group.member_set_version) = (2, 2);
+
+    // Not while somebody looks at the VM's disks: its files are closed for it.
+    let at_before = open(vpg, PointInTime::Checkpoint { checkpoint: before.id }, ViewMode::ReadOnly);
+    let (view, _) = shown(&target, &at_before).await;
+    let refused = target.refusal(Request::ApplyVpg(group.clone())).await;
+    assert_eq!(refused.code, ErrorCode::Busy, "{refused:?}");
+    target.ask(Request::CloseView(CloseView { view: view.view })).await;
+
+    // The source is told first: it waits until its target knows of the disk.
+    apply(&source, &group).await;
+    qemu_io(&door(&first), &pattern(4, 4096, 1024));
+    apply(&target, &group).await;
+    source.wait_for("streaming again", |status| streams(status) && status.source_vms[0].connected).await;
+    qemu_io(&door(&second), &pattern(5, 1024, 512));
+    let after = tag(&source, vpg, "after").await;
+    wait_for_checkpoint(&target, vpg, after.id).await;
+    qemu_io(&door(&second), &pattern(6, 1024, 512));
+
+    let mut disks_after =
+        [&first.path, &second.path].map(|path: &PathBuf| std::fs::read(path).expect("disk"));
+    disks_after[1][1 << 20..(1 << 20) + (512 << 10)].fill(5);
+    let at_after = open(vpg, PointInTime::Checkpoint { checkpoint: after.id }, ViewMode::Scratch);
+    for restarted in [false, true] {
+        if restarted {
+            target.kill();
+            target.serve();
+            target.wait_for("open", |status| status.target_vms.iter().any(|vm| vm.connected)).await;
+        }
+        let at_before = OpenView { view: Some(::vra::api::ViewId::random()), ..at_before.clone() };
+        let (view, disks) = shown(&target, &at_before).await;
+        assert_eq!(disks.len(), 1, "the checkpoint is older than the disk");
+        assert!(disks[0] == first_then, "restarted: {restarted}");
+        target.ask(Request::CloseView(CloseView { view: view.view })).await;
+        let at_after = OpenView { view: Some(::vra::api::ViewId::random()), ..at_after.clone() };
+        let (view, disks) = shown(&target, &at_after).await;
+        assert!(disks == disks_after, "restarted: {restarted}");
+        target.ask(Request::CloseView(CloseView { view: view.view })).await;
+    }
+
+    // And without any VRA.
+    target.stop();
+    let extract = |at: &str| {
+        let out = target.path(&format!("extracted-{at}"));
+        let store = target.path("datastore");
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vra-journal"));
+        command
+            .arg("extract")
+            .arg(&store)
+            .args(["--vpg", "shop", "--quiet", "--at", at, "--out-dir"])
+            .arg(&out);
+        let done = command.output().expect("vra-journal");
+        assert!(done.status.success(), "{done:?}");
+        let mut names: Vec<_> =
+            std::fs::read_dir(&out).expect("folder").map(|entry| entry.expect("entry").path()).collect();
+        names.sort();
+        names.iter().map(|path| std::fs::read(path).expect("image")).collect::<Vec<_>>()
+    };
+    assert!(extract("before") == [first_then]);
+    assert!(extract("after") == disks_after);
+}
