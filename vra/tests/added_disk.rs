@@ -2,7 +2,8 @@
 
 mod common;
 
-use std::path::PathBuf;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 
 use ::vra::api::status::{SourceMode, TargetState};
 use ::vra::api::vpg::VolumeDefinition;
@@ -17,6 +18,19 @@ async fn shown(target: &Vra, open: &OpenView) -> (ViewInfo, Vec<Vec<u8>>) {
         |number: usize| nbdcopy(&view.disks[number].door, &target.path("copy.raw")).expect("installed");
     let disks = (0..view.disks.len()).map(copy).collect();
     (view, disks)
+}
+
+/// The files in a folder's folders' folders.
+fn walk(folder: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = |folder: &Path| {
+        std::fs::read_dir(folder)
+            .into_iter()
+            .flatten()
+            .map(|entry| entry.expect("entry").path())
+            .collect::<Vec<_>>()
+    };
+    let vms: Vec<PathBuf> = entries(folder).iter().flat_map(|vpg| entries(vpg)).collect();
+    vms.into_iter().flat_map(move |vm| entries(&vm))
 }
 
 #[tokio::test]
@@ -108,6 +122,19 @@ async fn a_disk_joins_a_vm_and_older_checkpoints_stay_as_they_were() {
         names.sort();
         names.iter().map(|path| std::fs::read(path).expect("image")).collect::<Vec<_>>()
     };
+    assert!(extract("before") == [&first_then[..]]);
+    assert!(extract("after") == disks_after);
+
+    // Not even with superblocks.
+    let journal =
+        walk(&target.path("datastore")).find(|path| path.ends_with("journal.hfj")).expect("the journal");
+    let file = std::fs::OpenOptions::new().write(true).open(journal).expect("journal");
+    for offset_bytes in [0, 64 << 10] {
+        file.write_all_at(&[0; 4096], offset_bytes).expect("lost");
+    }
+    for at in ["before", "after"] {
+        std::fs::remove_dir_all(target.path(&format!("extracted-{at}"))).expect("removed");
+    }
     assert!(extract("before") == [first_then]);
     assert!(extract("after") == disks_after);
 }

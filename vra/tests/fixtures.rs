@@ -28,6 +28,11 @@ impl Unpacked {
         command.arg("extract").arg(&self.0).args(["--at", at, "--out"]).arg(self.0.join("out"));
         command.args(["--quiet", "--force"]).output().expect("started")
     }
+
+    fn verify(&self) -> bool {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vra-journal"));
+        command.arg("verify").arg(&self.0).output().expect("started").status.success()
+    }
 }
 
 impl Drop for Unpacked {
@@ -61,7 +66,9 @@ fn a_locked_checkpoint_of_version_1_is_extracted_with_its_overlay_and_lost_witho
         let found = format!("{tag}\t{:08x}", crc32c::crc32c(&image(&unpacked.0.join("out"))));
         assert!(lines.lines().any(|line| line == found), "{found} is not in\n{lines}");
     }
+    assert!(unpacked.verify(), "all whole");
     fs::remove_file(unpacked.0.join(FILES[2])).expect("removed");
+    assert!(!unpacked.verify(), "a locked checkpoint is lost");
     let output = unpacked.extract("kept");
     assert!(!output.status.success(), "what it had is not on the recovery disk any more");
     assert!(unpacked.extract("newest").status.success());

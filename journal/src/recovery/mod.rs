@@ -68,6 +68,12 @@ pub enum OpenError {
         "both superblocks are damaged: recover a checkpoint with vra-journal, which does without them, then move the folder away and replicate anew"
     )]
     SuperblocksDamaged(#[source] SuperblockError),
+    /// The superblocks are of two journals: a part of the file is of another one, and nothing tells which.
+    #[error(
+        "its superblocks are of two journals, {} and {}: put back the whole file, or recover a checkpoint with vra-journal from a copy in which the wrong one is zeroed",
+        _0[0], _0[1]
+    )]
+    TwoJournals([Uuid; 2]),
     /// It is another VM's.
     #[error(
         "it belongs to VM {found}, not to VM {expected}: put that VM's own journal back, or move the folder away and replicate anew"

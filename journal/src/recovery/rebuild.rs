@@ -156,7 +156,11 @@ pub fn rebuild<S: Storage>(
         (superblock.low_water_segment, superblock.low_water) = (segment.header.number + 1, segment.last());
     }
     superblock.promotion_intent_seq = intent_seq;
-    let (bad_list, bad_list_lost) = newest_bad_list(&mut io, first.journal_id)?;
+    let (bad_list, mut bad_list_lost) = newest_bad_list(&mut io, first.journal_id)?;
+    if manifest.is_none() && bad_list.is_none() {
+        // What took superblocks and manifests may have taken it, too.
+        bad_list_lost = bad_list_lost.or(Some(BadListError::Magic));
+    }
     superblock.bad_list = bad_list;
     let is_unproven = intent_seq == 0 && chain.number > 1;
     Ok(Rebuilt { superblock, manifest, is_unproven, gap, bad_list_lost })

@@ -52,6 +52,11 @@ pub fn choose_superblock(
     first: Result<Superblock, SuperblockError>,
     second: Result<Superblock, SuperblockError>,
 ) -> Result<Superblock, OpenError> {
+    if let (Ok(first), Ok(second)) = (&first, &second)
+        && first.journal_id != second.journal_id
+    {
+        return Err(OpenError::TwoJournals([first.journal_id, second.journal_id]));
+    }
     let sequence = |copy: &Result<Superblock, _>| copy.as_ref().map_or(0, |copy| copy.sequence);
     let kinds = (decide::Copy::of(&first), decide::Copy::of(&second));
     let choice = decide::choose_superblock(kinds.0, kinds.1, sequence(&first), sequence(&second));

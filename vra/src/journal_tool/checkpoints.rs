@@ -66,7 +66,7 @@ pub(super) fn run(
         group
             .journals()
             .filter_map(|told| told.warning.as_ref())
-            .for_each(|warning| eprintln!("warning: {warning}"));
+            .for_each(|warning| told!("warning: {warning}"));
         let checkpoints = group.checkpoints();
         let entries: Vec<Whole<'_>> = checkpoints.iter().map(|whole| Whole::of(&whole.entry)).collect();
         if json {

@@ -222,9 +222,7 @@ fn report(image: &Path, damage: &serde_json::Value, force: bool) -> anyhow::Resu
 fn tell_of_skipped(disk: &str, skipped: &[Skipped]) {
     for Skipped { offset_bytes, len_bytes, seq, what } in skipped {
         let record = seq.map_or(String::new(), |seq| format!("record {seq}: "));
-        eprintln!(
-            "damaged: {disk}: {len_bytes} bytes at {offset_bytes} are zeroes in the image: {record}{what}"
-        );
+        told!("damaged: {disk}: {len_bytes} bytes at {offset_bytes} are zeroes in the image: {record}{what}");
     }
 }
 
@@ -291,10 +289,10 @@ fn find_group(arguments: &Extract, keys: &SiteKeys, wanted: &str) -> anyhow::Res
     let group = Stock::of(&arguments.journals, keys)?.take(wanted)?;
     let (found, newer) = group.find(&arguments.at)?;
     if let Some(newer) = newer {
-        eprintln!("note: {newer}, so it is not taken");
+        told!("note: {newer}, so it is not taken");
     }
     for later in group.later_than(&found) {
-        eprintln!("note: VM {} is left out: it came to the group after that checkpoint", later.name);
+        told!("note: VM {} is left out: it came to the group after that checkpoint", later.name);
     }
     let mut vms = Vec::new();
     for told in group.whole()? {
@@ -314,7 +312,7 @@ fn warn_of_absent(journal: &Journal, disks: &[DiskAt]) {
     let count = journal.reader.survey.superblock.volumes.len() as u16;
     for number in (0..count).filter(|number| disks.iter().all(|disk| disk.number != *number)) {
         let vm = journal.vm_name();
-        eprintln!(
+        told!(
             "warning: disk {number} of {vm} is left out: it was added, or its first sync ended, after that moment"
         );
     }
@@ -360,11 +358,8 @@ struct OutFolder {
 
 impl OutFolder {
     fn make(path: &Path) -> anyhow::Result<Self> {
-        let made = match std::fs::create_dir(path) {
-            Ok(()) => true,
-            Err(_) if path.is_dir() => false,
-            Err(error) => return Err(error).with_context(|| format!("cannot create {}", path.display())),
-        };
+        let made = !path.is_dir();
+        std::fs::create_dir_all(path).with_context(|| format!("cannot create {}", path.display()))?;
         Ok(Self { path: path.to_owned(), made })
     }
 

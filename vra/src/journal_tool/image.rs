@@ -10,6 +10,7 @@ use nix::fcntl::{AT_FDCWD, Flock, FlockArg, RenameFlags, renameat2};
 use nix::sys::statvfs::statvfs;
 
 use super::text;
+use crate::receive::VmFolder;
 
 /// Zeroes of at least this length become a hole, in bytes.
 pub(super) const HOLE_BYTES: u64 = 64 << 10;
@@ -171,6 +172,12 @@ impl Drop for Image {
 }
 
 pub(super) fn check_free(path: &Path, force: bool) -> anyhow::Result<()> {
+    if VmFolder::has_file(path) {
+        bail!(
+            "{} is a file of the VM whose journal is in that folder, and nothing brings it back; choose another name, or another folder",
+            path.display()
+        );
+    }
     match std::fs::symlink_metadata(path) {
         Ok(metadata) if !metadata.is_file() => bail!(
             "{} is not a regular file; use `vra-journal serve` with nbdcopy or qemu-img for other targets",

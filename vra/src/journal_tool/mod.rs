@@ -1,6 +1,14 @@
 //! The `vra-journal` command: everything that can be done with a journal when there is nothing but the datastore's files.
 //! It only reads, takes no lock, and works beside a VRA that uses the journal.
 
+/// Writes a line to standard error. If nobody reads it there is nobody to tell.
+macro_rules! told {
+    ($($words:tt)*) => {{
+        use std::io::Write as _;
+        let _ = writeln!(std::io::stderr(), $($words)*);
+    }};
+}
+
 mod args;
 mod checkpoints;
 mod contents;
@@ -49,7 +57,7 @@ pub fn main() -> ExitCode {
     match run(&args, &mut std::io::stdout().lock()) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {}", chain(error.as_ref()));
+            told!("error: {}", chain(error.as_ref()));
             ExitCode::from(EXIT_FAILED)
         }
     }

@@ -15,13 +15,14 @@ impl Journal {
         let oldest_seq = self.reader.survey.superblock.oldest_seq();
         let locked = self.manifest.as_ref().map(|manifest| manifest.locked.clone()).unwrap_or_default();
         for locked in locked.into_iter().filter(|locked| locked.cut < oldest_seq) {
-            let vm = self.vm_name();
             let why = match self.overlays_kept_seq(locked.cut) {
                 Ok(kept_seq) if self.reader.add_kept(checkpoint_of(&locked), kept_seq) => continue,
                 Ok(_) => "its overlays lack what was promoted".to_owned(),
                 Err(error) => crate::report::chain(&error),
             };
-            eprintln!("warning: {vm}: the locked checkpoint of {} is lost: {why}", locked.time_us);
+            let lost = format!("the locked checkpoint of {} is lost: {why}", locked.time_us);
+            told!("warning: {}: {lost}", self.vm_name());
+            self.lost_locks.push(lost);
         }
     }
 

@@ -33,6 +33,9 @@ pub(super) struct Manifest {
     /// Checkpoints that are kept when they grow older than the history.
     #[serde(default)]
     pub(super) locked: Vec<LockedCheckpoint>,
+    /// Number of each disk's first record, by volume number, if a disk has joined later.
+    #[serde(default)]
+    pub(super) bases: Vec<u64>,
 }
 
 impl Manifest {
@@ -57,6 +60,8 @@ pub(super) struct Journal {
     pub(super) is_rebuilt: bool,
     /// They don't prove that no segment before the oldest one is lost.
     is_unproven: bool,
+    /// Locked checkpoints that can't be opened any more, and why.
+    pub(super) lost_locks: Vec<String>,
     /// What opened what is encrypted.
     pub(super) keys: SiteKeys,
 }
@@ -120,8 +125,19 @@ impl Journal {
         let manifest = manifest.and_then(|manifest| serde_json::from_str(&manifest.text).ok());
         let cut_short = cut_short(&reader.survey);
         let keys = keys.clone();
-        let mut journal =
-            Self { path, storage, file, reader, manifest, cut_short, is_rebuilt, is_unproven, keys };
+        let lost_locks = Vec::new();
+        let mut journal = Self {
+            path,
+            storage,
+            file,
+            reader,
+            manifest,
+            cut_short,
+            is_rebuilt,
+            is_unproven,
+            lost_locks,
+            keys,
+        };
         journal.find_overlays();
         Ok(journal)
     }
@@ -138,10 +154,10 @@ impl Journal {
         let vm = self.vm_name();
         let warnings = self.warnings();
         for warning in &warnings {
-            eprintln!("warning: {vm}: {warning}");
+            told!("warning: {vm}: {warning}");
         }
         if !warnings.is_empty() {
-            eprintln!("warning: {vm}: `vra-journal verify` names all damage");
+            told!("warning: {vm}: `vra-journal verify` names all damage");
         }
     }
 
@@ -275,6 +291,7 @@ pub(super) fn rebuilt(
     let definition: Option<Manifest> =
         manifest.as_ref().and_then(|manifest| serde_json::from_str(&manifest.text).ok());
     let volume = |id, size_bytes| VolumeState { id, base_seq: 0, size_bytes, fresh_image: false };
+    let bases = definition.as_ref().map(|manifest| manifest.bases.clone()).unwrap_or_default();
     let volumes: Vec<VolumeState> = match definition.as_ref().and_then(Manifest::vm) {
         Some(vm) => vm.volumes.iter().map(|disk| volume(disk.id.0, disk.size_bytes)).collect(),
         None => (0..)
@@ -282,7 +299,9 @@ pub(super) fn rebuilt(
             .map(|metadata| volume(uuid::Uuid::nil(), metadata.len()))
             .collect(),
     };
-    let rebuilt = rebuild(storage, file, manifest, volumes, keys);
+    let bases = bases.into_iter().chain(std::iter::repeat(0));
+    let volumes = volumes.into_iter().zip(bases).map(|(volume, base_seq)| VolumeState { base_seq, ..volume });
+    let rebuilt = rebuild(storage, file, manifest, volumes.collect(), keys);
     let mut rebuilt = rebuilt.with_context(|| format!("cannot open {}", path.display()))?;
     if let Some(definition) = definition {
         (rebuilt.superblock.vm_id, rebuilt.superblock.vpg_id) = (definition.vm.0, definition.vpg.id.0);

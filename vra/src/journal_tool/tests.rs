@@ -182,6 +182,12 @@ fn what_cannot_be_extracted_is_named_with_a_remedy() {
     let text = extract("latest");
     assert!(text.contains("--force"), "{text}");
     assert_eq!(std::fs::read(&out).expect("file"), b"precious");
+    // Not even by force: there may be nothing else that knows.
+    for name in ["journal.hfj", "disk-0.raw", "disk-7.raw", "lock-1-0.raw"] {
+        let own = journal.path().with_file_name(name).to_string_lossy().into_owned();
+        let text = failure(&["extract", &store, "--at", "latest", "--out", &own, "--quiet", "--force"]);
+        assert!(text.contains("another folder"), "{text}");
+    }
     let text = failure(&["inspect", "/nonexistent/datastore"]);
     assert!(text.contains("/nonexistent/datastore"), "{text}");
     for command in ["inspect", "verify"] {

@@ -10,7 +10,7 @@ use journal::crypt::{SiteKeyId, SiteKeys};
 use super::contents::{Part, Visitor, last_of, visit};
 use super::damage::Damage;
 use super::locked::Locked;
-use super::place::find_one;
+use super::place::{Journal, find_one};
 use super::text;
 
 /// What was checked and what is wrong.
@@ -25,6 +25,8 @@ pub(super) struct Report {
     newest_seq: u64,
     /// Damage, in the order of the file's parts.
     pub(super) damage: Vec<Damage>,
+    /// Locked checkpoints whose overlays are damaged or missing, and why.
+    lost_locks: Vec<String>,
     /// What is unusual but no damage.
     pub(super) notes: Vec<String>,
     /// A site key that is missing.
@@ -38,7 +40,7 @@ pub(super) fn run(path: &Path, keys: &SiteKeys, json: bool, out: &mut dyn Write)
     if json {
         serde_json::to_writer_pretty(&mut *out, &report)?;
         writeln!(out)?;
-        return Ok(!report.damage.is_empty());
+        return Ok(report.is_damaged());
     }
     for note in &report.notes {
         writeln!(out, "note: {note}")?;
@@ -46,6 +48,9 @@ pub(super) fn run(path: &Path, keys: &SiteKeys, json: bool, out: &mut dyn Write)
     for Damage { segment, file_offset_bytes, what, .. } in &report.damage {
         let segment = segment.map_or(String::new(), |segment| format!("segment {segment}, "));
         writeln!(out, "damaged: {what} ({segment}byte {file_offset_bytes} of the file)")?;
+    }
+    for lost in &report.lost_locks {
+        writeln!(out, "damaged: {lost}")?;
     }
     writeln!(
         out,
@@ -55,10 +60,10 @@ pub(super) fn run(path: &Path, keys: &SiteKeys, json: bool, out: &mut dyn Write)
         report.records,
         report.newest_seq,
         text::bytes(report.payload_bytes),
-        if report.damage.is_empty() {
-            "all whole".to_owned()
+        if report.is_damaged() {
+            format!("{} damaged", report.damage.len() + report.lost_locks.len())
         } else {
-            format!("{} damaged", report.damage.len())
+            "all whole".to_owned()
         }
     )?;
     if report.damage.iter().any(Damage::is_on_recovery_disk) {
@@ -76,7 +81,7 @@ pub(super) fn run(path: &Path, keys: &SiteKeys, json: bool, out: &mut dyn Write)
              if records are missing between others, nothing after them can be opened."
         )?;
     }
-    Ok(!report.damage.is_empty())
+    Ok(report.is_damaged())
 }
 
 /// Checks every header, record and payload of a journal's file.
@@ -86,7 +91,17 @@ pub(super) fn check(path: &Path, keys: &SiteKeys) -> anyhow::Result<Report> {
     if let Some(site_key) = report.locked {
         return Err(Locked::new(path, site_key, keys).into());
     }
+    // A journal that can't be opened has damage that was found above.
+    if let Ok(journal) = Journal::open(path, keys) {
+        report.lost_locks = journal.lost_locks;
+    }
     Ok(report)
+}
+
+impl Report {
+    fn is_damaged(&self) -> bool {
+        !self.damage.is_empty() || !self.lost_locks.is_empty()
+    }
 }
 
 impl Visitor for Report {

@@ -239,7 +239,10 @@ pub(super) fn add_volumes(
     let sizes: Vec<u64> = added.iter().map(|volume| volume.size_bytes).collect();
     let reserved = folder.add_disks(&definition.datastore, first as u16, &sizes)?;
     let of_all = Manifest::new(vpg, definition.id, first + added.len(), manifest.disks_reserved && reserved);
-    manifest = Manifest { locked: manifest.locked, ..of_all };
+    let base_seq = opened.tail.seq + 1;
+    let bases = opened.superblock.volumes.iter().map(|volume| volume.base_seq);
+    let bases = bases.chain(added.iter().map(|_| base_seq)).collect();
+    manifest = Manifest { locked: manifest.locked, bases, ..of_all };
     let limits = limits(definition, opened.superblock.slot_len_bytes);
     let mut writer = Writer::new(opened, limits);
     let volumes = added.iter().map(|volume| (volume.id.0, volume.size_bytes)).collect();

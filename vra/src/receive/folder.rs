@@ -272,6 +272,14 @@ impl VmFolder {
         Ok(())
     }
 
+    /// Whether a path names a file of the VM, there or not, whose journal is in its folder: whoever else writes it takes away what is kept there.
+    pub fn has_file(path: &Path) -> bool {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        // Behind a symbolic link, too.
+        let folder = path.parent().and_then(|folder| fs::canonicalize(folder.join(".")).ok());
+        is_own_name(&name) && folder.is_some_and(|folder| folder.join(JOURNAL_FILE).exists())
+    }
+
     /// Removes all files of the VM, and the folders that are empty then.
     ///
     /// # Errors

@@ -22,6 +22,9 @@ pub struct Manifest {
     pub vm: VmId,
     /// Names of the recovery disks' files in the journal's folder, by volume number.
     pub disks: Vec<String>,
+    /// Where each disk's history begins, by volume number, as in the superblock when the last of them joined; empty as long as none has.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bases: Vec<u64>,
     /// The recovery disks' space is reserved.
     pub disks_reserved: bool,
     /// The whole group, as last defined.
@@ -80,6 +83,7 @@ impl Manifest {
             written_by: env!("CARGO_PKG_VERSION").to_owned(),
             vm,
             disks: (0..disk_count).map(|volume| format!("disk-{volume}.raw")).collect(),
+            bases: Vec::new(),
             disks_reserved,
             vpg: vpg.clone(),
             locked: Vec::new(),

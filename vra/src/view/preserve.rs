@@ -186,6 +186,9 @@ impl ViewDisk {
             }
         }
         flush(&mut *lane, self, &bell)?;
+        // What promotion changes is nowhere else then: a page of the map that goes bad must not bring back what it said before.
+        scratch.lock().map.catch_up();
+        flush(&mut *lane, self, &bell)?;
         self.reads.drain()?;
         let noting = scratch.lock().file.keeping(through_seq)?;
         // A failed sync may have taken the word of what a guest flushes next with it.

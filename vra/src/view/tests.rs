@@ -554,6 +554,7 @@ fn a_view_that_was_kept_outlives_a_promotion_past_it() {
         let mut below = below(&journal);
         disk.preserve(journal.seq, &changed, &mut below).expect("kept");
         assert_eq!(disk.kept_seq(), journal.seq);
+        assert!(both_copies_agree(&path) > 0);
         guest.compare(&model);
         journal.promote();
         guest.compare(&model);
@@ -574,6 +575,18 @@ fn a_view_that_was_kept_outlives_a_promotion_past_it() {
         .preserve(journal.seq + 1, std::slice::from_ref(&(0..512)), &mut below(&journal))
         .expect_err("no scratch");
     assert!(matches!(refused, PreserveError::NoScratch), "{refused}");
+}
+
+/// That no page of a scratch's map depends on one of its copies; how many were written.
+fn both_copies_agree(scratch: &std::path::Path) -> usize {
+    const PAGE: usize = 4096;
+    let bytes = std::fs::read(scratch).expect("readable");
+    let pages = bytes[128 << 10..1 << 20].chunks(2 * PAGE);
+    let written = pages.filter(|copies| copies.iter().any(|byte| *byte != 0));
+    let agree = |copies: &&[u8]| copies[64..PAGE] == copies[PAGE + 64..];
+    let (good, bad): (Vec<_>, Vec<_>) = written.partition(agree);
+    assert!(bad.is_empty(), "{} pages differ", bad.len());
+    good.len()
 }
 
 fn below(journal: &TestJournal) -> Below {

@@ -21,7 +21,7 @@ use super::format::{
 };
 use super::map::{MapDamage, ScratchMap, drop_stale};
 use super::noted::{self, Deed};
-use super::pages::Pages;
+use super::pages::{PageVersion, Pages};
 use super::words::{Words, this_boot};
 use super::{CHUNK_BYTES, SECTOR_BYTES};
 
@@ -155,7 +155,7 @@ impl ScratchFile {
             lock(&file, path, Instant::now())?;
             reserve(&file, path, shape.file_bytes())?;
             let words = vec![0; shape.words()];
-            let pages = Pages::new(file_id, words.clone(), &vec![(0, 0); shape.pages() as usize]);
+            let pages = Pages::new(file_id, words.clone(), &vec![PageVersion::NEVER; shape.pages() as usize]);
             let words = make_words(live, header.boot, file_id, &words, path)?;
             // The header comes last: without it nobody takes the file for a scratch.
             for offset_bytes in HEADER_OFFSETS {
@@ -572,14 +572,14 @@ fn read_header(file: &File, path: &Path) -> Result<Header, ScratchError> {
     Ok(header)
 }
 
-/// Reads of each page the copy that counts: its sequence, and which copy it is.
+/// Reads of each page the copy that counts.
 fn read_pages(
     file: &File,
     file_id: Uuid,
     shape: Shape,
     words: &mut [u64],
     path: &Path,
-) -> Result<Vec<(u64, u8)>, ScratchError> {
+) -> Result<Vec<PageVersion>, ScratchError> {
     let mut versions = Vec::with_capacity(shape.pages() as usize);
     let mut buffer = AlignedBuf::zeroed(2 * READ_PAGES.min(shape.pages() as usize) * PAGE_BYTES);
     let mut other = vec![0; PAGE_WORDS];
@@ -593,7 +593,8 @@ fn read_pages(
         {
             let one = decode_page(&copies[..PAGE_BYTES], file_id, page, words);
             let two = decode_page(&copies[PAGE_BYTES..], file_id, page, &mut other);
-            let version = match (one, two) {
+            let is_alone = one.is_err() || two.is_err() || words != other;
+            let (sequence, copy) = match (one, two) {
                 (Ok(one), Ok(two)) if one >= two => (one, 0),
                 (Ok(one), Err(_)) => (one, 0),
                 (_, Ok(two)) => {
@@ -602,7 +603,7 @@ fn read_pages(
                 }
                 (Err(source), Err(_)) => return Err(ScratchError::Format { path: path.into(), source }),
             };
-            versions.push(version);
+            versions.push(PageVersion { sequence, copy, is_alone });
         }
     }
     Ok(versions)

@@ -12,7 +12,7 @@ use std::ops::Range;
 use std::sync::atomic::Ordering;
 
 use super::format::Shape;
-use super::pages::Pages;
+use super::pages::{PageVersion, Pages};
 use super::words::Words;
 use super::{CHUNK_BYTES, ENTRY_WORDS, SECTOR_BYTES, SECTORS};
 
@@ -323,6 +323,13 @@ impl ScratchMap {
         pages.writing_count()
     }
 
+    /// The next commit leaves both copies of every page as they are to be.
+    pub(in crate::view) fn catch_up(&mut self) {
+        if let Some(pages) = &mut self.pages {
+            pages.catch_up();
+        }
+    }
+
     /// The pages, to encode what is to be written.
     pub(in crate::view) fn pages(&self) -> Option<&Pages> {
         self.pages.as_ref()
@@ -549,8 +556,8 @@ fn decode(words: &[u64]) -> Option<Entry> {
 }
 
 /// Leaves of two entries of a chunk only the one whose page is newer: the other was given up, but its page was not written any more.
-pub(super) fn drop_stale(shape: Shape, words: &mut [u64], versions: &[(u64, u8)]) -> Result<(), MapDamage> {
-    let sequence = |slot: u32| versions[slot as usize * ENTRY_WORDS / super::format::PAGE_WORDS].0;
+pub(super) fn drop_stale(shape: Shape, words: &mut [u64], versions: &[PageVersion]) -> Result<(), MapDamage> {
+    let sequence = |slot: u32| versions[slot as usize * ENTRY_WORDS / super::format::PAGE_WORDS].sequence;
     let mut found: BTreeMap<u64, u32> = BTreeMap::new();
     for slot in 0..shape.entries {
         let first = slot as usize * ENTRY_WORDS;

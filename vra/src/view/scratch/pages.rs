@@ -1,5 +1,6 @@
 //! What of a map the file knows: pages in two copies, of which the older is written over.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use uuid::Uuid;
@@ -17,7 +18,27 @@ pub(in crate::view) struct Pages {
     marks: Vec<u8>,
     dirty: Vec<u32>,
     writing: Vec<u32>,
+    /// Pages whose other copy says less.
+    lagging: BTreeSet<u32>,
+    /// The next commit brings those up to date.
+    catches_up: bool,
     sequence: u64,
+}
+
+/// What a file has of a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct PageVersion {
+    /// The commit that wrote the copy that counts; 0 if none did.
+    pub(super) sequence: u64,
+    /// Which copy that is.
+    pub(super) copy: u8,
+    /// The other one is not as new, or damaged.
+    pub(super) is_alone: bool,
+}
+
+impl PageVersion {
+    /// Of a page that was never written.
+    pub(super) const NEVER: Self = Self { sequence: 0, copy: 0, is_alone: false };
 }
 
 /// The page has changed since it was last settled.
@@ -26,18 +47,24 @@ const DIRTY: u8 = 1;
 const WRITING: u8 = 2;
 
 impl Pages {
-    /// Pages with the words that a file has: of each the sequence and which copy has it.
-    pub(super) fn new(file_id: Uuid, settled: Vec<u64>, versions: &[(u64, u8)]) -> Self {
+    /// Pages with the words that a file has.
+    pub(super) fn new(file_id: Uuid, settled: Vec<u64>, versions: &[PageVersion]) -> Self {
         let count = versions.len();
         debug_assert_eq!(settled.len(), count * PAGE_WORDS);
         Self {
             file_id,
             settled,
-            copies: versions.iter().map(|(_, copy)| *copy).collect(),
+            copies: versions.iter().map(|version| version.copy).collect(),
             marks: vec![0; count],
             dirty: Vec::with_capacity(count),
             writing: Vec::with_capacity(count),
-            sequence: versions.iter().map(|(sequence, _)| *sequence).max().unwrap_or(0),
+            lagging: (0..)
+                .zip(versions)
+                .filter(|(_, version)| version.is_alone)
+                .map(|(page, _)| page)
+                .collect(),
+            catches_up: false,
+            sequence: versions.iter().map(|version| version.sequence).max().unwrap_or(0),
         }
     }
 
@@ -87,10 +114,27 @@ impl Pages {
             if is_changed {
                 self.marks[page as usize] |= WRITING;
                 self.writing.push(page);
+                self.lagging.insert(page);
+            }
+        }
+        if std::mem::take(&mut self.catches_up) {
+            for page in std::mem::take(&mut self.lagging) {
+                if self.marks[page as usize] & WRITING == 0 {
+                    self.marks[page as usize] |= WRITING;
+                    self.writing.push(page);
+                } else {
+                    self.lagging.insert(page);
+                }
             }
         }
         // Neighbours in the file one after the other.
         self.writing.sort_unstable();
+    }
+
+    /// The next commit writes the other copies of what former ones have written, too: from then on a single copy that goes bad takes nothing
+    /// with it.
+    pub(super) fn catch_up(&mut self) {
+        self.catches_up = true;
     }
 
     /// How many pages are to be written.

@@ -13,7 +13,8 @@ fn passing(disk_bytes: u64, limit_bytes: u64) -> ScratchMap {
 
 fn lasting(shape: Shape) -> ScratchMap {
     let words = Words::own(shape.words()).expect("memory");
-    let pages = Pages::new(Uuid::nil(), vec![0; shape.words()], &vec![(0, 0); shape.pages() as usize]);
+    let pages =
+        Pages::new(Uuid::nil(), vec![0; shape.words()], &vec![PageVersion::NEVER; shape.pages() as usize]);
     ScratchMap::lasting(shape, words, pages).expect("empty")
 }
 
@@ -32,7 +33,8 @@ fn of_words(map: &ScratchMap, content: &[u64]) -> ScratchMap {
         to.store(*from, Ordering::Relaxed);
     }
     let pages = map.pages.as_ref().expect("lasting");
-    let versions = vec![(1, 0); map.shape.pages() as usize];
+    let version = PageVersion { sequence: 1, ..PageVersion::NEVER };
+    let versions = vec![version; map.shape.pages() as usize];
     let pages = Pages::new(Uuid::nil(), pages.settled().to_vec(), &versions);
     ScratchMap::lasting(map.shape, words, pages).expect("sound")
 }
@@ -147,7 +149,7 @@ proptest! {
         let places = |map: &ScratchMap| -> Vec<Place> {
             (0..2 * 120).map(|half| map.find(half * HALF_BYTES, SECTOR_BYTES)[0].place).collect()
         };
-        let mut versions = vec![(0, 0); shape.pages() as usize];
+        let mut versions = vec![PageVersion::NEVER; shape.pages() as usize];
         let mut settled = vec![0; shape.words()];
         let mut since: Vec<Vec<Place>> = places(&map).into_iter().map(|place| vec![place]).collect();
         for (round, (kind, chunk, half, choice)) in (1..).zip(changes) {
@@ -169,10 +171,10 @@ proptest! {
                         if next[words.clone()] == settled[words.clone()] {
                             continue;
                         }
-                        versions[page] = (round, 0);
+                        versions[page].sequence = round;
                         if choice >> page & 1 == 1 {
                             mixed[words.clone()].copy_from_slice(&next[words]);
-                            mixed_versions[page] = (round, 0);
+                            mixed_versions[page].sequence = round;
                         }
                     }
                     let mut live = mixed.clone();
@@ -202,7 +204,8 @@ proptest! {
         for (slot, part, value) in entries {
             settled[slot * ENTRY_WORDS + part] = value;
         }
-        let versions = vec![(1, 0); shape.pages() as usize];
+        let version = PageVersion { sequence: 1, ..PageVersion::NEVER };
+    let versions = vec![version; shape.pages() as usize];
         let _ = drop_stale(shape, &mut settled, &versions);
         let words = Words::own(shape.words()).expect("memory");
         words.iter().zip(&settled).for_each(|(to, from)| to.store(*from, Ordering::Relaxed));
@@ -279,8 +282,8 @@ fn of_two_entries_of_a_chunk_the_newer_page_counts() {
     for (versions, kept) in [([1, 2], 1), ([2, 1], 0)] {
         let mut words = vec![0; shape.words()];
         (words[0], words[far]) = (6, 6);
-        let mut all = vec![(0, 0); shape.pages() as usize];
-        (all[0].0, all[1].0) = (versions[0], versions[1]);
+        let mut all = vec![PageVersion::NEVER; shape.pages() as usize];
+        (all[0].sequence, all[1].sequence) = (versions[0], versions[1]);
         drop_stale(shape, &mut words, &all).expect("decided");
         assert_eq!([words[0], words[far]], if kept == 0 { [6, 0] } else { [0, 6] });
     }
