@@ -228,7 +228,7 @@ fn what_is_wrong_is_named_with_a_way_out() {
             "52:54:00:00:64:01, 52:54:00:00:64:02",
         ),
         (
-            |spec| spec.vms[0].recovery.nics.push(spec.vms[0].recovery.nics[0].clone()),
+            |spec| spec.vms[0].recovery.nics = vec![nic(spec).clone(), nic(spec).clone()],
             ErrorCode::BadRequest,
             "of VM \"db\" is there twice",
             "",

@@ -107,7 +107,7 @@ impl VmRecoveryTable {
 }
 
 /// Reads `VM:DISK`.
-pub fn parse_disk(text: &str) -> Result<DiskName, String> {
+pub(super) fn parse_disk(text: &str) -> Result<DiskName, String> {
     match text.rsplit_once(':') {
         Some((vm, disk)) if !vm.is_empty() && !disk.is_empty() => {
             Ok(DiskName { vm: vm.to_owned(), disk: disk.to_owned() })

@@ -211,7 +211,7 @@ impl VpgFile {
 }
 
 /// Takes disks, written as `VM:DISK`, out of what is protected of these VMs.
-pub fn exclude(vms: &mut [VmSpec], disks: &[String]) -> Result<(), String> {
+pub(super) fn exclude(vms: &mut [VmSpec], disks: &[String]) -> Result<(), String> {
     for disk in disks {
         let disk = parse_disk(disk)?;
         let vm = vms.iter_mut().find(|vm| vm.vm == disk.vm).ok_or_else(|| {
