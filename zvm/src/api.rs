@@ -4,7 +4,7 @@ mod transfer;
 mod vpg;
 
 pub use transfer::{ImportOutcome, ImportedVpg, VPG_EXPORT_VERSION, VpgExport};
-pub use vpg::{VmSpec, VpgEdit, VpgSpec, defaults};
+pub use vpg::{DiskName, RecoveryEdit, VmSpec, VpgEdit, VpgSpec, defaults};
 
 use std::path::PathBuf;
 

@@ -16,8 +16,11 @@ use crate::reconcile::{ActionOutcome, Desired, Failure, Observed, Seen, Subject}
 /// A VRA may be silent so long (a restart) before it is an alert, microseconds.
 const SILENCE_GRACE_US: u64 = 3_000_000;
 
+/// Microseconds of a day.
+const DAY_US: u64 = 86_400_000_000;
+
 /// A certificate that ends within so long is an alert, microseconds.
-const CERTIFICATE_WARNING_US: u64 = 60 * 86_400_000_000;
+const CERTIFICATE_WARNING_US: u64 = 60 * DAY_US;
 
 /// Everything that a look goes through.
 #[derive(Debug)]
@@ -47,6 +50,7 @@ impl Look<'_> {
         self.vpgs(&mut found);
         self.unknown_vpgs(&mut found);
         self.tests(&mut found);
+        self.test_reminders(&mut found);
         self.refused_actions(&mut found);
         self.moved_vms(&mut found);
         let mut seen = HashSet::new();
@@ -167,6 +171,31 @@ impl Look<'_> {
                     ));
                 }
             }
+        }
+    }
+
+    /// Groups that were not tested for as long as their users wanted to be reminded after; a new one counts from its creation.
+    fn test_reminders(&self, found: &mut Vec<Condition>) {
+        let is_tested = |vpg: &Vpg| {
+            self.desired.tests.iter().any(|test| test.vpg == vpg.id && test.state == TestState::Running)
+        };
+        for vpg in self.desired.vpgs.iter().filter(|vpg| vpg.state == VpgState::Active && !is_tested(vpg)) {
+            let Some(days) = vpg.settings.test_reminder_days else { continue };
+            let from_us = vpg.last_test_us.unwrap_or(vpg.created_us);
+            if self.now_us.saturating_sub(from_us.0) <= u64::from(days) * DAY_US {
+                continue;
+            }
+            let last = match vpg.last_test_us {
+                Some(last_us) => format!("was last tested at {last_us}"),
+                None => format!("was not tested since its creation at {}", vpg.created_us),
+            };
+            found.push(condition(
+                "vpg-test-reminder",
+                Entity::vpg(vpg.id),
+                Level::Warning,
+                format!("VPG {} {last}: that is more than {days} days ago", vpg.name),
+                &format!("test it with `zvm test start {}`", vpg.name),
+            ));
         }
     }
 

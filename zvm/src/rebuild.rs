@@ -44,6 +44,8 @@ pub struct Rebuilt {
     pub renamed: Vec<(String, String)>,
     /// Groups that weren't restored.
     pub unrestored: Vec<Unrestored>,
+    /// Groups that were restored without recovery settings, exclusions and test reminder, since these can't be read, with the reason.
+    pub unread: Vec<(String, String)>,
 }
 
 /// A group that some of its VRAs know, and others that answered don't: it was deleted, or is only half there.
@@ -158,6 +160,7 @@ pub async fn rebuild(
         silent: world.silent,
         renamed: world.renamed,
         unrestored: world.unrestored,
+        unread: world.unread,
     })
 }
 

@@ -11,6 +11,7 @@ use world::World;
 use zvm::conditions::Look;
 use zvm::health;
 use zvm::inventory::Inventory;
+use zvm::model::alert::Condition;
 use zvm::model::status::{Stage, VpgReport, VpgStatus as Status, VpgSubstatus as Substatus};
 use zvm::model::test_run::TestState;
 
@@ -32,6 +33,33 @@ fn a_test_is_lost_only_while_its_vra_cannot_serve_its_disks() {
     assert!(is_lost(&group));
     group.target(|status| status.views[0].problem = None);
     assert!(!is_lost(&group), "it is served again");
+}
+
+#[test]
+fn a_group_that_was_not_tested_for_long_is_a_reminder_until_it_is() {
+    const DAY_US: u64 = 86_400 * SECOND_US;
+    let mut group = Group::new();
+    let now_us = group.world.now_us;
+    let vpg = &mut group.world.desired.vpgs[0];
+    (vpg.created_us, vpg.settings.test_reminder_days) = (TimeUs(now_us - 30 * DAY_US), Some(30));
+    let code = ["vpg-test-reminder".to_owned()];
+    assert!(group.codes().is_empty(), "a new group counts from its creation");
+    group.world.desired.vpgs[0].created_us.0 -= 1;
+    assert_eq!(group.codes(), code);
+    let last_us = TimeUs(now_us - 30 * DAY_US);
+    group.world.desired.vpgs[0].last_test_us = Some(last_us);
+    assert!(group.codes().is_empty(), "it was tested");
+    group.world.desired.vpgs[0].last_test_us = Some(TimeUs(last_us.0 - 1));
+    let conditions = group.conditions();
+    assert!(conditions[0].remedy.contains("zvm test start shop"), "{conditions:?}");
+    assert!(conditions[0].description.contains("more than 30 days ago"), "{conditions:?}");
+    group.world.add_test(&[]);
+    assert_eq!(group.codes(), code, "its disks are not open yet");
+    group.world.desired.tests[0].state = TestState::Running;
+    assert!(group.codes().is_empty(), "it is being tested");
+    group.world.desired.tests.clear();
+    group.world.desired.vpgs[0].settings.test_reminder_days = None;
+    assert!(group.codes().is_empty(), "nobody wants it");
 }
 
 #[test]
@@ -406,6 +434,10 @@ impl Group {
     }
 
     fn codes(&self) -> Vec<String> {
+        self.conditions().into_iter().map(|condition| condition.code).collect()
+    }
+
+    fn conditions(&self) -> Vec<Condition> {
         let look = Look {
             desired: &self.world.desired,
             observed: &self.world.observed,
@@ -415,6 +447,6 @@ impl Group {
             inventory: &Inventory::default(),
             now_us: self.world.now_us,
         };
-        look.conditions().into_iter().map(|condition| condition.code).collect()
+        look.conditions()
     }
 }

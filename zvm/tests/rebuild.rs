@@ -33,7 +33,22 @@ fn history(pair: &Pair) -> (u64, u64) {
 #[test]
 fn a_lost_database_is_made_again_from_the_vras() {
     let mut pair = Pair::defined();
-    let edited = pair.site.zvm(&["vpg", "edit", "shop", "--history", "2h", "--journal-warning", "75%"]);
+    let file = pair.write_recovery();
+    let edited = pair.site.zvm(&[
+        "vpg",
+        "edit",
+        "shop",
+        "--history",
+        "2h",
+        "--journal-warning",
+        "75%",
+        "--priority",
+        "high",
+        "--test-reminder",
+        "90",
+        "--recovery",
+        &file,
+    ]);
     assert_eq!(edited.code, 0, "{edited:?}");
     wait_for("the first sync", || pair.site.zvm(&["checkpoint", "tag", "shop", "kept"]).code == 0);
     let is_complete = || {
@@ -43,6 +58,7 @@ fn a_lost_database_is_made_again_from_the_vras() {
     wait_for("the checkpoint", is_complete);
     assert_eq!(pair.site.zvm(&["checkpoint", "lock", "shop", "kept"]).code, 0);
     wait_for("the new settings everywhere", || pair.revisions() == [2, 2]);
+    assert!(pair.a.log().contains("another priority") && pair.a.log().contains("priority=High"));
     let before = told(&pair);
     wait_for("history", || history(&pair).0 > 3);
     let (count, from_us) = history(&pair);

@@ -1,15 +1,14 @@
 //! From what a user writes of a group to its definition: names, limits, disks.
 
-use std::collections::BTreeMap;
+#[path = "common/plan.rs"]
+mod plan;
 
-use uuid::Uuid;
+use plan::{Site, spec};
 use vra::api::vpg::{JournalSize, VmDefinition};
 use vra::api::*;
 use zvm::api::{VmSpec, VpgEdit, VpgSpec, defaults};
-use zvm::inventory::{Inventory, static_file};
-use zvm::manager::spec::{Context, described, edited, join, resolve, without};
+use zvm::manager::spec::{Context, described, edited, join, without};
 use zvm::model::vpg::{Vpg, VpgSettings};
-use zvm::model::vra::{Vra, VraState};
 
 #[test]
 fn a_good_specification_becomes_a_group_with_its_disks_in_order() {
@@ -78,14 +77,16 @@ fn journals_are_as_large_as_their_disks_want_it_and_can_be_edited() {
         vms: vec!["web".into()],
         ..VpgEdit::default()
     };
-    let settings = edited(&vpg, &edit).unwrap();
+    let settings = edited(&vpg, &edit, &site.context()).unwrap();
     assert_eq!(settings.history_s, 7_200);
     let vpg = Vpg { settings, ..vpg };
     assert_eq!(sizes(&vpg), [db, (4 << 30, None, 256 << 20)]);
     let too_much = VpgEdit { journal_minimum_bytes: Some(5 << 30), ..edit.clone() };
-    assert!(edited(&vpg, &too_much).unwrap_err().message.contains("above its journal limit"));
+    assert!(
+        edited(&vpg, &too_much, &site.context()).unwrap_err().message.contains("above its journal limit")
+    );
     let unknown = VpgEdit { vms: vec!["nope".into()], ..edit };
-    assert_eq!(edited(&vpg, &unknown).unwrap_err().code, ErrorCode::NotFound);
+    assert_eq!(edited(&vpg, &unknown, &site.context()).unwrap_err().code, ErrorCode::NotFound);
 
     // As an older manager wrote it.
     let mut older = serde_json::to_value(&vpg.settings).unwrap();
@@ -162,7 +163,7 @@ fn vms_of_two_hosts_are_one_group_whose_sources_coordinate_in_the_order_of_their
     let error = site.create(&spec, &served).unwrap_err();
     assert!(error.message.contains("is 751 ms; it must be at most half"), "{error}");
     assert!(error.remedy.unwrap().contains("a shorter hold deadline"));
-    let alone = site.create(&self::spec(&["db"]), &site.db_volumes()).unwrap();
+    let alone = site.create(&plan::spec(&["db"]), &site.db_volumes()).unwrap();
     assert!(alone.definition(|vra| site.vras.get(&vra)).unwrap().coordinators.is_empty());
 }
 
@@ -193,34 +194,6 @@ fn disks_must_be_served_as_the_inventory_has_them() {
     served[1].number = 2;
     let error = site.create(&spec(&["db"]), &served).unwrap_err();
     assert_eq!(error.code, ErrorCode::Conflict, "{error}");
-}
-
-fn spec(vms: &[&str]) -> VpgSpec {
-    let vm = |vm: &&str| VmSpec { vm: (*vm).into(), ..VmSpec::default() };
-    VpgSpec {
-        name: "shop".into(),
-        description: String::new(),
-        priority: defaults::priority(),
-        target: "vra-b".into(),
-        datastore: "ds1".into(),
-        journal_limit_bytes: defaults::journal_limit_bytes(),
-        journal_limit_percent: None,
-        journal_warning: None,
-        journal_minimum_bytes: 0,
-        history_s: defaults::history_s(),
-        checkpoint_interval_ms: defaults::checkpoint_interval_ms(),
-        hold_deadline_ms: defaults::hold_deadline_ms(),
-        rpo_target_s: defaults::rpo_target_s(),
-        give_up_history: true,
-        encrypt: false,
-        vms: vms.iter().map(vm).collect(),
-    }
-}
-
-struct Site {
-    inventory: Inventory,
-    vras: BTreeMap<VraId, Vra>,
-    vpgs: Vec<Vpg>,
 }
 
 #[test]
@@ -276,101 +249,4 @@ fn vms_join_a_group_as_its_first_vm_is_and_leave_it() {
     assert!(join(&vpg, &[], &context).is_err());
     let twice = ["web", "web"].map(|vm| VmSpec { vm: vm.into(), ..VmSpec::default() });
     assert!(join(&vpg, &twice, &context).unwrap_err().message.contains("named twice"));
-}
-
-impl Site {
-    fn new() -> Self {
-        let vm = |name: &str, host: &str, disks: &[&str]| {
-            let disks: String = disks
-                .iter()
-                .enumerate()
-                .map(|(at, path)| {
-                    let letter = char::from(b'a' + at as u8);
-                    format!("[[vm.disk]]\nname = \"vd{letter}\"\npath = \"{path}\"\nsize = \"1 GiB\"\n")
-                })
-                .collect();
-            format!("[[vm]]\nname = \"{name}\"\nuuid = \"{}\"\nhost = \"{host}\"\n{disks}", Uuid::new_v4())
-        };
-        let text = [
-            "[[site]]\nname = \"s\"\n".to_owned(),
-            ["a", "b", "c"]
-                .map(|x| format!("[[host]]\nname = \"kvm-{x}\"\nsite = \"s\"\nvra = \"vra-{x}\"\n"))
-                .concat(),
-            "[[datastore]]\nname = \"ds1\"\nhosts = [\"kvm-b\"]\npath = \"/srv/ds1\"\n".to_owned(),
-            "[[datastore]]\nname = \"ds-a\"\nhosts = [\"kvm-a\"]\npath = \"/srv/ds-a\"\n".to_owned(),
-            vm("db", "kvm-a", &["/images/db", "/images/db-log"]),
-            vm("web", "kvm-a", &["/images/web"]),
-            vm("guarded", "kvm-a", &["/images/guarded"]),
-            vm("bare", "kvm-a", &[]),
-            vm("far", "kvm-b", &["/images/far"]),
-        ]
-        .concat();
-        let inventory = static_file::parse(&text, "test").unwrap();
-        let vras = ["vra-a", "vra-b", "vra-c"]
-            .map(|name| {
-                let id = VraId::random();
-                let vra = Vra {
-                    id,
-                    name: name.into(),
-                    address: format!("{name}:9710"),
-                    version: "1".into(),
-                    state: VraState::Enrolled,
-                    enrolled_us: TimeUs(1),
-                    revoked_us: None,
-                    certificate_serial: "1".into(),
-                    certificate_ends_us: TimeUs(2),
-                };
-                (id, vra)
-            })
-            .into();
-        let mut site = Self { inventory, vras, vpgs: Vec::new() };
-        let mut taken = spec(&["guarded"]);
-        taken.name = "taken".into();
-        let vpg = site.create(&taken, &[site.volume("guarded", 0, "/images/guarded")]).unwrap();
-        site.vpgs.push(vpg);
-        site
-    }
-
-    fn create(&self, spec: &VpgSpec, served: &[VolumeInfo]) -> Result<Vpg, ApiError> {
-        let context = Context { inventory: &self.inventory, vras: &self.vras, vpgs: &self.vpgs };
-        let resolved = resolve(spec, &context)?;
-        // Each VRA tells of its own VMs alone.
-        let of = |vra: &Vra| {
-            let hosts: Vec<_> = self.inventory.hosts_of_vra(&vra.name).collect();
-            let here = |volume: &&VolumeInfo| {
-                let vm = self.inventory.find_vm(&volume.vm_name).unwrap();
-                hosts.contains(&vm.host.as_str())
-            };
-            served.iter().filter(here).cloned().collect()
-        };
-        let served = resolved.sources().into_iter().map(|(id, vra)| (id, of(vra))).collect();
-        resolved.into_vpg(&served, TimeUs(1))
-    }
-
-    fn vra(&self, name: &str) -> VraId {
-        self.vras.values().find(|vra| vra.name == name).unwrap().id
-    }
-
-    fn vm(&self, name: &str) -> VmId {
-        VmId(self.inventory.find_vm(name).unwrap().uuid)
-    }
-
-    fn db_volumes(&self) -> Vec<VolumeInfo> {
-        vec![self.volume("db", 0, "/images/db"), self.volume("db", 1, "/images/db-log")]
-    }
-
-    fn volume(&self, vm: &str, number: u16, path: &str) -> VolumeInfo {
-        VolumeInfo {
-            volume: VolumeId::random(),
-            vm: self.vm(vm),
-            vm_name: vm.into(),
-            number,
-            path: path.into(),
-            size_bytes: 1 << 30,
-            logical_block_bytes: 512,
-            vpg: None,
-            door: None,
-            problem: None,
-        }
-    }
 }

@@ -20,7 +20,7 @@ fn a_group_is_exported_and_comes_back_as_it_was() {
     let pair = Pair::enrolled();
     let file = pair.site.dir.join("groups.json");
     let path = file.display().to_string();
-    let group = ["vpg", "create", "shop", "--vm", "db", "--target", "vra-b", "--datastore", "ds1"];
+    let group = ["vpg", "create", "shop", "--target", "vra-b", "--datastore", "ds1"];
     let options = [
         "--journal-limit",
         "256MiB",
@@ -33,7 +33,9 @@ fn a_group_is_exported_and_comes_back_as_it_was() {
     ];
     let others =
         ["--checkpoint-interval", "2s", "--hold-deadline", "50ms", "--rpo-target", "20s", "--keep-history"];
-    let created = pair.site.zvm(&[&group[..], &options, &others, &["--priority", "High"]].concat());
+    let recovery = pair.write_recovery();
+    let new = ["--priority", "High", "--test-reminder", "30", "--exclude", "db:vdb", "--file", &recovery];
+    let created = pair.site.zvm(&[&group[..], &options, &others, &new].concat());
     assert_eq!(created.code, 0, "{created:?}");
     let before = chosen(&pair);
     let exported = pair.site.zvm(&["vpg", "export", "shop"]);
@@ -43,6 +45,18 @@ fn a_group_is_exported_and_comes_back_as_it_was() {
     let one: Value = serde_json::from_str(&exported.stdout).expect("JSON");
     assert_eq!((&all["vpgs"], &one["version"]), (&one["vpgs"], &json!(1)));
     assert_eq!(one["vpgs"][0]["target"], "vra-b");
+    assert_eq!(before[1]["vms"][0]["excluded"][0]["name"], "vdb");
+    assert_eq!(before[1]["recovery"]["boot_groups"][0]["delay_s"], 120);
+    let shown = pair.site.zvm(&["vpg", "show", "shop"]).stdout;
+    for line in [
+        "Priority             High",
+        "Test reminder        after 30 days",
+        "Not protected        db vdb: ",
+        "Boot group           databases: db, then 2 min 0 s wait",
+        "Recovered            db: host kvm-b, network dr, test network lab",
+    ] {
+        assert!(shown.contains(line), "{line}: {shown}");
+    }
     assert_eq!(pair.site.zvm(&["vpg", "export", "nope"]).code, 3);
 
     // It is there.

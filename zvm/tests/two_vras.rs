@@ -25,6 +25,20 @@ fn a_definition_reaches_both_vras_and_outlives_the_manager() {
 }
 
 #[test]
+fn when_a_group_was_last_tested_outlives_the_manager() {
+    let mut pair = Pair::defined();
+    let last = |pair: &Pair| pair.site.json(&["vpg", "show", "shop"])["vpg"]["last_test_us"].clone();
+    assert_eq!(last(&pair), Value::Null);
+    pair.site.tag("shop", "now");
+    pair.site.tested("shop", "now", |disks| assert_eq!(disks.len(), 2, "{disks:?}"));
+    let tested = last(&pair);
+    assert!(tested.as_u64().is_some(), "{tested}");
+    pair.site.kill();
+    pair.site.serve();
+    assert_eq!(last(&pair), tested);
+}
+
+#[test]
 fn what_a_vra_refuses_is_told_with_a_remedy_and_can_be_undone() {
     let pair = Pair::enrolled();
     let refused = pair.create("/nowhere");

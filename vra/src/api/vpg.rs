@@ -67,7 +67,7 @@ pub struct VpgDefinition {
     /// room, as when the target is away.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub paused: bool,
-    /// What only the manager needs.
+    /// What the manager noted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub notes: Option<VpgNotes>,
     /// Source VRAs in the order in which they coordinate the group's checkpoints: the first that is live does. Those that it doesn't
@@ -81,17 +81,66 @@ pub struct VpgDefinition {
     pub former: Vec<FormerVm>,
 }
 
-/// What only the manager needs of a group: its VRAs and journals keep it, so that a manager whose database is lost can be made again.
+/// What the manager noted of a group: its VRAs and journals keep it, so that a manager whose database is lost can be made again. VRAs use
+/// the priority alone.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VpgNotes {
     /// For people.
     pub description: String,
-    /// Which group goes first when there is not enough for all: `Low`, `Medium` or `High`.
-    pub priority: String,
+    /// Which group goes first when there is not enough for all.
+    pub priority: Priority,
     /// The RPO to be warned beyond, in seconds.
     pub rpo_target_s: Option<u64>,
     /// When the group was created.
     pub created_us: Option<TimeUs>,
+    /// Settings that are the manager's alone, as it writes them; null without any.
+    #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
+    pub settings: serde_json::Value,
+}
+
+/// Which VPG goes first when there is not enough for all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Priority {
+    /// Last.
+    Low,
+    /// Those that nothing is said of.
+    #[default]
+    Medium,
+    /// First.
+    High,
+}
+
+/// A word that is no [`Priority`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a priority: Low, Medium, High")]
+pub struct BadPriority(pub String);
+
+impl Priority {
+    const ALL: [Self; 3] = [Self::Low, Self::Medium, Self::High];
+
+    /// A word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Low => "Low",
+            Self::Medium => "Medium",
+            Self::High => "High",
+        }
+    }
+}
+
+impl std::fmt::Display for Priority {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl std::str::FromStr for Priority {
+    type Err = BadPriority;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let known = Self::ALL.into_iter().find(|priority| text.eq_ignore_ascii_case(priority.name()));
+        known.ok_or_else(|| BadPriority(text.to_owned()))
+    }
 }
 
 /// Asks for definitions, in the order of their ids.
@@ -125,6 +174,11 @@ impl VpgDefinition {
             self.coordinators.iter().filter_map(|vra| by_id.remove(vra)).collect();
         sources.extend(by_id.into_values());
         sources
+    }
+
+    /// Source: whose data goes first over a connection that several VPGs share.
+    pub fn priority(&self) -> Priority {
+        self.notes.as_ref().map_or(Priority::default(), |notes| notes.priority)
     }
 
     /// Whether a VRA is source or target of one of its VMs.

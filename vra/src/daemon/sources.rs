@@ -13,7 +13,7 @@ use super::state::State;
 use super::vpgs::missing_volumes;
 use super::{Daemon, lock};
 use crate::api::status::SyncProgress;
-use crate::api::vpg::{VmDefinition, VraEndpoint};
+use crate::api::vpg::{Priority, VmDefinition, VraEndpoint};
 use crate::api::{ApiError, ErrorCode, GenerationId, TimeUs, VmId, VpgDefinition, VpgId};
 use crate::capture::modes::OverflowReason;
 use crate::capture::{
@@ -142,11 +142,14 @@ impl Daemon {
         for (id, (vpg, vm, disks)) in wanted {
             if let Some(live) = sources.get(&id) {
                 live.set_paused(vpg.paused);
+                if live.shipper.set_priority(stream_priority(vpg.priority())) {
+                    tracing::info!(vm = %id, name = vm.name, priority = %vpg.priority(), "another priority");
+                }
                 continue;
             }
             match self.start_source(vpg, vm, disks) {
                 Ok(live) => {
-                    tracing::info!(vm = %id, name = vm.name, target = %vm.target.id, "source");
+                    tracing::info!(vm = %id, name = vm.name, target = %vm.target.id, priority = %vpg.priority(), "source");
                     sources.insert(id, Arc::new(live));
                 }
                 Err(error) => failed = Some(error),
@@ -219,6 +222,7 @@ impl Daemon {
                 Box::new(move |event| note_event(event, &vm, &mut lock(&notes), &name))
             },
         });
+        shipper.set_priority(stream_priority(vpg.priority()));
         Ok(LiveSource {
             vpg: vpg.id,
             definition: definition.clone(),
@@ -358,6 +362,15 @@ fn shape_of(volume: &crate::api::vpg::VolumeDefinition) -> VolumeShape {
         id: volume.id,
         logical_block_bytes: volume.logical_block_bytes,
         size_bytes: volume.size_bytes,
+    }
+}
+
+/// A VPG's priority as that of its VMs' streams. That of the lines between sources is higher than all of them.
+fn stream_priority(priority: Priority) -> i32 {
+    match priority {
+        Priority::Low => -1,
+        Priority::Medium => 0,
+        Priority::High => 1,
     }
 }
 

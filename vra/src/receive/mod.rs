@@ -29,7 +29,7 @@ mod worker;
 #[cfg(test)]
 mod end_to_end_tests;
 #[cfg(test)]
-mod test_pair;
+pub(crate) mod test_pair;
 
 pub use base_apply::{BaseApply, DiskAction, DiskError};
 pub use checkpoint_list::{CheckpointKey, CheckpointList, ListedCheckpoint};

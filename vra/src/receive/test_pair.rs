@@ -411,14 +411,14 @@ fn certificate() -> &'static rcgen::CertifiedKey<rcgen::KeyPair> {
         .get_or_init(|| rcgen::generate_simple_self_signed(["localhost".to_owned()]).expect("a certificate"))
 }
 
-fn server_config() -> quinn::ServerConfig {
+pub(crate) fn server_config() -> quinn::ServerConfig {
     let certificate = certificate();
     let key =
         rustls::pki_types::PrivateKeyDer::try_from(certificate.signing_key.serialize_der()).expect("a key");
     quinn::ServerConfig::with_single_cert(vec![certificate.cert.der().clone()], key).expect("a configuration")
 }
 
-fn client_config() -> quinn::ClientConfig {
+pub(crate) fn client_config() -> quinn::ClientConfig {
     let mut roots = rustls::RootCertStore::empty();
     roots.add(certificate().cert.der().clone()).expect("a root");
     quinn::ClientConfig::with_root_certificates(Arc::new(roots)).expect("a configuration")

@@ -50,6 +50,7 @@ pub struct ShipperParts<C> {
 pub struct Shipper {
     commands: mpsc::Sender<Command>,
     paused: watch::Sender<bool>,
+    priority: watch::Sender<i32>,
     status: Arc<Mutex<SenderStatus>>,
     task: tokio::task::JoinHandle<()>,
 }
@@ -59,6 +60,7 @@ impl Shipper {
     pub fn start<C: DataConnector>(parts: ShipperParts<C>) -> Self {
         let (commands, receiver) = mpsc::channel(COMMAND_QUEUE);
         let (paused, is_paused) = watch::channel(parts.paused);
+        let (priority, its_priority) = watch::channel(0);
         let status = Arc::new(Mutex::new(parts.sender.status()));
         let shell = Shell {
             sender: parts.sender,
@@ -69,11 +71,12 @@ impl Shipper {
             clock: Clock::start(),
             commands: receiver,
             paused: is_paused,
+            priority: its_priority,
             status: status.clone(),
             link: None,
             dialing: None,
         };
-        Self { commands, paused, status, task: tokio::spawn(shell.run()) }
+        Self { commands, paused, priority, status, task: tokio::spawn(shell.run()) }
     }
 
     /// The sender's state, as of its last step.
@@ -90,6 +93,12 @@ impl Shipper {
     /// Ends the stream and makes no other one, or goes on at once where it was. What is retained stays retained meanwhile.
     pub fn set_paused(&self, paused: bool) {
         self.paused.send_if_modified(|current| std::mem::replace(current, paused) != paused);
+    }
+
+    /// Of streams that share a connection those of a higher priority send first, and lower ones what room is left; 0 until it is set. Gives
+    /// whether it was another one.
+    pub fn set_priority(&self, priority: i32) -> bool {
+        self.priority.send_if_modified(|current| std::mem::replace(current, priority) != priority)
     }
 
     /// Tries again now; see [`Sender::resume`].
@@ -130,6 +139,7 @@ struct Shell<C> {
     clock: Clock,
     commands: mpsc::Receiver<Command>,
     paused: watch::Receiver<bool>,
+    priority: watch::Receiver<i32>,
     status: Arc<Mutex<SenderStatus>>,
     link: Option<Link>,
     dialing: Option<Dialing>,
@@ -149,65 +159,81 @@ enum Woken {
     Link(Result<Option<Frame>, String>),
     Command(Option<Command>),
     Paused(bool),
+    Priority,
     Time,
     Bell,
 }
 
 impl<C: DataConnector> Shell<C> {
     async fn run(mut self) {
-        loop {
-            self.step();
-            *self.status.lock().unwrap_or_else(PoisonError::into_inner) = self.sender.status();
-            let wake = self.sender.wake();
-            let deadline = wake.at_us.map(|at_us| self.clock.instant(at_us).into());
-            let woken = tokio::select! {
-                dialed = dialed(&mut self.dialing) => Woken::Dialed(dialed),
-                progress = progress(&mut self.link) => Woken::Link(progress),
-                command = self.commands.recv() => Woken::Command(command),
-                // An error is the end of the handle, as no command is.
-                Ok(()) = self.paused.changed() => Woken::Paused(*self.paused.borrow_and_update()),
-                () = sleep_until(deadline) => Woken::Time,
-                () = self.doorbell.rung(), if wake.on_publish => Woken::Bell,
-            };
-            self.doorbell.disarm();
-            let now = self.clock.now();
-            match woken {
-                Woken::Dialed(Ok((send, recv))) => {
-                    self.dialing = None;
-                    self.link = Some(Link {
-                        send,
-                        recv,
-                        frames: FrameReader::new(),
-                        queue: VecDeque::new(),
-                        queued_bytes: 0,
-                    });
-                    self.sender.dialed(now);
-                }
-                Woken::Dialed(Err(error)) => {
-                    self.dialing = None;
-                    self.sender.dial_failed(now, &error.0);
-                }
-                Woken::Link(Ok(Some(frame))) => self.sender.frame(frame, now, &*self.retained),
-                Woken::Link(Err(reason)) => {
-                    self.hang_up();
-                    self.sender.stream_lost(now, &reason);
-                }
-                Woken::Command(Some(Command::BeginGeneration(start, retained))) => {
-                    self.retained = retained;
-                    self.sender.begin_generation(start, now);
-                }
-                Woken::Command(Some(Command::Resume)) | Woken::Paused(false) => self.sender.resume(now),
-                Woken::Paused(true) => {
-                    let was_dialing = self.dialing.is_some();
-                    self.hang_up();
-                    match was_dialing {
-                        true => self.sender.dial_failed(now, PAUSED),
-                        false => self.sender.stream_lost(now, PAUSED),
-                    }
-                }
-                Woken::Command(None) => return,
-                Woken::Link(Ok(None)) | Woken::Time | Woken::Bell => {}
+        while self.turn().await {}
+    }
+
+    /// Does what can be done now, then waits for what comes next; false when the handle is gone.
+    async fn turn(&mut self) -> bool {
+        self.step();
+        *self.status.lock().unwrap_or_else(PoisonError::into_inner) = self.sender.status();
+        let wake = self.sender.wake();
+        let deadline = wake.at_us.map(|at_us| self.clock.instant(at_us).into());
+        let woken = tokio::select! {
+            dialed = dialed(&mut self.dialing) => Woken::Dialed(dialed),
+            progress = progress(&mut self.link) => Woken::Link(progress),
+            command = self.commands.recv() => Woken::Command(command),
+            // An error is the end of the handle, as no command is.
+            Ok(()) = self.paused.changed() => Woken::Paused(*self.paused.borrow_and_update()),
+            Ok(()) = self.priority.changed() => Woken::Priority,
+            () = sleep_until(deadline) => Woken::Time,
+            () = self.doorbell.rung(), if wake.on_publish => Woken::Bell,
+        };
+        self.doorbell.disarm();
+        let now = self.clock.now();
+        match woken {
+            Woken::Dialed(Ok((send, recv))) => {
+                self.dialing = None;
+                self.link = Some(Link {
+                    send,
+                    recv,
+                    frames: FrameReader::new(),
+                    queue: VecDeque::new(),
+                    queued_bytes: 0,
+                });
+                self.set_stream_priority();
+                self.sender.dialed(now);
             }
+            Woken::Dialed(Err(error)) => {
+                self.dialing = None;
+                self.sender.dial_failed(now, &error.0);
+            }
+            Woken::Link(Ok(Some(frame))) => self.sender.frame(frame, now, &*self.retained),
+            Woken::Link(Err(reason)) => {
+                self.hang_up();
+                self.sender.stream_lost(now, &reason);
+            }
+            Woken::Command(Some(Command::BeginGeneration(start, retained))) => {
+                self.retained = retained;
+                self.sender.begin_generation(start, now);
+            }
+            Woken::Command(Some(Command::Resume)) | Woken::Paused(false) => self.sender.resume(now),
+            Woken::Paused(true) => {
+                let was_dialing = self.dialing.is_some();
+                self.hang_up();
+                match was_dialing {
+                    true => self.sender.dial_failed(now, PAUSED),
+                    false => self.sender.stream_lost(now, PAUSED),
+                }
+            }
+            Woken::Priority => self.set_stream_priority(),
+            Woken::Command(None) => return false,
+            Woken::Link(Ok(None)) | Woken::Time | Woken::Bell => {}
+        }
+        true
+    }
+
+    fn set_stream_priority(&mut self) {
+        let priority = *self.priority.borrow_and_update();
+        if let Some(link) = &self.link {
+            // It fails only when the stream has ended already: the next one gets it.
+            let _ = link.send.set_priority(priority);
         }
     }
 
@@ -294,5 +320,84 @@ async fn progress(link: &mut Option<Link>) -> Result<Option<Frame>, String> {
     tokio::select! {
         written = write => written,
         frame = read => frame,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use quinn::Endpoint;
+
+    use super::*;
+    use crate::api::{GenerationId, JournalId, VmId, VpgId};
+    use crate::receive::test_pair::{client_config, server_config};
+    use crate::ship::{PlainRing, SenderLimits, StreamIdentity};
+
+    struct Opened(Endpoint, std::net::SocketAddr);
+
+    impl DataConnector for Opened {
+        async fn open(&self) -> Result<(SendStream, RecvStream), ConnectError> {
+            let connection = self.0.connect(self.1, "localhost").expect("a target").await.expect("connected");
+            connection.open_bi().await.map_err(|error| ConnectError(error.to_string()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_stream_has_the_priority_that_was_set_and_the_next_one_too() {
+        let server = Endpoint::server(server_config(), (Ipv4Addr::LOCALHOST, 0).into());
+        let server = server.expect("bound");
+        let address = server.local_addr().expect("bound");
+        let mut client = Endpoint::client((Ipv4Addr::LOCALHOST, 0).into()).expect("bound");
+        client.set_default_client_config(client_config());
+        let target = tokio::spawn(async move {
+            let mut connections = Vec::new();
+            while let Some(incoming) = server.accept().await {
+                connections.push(incoming.await.expect("connected"));
+            }
+        });
+        let identity = StreamIdentity {
+            vm: VmId::random(),
+            vpg: VpgId::random(),
+            journal: JournalId::random(),
+            volumes: Vec::new(),
+        };
+        let start =
+            GenerationStart { generation: GenerationId::random(), ancestors: Vec::new(), first_seq: 1 };
+        let sender = Sender::new(identity, start, SenderLimits::STANDARD, 1);
+        let (_commands, commands) = mpsc::channel(1);
+        let (_paused, paused) = watch::channel(false);
+        let (set, priority) = watch::channel(1);
+        let mut shell = Shell {
+            status: Arc::new(Mutex::new(sender.status())),
+            sender,
+            retained: Box::new(PlainRing::new(1)),
+            doorbell: Arc::new(Doorbell::new()),
+            connector: Arc::new(Opened(client, address)),
+            on_event: Box::new(|_| {}),
+            clock: Clock::start(),
+            commands,
+            paused,
+            priority,
+            link: None,
+            dialing: None,
+        };
+        while shell.link.is_none() {
+            assert!(shell.turn().await);
+        }
+        let of = |shell: &Shell<Opened>| shell.link.as_ref().map(|link| link.send.priority().expect("open"));
+        assert_eq!(of(&shell), Some(1));
+        set.send(-1).expect("it listens");
+        while of(&shell) == Some(1) {
+            assert!(shell.turn().await);
+        }
+        assert_eq!(of(&shell), Some(-1));
+        shell.hang_up();
+        shell.sender.stream_lost(shell.clock.now(), "cut");
+        while shell.link.is_none() {
+            assert!(shell.turn().await);
+        }
+        assert_eq!(of(&shell), Some(-1), "the next stream has it too");
+        target.abort();
     }
 }

@@ -1,9 +1,9 @@
 //! Groups as users describe them.
 
 use serde::{Deserialize, Serialize};
-use vra::api::vpg::JournalSize;
+use vra::api::vpg::{JournalSize, Priority};
 
-use crate::model::vpg::Priority;
+use crate::model::recovery::{GroupRecovery, VmRecovery};
 
 /// A group to be created, as the user describes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,7 +15,7 @@ pub struct VpgSpec {
     #[serde(default)]
     pub description: String,
     /// Which group goes first when there is not enough for all.
-    #[serde(default = "defaults::priority")]
+    #[serde(default)]
     pub priority: Priority,
     /// Name or id of the VRA that keeps the journals.
     pub target: String,
@@ -51,6 +51,12 @@ pub struct VpgSpec {
     /// Encrypt journals and scratch at rest.
     #[serde(default)]
     pub encrypt: bool,
+    /// Remind of a test so many days after the last one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub test_reminder_days: Option<u32>,
+    /// How its VMs are to be recovered.
+    #[serde(default, skip_serializing_if = "GroupRecovery::is_empty")]
+    pub recovery: GroupRecovery,
     /// The VMs.
     pub vms: Vec<VmSpec>,
 }
@@ -59,6 +65,21 @@ pub struct VpgSpec {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VpgEdit {
+    /// Which group goes first when there is not enough for all.
+    #[serde(default)]
+    pub priority: Option<Priority>,
+    /// Remind of a test so many days after the last one.
+    #[serde(default)]
+    pub test_reminder_days: Option<u32>,
+    /// No such reminder any more.
+    #[serde(default)]
+    pub no_test_reminder: bool,
+    /// How its VMs are to be recovered, as a whole.
+    #[serde(default)]
+    pub recovery: Option<RecoveryEdit>,
+    /// Disks that aren't protected and aren't meant to be.
+    #[serde(default)]
+    pub exclude: Vec<DiskName>,
     /// How long history is wanted, seconds.
     #[serde(default)]
     pub history_s: Option<u64>,
@@ -77,6 +98,27 @@ pub struct VpgEdit {
     /// Names or ids of the VMs whose journals these are; without, all of the group.
     #[serde(default)]
     pub vms: Vec<String>,
+}
+
+/// How a group's VMs are to be recovered from now on.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecoveryEdit {
+    /// What goes for all.
+    pub group: GroupRecovery,
+    /// Names or ids of VMs, and what goes for each; nothing for those that aren't here.
+    #[serde(default)]
+    pub vms: Vec<(String, VmRecovery)>,
+}
+
+/// A disk of a VM of the inventory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskName {
+    /// The VM's name or UUID.
+    pub vm: String,
+    /// The disk's name within the VM, such as `vdb`.
+    pub disk: String,
 }
 
 /// A VM of a group to be created.
@@ -103,17 +145,16 @@ pub struct VmSpec {
     /// Another minimum than the group's, bytes.
     #[serde(default)]
     pub journal_minimum_bytes: Option<u64>,
+    /// Names of its disks that are not to be protected.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub exclude: Vec<String>,
+    /// How it is to be recovered.
+    #[serde(default, skip_serializing_if = "VmRecovery::is_empty")]
+    pub recovery: VmRecovery,
 }
 
 /// What a group gets that its user says nothing of.
 pub mod defaults {
-    use crate::model::vpg::Priority;
-
-    /// Medium.
-    pub fn priority() -> Priority {
-        Priority::Medium
-    }
-
     /// 10 GiB.
     pub fn journal_limit_bytes() -> u64 {
         10 << 30

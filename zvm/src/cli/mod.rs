@@ -4,6 +4,7 @@
 //! needed) does not answer, 6 still under way when `--timeout` ended, 7 `status --check` found a group not as wanted.
 
 mod ask;
+mod recovery;
 mod shape;
 mod show;
 mod table;
@@ -228,12 +229,15 @@ async fn rebuild(config: &Config, name: &str, vras: &[String], json: bool) -> Re
             .unrestored
             .iter()
             .map(|vpg| serde_json::json!({ "vpg": vpg.id, "name": vpg.name, "known_at": vpg.known_at }));
+        let unread =
+            rebuilt.unread.iter().map(|(vpg, reason)| serde_json::json!({ "vpg": vpg, "reason": reason }));
         let told = serde_json::json!({
             "vpgs": rebuilt.vpgs,
             "vras": rebuilt.vras,
             "silent": silent,
             "renamed": renamed.collect::<Vec<_>>(),
             "unrestored": unrestored.collect::<Vec<_>>(),
+            "unread": unread.collect::<Vec<_>>(),
         });
         println!("{told}");
         return Ok(());
@@ -250,6 +254,10 @@ async fn rebuild(config: &Config, name: &str, vras: &[String], json: bool) -> Re
     for vpg in &rebuilt.unrestored {
         println!("VPG {} ({}) is known only at {}: not restored", vpg.name, vpg.id, vpg.known_at.join(", "));
         println!("  -> it was deleted, or not all of its VRAs have it; what its VRAs keep of it stays there");
+    }
+    for (vpg, reason) in &rebuilt.unread {
+        println!("VPG {vpg} is without recovery settings, excluded disks and test reminder: {reason}");
+        println!("  -> another release wrote them: set them again with `zvm vpg edit`");
     }
     println!("Tasks, events, tokens and running tests are lost; start the manager: `zvm serve`.");
     Ok(())

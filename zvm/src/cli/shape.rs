@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use serde::Deserialize;
-use vra::api::vpg::JournalSize;
+use vra::api::vpg::{JournalSize, Priority};
 use vra::config::{MAX_CONFIG_BYTES, read_text};
 
-use crate::api::{VmSpec, VpgSpec, defaults};
-use crate::model::vpg::Priority;
+use super::recovery::{RecoveryTable, VmRecoveryTable, parse_disk};
+use crate::api::{RecoveryEdit, VmSpec, VpgSpec, defaults};
 use crate::units::{parse_bytes, parse_duration, parse_journal_size};
 
 /// A group in a TOML file: sizes and durations as text. `docs/zvm.md` shows it.
@@ -57,6 +57,13 @@ pub struct VpgFile {
     #[arg(long)]
     #[serde(default)]
     pub encrypt: bool,
+    /// Remind of a test so many days after the last one [default: never].
+    #[arg(long = "test-reminder", value_name = "DAYS")]
+    pub test_reminder_days: Option<u32>,
+    /// A disk that is not to be protected, by its VM as given and its name in the inventory; once for each.
+    #[arg(long, value_name = "VM:DISK")]
+    #[serde(default)]
+    pub exclude: Vec<String>,
     /// Name or UUID of a VM in the inventory; once for each.
     #[arg(long = "vm", value_name = "VM")]
     #[serde(default)]
@@ -65,6 +72,10 @@ pub struct VpgFile {
     #[arg(skip)]
     #[serde(default)]
     pub vm: Vec<VmTable>,
+    /// How the VMs are to be recovered.
+    #[arg(skip)]
+    #[serde(default)]
+    pub recovery: RecoveryTable,
 }
 
 /// A VM with settings of its own.
@@ -83,6 +94,12 @@ pub struct VmTable {
     pub journal_warning: Option<String>,
     /// Another minimum than the group's.
     pub journal_minimum: Option<String>,
+    /// Names of its disks that are not to be protected.
+    #[serde(default)]
+    pub exclude: Vec<String>,
+    /// How it is to be recovered.
+    #[serde(default)]
+    pub recovery: VmRecoveryTable,
 }
 
 impl VpgFile {
@@ -114,7 +131,17 @@ impl VpgFile {
             encrypt: self.encrypt || other.encrypt,
             vms: if self.vms.is_empty() { other.vms } else { self.vms },
             vm: if self.vm.is_empty() { other.vm } else { self.vm },
+            test_reminder_days: self.test_reminder_days.or(other.test_reminder_days),
+            exclude: if self.exclude.is_empty() { other.exclude } else { self.exclude },
+            recovery: if self.recovery == RecoveryTable::default() { other.recovery } else { self.recovery },
         }
+    }
+
+    /// How its VMs are to be recovered; all else of it is left.
+    pub fn into_recovery(self) -> Result<RecoveryEdit, String> {
+        let vms = self.vm.into_iter().map(|vm| (vm.name, vm.recovery.into_recovery()));
+        let vms = vms.filter(|(_, recovery)| !recovery.is_empty()).collect();
+        Ok(RecoveryEdit { group: self.recovery.into_recovery()?, vms })
     }
 
     /// What the manager is asked for.
@@ -131,12 +158,15 @@ impl VpgFile {
                 journal_limit_percent,
                 journal_warning: vm.journal_warning.as_deref().map(parse_journal_size).transpose()?,
                 journal_minimum_bytes: vm.journal_minimum.as_deref().map(parse_bytes).transpose()?,
+                exclude: vm.exclude,
+                recovery: vm.recovery.into_recovery(),
             })
         });
-        let vms = plain.chain(special).collect::<Result<Vec<_>, String>>()?;
+        let mut vms = plain.chain(special).collect::<Result<Vec<_>, String>>()?;
         if vms.is_empty() {
             return Err(missing("a VM", "--vm for each VM of the group, or `vms` in the file"));
         }
+        exclude(&mut vms, &self.exclude)?;
         let (journal_limit_bytes, journal_limit_percent) = limit(self.journal_limit.as_deref())?;
         Ok(VpgSpec {
             name: self
@@ -145,7 +175,7 @@ impl VpgFile {
             description: self.description.unwrap_or_default(),
             priority: match self.priority {
                 Some(priority) => priority.parse::<Priority>().map_err(|error| error.to_string())?,
-                None => defaults::priority(),
+                None => Priority::default(),
             },
             target: self.target.ok_or_else(|| missing("the target", "--target, or `target` in the file"))?,
             datastore: self
@@ -173,9 +203,26 @@ impl VpgFile {
             },
             give_up_history: !self.keep_history,
             encrypt: self.encrypt,
+            test_reminder_days: self.test_reminder_days,
+            recovery: self.recovery.into_recovery()?,
             vms,
         })
     }
+}
+
+/// Takes disks, written as `VM:DISK`, out of what is protected of these VMs.
+pub(super) fn exclude(vms: &mut [VmSpec], disks: &[String]) -> Result<(), String> {
+    for disk in disks {
+        let disk = parse_disk(disk)?;
+        let vm = vms.iter_mut().find(|vm| vm.vm == disk.vm).ok_or_else(|| {
+            let (vm, disk) = (&disk.vm, &disk.disk);
+            format!(
+                "disk {disk} of VM {vm} can't be excluded, since no VM {vm} is given: write it as it is given"
+            )
+        })?;
+        vm.exclude.push(disk.disk);
+    }
+    Ok(())
 }
 
 /// A journal limit: in bytes, or in percent of the disks.
@@ -194,6 +241,7 @@ fn milliseconds(text: &str) -> Result<u32, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::recovery::{IpChoice, MacChoice};
 
     const FILE: &str = r#"
 name = "shop"
@@ -205,9 +253,37 @@ journal_limit = "25%"
 journal_warning = "8 GiB"
 vms = ["web"]
 
+test_reminder_days = 180
+exclude = ["web:vdb"]
+
+[recovery]
+network = "dr"
+test_network = "apart"
+
+[[recovery.boot_group]]
+name = "databases"
+delay = "2m"
+
+[[recovery.boot_group]]
+name = "front"
+
+[recovery.post_script]
+command = "/usr/local/bin/dns"
+arguments = ["--to", "paris"]
+timeout = "90s"
+
 [[vm]]
 name = "db"
 journal_limit = "50 GiB"
+exclude = ["vdc"]
+
+[vm.recovery]
+boot_group = "databases"
+
+[[vm.recovery.nic]]
+mac = "52:54:00:12:34:56"
+failover.ip.static = { address = "10.0.0.5", prefix = 24, gateway = "10.0.0.1", dns = ["10.0.0.2"] }
+test = { network = "lab", mac = "new", ip = "dhcp" }
 "#;
 
     #[test]
@@ -227,11 +303,44 @@ journal_limit = "50 GiB"
     }
 
     #[test]
+    fn a_file_says_how_vms_are_recovered() {
+        let file: VpgFile = toml::from_str(FILE).unwrap();
+        let edit = file.clone().into_recovery().unwrap();
+        let spec = file.clone().into_spec().unwrap();
+        assert_eq!((spec.test_reminder_days, &spec.recovery), (Some(180), &edit.group));
+        assert_eq!(spec.vms.iter().map(|vm| &vm.exclude[..]).collect::<Vec<_>>(), [["vdb"], ["vdc"]]);
+        let [databases, front] = &spec.recovery.boot_groups[..] else { panic!("{:?}", spec.recovery) };
+        assert_eq!((databases.delay_s, front.delay_s), (120, 0));
+        assert_eq!(spec.recovery.place.network.as_deref(), Some("dr"));
+        assert_eq!(spec.recovery.post_script.as_ref().map(|script| script.timeout_s), Some(90));
+        assert_eq!(edit.vms, [("db".to_owned(), spec.vms[1].recovery.clone())]);
+        let nic = &spec.vms[1].recovery.nics[0];
+        let ip = nic.failover.ip.as_ref().map(ToString::to_string);
+        assert_eq!(ip.as_deref(), Some("10.0.0.5/24, gateway 10.0.0.1, DNS 10.0.0.2"));
+        assert_eq!((&nic.failover.mac, &nic.test.mac), (&MacChoice::Keep, &MacChoice::New));
+        assert_eq!(nic.test.ip, Some(IpChoice::Dhcp));
+
+        for (from, to, words) in [
+            ("\"2m\"", "\"soon\"", "not a duration"),
+            ("\"90s\"", "\"1ms\"", "whole number of seconds"),
+            ("web:vdb", "vdb", "as in db:vdb"),
+            ("web:vdb", "app:vdb", "no VM app is given"),
+        ] {
+            let file: VpgFile = toml::from_str(&FILE.replacen(from, to, 1)).unwrap();
+            assert!(file.into_spec().unwrap_err().contains(words), "{to}");
+        }
+        for (from, to) in [("10.0.0.5", "10.0.0"), ("mac = \"new\"", "mac = \"any\""), ("test =", "tests =")]
+        {
+            assert!(toml::from_str::<VpgFile>(&FILE.replacen(from, to, 1)).is_err(), "{to}");
+        }
+    }
+
+    #[test]
     fn what_is_missing_or_wrong_is_named() {
         let file: VpgFile = toml::from_str(FILE).unwrap();
         let without = VpgFile { target: None, ..file.clone() };
         assert!(without.into_spec().unwrap_err().contains("--target"));
-        let without = VpgFile { vms: vec![], vm: vec![], ..file.clone() };
+        let without = VpgFile { vms: vec![], vm: vec![], exclude: vec![], ..file.clone() };
         assert!(without.into_spec().unwrap_err().contains("--vm"));
         let wrong = VpgFile { priority: Some("urgent".into()), ..file };
         assert!(wrong.into_spec().unwrap_err().contains("Low, Medium, High"));

@@ -1,5 +1,7 @@
 //! Answers as tables or JSON.
 
+mod settings;
+
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
 
@@ -157,7 +159,6 @@ fn vpgs_table(reports: &[VpgReport]) -> String {
 }
 
 fn vpg_text(details: &VpgDetails) -> String {
-    let (vpg, settings) = (&details.vpg, &details.vpg.settings);
     let mut text = String::new();
     if let Some(report) = &details.report {
         text.push_str(&vpgs_table(std::slice::from_ref(report)));
@@ -202,37 +203,7 @@ fn vpg_text(details: &VpgDetails) -> String {
         text.push_str(&table.render());
         text.push('\n');
     }
-    let _ = writeln!(text, "Id                   {}", vpg.id);
-    let _ = writeln!(
-        text,
-        "Revision             {} ({} in force everywhere)",
-        vpg.revision, vpg.applied_revision
-    );
-    let _ = writeln!(text, "Created              {}", vpg.created_us);
-    let _ = writeln!(text, "Priority             {}", settings.priority);
-    let _ = writeln!(
-        text,
-        "Checkpoint interval  {}",
-        format_duration_us(u64::from(settings.checkpoint_interval_ms) * 1_000)
-    );
-    let _ = writeln!(text, "History wanted       {}", format_duration_us(settings.history_s * 1_000_000));
-    let _ = writeln!(text, "RPO target           {}", format_duration_us(settings.rpo_target_s * 1_000_000));
-    if !settings.description.is_empty() {
-        let _ =
-            writeln!(text, "Description          {}", settings.description.replace(char::is_control, "?"));
-    }
-    for member in &settings.vms {
-        for volume in &member.volumes {
-            let _ = writeln!(
-                text,
-                "Disk                 {} {}: {} ({})",
-                member.name,
-                volume.number,
-                volume.source_path.display(),
-                format_bytes(volume.size_bytes)
-            );
-        }
-    }
+    text.push_str(&settings::text(&details.vpg));
     text
 }
 

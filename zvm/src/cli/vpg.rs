@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
-use vra::api::vpg::JournalSize;
+use vra::api::vpg::{JournalSize, Priority};
 
 use super::ask::{Ask, Wait};
+use super::recovery::parse_disk;
 use super::transfer::Import;
-use super::{Failure, VpgFile, show};
-use crate::api::{Client, Request, Response, VmSpec, VpgEdit};
+use super::{Failure, VpgFile, shape, show};
+use crate::api::{Client, DiskName, Request, Response, VmSpec, VpgEdit};
 use crate::units::{parse_bytes, parse_duration, parse_journal_size};
 
 /// Virtual protection groups.
@@ -99,6 +100,21 @@ pub(super) struct VpgCreate {
 pub(super) struct VpgEditArgs {
     /// Its name or id.
     vpg: String,
+    /// Low, Medium or High.
+    #[arg(long)]
+    priority: Option<Priority>,
+    /// Remind of a test so many days after the last one.
+    #[arg(long, value_name = "DAYS")]
+    test_reminder: Option<u32>,
+    /// Don't remind any more.
+    #[arg(long, conflicts_with = "test_reminder")]
+    no_test_reminder: bool,
+    /// Group file to take from how its VMs are to be recovered, as a whole; all else in it is left.
+    #[arg(long, value_name = "FILE")]
+    recovery: Option<PathBuf>,
+    /// A disk that isn't protected and isn't meant to be; once for each.
+    #[arg(long, value_name = "VM:DISK", value_parser = parse_disk)]
+    exclude: Vec<DiskName>,
     /// How long history is wanted.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     history: Option<Duration>,
@@ -142,12 +158,23 @@ pub(super) struct VpgAddVm {
     /// Space that each of their journals keeps even if the history doesn't need it.
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     journal_minimum: Option<u64>,
+    /// A disk of theirs that is not to be protected, by its VM as given and its name in the inventory; once for each.
+    #[arg(long, value_name = "VM:DISK")]
+    exclude: Vec<String>,
+    /// Group file to take from how they are to be recovered; all else in it is left.
+    #[arg(long, value_name = "FILE")]
+    recovery: Option<PathBuf>,
     #[command(flatten)]
     wait: Wait,
 }
 
 impl VpgAddVm {
-    fn specs(&self) -> Vec<VmSpec> {
+    fn specs(&self) -> Result<Vec<VmSpec>, String> {
+        let own = match &self.recovery {
+            Some(path) => VpgFile::read(path)?.into_recovery()?.vms,
+            None => Vec::new(),
+        };
+        let recovery = |vm: &String| own.iter().find(|(name, _)| name == vm).map(|(_, own)| own.clone());
         let spec = |vm: &String| VmSpec {
             vm: vm.clone(),
             target: self.target.clone(),
@@ -162,8 +189,12 @@ impl VpgAddVm {
             },
             journal_warning: self.journal_warning,
             journal_minimum_bytes: self.journal_minimum,
+            exclude: Vec::new(),
+            recovery: recovery(vm).unwrap_or_default(),
         };
-        self.vms.iter().map(spec).collect()
+        let mut specs: Vec<VmSpec> = self.vms.iter().map(spec).collect();
+        shape::exclude(&mut specs, &self.exclude)?;
+        Ok(specs)
     }
 }
 
@@ -180,7 +211,13 @@ impl Ask<'_> {
             }
             VpgCommand::Edit(edit) => {
                 let edit = *edit;
+                let file = edit.recovery.as_deref().map(VpgFile::read).transpose().map_err(Failure::Usage)?;
                 let changes = VpgEdit {
+                    priority: edit.priority,
+                    test_reminder_days: edit.test_reminder,
+                    no_test_reminder: edit.no_test_reminder,
+                    recovery: file.map(VpgFile::into_recovery).transpose().map_err(Failure::Usage)?,
+                    exclude: edit.exclude,
                     history_s: edit.history.map(|history| history.as_secs()),
                     journal_limit: edit.journal_limit,
                     journal_warning: edit.journal_warning,
@@ -205,7 +242,7 @@ impl Ask<'_> {
                 Ok(())
             }
             VpgCommand::AddVm(add) => {
-                let vms = add.specs();
+                let vms = add.specs().map_err(Failure::Usage)?;
                 self.task(Request::VpgAddVms { vpg: add.vpg, vms }, &add.wait).await
             }
             VpgCommand::RemoveVm { vpg, vms, keep_disks, wait } => {

@@ -225,6 +225,7 @@ impl Engine {
             Transition::TestRunning { test } => {
                 let Some(test) = find_test(test) else { return Ok(()) };
                 if store::test_runs::move_on(&mut tx, test, TestState::Starting, TestState::Running).await? {
+                    store::vpgs::set_tested(&mut tx, test.vpg, now_us).await?;
                     let step = "all disks are open";
                     let task = test.details.start_task;
                     store::tasks::finish(&mut tx, task, TaskState::Completed, step, now_us).await?;

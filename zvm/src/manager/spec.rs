@@ -1,7 +1,9 @@
 //! From what a user writes of a group to what its VRAs need: names are looked up, limits checked, disks found. No I/O.
 
 mod described;
+mod editing;
 mod joining;
+mod recovery;
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
@@ -13,13 +15,15 @@ use vra::api::vpg::{
 use vra::api::{ApiError, ErrorCode, JournalId, MemberSince, TimeUs, VmId, VpgId, VraId};
 
 use super::check_name;
-use crate::api::{VmSpec, VpgEdit, VpgSpec};
-use crate::inventory::{FindVmError, Inventory, Vm};
-use crate::model::vpg::{JournalBounds, Member, Vpg, VpgSettings, VpgState};
+use crate::api::{VmSpec, VpgSpec};
+use crate::inventory::{Disk, FindVmError, Inventory, Vm};
+use crate::model::recovery::VmRecovery;
+use crate::model::vpg::{ExcludedDisk, JournalBounds, Member, Vpg, VpgSettings, VpgState};
 use crate::model::vra::Vra;
 use crate::units::format_bytes;
 
 pub use described::described;
+pub use editing::edited;
 pub use joining::{Joining, join, without};
 
 const CHECKPOINT_INTERVAL_MS: std::ops::RangeInclusive<u32> = 1_000..=3_600_000;
@@ -27,6 +31,7 @@ const HOLD_DEADLINE_MS: std::ops::RangeInclusive<u32> = 10..=1_000;
 /// The member set that a group begins with.
 const FIRST_MEMBER_SET: u32 = 1;
 const HISTORY_S: std::ops::RangeInclusive<u64> = 60..=90 * 86_400;
+const TEST_REMINDER_DAYS: std::ops::RangeInclusive<u32> = 1..=3_650;
 
 /// What a specification is resolved against.
 #[derive(Debug)]
@@ -53,6 +58,8 @@ struct Place<'a> {
     target: &'a Vra,
     datastore: PathBuf,
     journal_size: JournalBounds,
+    excluded: Vec<ExcludedDisk>,
+    recovery: VmRecovery,
 }
 
 /// Looks up every name and checks every limit.
@@ -62,6 +69,8 @@ pub fn resolve<'a>(spec: &'a VpgSpec, context: &Context<'a>) -> Result<Resolved<
     check_range("the hold deadline", spec.hold_deadline_ms, &HOLD_DEADLINE_MS, "ms")?;
     check_range("history", spec.history_s, &HISTORY_S, "s")?;
     check_range("the RPO target", spec.rpo_target_s, &(1..=86_400), "s")?;
+    check_test_reminder(spec.test_reminder_days)?;
+    recovery::check_group(&spec.recovery)?;
     if context.vpgs.iter().any(|vpg| vpg.name == spec.name) {
         return Err(ApiError::new(ErrorCode::Conflict, format!("there is a VPG {:?} already", spec.name))
             .remedy("choose another name, or delete that one first"));
@@ -124,7 +133,23 @@ impl Resolved<'_> {
     ) -> Result<Vpg, ApiError> {
         let spec = self.spec;
         let vms = self.members.iter().map(|place| member(place, served, MemberSince(FIRST_MEMBER_SET)));
-        let vms = vms.collect::<Result<_, _>>()?;
+        let settings = VpgSettings {
+            description: spec.description.chars().take(1_024).collect(),
+            priority: spec.priority,
+            member_set_version: FIRST_MEMBER_SET,
+            checkpoint_interval_ms: spec.checkpoint_interval_ms,
+            hold_deadline_ms: spec.hold_deadline_ms,
+            history_s: spec.history_s,
+            rpo_target_s: spec.rpo_target_s,
+            give_up_history: spec.give_up_history,
+            encrypt: spec.encrypt,
+            paused: false,
+            test_reminder_days: spec.test_reminder_days,
+            recovery: spec.recovery.clone(),
+            vms: vms.collect::<Result<_, _>>()?,
+            former: Vec::new(),
+        };
+        recovery::check_together(&spec.name, &settings)?;
         Ok(Vpg {
             id: VpgId::random(),
             name: spec.name.clone(),
@@ -132,20 +157,8 @@ impl Resolved<'_> {
             revision: 1,
             applied_revision: 0,
             created_us: now_us,
-            settings: VpgSettings {
-                description: spec.description.chars().take(1_024).collect(),
-                priority: spec.priority,
-                member_set_version: FIRST_MEMBER_SET,
-                checkpoint_interval_ms: spec.checkpoint_interval_ms,
-                hold_deadline_ms: spec.hold_deadline_ms,
-                history_s: spec.history_s,
-                rpo_target_s: spec.rpo_target_s,
-                give_up_history: spec.give_up_history,
-                encrypt: spec.encrypt,
-                paused: false,
-                vms,
-                former: Vec::new(),
-            },
+            last_test_us: None,
+            settings,
             removal: None,
         })
     }
@@ -188,13 +201,38 @@ fn place<'a>(spec: &VpgSpec, vm_spec: &VmSpec, context: &Context<'a>) -> Result<
     let journal_size = journal_size(spec, vm_spec);
     check_journal(&vm.name, &journal_size, None)?;
     let datastore = vm_spec.datastore.as_ref().unwrap_or(&spec.datastore);
-    Ok(Place {
-        vm,
-        source,
-        target,
-        datastore: find_datastore(context.inventory, datastore, target)?,
-        journal_size,
-    })
+    let datastore = find_datastore(context.inventory, datastore, target)?;
+    let excluded = excluded(vm, &vm_spec.exclude)?;
+    let goal =
+        recovery::Goal { vm, target: &target.name, datastore: &datastore, inventory: context.inventory };
+    recovery::check_vm(&goal, &vm_spec.recovery, &spec.recovery)?;
+    let recovery = vm_spec.recovery.clone();
+    Ok(Place { vm, source, target, datastore, journal_size, excluded, recovery })
+}
+
+/// The disks of a VM that are not to be protected.
+fn excluded(vm: &Vm, names: &[String]) -> Result<Vec<ExcludedDisk>, ApiError> {
+    let mut excluded = Vec::with_capacity(names.len());
+    for name in names {
+        let disk = find_disk(vm, name)?;
+        if !excluded.contains(&disk) {
+            excluded.push(disk);
+        }
+    }
+    if excluded.len() == vm.disks.len() {
+        return Err(bad(format!("all disks of VM {:?} are excluded", vm.name))
+            .remedy("leave at least one protected, or leave the VM out of the group"));
+    }
+    Ok(excluded)
+}
+
+fn find_disk(vm: &Vm, name: &str) -> Result<ExcludedDisk, ApiError> {
+    let disk = vm.disks.iter().find(|disk| disk.name == name).ok_or_else(|| {
+        let known: Vec<&str> = vm.disks.iter().map(|disk| disk.name.as_str()).collect();
+        let message = format!("VM {:?} has no disk {name:?} in the inventory", vm.name);
+        ApiError::new(ErrorCode::NotFound, message).remedy(format!("it has {}", known.join(", ")))
+    })?;
+    Ok(ExcludedDisk { name: disk.name.clone(), path: disk.path.clone() })
 }
 
 fn member(
@@ -206,7 +244,8 @@ fn member(
     let served = served.get(&place.source.id).into_iter().flatten();
     let at_source: Vec<&VolumeInfo> = served.filter(|volume| volume.vm == vm_id).collect();
     let mut volumes = Vec::with_capacity(place.vm.disks.len());
-    for disk in &place.vm.disks {
+    let is_excluded = |disk: &&Disk| place.excluded.iter().any(|excluded| excluded.name == disk.name);
+    for disk in place.vm.disks.iter().filter(|disk| !is_excluded(disk)) {
         let volume = at_source.iter().find(|volume| volume.path == disk.path).ok_or_else(|| {
             let message = format!(
                 "disk {} ({}) of VM {:?} is not served by VRA {}",
@@ -241,6 +280,17 @@ fn member(
         return Err(bad(format!("VM {:?} has more than {MAX_VOLUMES_PER_VM} disks", place.vm.name)));
     }
     if volumes.iter().enumerate().any(|(at, volume)| usize::from(volume.number) != at) {
+        let is_served = |disk: &&ExcludedDisk| at_source.iter().any(|volume| volume.path == disk.path);
+        if let Some(disk) = place.excluded.iter().find(is_served) {
+            let message = format!(
+                "disk {} of VM {:?} is excluded, and VRA {} serves it before disks that are protected",
+                disk.name, place.vm.name, place.source.name
+            );
+            return Err(ApiError::new(ErrorCode::Conflict, message).remedy(format!(
+                "give the guest {0} itself, `vra detach {0}` on that host, and attach the others without a gap in their numbers",
+                disk.path.display()
+            )));
+        }
         let message = format!(
             "VRA {} serves other disks for VM {:?} than the inventory has",
             place.source.name, place.vm.name
@@ -259,6 +309,8 @@ fn member(
         datastore: place.datastore.clone(),
         journal_size: place.journal_size,
         volumes,
+        excluded: place.excluded.clone(),
+        recovery: place.recovery.clone(),
     })
 }
 
@@ -314,37 +366,6 @@ pub(super) fn check_journal(
     Ok(())
 }
 
-/// A group's settings with what an edit changes.
-pub fn edited(vpg: &Vpg, edit: &VpgEdit) -> Result<VpgSettings, ApiError> {
-    let mut settings = vpg.settings.clone();
-    if let Some(history_s) = edit.history_s {
-        check_range("history", history_s, &HISTORY_S, "s")?;
-        settings.history_s = history_s;
-    }
-    for name in &edit.vms {
-        if !settings.vms.iter().any(|member| is_named(member, name)) {
-            let message = format!("VPG {:?} has no VM {name:?}", vpg.name);
-            return Err(ApiError::new(ErrorCode::NotFound, message).remedy("`zvm vpg show` lists its VMs"));
-        }
-    }
-    let is_meant =
-        |member: &&mut Member| edit.vms.is_empty() || edit.vms.iter().any(|name| is_named(member, name));
-    for member in settings.vms.iter_mut().filter(is_meant) {
-        let size = &mut member.journal_size;
-        match edit.journal_limit {
-            Some(JournalSize::Bytes(bytes)) => (size.limit_bytes, size.limit_percent) = (bytes, None),
-            Some(JournalSize::Percent(percent)) => size.limit_percent = Some(percent),
-            None => {}
-        }
-        if edit.journal_warning.is_some() || edit.no_journal_warning {
-            size.warning = edit.journal_warning;
-        }
-        size.minimum_bytes = edit.journal_minimum_bytes.unwrap_or(size.minimum_bytes);
-        check_journal(&member.name, size, Some(&member.volumes))?;
-    }
-    Ok(settings)
-}
-
 /// The VM of a group with this name or id.
 pub(super) fn find_member<'a>(vpg: &'a Vpg, name: &str) -> Result<&'a Member, ApiError> {
     let mut found = vpg.settings.vms.iter().filter(|member| is_named(member, name));
@@ -385,6 +406,10 @@ fn find_datastore(inventory: &Inventory, name_or_path: &str, target: &Vra) -> Re
         return Err(bad(message));
     }
     Ok(datastore.path.clone())
+}
+
+fn check_test_reminder(days: Option<u32>) -> Result<(), ApiError> {
+    days.map_or(Ok(()), |days| check_range("the test reminder", days, &TEST_REMINDER_DAYS, "days"))
 }
 
 fn check_range<T: PartialOrd + std::fmt::Display>(

@@ -53,7 +53,10 @@ impl Manager {
         if vpg.state != VpgState::Active {
             return Err(ApiError::new(ErrorCode::Conflict, format!("VPG {name} is being deleted")));
         }
-        let settings = spec::edited(&vpg, edit)?;
+        let desired = self.desired().await.map_err(internal)?;
+        let inventory = self.inventory().inventory;
+        let context = spec::Context { inventory: &inventory, vras: &desired.vras, vpgs: &desired.vpgs };
+        let settings = spec::edited(&vpg, edit, &context)?;
         let description = format!("VPG {} was changed", vpg.name);
         self.save_settings(&vpg, &settings, EventKind::EditProtectionGroup, description).await?;
         self.show_vpg(name).await

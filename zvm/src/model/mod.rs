@@ -2,6 +2,8 @@
 
 pub mod alert;
 pub mod event;
+pub mod kept;
+pub mod recovery;
 pub mod status;
 pub mod task;
 pub mod test_run;

@@ -4,10 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use vra::api::vpg::{JOURNAL_LIMIT_BYTES, JournalSize, VmDefinition, VolumeDefinition, VpgDefinition};
+use vra::api::vpg::{
+    JOURNAL_LIMIT_BYTES, JournalSize, Priority, VmDefinition, VolumeDefinition, VpgDefinition,
+};
 use vra::api::{FormerVm, JournalId, MemberSince, TimeUs, VmId, VpgId, VpgNotes, VraId};
 
+use super::kept::KeptSettings;
 use super::named;
+use super::recovery::{GroupRecovery, VmRecovery};
 use super::vra::Vra;
 
 /// A group as the manager wants it.
@@ -25,6 +29,8 @@ pub struct Vpg {
     pub applied_revision: u64,
     /// When it was created.
     pub created_us: TimeUs,
+    /// When all disks of a test of it were last open.
+    pub last_test_us: Option<TimeUs>,
     /// Everything that the user chose.
     pub settings: VpgSettings,
     /// How it goes, while it is being deleted.
@@ -56,6 +62,12 @@ pub struct VpgSettings {
     /// Replication is paused.
     #[serde(default)]
     pub paused: bool,
+    /// Remind of a test so many days after the last one.
+    #[serde(default)]
+    pub test_reminder_days: Option<u32>,
+    /// How its VMs are to be recovered.
+    #[serde(default)]
+    pub recovery: GroupRecovery,
     /// The VMs.
     pub vms: Vec<Member>,
     /// VMs that were taken out, until all VRAs have heard of it.
@@ -84,8 +96,23 @@ pub struct Member {
     /// How large its journal may and must be.
     #[serde(flatten)]
     pub journal_size: JournalBounds,
-    /// Its disks.
+    /// Its protected disks.
     pub volumes: Vec<VolumeDefinition>,
+    /// Its disks that aren't protected because the user said so.
+    #[serde(default)]
+    pub excluded: Vec<ExcludedDisk>,
+    /// How it is to be recovered.
+    #[serde(default)]
+    pub recovery: VmRecovery,
+}
+
+/// A disk of a VM that isn't protected.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExcludedDisk {
+    /// Its name within the VM, such as `vdb`.
+    pub name: String,
+    /// The raw file or block device on the host, when it was excluded.
+    pub path: PathBuf,
 }
 
 /// How large a VM's journal may and must be.
@@ -112,18 +139,6 @@ named! {
         Active = "active",
         /// It is being removed from its VRAs.
         Deleting = "deleting",
-    }
-}
-
-named! {
-    /// Which group goes first; names and order of VPGPriority.
-    Priority {
-        /// Last.
-        Low = "Low",
-        /// The default.
-        Medium = "Medium",
-        /// First.
-        High = "High",
     }
 }
 
@@ -241,9 +256,10 @@ impl Vpg {
             paused: settings.paused,
             notes: Some(VpgNotes {
                 description: settings.description.clone(),
-                priority: settings.priority.to_string(),
+                priority: settings.priority,
                 rpo_target_s: Some(settings.rpo_target_s),
                 created_us: Some(self.created_us),
+                settings: KeptSettings::of(settings).to_json(),
             }),
             coordinators: self.coordinators(),
             vms,

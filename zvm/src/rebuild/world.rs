@@ -8,6 +8,7 @@ use vra::api::{TimeUs, VpgDefinition, VpgId, VraId};
 use super::{Found, Unrestored, trust_of};
 use crate::api::defaults;
 use crate::authority::Issued;
+use crate::model::kept::KeptSettings;
 use crate::model::vpg::{JournalBounds, Member, Vpg, VpgSettings, VpgState};
 use crate::model::vra::{Vra, VraState};
 use crate::reconcile::Leftover;
@@ -22,12 +23,15 @@ pub(super) struct World {
     pub(super) silent: Vec<(VraEndpoint, String)>,
     pub(super) renamed: Vec<(String, String)>,
     pub(super) unrestored: Vec<Unrestored>,
+    /// Groups whose own settings of the manager couldn't be read, with the reason.
+    pub(super) unread: Vec<(String, String)>,
 }
 
 impl World {
     /// Of these answers, and those that didn't answer.
     pub(super) fn of(found: &[Found], silent: Vec<(VraEndpoint, String)>, now_us: TimeUs) -> Self {
         let (mut vpgs, mut unrestored, mut leftovers) = (Vec::new(), Vec::new(), Vec::new());
+        let mut unread = Vec::new();
         for (id, newest) in newest_definitions(found) {
             let (knows, lacks): (Vec<&Found>, Vec<_>) = found
                 .iter()
@@ -36,7 +40,12 @@ impl World {
             if lacks.is_empty() {
                 let all = knows.iter().flat_map(|vra| &vra.vpgs).filter(|vpg| vpg.id == id);
                 let applied_revision = all.map(|vpg| vpg.revision).min().unwrap_or_default();
-                if let Some(vpg) = vpg_of(newest, applied_revision, now_us) {
+                let kept = newest.notes.as_ref().map(|notes| KeptSettings::from_json(&notes.settings));
+                let kept = kept.unwrap_or_else(|| Ok(KeptSettings::default())).unwrap_or_else(|error| {
+                    unread.push((newest.name.clone(), error.to_string()));
+                    KeptSettings::default()
+                });
+                if let Some(vpg) = vpg_of(newest, kept, applied_revision, now_us) {
                     leftovers.extend(leftovers_of(&vpg, newest, found));
                     vpgs.push(vpg);
                 }
@@ -54,7 +63,7 @@ impl World {
         });
         let trust_version = (trust.version + u64::from(!is_known)).max(1);
         let vras = vras_of(found, &silent, now_us);
-        Self { vras, vpgs, leftovers, trust_version, silent, renamed, unrestored }
+        Self { vras, vpgs, leftovers, trust_version, silent, renamed, unrestored, unread }
     }
 }
 
@@ -174,10 +183,16 @@ fn short(id: VraId) -> String {
 }
 
 /// The newest definition of a group, as settings.
-fn vpg_of(newest: &VpgDefinition, applied_revision: u64, now_us: TimeUs) -> Option<Vpg> {
+fn vpg_of(
+    newest: &VpgDefinition,
+    mut kept: KeptSettings,
+    applied_revision: u64,
+    now_us: TimeUs,
+) -> Option<Vpg> {
     let first = newest.vms.first()?;
     let notes = newest.notes.clone().unwrap_or_default();
-    let vms = newest.vms.iter().map(|vm| Member {
+    let vms = newest.vms.iter().map(|vm| (vm, kept.vms.remove(&vm.id).unwrap_or_default()));
+    let vms = vms.map(|(vm, own)| Member {
         vm: vm.id,
         name: vm.name.clone(),
         journal: vm.journal,
@@ -192,7 +207,10 @@ fn vpg_of(newest: &VpgDefinition, applied_revision: u64, now_us: TimeUs) -> Opti
             minimum_bytes: vm.journal_minimum_bytes,
         },
         volumes: vm.volumes.clone(),
+        excluded: own.excluded,
+        recovery: own.recovery,
     });
+    let vms = vms.collect();
     Some(Vpg {
         id: newest.id,
         name: newest.name.clone(),
@@ -200,9 +218,10 @@ fn vpg_of(newest: &VpgDefinition, applied_revision: u64, now_us: TimeUs) -> Opti
         revision: newest.revision,
         applied_revision,
         created_us: notes.created_us.unwrap_or(now_us),
+        last_test_us: None,
         settings: VpgSettings {
             description: notes.description,
-            priority: notes.priority.parse().unwrap_or_else(|_| defaults::priority()),
+            priority: notes.priority,
             member_set_version: newest.member_set_version,
             checkpoint_interval_ms: newest.checkpoint_interval_ms,
             hold_deadline_ms: newest.hold_deadline_ms,
@@ -211,7 +230,9 @@ fn vpg_of(newest: &VpgDefinition, applied_revision: u64, now_us: TimeUs) -> Opti
             give_up_history: first.give_up_history,
             encrypt: newest.encrypt,
             paused: newest.paused,
-            vms: vms.collect(),
+            test_reminder_days: kept.test_reminder_days,
+            recovery: kept.recovery,
+            vms,
             former: newest.former.clone(),
         },
         removal: None,
@@ -221,10 +242,12 @@ fn vpg_of(newest: &VpgDefinition, applied_revision: u64, now_us: TimeUs) -> Opti
 #[cfg(test)]
 mod tests {
     use uuid::Uuid;
+    use vra::api::vpg::Priority;
     use vra::api::{FormerVm, HelloReply, MemberSince, PROTOCOL_VERSION, SetTrust};
     use vra::pki::{Identity, PeerCertificate};
 
     use super::*;
+    use crate::model::recovery::GroupRecovery;
 
     fn id(number: u128) -> VraId {
         VraId(Uuid::from_u128(number << 96))
@@ -290,6 +313,35 @@ mod tests {
         let told: Vec<_> = world.vpgs.iter().map(|vpg| (vpg.name.as_str(), vpg.revision)).collect();
         assert_eq!(told, [("shop", 4), ("shop-00000001", 3)]);
         assert_eq!(world.renamed, [("shop".to_owned(), "shop-00000001".to_owned())]);
+    }
+
+    #[test]
+    fn what_only_the_manager_uses_comes_back_or_is_told_to_be_lost() {
+        let mut shop = group(1, "shop", 2, (1, "a:1"), 2);
+        let vm = shop.vms[0].id;
+        let settings = serde_json::json!({
+            "test_reminder_days": 90,
+            "recovery": { "place": { "network": "dr" }, "boot_groups": [{ "name": "databases", "delay_s": 60 }] },
+            "vms": { vm.to_string(): {
+                "recovery": { "boot_group": "databases" }, "excluded": [{ "name": "vdb", "path": "/swap" }],
+            } },
+        });
+        let restored = |shop: &VpgDefinition| {
+            let found = [answered(1, "a:1", &[], &[shop.clone()]), answered(2, "b:1", &[], &[shop.clone()])];
+            let world = World::of(&found, Vec::new(), TimeUs(5));
+            (world.vpgs[0].settings.clone(), world.unread)
+        };
+        assert_eq!(restored(&shop).0.test_reminder_days, None, "as an older manager wrote it");
+        let notes = shop.notes.as_mut().expect("notes");
+        (notes.priority, notes.settings) = (Priority::High, settings.clone());
+        let (back, unread) = restored(&shop);
+        assert_eq!((back.priority, back.test_reminder_days, unread.len()), (Priority::High, Some(90), 0));
+        assert_eq!(KeptSettings::of(&back).to_json(), settings);
+        assert_eq!(back.vms[0].recovery.boot_group.as_deref(), Some("databases"));
+        shop.notes.as_mut().expect("notes").settings["recovery"]["later"] = true.into();
+        let (back, unread) = restored(&shop);
+        assert_eq!(back.recovery, GroupRecovery::default());
+        assert!(unread[0].0 == "shop" && unread[0].1.contains("later"), "{unread:?}");
     }
 
     #[test]

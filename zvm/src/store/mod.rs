@@ -136,6 +136,7 @@ impl Store {
     }
 }
 
+/// The steps to this version's schema, in their order.
 fn migrator() -> Migrator {
     let step = |version, name: &'static str, sql: &'static str| {
         Migration::new(version, name.into(), MigrationType::Simple, sql.into_sql_str(), false)
@@ -143,6 +144,7 @@ fn migrator() -> Migrator {
     Migrator::with_migrations(vec![
         step(1, "initial", include_str!("../../migrations/0001_initial.sql")),
         step(2, "site_keys", include_str!("../../migrations/0002_site_keys.sql")),
+        step(3, "last_test", include_str!("../../migrations/0003_last_test.sql")),
     ])
 }
 

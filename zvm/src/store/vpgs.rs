@@ -8,7 +8,8 @@ use crate::model::vpg::{Removal, Vpg, VpgSettings, VpgState};
 
 /// All of them, by name.
 pub async fn list(db: &mut Connection) -> Result<Vec<Vpg>, StoreError> {
-    let query = "SELECT id, name, state, revision, applied_revision, created_us, settings, removal FROM vpg ORDER BY name";
+    let query = "SELECT id, name, state, revision, applied_revision, created_us, last_test_us, settings, removal \
+                 FROM vpg ORDER BY name";
     sqlx::query(query).fetch_all(db).await?.iter().map(read).collect()
 }
 
@@ -60,6 +61,16 @@ pub async fn set_applied(db: &mut Connection, vpg: VpgId, revision: u64) -> Resu
     Ok(())
 }
 
+/// Notes that all disks of a test were open.
+pub async fn set_tested(db: &mut Connection, vpg: VpgId, at_us: TimeUs) -> Result<(), StoreError> {
+    sqlx::query("UPDATE vpg SET last_test_us = $2 WHERE id = $1")
+        .bind(vpg.to_string())
+        .bind(int(at_us.0))
+        .execute(db)
+        .await?;
+    Ok(())
+}
+
 /// Changes a group's settings, and raises the revision, so that its VRAs get them; false if the group is another one by now.
 pub async fn set_settings(
     db: &mut Connection,
@@ -101,7 +112,48 @@ fn read(row: &SqliteRow) -> Result<Vpg, StoreError> {
         revision: read.number("revision")?,
         applied_revision: read.number("applied_revision")?,
         created_us: TimeUs(read.number("created_us")?),
+        last_test_us: read.optional_number("last_test_us")?.map(TimeUs),
         settings: read.json("settings")?,
         removal: read.optional_json("removal")?,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::migrate::Migrator;
+
+    use super::*;
+    use crate::store::{Store, migrator};
+
+    #[tokio::test]
+    async fn groups_of_an_older_manager_are_read_and_know_of_their_tests_after_a_restart() {
+        let path = std::env::temp_dir().join(format!("zvm-store-{}.db", uuid::Uuid::new_v4()));
+        let options = sqlx::sqlite::SqliteConnectOptions::new().filename(&path).create_if_missing(true);
+        let older = sqlx::SqlitePool::connect_with(options).await.expect("a database");
+        let steps = migrator().iter().filter(|step| step.version <= 2).cloned().collect();
+        Migrator::with_migrations(steps).run(&older).await.expect("the older schema");
+        let settings = r#"{ "description": "", "priority": "High", "member_set_version": 1, "checkpoint_interval_ms": 5000,
+            "hold_deadline_ms": 100, "history_s": 3600, "rpo_target_s": 30, "give_up_history": true, "vms": [] }"#;
+        let id = VpgId::random();
+        sqlx::query("INSERT INTO vpg VALUES ($1, 'shop', 'active', 3, 3, 7, $2, NULL)")
+            .bind(id.to_string())
+            .bind(settings)
+            .execute(&older)
+            .await
+            .expect("a group");
+        older.close().await;
+
+        let store = Store::open(&path).await.expect("opened");
+        let vpg = list(&mut store.read().await.expect("open")).await.expect("read").remove(0);
+        assert_eq!((vpg.id, vpg.last_test_us, vpg.settings.test_reminder_days), (id, None, None));
+        let mut tx = store.begin().await.expect("open");
+        set_tested(&mut tx, id, TimeUs(9)).await.expect("noted");
+        tx.commit().await.expect("noted");
+        store.close().await;
+        let store = Store::open(&path).await.expect("opened again");
+        let vpg = list(&mut store.read().await.expect("open")).await.expect("read").remove(0);
+        assert_eq!(vpg.last_test_us, Some(TimeUs(9)));
+        store.close().await;
+        std::fs::remove_file(path).expect("removed");
+    }
 }

@@ -37,7 +37,9 @@ impl Pair {
              [[datastore]]\nname = \"ds1\"\nhosts = [\"kvm-b\"]\npath = \"{b}/datastore\"\n\
              [[vm]]\nname = \"db\"\nuuid = \"{vm}\"\nhost = \"kvm-a\"\n\
              [[vm.disk]]\nname = \"vda\"\npath = \"{a}/vda.img\"\n\
-             [[vm.disk]]\nname = \"vdb\"\npath = \"{a}/vdb.img\"\n",
+             [[vm.disk]]\nname = \"vdb\"\npath = \"{a}/vdb.img\"\n\
+             [[vm.nic]]\nmac = \"52:54:00:12:34:56\"\nnetwork = \"dr\"\n\
+             [[network]]\nname = \"dr\"\nsite = \"s\"\n[[network]]\nname = \"lab\"\nsite = \"s\"\n",
             a = a.dir.display(),
             b = b.dir.display()
         ));
@@ -57,6 +59,19 @@ impl Pair {
         let options = ["--journal-limit", "256MiB", "--checkpoint-interval", "1s"];
         let group = ["vpg", "create", "shop", "--vm", "db", "--target", "vra-b", "--datastore", datastore];
         self.site.zvm(&[&group[..], &options].concat())
+    }
+
+    /// Writes a group file of how its VMs are to be recovered, and gives its path.
+    pub(crate) fn write_recovery(&self) -> String {
+        let path = self.site.dir.join("recovery.toml");
+        let text = "[recovery]\nhost = \"kvm-b\"\nnetwork = \"dr\"\ntest_network = \"lab\"\n\
+                    [[recovery.boot_group]]\nname = \"databases\"\ndelay = \"2m\"\n\
+                    [recovery.pre_script]\ncommand = \"/bin/true\"\n\
+                    [[vm]]\nname = \"db\"\n[vm.recovery]\nboot_group = \"databases\"\n\
+                    [[vm.recovery.nic]]\nmac = \"52:54:00:12:34:56\"\n\
+                    failover.ip.static = { address = \"10.0.0.5\", prefix = 24 }\ntest.mac = \"new\"\n";
+        std::fs::write(&path, text).expect("the file");
+        path.display().to_string()
     }
 
     pub(crate) fn revisions(&self) -> [Value; 2] {

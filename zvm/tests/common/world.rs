@@ -6,10 +6,11 @@ use std::collections::BTreeMap;
 use uuid::Uuid;
 use vra::api::status::{HostInfo, VpgStatus};
 use vra::api::view::ViewInfo;
-use vra::api::vpg::VolumeDefinition;
+use vra::api::vpg::{Priority, VolumeDefinition};
 use vra::api::*;
+use zvm::model::recovery::{GroupRecovery, VmRecovery};
 use zvm::model::test_run::{TestDetails, TestRun, TestState, TestView};
-use zvm::model::vpg::{JournalBounds, Member, Priority, Removal, Vpg, VpgSettings, VpgState};
+use zvm::model::vpg::{JournalBounds, Member, Removal, Vpg, VpgSettings, VpgState};
 use zvm::model::vra::{Vra, VraState};
 use zvm::reconcile::*;
 
@@ -61,6 +62,7 @@ impl World {
             revision: 1,
             applied_revision: 0,
             created_us: TimeUs(self.now_us),
+            last_test_us: None,
             settings: VpgSettings {
                 description: String::new(),
                 priority: Priority::Medium,
@@ -72,6 +74,8 @@ impl World {
                 give_up_history: true,
                 encrypt: false,
                 paused: false,
+                test_reminder_days: None,
+                recovery: GroupRecovery::default(),
                 vms: Vec::new(),
                 former: Vec::new(),
             },
@@ -104,6 +108,8 @@ impl World {
                 logical_block_bytes: 512,
                 source_path: "/images/db".into(),
             }],
+            excluded: Vec::new(),
+            recovery: VmRecovery::default(),
         });
     }
 

@@ -27,6 +27,8 @@ pub fn described(vpg: &Vpg, name_of: impl Fn(VraId) -> String) -> VpgSpec {
             journal_limit_percent: own.limit_percent.filter(|_| has_own_limit),
             journal_warning: own.warning.filter(|own| Some(*own) != warning),
             journal_minimum_bytes: Some(own.minimum_bytes).filter(|own| *own != size.minimum_bytes),
+            exclude: member.excluded.iter().map(|disk| disk.name.clone()).collect(),
+            recovery: member.recovery.clone(),
         }
     };
     VpgSpec {
@@ -43,6 +45,8 @@ pub fn described(vpg: &Vpg, name_of: impl Fn(VraId) -> String) -> VpgSpec {
         rpo_target_s: settings.rpo_target_s,
         give_up_history: settings.give_up_history,
         encrypt: settings.encrypt,
+        test_reminder_days: settings.test_reminder_days,
+        recovery: settings.recovery.clone(),
         vms: settings.vms.iter().map(vm).collect(),
         target,
         datastore,

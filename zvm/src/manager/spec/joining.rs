@@ -6,7 +6,9 @@ use vra::api::volume::VolumeInfo;
 use vra::api::vpg::MAX_VMS_PER_VPG;
 use vra::api::{ApiError, ErrorCode, FormerVm, MAX_FORMER_VMS, MemberSince, VraId};
 
-use super::{Context, Place, bad, check_sources, described, find_member, member, place, sources_of, twice};
+use super::{
+    Context, Place, bad, check_sources, described, find_member, member, place, recovery, sources_of, twice,
+};
 use crate::api::VmSpec;
 use crate::model::vpg::{Vpg, VpgSettings};
 use crate::model::vra::Vra;
@@ -49,6 +51,7 @@ impl Joining<'_> {
         for place in &self.places {
             settings.vms.push(member(place, served, since)?);
         }
+        recovery::check_together(&self.vpg.name, &settings)?;
         Ok(settings)
     }
 }

@@ -1,0 +1,117 @@
+//! What a user changes of a group that there is.
+
+use std::collections::BTreeMap;
+
+use vra::api::vpg::JournalSize;
+use vra::api::{ApiError, ErrorCode};
+
+use super::{
+    Context, HISTORY_S, bad, check_journal, check_range, check_test_reminder, find_disk, find_member,
+    is_named, recovery,
+};
+use crate::api::{DiskName, RecoveryEdit, VpgEdit};
+use crate::inventory::{Inventory, Vm};
+use crate::model::vpg::{Member, Vpg, VpgSettings};
+
+/// A group's settings with what an edit changes.
+pub fn edited(vpg: &Vpg, edit: &VpgEdit, context: &Context<'_>) -> Result<VpgSettings, ApiError> {
+    let mut settings = vpg.settings.clone();
+    settings.priority = edit.priority.unwrap_or(settings.priority);
+    check_test_reminder(edit.test_reminder_days)?;
+    if edit.test_reminder_days.is_some() || edit.no_test_reminder {
+        settings.test_reminder_days = edit.test_reminder_days;
+    }
+    if let Some(history_s) = edit.history_s {
+        check_range("history", history_s, &HISTORY_S, "s")?;
+        settings.history_s = history_s;
+    }
+    for name in &edit.vms {
+        if !settings.vms.iter().any(|member| is_named(member, name)) {
+            let message = format!("VPG {:?} has no VM {name:?}", vpg.name);
+            return Err(ApiError::new(ErrorCode::NotFound, message).remedy("`zvm vpg show` lists its VMs"));
+        }
+    }
+    let is_meant =
+        |member: &&mut Member| edit.vms.is_empty() || edit.vms.iter().any(|name| is_named(member, name));
+    for member in settings.vms.iter_mut().filter(is_meant) {
+        let size = &mut member.journal_size;
+        match edit.journal_limit {
+            Some(JournalSize::Bytes(bytes)) => (size.limit_bytes, size.limit_percent) = (bytes, None),
+            Some(JournalSize::Percent(percent)) => size.limit_percent = Some(percent),
+            None => {}
+        }
+        if edit.journal_warning.is_some() || edit.no_journal_warning {
+            size.warning = edit.journal_warning;
+        }
+        size.minimum_bytes = edit.journal_minimum_bytes.unwrap_or(size.minimum_bytes);
+        check_journal(&member.name, size, Some(&member.volumes))?;
+    }
+    for disk in &edit.exclude {
+        exclude(vpg, &mut settings, disk, context.inventory)?;
+    }
+    if let Some(recovery) = &edit.recovery {
+        set_recovery(vpg, &mut settings, recovery, context)?;
+    }
+    Ok(settings)
+}
+
+/// Notes that a disk which isn't protected isn't meant to be.
+fn exclude(
+    vpg: &Vpg,
+    settings: &mut VpgSettings,
+    name: &DiskName,
+    inventory: &Inventory,
+) -> Result<(), ApiError> {
+    let id = find_member(vpg, &name.vm)?.vm;
+    let Some(member) = settings.vms.iter_mut().find(|member| member.vm == id) else { return Ok(()) };
+    let disk = find_disk(find_vm(inventory, member)?, &name.disk)?;
+    if member.volumes.iter().any(|volume| volume.source_path == disk.path) {
+        let message = format!("disk {} of VM {:?} is protected", disk.name, member.name);
+        return Err(ApiError::new(ErrorCode::Unsupported, message).remedy(format!(
+            "take the VM out, `zvm vpg remove-vm {0} {1}`, and add it again with `--exclude {1}:{2}`; its journal begins anew then",
+            vpg.name, member.name, disk.name
+        )));
+    }
+    if !member.excluded.iter().any(|excluded| excluded.name == disk.name) {
+        member.excluded.push(disk);
+    }
+    Ok(())
+}
+
+/// Replaces how the group's VMs are to be recovered.
+fn set_recovery(
+    vpg: &Vpg,
+    settings: &mut VpgSettings,
+    edit: &RecoveryEdit,
+    context: &Context<'_>,
+) -> Result<(), ApiError> {
+    recovery::check_group(&edit.group)?;
+    let mut own = BTreeMap::new();
+    for (name, recovery) in &edit.vms {
+        let member = find_member(vpg, name)?;
+        if own.insert(member.vm, recovery).is_some() {
+            return Err(bad(format!("VM {:?} is named twice", member.name)));
+        }
+    }
+    for member in &mut settings.vms {
+        let recovery = own.remove(&member.vm).cloned().unwrap_or_default();
+        let goal = recovery::Goal {
+            vm: find_vm(context.inventory, member)?,
+            target: context.vras.get(&member.target).map_or("", |vra| vra.name.as_str()),
+            datastore: &member.datastore,
+            inventory: context.inventory,
+        };
+        recovery::check_vm(&goal, &recovery, &edit.group)?;
+        member.recovery = recovery;
+    }
+    settings.recovery = edit.group.clone();
+    recovery::check_together(&vpg.name, settings)
+}
+
+fn find_vm<'a>(inventory: &'a Inventory, member: &Member) -> Result<&'a Vm, ApiError> {
+    inventory.vms.iter().find(|vm| vm.uuid == member.vm.0).ok_or_else(|| {
+        let message = format!("VM {:?} is no longer in the inventory", member.name);
+        ApiError::new(ErrorCode::NotFound, message)
+            .remedy("correct the inventory; `zvm inventory` shows what it has")
+    })
+}
