@@ -127,6 +127,13 @@ pub enum Request {
         /// The VMs. What they don't say is as the group's first VM has it.
         vms: Vec<VmSpec>,
     },
+    /// Protects the disks that VMs of a group have in the inventory and that are not protected yet. Answer: [`Response::Task`].
+    VpgAddDisks {
+        /// Its name or id.
+        vpg: String,
+        /// The VMs' names or ids.
+        vms: Vec<String>,
+    },
     /// Takes VMs out of a group. Answer: [`Response::Task`].
     VpgRemoveVms {
         /// Its name or id.

@@ -18,11 +18,14 @@ const MIB: usize = 1 << 20;
 /// A source with two VMs, a target, and one that is a target and has a VM, too.
 struct Trio {
     // Dropped in this order: VRAs first.
-    _a: Vra,
+    a: Vra,
     b: Vra,
     c: Vra,
     /// Where the guests' disks are: those of db and web at the source, and of app.
     disks: [String; 3],
+    /// UUIDs of those VMs.
+    vms: [String; 3],
+    inventory: String,
     site: Site,
 }
 
@@ -54,7 +57,7 @@ impl Trio {
             vra.attach(name, &vms[at], &format!("{name}.img"), byte, 8 * MIB)
         });
         site.write_inventory(&inventory);
-        let trio = Self { _a: a, b, c, disks, site };
+        let trio = Self { a, b, c, disks, vms, inventory, site };
         wait_for("the VRAs and the inventory", || {
             let vras = trio.site.json(&["vra", "list"]);
             let reachable = vras.as_array().expect("list").iter().filter(|vra| vra["reachable"] == true);
@@ -96,6 +99,45 @@ fn journals(datastore: &Path) -> Vec<PathBuf> {
     };
     let vms = folders(datastore).iter().flat_map(|group| folders(group)).collect::<Vec<_>>();
     vms.into_iter().filter(|vm| vm.join("journal.hfj").exists()).collect()
+}
+
+#[test]
+fn a_disk_that_a_vm_has_got_joins_its_protection() {
+    if !has_qemu_io() {
+        eprintln!("skipped: qemu-io is not installed");
+        return;
+    }
+    let trio = Trio::defined();
+    let add = ["vpg", "add-disks", "shop", "db"];
+    trio.tag("one");
+    let refused = trio.site.zvm(&add);
+    assert!(refused.code == 2 && refused.stderr.contains("has no disk in the inventory"), "{refused:?}");
+
+    let first = format!("path = \"{}/db.img\"\n", trio.a.dir.display());
+    let second = format!("[[vm.disk]]\nname = \"vdb\"\npath = \"{}/db2.img\"\n", trio.a.dir.display());
+    trio.site.write_inventory(&trio.inventory.replace(&first, &format!("{first}{second}")));
+    wait_for("the disk in the inventory", || {
+        !trio.site.json(&["inventory"])["inventory"]["vms"][0]["disks"][1].is_null()
+    });
+    let refused = trio.site.zvm(&add);
+    assert!(refused.code == 4 && refused.stderr.contains("vra attach"), "{refused:?}");
+    let uri = trio.a.attach("db", &trio.vms[0], "db2.img", 0x55, 4 * MIB);
+    trio.done(&add);
+    trio.tag("two");
+    qemu_io(&uri, &[&format!("write -P 0x66 0 {MIB}")]);
+    assert_eq!(trio.complete(), ["two", "one"]);
+    let vpg = trio.site.json(&["vpg", "show", "shop"])["vpg"].take();
+    assert_eq!((&vpg["settings"]["member_set_version"], &vpg["revision"]), (&2.into(), &2.into()));
+
+    trio.tested("one", |disks| {
+        let [(_, only)] = disks else { panic!("one disk: {disks:?}") };
+        reads(only, 0x11, 0, 8 * MIB);
+    });
+    trio.tested("two", |disks| {
+        let [(_, first), (_, second)] = disks else { panic!("two disks: {disks:?}") };
+        reads(first, 0x11, 0, 8 * MIB);
+        reads(second, 0x55, 0, 4 * MIB);
+    });
 }
 
 #[test]

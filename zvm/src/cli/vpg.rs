@@ -22,6 +22,16 @@ pub(super) enum VpgCommand {
     Edit(Box<VpgEditArgs>),
     /// Add VMs to a group. What isn't given is as the group's first VM has it.
     AddVm(Box<VpgAddVm>),
+    /// Protect disks that VMs of a group have in the inventory by now. A full sync of those VMs follows.
+    AddDisks {
+        /// The group's name or id.
+        vpg: String,
+        /// Name or UUID of a VM of the group; once for each.
+        #[arg(required = true, value_name = "VM")]
+        vms: Vec<String>,
+        #[command(flatten)]
+        wait: Wait,
+    },
     /// Take VMs out of a group; their disks are served on.
     RemoveVm {
         /// The group's name or id.
@@ -244,6 +254,9 @@ impl Ask<'_> {
             VpgCommand::AddVm(add) => {
                 let vms = add.specs().map_err(Failure::Usage)?;
                 self.task(Request::VpgAddVms { vpg: add.vpg, vms }, &add.wait).await
+            }
+            VpgCommand::AddDisks { vpg, vms, wait } => {
+                self.task(Request::VpgAddDisks { vpg, vms }, &wait).await
             }
             VpgCommand::RemoveVm { vpg, vms, keep_disks, wait } => {
                 self.task(Request::VpgRemoveVms { vpg, vms, keep_disks }, &wait).await

@@ -51,6 +51,20 @@ impl Manager {
         self.change_members(&vpg, settings, &desired, told).await
     }
 
+    /// Protects disks that VMs of a group have got since; the engine takes its definition to the VRAs. What was recovered before is without them.
+    pub async fn add_disks(&self, name: &str, vms: &[String]) -> Result<Task, ApiError> {
+        let (vpg, desired) = self.changeable(name).await?;
+        let inventory = self.inventory().inventory;
+        let context = spec::Context { inventory: &inventory, vras: &desired.vras, vpgs: &desired.vpgs };
+        let growing = spec::grow(&vpg, vms, &context)?;
+        let served = self.served_by(growing.sources()).await?;
+        let (settings, added) = growing.into_settings(&served)?;
+        let description =
+            format!("{added} more disks of VM {} are protected in VPG {}", vms.join(", "), vpg.name);
+        let told = Told { task: TaskKind::AddDisks, event: EventKind::EditProtectionGroup, description };
+        self.change_members(&vpg, settings, &desired, told).await
+    }
+
     /// Takes VMs out of a group; the engine takes its definition to the VRAs, whose sources serve the disks on, and whose targets remove the
     /// VMs' files, or leave them.
     pub async fn remove_vms(&self, name: &str, vms: &[String], keep_disks: bool) -> Result<Task, ApiError> {

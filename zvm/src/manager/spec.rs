@@ -1,6 +1,7 @@
 //! From what a user writes of a group to what its VRAs need: names are looked up, limits checked, disks found. No I/O.
 
 mod described;
+mod disks;
 mod editing;
 mod joining;
 mod recovery;
@@ -23,6 +24,7 @@ use crate::model::vra::Vra;
 use crate::units::format_bytes;
 
 pub use described::described;
+pub use disks::{Growing, grow};
 pub use editing::edited;
 pub use joining::{Joining, join, without};
 
@@ -240,31 +242,54 @@ fn member(
     served: &BTreeMap<VraId, Vec<VolumeInfo>>,
     member_since: MemberSince,
 ) -> Result<Member, ApiError> {
-    let vm_id = VmId(place.vm.uuid);
-    let served = served.get(&place.source.id).into_iter().flatten();
-    let at_source: Vec<&VolumeInfo> = served.filter(|volume| volume.vm == vm_id).collect();
-    let mut volumes = Vec::with_capacity(place.vm.disks.len());
-    let is_excluded = |disk: &&Disk| place.excluded.iter().any(|excluded| excluded.name == disk.name);
-    for disk in place.vm.disks.iter().filter(|disk| !is_excluded(disk)) {
+    let volumes = volumes_of(place.vm, place.source, &place.excluded, served)?;
+    check_journal(&place.vm.name, &place.journal_size, Some(&volumes))?;
+    Ok(Member {
+        vm: VmId(place.vm.uuid),
+        name: place.vm.name.clone(),
+        journal: JournalId::random(),
+        member_since,
+        source: place.source.id,
+        target: place.target.id,
+        datastore: place.datastore.clone(),
+        journal_size: place.journal_size,
+        volumes,
+        excluded: place.excluded.clone(),
+        recovery: place.recovery.clone(),
+    })
+}
+
+/// The disks of a VM that are to be protected, by number, as its source serves them.
+fn volumes_of(
+    vm: &Vm,
+    source: &Vra,
+    excluded: &[ExcludedDisk],
+    served: &BTreeMap<VraId, Vec<VolumeInfo>>,
+) -> Result<Vec<VolumeDefinition>, ApiError> {
+    let served = served.get(&source.id).into_iter().flatten();
+    let at_source: Vec<&VolumeInfo> = served.filter(|volume| volume.vm == VmId(vm.uuid)).collect();
+    let mut volumes = Vec::with_capacity(vm.disks.len());
+    let is_excluded = |disk: &&Disk| excluded.iter().any(|excluded| excluded.name == disk.name);
+    for disk in vm.disks.iter().filter(|disk| !is_excluded(disk)) {
         let volume = at_source.iter().find(|volume| volume.path == disk.path).ok_or_else(|| {
             let message = format!(
                 "disk {} ({}) of VM {:?} is not served by VRA {}",
                 disk.name,
                 disk.path.display(),
-                place.vm.name,
-                place.source.name
+                vm.name,
+                source.name
             );
             ApiError::new(ErrorCode::NotReady, message).remedy(format!(
                 "on that host run `vra attach {} --vm-name {:?} --vm {}` and give the guest the device that it prints",
                 disk.path.display(),
-                place.vm.name,
-                place.vm.uuid
+                vm.name,
+                vm.uuid
             ))
         })?;
         if let Some(size_bytes) = disk.size_bytes.filter(|size_bytes| *size_bytes != volume.size_bytes) {
             return Err(bad(format!(
                 "disk {} of VM {:?} has {} bytes, the inventory says {size_bytes}",
-                disk.name, place.vm.name, volume.size_bytes
+                disk.name, vm.name, volume.size_bytes
             )));
         }
         volumes.push(VolumeDefinition {
@@ -277,41 +302,26 @@ fn member(
     }
     volumes.sort_by_key(|volume| volume.number);
     if volumes.len() > MAX_VOLUMES_PER_VM {
-        return Err(bad(format!("VM {:?} has more than {MAX_VOLUMES_PER_VM} disks", place.vm.name)));
+        return Err(bad(format!("VM {:?} has more than {MAX_VOLUMES_PER_VM} disks", vm.name)));
     }
     if volumes.iter().enumerate().any(|(at, volume)| usize::from(volume.number) != at) {
         let is_served = |disk: &&ExcludedDisk| at_source.iter().any(|volume| volume.path == disk.path);
-        if let Some(disk) = place.excluded.iter().find(is_served) {
+        if let Some(disk) = excluded.iter().find(is_served) {
             let message = format!(
                 "disk {} of VM {:?} is excluded, and VRA {} serves it before disks that are protected",
-                disk.name, place.vm.name, place.source.name
+                disk.name, vm.name, source.name
             );
             return Err(ApiError::new(ErrorCode::Conflict, message).remedy(format!(
                 "give the guest {0} itself, `vra detach {0}` on that host, and attach the others without a gap in their numbers",
                 disk.path.display()
             )));
         }
-        let message = format!(
-            "VRA {} serves other disks for VM {:?} than the inventory has",
-            place.source.name, place.vm.name
-        );
+        let message =
+            format!("VRA {} serves other disks for VM {:?} than the inventory has", source.name, vm.name);
         return Err(ApiError::new(ErrorCode::Conflict, message)
             .remedy("detach those that are not the VM's with `vra detach`, or correct the inventory"));
     }
-    check_journal(&place.vm.name, &place.journal_size, Some(&volumes))?;
-    Ok(Member {
-        vm: vm_id,
-        name: place.vm.name.clone(),
-        journal: JournalId::random(),
-        member_since,
-        source: place.source.id,
-        target: place.target.id,
-        datastore: place.datastore.clone(),
-        journal_size: place.journal_size,
-        volumes,
-        excluded: place.excluded.clone(),
-        recovery: place.recovery.clone(),
-    })
+    Ok(volumes)
 }
 
 fn journal_size(spec: &VpgSpec, vm_spec: &VmSpec) -> JournalBounds {

@@ -108,7 +108,7 @@ fn set_recovery(
     recovery::check_together(&vpg.name, settings)
 }
 
-fn find_vm<'a>(inventory: &'a Inventory, member: &Member) -> Result<&'a Vm, ApiError> {
+pub(super) fn find_vm<'a>(inventory: &'a Inventory, member: &Member) -> Result<&'a Vm, ApiError> {
     inventory.vms.iter().find(|vm| vm.uuid == member.vm.0).ok_or_else(|| {
         let message = format!("VM {:?} is no longer in the inventory", member.name);
         ApiError::new(ErrorCode::NotFound, message)

@@ -90,7 +90,7 @@ pub fn without(vpg: &Vpg, vms: &[String], keep_files: bool) -> Result<VpgSetting
     Ok(settings)
 }
 
-fn with_next_member_set(vpg: &Vpg) -> Result<VpgSettings, ApiError> {
+pub(super) fn with_next_member_set(vpg: &Vpg) -> Result<VpgSettings, ApiError> {
     let next = vpg.settings.member_set_version.checked_add(1);
     let next =
         next.ok_or_else(|| bad(format!("the members of VPG {:?} were changed too often", vpg.name)))?;
