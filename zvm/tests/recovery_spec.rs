@@ -197,7 +197,7 @@ fn what_is_wrong_is_named_with_a_way_out() {
         (
             |spec| {
                 spec.recovery.post_script =
-                    Some(Script { command: "dns".into(), arguments: vec![], timeout_s: 1 })
+                    Some(Script { command: "dns".into(), arguments: vec![], timeout_s: 1 });
             },
             ErrorCode::BadRequest,
             "the post-recovery script, \"dns\", is not an absolute path",

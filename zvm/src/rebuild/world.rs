@@ -327,7 +327,10 @@ mod tests {
             } },
         });
         let restored = |shop: &VpgDefinition| {
-            let found = [answered(1, "a:1", &[], &[shop.clone()]), answered(2, "b:1", &[], &[shop.clone()])];
+            let found = [
+                answered(1, "a:1", &[], std::slice::from_ref(shop)),
+                answered(2, "b:1", &[], std::slice::from_ref(shop)),
+            ];
             let world = World::of(&found, Vec::new(), TimeUs(5));
             (world.vpgs[0].settings.clone(), world.unread)
         };
