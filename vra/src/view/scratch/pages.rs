@@ -1,6 +1,5 @@
 //! What of a map the file knows: pages in two copies, of which the older is written over.
 
-use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use uuid::Uuid;
@@ -18,9 +17,7 @@ pub(in crate::view) struct Pages {
     marks: Vec<u8>,
     dirty: Vec<u32>,
     writing: Vec<u32>,
-    /// Pages whose other copy says less.
-    lagging: BTreeSet<u32>,
-    /// The next commit brings those up to date.
+    /// The next commit brings other copies that lag up to date.
     catches_up: bool,
     sequence: u64,
 }
@@ -45,6 +42,8 @@ impl PageVersion {
 const DIRTY: u8 = 1;
 /// The page is being written.
 const WRITING: u8 = 2;
+/// Its other copy says less than the one that counts.
+const LAGGING: u8 = 4;
 
 impl Pages {
     /// Pages with the words that a file has.
@@ -55,14 +54,9 @@ impl Pages {
             file_id,
             settled,
             copies: versions.iter().map(|version| version.copy).collect(),
-            marks: vec![0; count],
+            marks: versions.iter().map(|version| if version.is_alone { LAGGING } else { 0 }).collect(),
             dirty: Vec::with_capacity(count),
             writing: Vec::with_capacity(count),
-            lagging: (0..)
-                .zip(versions)
-                .filter(|(_, version)| version.is_alone)
-                .map(|(page, _)| page)
-                .collect(),
             catches_up: false,
             sequence: versions.iter().map(|version| version.sequence).max().unwrap_or(0),
         }
@@ -112,18 +106,16 @@ impl Pages {
                 *settled = word;
             }
             if is_changed {
-                self.marks[page as usize] |= WRITING;
+                self.marks[page as usize] |= WRITING | LAGGING;
                 self.writing.push(page);
-                self.lagging.insert(page);
             }
         }
         if std::mem::take(&mut self.catches_up) {
-            for page in std::mem::take(&mut self.lagging) {
-                if self.marks[page as usize] & WRITING == 0 {
-                    self.marks[page as usize] |= WRITING;
+            for (page, marks) in (0..).zip(&mut self.marks) {
+                // One that is written now has changed: its other copy is the next to lag.
+                if *marks & (LAGGING | WRITING) == LAGGING {
+                    *marks = (*marks & !LAGGING) | WRITING;
                     self.writing.push(page);
-                } else {
-                    self.lagging.insert(page);
                 }
             }
         }
