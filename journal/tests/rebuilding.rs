@@ -3,7 +3,7 @@
 
 mod sim_target;
 
-use journal::format::slot_offset_bytes;
+use journal::format::{SUPERBLOCK_OFFSETS, slot_offset_bytes};
 use journal::recovery::rebuild;
 use journal::storage::{Blocking, Purpose};
 use journal::walk::walk;
@@ -102,4 +102,36 @@ fn a_damaged_payload_before_an_intent_is_no_torn_tail() {
     let Ok(walked) = walked;
     assert_eq!(walked.torn_tail, None);
     assert_eq!(walked.findings.len(), 1, "{:?}", walked.findings);
+}
+
+/// What the stream tells was announced is promoted before anything further is announced: of two intents the older one has ended.
+#[test]
+fn an_announcement_that_reached_the_stream_alone_counts_from_the_next_opening_on() {
+    let site = Site::new(8);
+    let mut target = site.target();
+    target.base_sync();
+    let mut ends = Vec::new();
+    for block in 1..=2 {
+        target.write(0, &[block]);
+        target.append();
+        target.change(Change::Seal);
+        ends.push(target.writer.closed_segments().last().expect("sealed").last);
+    }
+    target.write(8192, &[3]);
+    target.append();
+    let mut storage = site.disk.storage();
+    let mut io = Blocking::new(&mut storage, site.journal, Purpose::Superblock);
+    let before = SUPERBLOCK_OFFSETS.map(|place| io.read(place, PAGE as usize).expect("readable").to_vec());
+    target.change(Change::AnnouncePromotion { through: ends[0] });
+    drop(target);
+    for (place, page) in SUPERBLOCK_OFFSETS.into_iter().zip(before) {
+        io.write(place, page).expect("written");
+    }
+
+    assert_eq!(site.survey().superblock.promotion_intent_seq, 0, "no superblock tells");
+    let mut target = site.target();
+    assert_eq!(target.writer.superblock().promotion_intent_seq, ends[0].seq);
+    let further = target.writer.change(Change::AnnouncePromotion { through: ends[1] });
+    assert!(further.is_err(), "not before the first has ended");
+    target.change(Change::AnnouncePromotion { through: ends[0] });
 }

@@ -127,6 +127,10 @@ pub enum Happening {
     PointCompared,
     /// A checkpoint inside a sync was not listed.
     CheckpointInsideSync,
+    /// A checkpoint was opened and compared without superblocks.
+    RebuiltCompared,
+    /// The same, and it needed the recovery disk.
+    RebuiltAfterBase,
     /// A flipped bit was noticed.
     FlipNoticed,
     /// A promotion went over a flipped bit.
@@ -211,6 +215,8 @@ impl Happening {
         Self::CheckpointAfterBase,
         Self::PointCompared,
         Self::CheckpointInsideSync,
+        Self::RebuiltCompared,
+        Self::RebuiltAfterBase,
         Self::FlipNoticed,
         Self::FlipHarmless,
         Self::Reissued,

@@ -19,6 +19,7 @@ mod making;
 mod matrix;
 mod planted;
 mod protected;
+mod rebuilt;
 mod recovered;
 mod scripted;
 mod shape;

@@ -14,6 +14,7 @@ use super::env::Env;
 use super::kinds::{any_kind, any_kind_of_openings};
 use super::ledger::{Image, Ledger};
 use super::protected::Protected;
+use super::rebuilt;
 use super::recovered;
 use super::scripted::Script;
 use super::shape::SiteShape;
@@ -394,11 +395,18 @@ impl Vm {
     pub(super) fn end(&mut self, env: &mut Env) -> Result<Reader, String> {
         let crash = env.any_crash();
         self.site.crash(crash, env);
+        if env.rng.one_in(2) {
+            rebuilt::compare_without_superblocks(&mut self.site, &self.ledger, env)?;
+        }
         self.site.open(&self.ledger, env)?;
         self.site.crash(Crash::PowerCut, env);
         self.site.disk.disarm();
         self.site.disk.fence();
-        recovered::compare_all(&self.site, &self.ledger, env)
+        let reader = recovered::compare_all(&self.site, &self.ledger, env)?;
+        if env.rng.one_in(2) {
+            rebuilt::compare_without_superblocks(&mut self.site, &self.ledger, env)?;
+        }
+        Ok(reader)
     }
 
     pub(super) fn flip_a_bit(&self, env: &mut Env) -> Result<(), String> {

@@ -19,6 +19,7 @@ pub(crate) use superblocks::read_superblock;
 pub use survey::{Content, Damage, Hidden, Segment, SegmentError, Survey, SurveyOptions, survey, survey_as};
 
 use crate::bad_ranges::BadRanges;
+use crate::batch::RecordKind;
 use crate::crypt::{Encryption, KeyError, Keyring, Keys, SALT_BYTES, SegmentKey};
 use crate::format::bad_list::BadListError;
 use crate::format::manifest::{Manifest, ManifestError};
@@ -268,6 +269,10 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
         // A copy that is lost may have been that of an opening that died before it counted, and what that one wrote has its count.
         superblock.open_count += if is_alone { 2 } else { 1 };
     }
+    if !superblock.state.is_base_sync() {
+        let told_seq = told_intent(&segments).unwrap_or_default();
+        superblock.promotion_intent_seq = superblock.promotion_intent_seq.max(told_seq);
+    }
     superblock.sequence += 1;
     let page = Bytes::copy_from_slice(&superblock.encode());
     let first = (superblock.sequence % 2) as usize;
@@ -301,6 +306,19 @@ pub fn open<S: Storage>(storage: &mut S, file: FileId, options: &OpenOptions) ->
         io.purpose(Purpose::Carry).sync()?;
     }
     Ok(Opened { superblock, segments, tail, manifest, bad_ranges, hidden, free_slots, keyring, salt })
+}
+
+/// The newest intent to promote that an unsealed segment tells of. Its announcement may have been cut short before a superblock told, too:
+/// it counts all the same, so that whoever lost the superblocks can rely on it that each promotion that the stream tells of has ended
+/// before the next one was announced.
+fn told_intent(segments: &[Segment]) -> Option<u64> {
+    let scans = segments.iter().filter_map(|segment| match &segment.content {
+        Content::Scanned(scan) => Some(scan.footer()),
+        Content::Sealed(_) => None,
+    });
+    let events = scans.flat_map(|footer| footer.events);
+    let intents = events.filter(|event| event.record.kind == RecordKind::PromotionIntent);
+    intents.map(|event| event.record.argument).max()
 }
 
 /// Zeroes the pages by which slots are recognised. Those that read zeroes are left alone: their space may have been given back, and a full

@@ -36,6 +36,27 @@ pub struct Rebuilt {
     pub bad_list_lost: Option<BadListError>,
 }
 
+impl Rebuilt {
+    /// What the file holds by it.
+    ///
+    /// # Errors
+    /// The file failed, or [`Self::gap`] says that nothing may be opened.
+    pub fn survey<S: Storage>(
+        self,
+        storage: &mut S,
+        file: FileId,
+        options: &SurveyOptions,
+    ) -> Result<Survey, OpenError> {
+        if let Some(gap) = self.gap {
+            return Err(OpenError::Damaged(gap));
+        }
+        let mut survey = survey_as(storage, file, self.superblock, options)?;
+        survey.manifest = self.manifest;
+        survey.bad_list_lost = survey.bad_list_lost.or(self.bad_list_lost);
+        Ok(survey)
+    }
+}
+
 /// The manifest of a file, whatever its superblocks say: of the valid ones the newest.
 ///
 /// # Errors
@@ -76,7 +97,7 @@ pub fn rebuild<S: Storage>(
     // The one that was found may be in a slot that the file has a part of.
     let newest = headers.iter().max_by_key(|header| (header.number, header.open_count));
     let newest = newest.ok_or(OpenError::NoWholeSlot { slot_len_bytes: first.slot_len_bytes })?;
-    let chain = oldest_of_chain(&headers, newest);
+    let mut chain = oldest_of_chain(&headers, newest);
     let file_len_bytes = io.file_len_bytes()?;
     let mut superblock = Superblock {
         sequence: 0,
@@ -102,16 +123,19 @@ pub fn rebuild<S: Storage>(
         encryption: newest.encryption.map_or(Encryption::Never, |encryption| Encryption::On(encryption.key)),
         volumes,
     };
-    let survey = survey_as(
-        storage,
-        file,
-        superblock.clone(),
-        &SurveyOptions { skip_unreadable: true, trusted_through: None, keys: keys.clone() },
-    )?;
-    if let Some(damage) = survey.damage {
-        // Behind it there may be a newer intent.
-        return Err(OpenError::Damaged(damage));
-    }
+    let options = SurveyOptions { skip_unreadable: true, trusted_through: None, keys: keys.clone() };
+    let mut hole = None;
+    let survey = loop {
+        let survey = survey_as(storage, file, superblock.clone(), &options)?;
+        let Some(damage) = survey.damage else { break survey };
+        // What was promoted may be gone in part: a slot that was freed is used again, or its space given back, while an older copy of its
+        // segment is left where an opening had found it.
+        let behind = headers.iter().filter(|header| header.after.seq == damage.resumes_after_seq);
+        let behind = behind.filter(|header| header.number > superblock.low_water_segment);
+        chain = behind.max_by_key(|header| header.open_count).ok_or(OpenError::Damaged(damage))?;
+        (superblock.low_water_segment, superblock.low_water) = (chain.number, chain.after);
+        hole = Some(damage);
+    };
     let mut io = Blocking::new(storage, file, Purpose::Survey);
     let (mut intents, mut gap) = (BTreeSet::new(), None);
     // What is behind the end of the open segment counts, too: the batch that ends it may have been the intent's.
@@ -128,17 +152,20 @@ pub fn rebuild<S: Storage>(
             }
         }
     }
+    // With the last number of its segment.
+    let mut gaps = Vec::new();
     for segment in &survey.segments {
+        let last_seq = segment.last().seq;
         let lost = |after_seq, resumes_after_seq| Damage { after_seq, resumes_after_seq, stop: None };
         let footer = match segment.footer(&mut io, &superblock) {
             Ok(footer) => footer,
             Err(SegmentError::Storage(error)) if !error.is_medium() => return Err(error.into()),
             Err(_) => {
-                gap = gap.or(Some(lost(segment.header.after.seq, segment.last().seq)));
+                gaps.push((last_seq, lost(segment.header.after.seq, last_seq)));
                 continue;
             }
         };
-        gap = gap.or(footer.gaps.first().map(|gap| lost(gap.first_seq - 1, gap.last_seq)));
+        gaps.extend(footer.gaps.first().map(|gap| (last_seq, lost(gap.first_seq - 1, gap.last_seq))));
         let found = footer.events.iter().filter(|event| event.record.kind == RecordKind::PromotionIntent);
         intents.extend(found.map(|event| event.record.argument));
     }
@@ -152,6 +179,11 @@ pub fn rebuild<S: Storage>(
     // A promotion is announced when the one before has ended: what that one promoted may still lie in slots that nobody has used since.
     // The last one may have ended or not: its segments are all there, or none of them is needed.
     let ended_seq = intents.pop_last().unwrap_or_default();
+    if let Some(hole) = hole.filter(|hole| hole.resumes_after_seq > ended_seq) {
+        return Err(OpenError::Damaged(hole));
+    }
+    // What told of both intents came after the segments that they are about.
+    gap = gap.or(gaps.into_iter().find(|(last_seq, _)| *last_seq > ended_seq).map(|(_, gap)| gap));
     for segment in survey.segments.iter().take_while(|segment| segment.last().seq <= ended_seq) {
         (superblock.low_water_segment, superblock.low_water) = (segment.header.number + 1, segment.last());
     }

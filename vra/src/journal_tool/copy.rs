@@ -220,6 +220,12 @@ impl Copy {
     /// disk can't be trusted has changed (C5).
     fn check_still_there(&mut self) -> anyhow::Result<bool> {
         if self.from.is_alone {
+            // A VRA that has the journal open writes one at its next change, and promotes.
+            let is_back = read_superblock(&mut self.storage, self.journal).is_some();
+            anyhow::ensure!(
+                !is_back,
+                "a superblock was written meanwhile: something writes this journal; try again"
+            );
             return Ok(false);
         }
         let superblock = self.superblock()?;

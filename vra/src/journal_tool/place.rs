@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use journal::crypt::SiteKeys;
 use journal::format::{Gap, PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock, SuperblockError, VolumeState};
 use journal::recovery::{
-    OpenError, Rebuilt, Survey, SurveyOptions, choose_superblock, newest_manifest, rebuild, survey_as,
+    OpenError, Rebuilt, Survey, SurveyOptions, choose_superblock, newest_manifest, rebuild,
 };
 use journal::storage::ring::{Access, DirectFile};
 use journal::storage::{Blocking, FileId, Purpose};
@@ -110,13 +110,10 @@ impl Journal {
         }
         let reader = match rebuilt {
             None => opened.map_err(anyhow::Error::from),
-            Some(rebuilt) => survey_as(&mut storage, file, rebuilt.superblock, &options)
+            Some(rebuilt) => rebuilt
+                .survey(&mut storage, file, &options)
                 .map_err(anyhow::Error::from)
-                .and_then(|mut survey| {
-                    survey.manifest = newest_manifest(&mut storage, file)?;
-                    survey.bad_list_lost = survey.bad_list_lost.or(rebuilt.bad_list_lost);
-                    Ok(Reader::of(&mut storage, file, survey)?)
-                }),
+                .and_then(|survey| Ok(Reader::of(&mut storage, file, survey)?)),
         };
         let reader = reader
             .map_err(|error| Locked::or(error, &path, keys))

@@ -520,7 +520,8 @@ impl Receiver {
         self.outputs.push_back(ReceiverOutput::Send { stream: stream.id, frame });
     }
 
-    fn fail(&mut self, failure: Failure) {
+    /// The storage can't be trusted any more: nothing is acknowledged from now on.
+    pub(super) fn fail(&mut self, failure: Failure) {
         if std::mem::replace(&mut self.failed, true) {
             return;
         }
@@ -531,13 +532,6 @@ impl Receiver {
         self.end_stream(RefuseCode::Storage, text);
         let durable_through = self.writer.durable().seq;
         self.outputs.push_back(ReceiverOutput::Event(ReceiverEvent::Failed { failure, durable_through }));
-    }
-
-    /// As when an operation on the journal fails.
-    #[cfg(test)]
-    pub(super) fn fail_storage(&mut self) {
-        let (verb, purpose, errno) = ("write", Purpose::Append, nix::errno::Errno::EIO);
-        self.fail(Failure::Journal(StorageError { verb, purpose, offset_bytes: 0, errno }));
     }
 
     /// Gives back the memory of batches that find no room: other VMs' streams share it. They are sent again on the next stream.

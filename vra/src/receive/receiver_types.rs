@@ -1,5 +1,7 @@
 //! What goes into a receiver and comes out of it.
 
+use std::path::PathBuf;
+
 use journal::bad_ranges::BadRanges;
 use journal::crypt::{Encryption, SiteKeyId};
 use journal::format::JournalState;
@@ -158,6 +160,12 @@ pub enum Failure {
     /// A recovery disk.
     #[error(transparent)]
     Disk(DiskError),
+    /// A file isn't where it was opened any more.
+    #[error("{} was moved, removed or replaced while it is in use", path.display())]
+    Moved {
+        /// Where it was.
+        path: PathBuf,
+    },
 }
 
 /// A receiver's state, for status.

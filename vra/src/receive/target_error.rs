@@ -131,6 +131,16 @@ pub enum TargetError {
         /// What went wrong with it, if anything did.
         reason: Option<String>,
     },
+    /// A file isn't the one that was open before.
+    #[error(
+        "{} was moved, removed or replaced while it was in use: put back the file that was there, or, if what is there now is a whole copy of \
+         journal and recovery disks made together, restart the VRA",
+        path.display()
+    )]
+    Moved {
+        /// Where it was.
+        path: PathBuf,
+    },
     /// No VM of this id.
     #[error("no journal of VM {0} is open here")]
     UnknownVm(VmId),

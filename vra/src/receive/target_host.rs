@@ -82,6 +82,9 @@ pub struct TargetHost {
 
 /// How often VMs are looked at that nothing happens to: their history gets older all the same.
 const TICK: Duration = Duration::from_secs(1);
+/// How often it is looked whether open files are where they were, in ticks.
+const FILES_EVERY_TICKS: u64 = 5;
+
 /// How often datastores are looked at, in ticks.
 const SPACE_EVERY_TICKS: u64 = 30;
 
@@ -103,6 +106,14 @@ impl TargetHost {
                 tokio::time::sleep(TICK).await;
                 if !workers.iter().all(|worker| worker.tell(Input::Tick)) {
                     return;
+                }
+                if tick % FILES_EVERY_TICKS == 0 {
+                    let vms = looked_at.clone();
+                    tokio::task::spawn_blocking(move || {
+                        let vms: Vec<_> =
+                            vms.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+                        vms.iter().for_each(|vm| vm.look_at_files());
+                    });
                 }
                 if tick % SPACE_EVERY_TICKS == 0 {
                     let vms = looked_at.clone();

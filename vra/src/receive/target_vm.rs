@@ -1,6 +1,7 @@
 //! One VM at its target, for the daemon: its state, its checkpoints, its disks as they were.
 
 mod events;
+mod file_watch;
 mod journal_size;
 mod kept_locks;
 mod locks;
@@ -36,6 +37,7 @@ use super::target_error::TargetError;
 use super::target_host::TargetSettings;
 use super::view_memory::ViewMemory;
 use super::worker::{Attached, Input, VmKey, Worker};
+use file_watch::OpenedFiles;
 use kept_locks::Kept;
 use pins::PinBook;
 
@@ -88,6 +90,8 @@ struct Inner {
     pins: PinBook,
     /// Locks that are in the manifest no more, but may be in the file still: what they keep stays until they aren't.
     releasing: Vec<LockedCheckpoint>,
+    /// The files that are open, or were before they failed.
+    opened_files: OpenedFiles,
     /// Where each volume's history began when the files were attached.
     volume_bases: Vec<u64>,
     /// What was last told of the recovery disks.
@@ -140,6 +144,7 @@ impl TargetVm {
         let is_noted = manifest == files.manifest;
         let runtime = Handle::current();
         let bad_ranges = files.opened.bad_ranges.clone();
+        let opened_files = OpenedFiles::of(&folder, &files);
         let volume_bases = superblock.volumes.iter().map(|volume| volume.base_seq).collect();
         let target = Arc::new_cyclic(|weak| {
             let needed = pins.needed(&manifest.locked);
@@ -155,6 +160,7 @@ impl TargetVm {
                 is_making_way: false,
                 scrub: None,
                 scrub_damage: BTreeMap::new(),
+                opened_files,
                 volume_bases,
                 pins,
                 releasing: Vec::new(),

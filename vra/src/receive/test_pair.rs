@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use journal::batch::{Checkpoint, CheckpointKind, Epoch, Record};
 use journal::storage::ring::RingStorage;
-use journal::storage::{Blocking, Purpose};
+use journal::storage::{Blocking, Purpose, StorageError};
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
 use uuid::Uuid;
 
@@ -18,6 +18,7 @@ use super::*;
 use crate::api::vpg::{VmDefinition, VolumeDefinition, VpgDefinition, VraEndpoint};
 use crate::api::{GenerationId, JournalId, MemberSince, VmId, VolumeId, VpgId, VraId, view::PointInTime};
 use crate::link::transport_config;
+use crate::receive::receiver_types::Failure;
 use crate::receive::worker::{Input, VmKey};
 use crate::ship::shell::{ConnectError, DataConnector, Shipper, ShipperParts};
 use crate::ship::{
@@ -135,14 +136,14 @@ impl Target {
     pub(super) async fn fail_storage(&self) {
         let vm = self.vm();
         let key = vm.key().expect("open");
-        vm.worker().tell(Input::Fail { vm: key, at_manifest: false });
+        vm.worker().tell(Input::Fail { vm: key, failure: write_failure() });
         wait_until_open(&vm, |now| now != key).await;
     }
 
     /// Lets the storage fail when a manifest is written next.
     pub(super) fn fail_at_manifest(&self) {
         let vm = self.vm();
-        vm.worker().tell(Input::Fail { vm: vm.key().expect("open"), at_manifest: true });
+        vm.worker().tell(Input::FailAtManifest { vm: vm.key().expect("open") });
     }
 
     pub(super) async fn wait_open_again(&self) {
@@ -157,6 +158,12 @@ impl Target {
         *self.current.lock().expect("no panic") = host.clone();
         self.host = host;
     }
+}
+
+/// As when an operation on the journal fails.
+pub(super) fn write_failure() -> Failure {
+    let (verb, purpose, errno) = ("write", Purpose::Append, nix::errno::Errno::EIO);
+    Failure::Journal(StorageError { verb, purpose, offset_bytes: 0, errno })
 }
 
 async fn wait_until_open(vm: &TargetVm, is_meant: impl Fn(VmKey) -> bool) {

@@ -17,7 +17,9 @@ use tokio::sync::oneshot;
 use super::checkpoint_list::CheckpointList;
 use super::outbox::Outbox;
 use super::receiver::Receiver;
-use super::receiver_types::{Pins, ReceiverEvent, ReceiverOutput, ReceiverPolicy, ReceiverStatus, StreamId};
+use super::receiver_types::{
+    Failure, Pins, ReceiverEvent, ReceiverOutput, ReceiverPolicy, ReceiverStatus, StreamId,
+};
 use super::scrub::Sealed;
 use crate::clock::Clock;
 use crate::wire::{Frame, Open, Refuse, RefuseCode};
@@ -105,11 +107,15 @@ pub(super) enum Input {
         vm: VmKey,
         answer: oneshot::Sender<()>,
     },
-    /// The storage fails, at once or when a manifest is written next.
-    #[cfg(test)]
+    /// The files can't be trusted any more.
     Fail {
         vm: VmKey,
-        at_manifest: bool,
+        failure: Failure,
+    },
+    /// The storage fails when a manifest is written next.
+    #[cfg(test)]
+    FailAtManifest {
+        vm: VmKey,
     },
 }
 
@@ -232,7 +238,7 @@ impl Vm {
         }
         #[cfg(test)]
         if std::mem::take(&mut self.fails_at_manifest) {
-            self.receiver.fail_storage();
+            self.receiver.fail(super::test_pair::write_failure());
         }
     }
 }
@@ -285,9 +291,10 @@ impl WorkerState {
             | Input::SetPolicy { vm, .. }
             | Input::SetPins { vm, .. }
             | Input::Checkpoints { vm, .. }
-            | Input::Detach { vm, .. } => *vm,
+            | Input::Detach { vm, .. }
+            | Input::Fail { vm, .. } => *vm,
             #[cfg(test)]
-            Input::Fail { vm, .. } => *vm,
+            Input::FailAtManifest { vm } => *vm,
         };
         if let Input::Attach(attached) = input {
             self.attach(*attached);
@@ -335,10 +342,9 @@ impl WorkerState {
                     vm.receiver.close();
                     vm.detaching = Some(answer);
                 }
+                Input::Fail { failure, .. } => vm.receiver.fail(failure),
                 #[cfg(test)]
-                Input::Fail { at_manifest: true, .. } => vm.fails_at_manifest = true,
-                #[cfg(test)]
-                Input::Fail { at_manifest: false, .. } => vm.receiver.fail_storage(),
+                Input::FailAtManifest { .. } => vm.fails_at_manifest = true,
                 Input::Attach(_) | Input::Tick => {}
             }
         } else if let Input::Open { outbox, .. } = input {

@@ -10,6 +10,7 @@ use super::super::coverage::Happening;
 use super::super::damage;
 use super::super::env::Env;
 use super::super::ledger::Ledger;
+use super::super::rebuilt;
 use super::super::recovered;
 use super::super::scripted::Script;
 use super::super::shape::some_key;
@@ -298,6 +299,9 @@ impl Run {
                 .map_err(|what| format!("then {strike:?} at operation {at} of the opening: {what}"))?;
                 survived.second.push((opening[at], strike));
             }
+        }
+        if !is_damaged {
+            rebuilt::compare_without_superblocks(site, ledger, env)?;
         }
         site.open(ledger, env)?;
         let relied_on_seq = tail_seq(site);

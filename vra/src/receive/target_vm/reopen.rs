@@ -7,6 +7,7 @@ use journal::recovery::SurveyOptions;
 use journal::storage::ring::{Access, DirectFile};
 use journal::view::{Reader, ViewError};
 
+use super::file_watch::OpenedFiles;
 use super::{TargetVm, attach_files, locks, preserving};
 use crate::receive::files::{self, VmFiles};
 use crate::receive::target_error::TargetError;
@@ -31,6 +32,10 @@ impl TargetVm {
         loop {
             let vm = self.clone();
             let opened = self.runtime.spawn_blocking(move || {
+                let before = vm.lock().opened_files.clone();
+                if let Some(path) = before.first_moved() {
+                    return Err(TargetError::Moved { path: path.to_owned() });
+                }
                 let files = files::open(&vm.folder, vm.vm, Some(trusted_through), vm.keys.keys())?;
                 vm.repoint_views()?;
                 Ok(files)
@@ -91,6 +96,7 @@ impl TargetVm {
         let superblock = &files.opened.superblock;
         let bad_ranges = self.promoted.reopened(superblock.low_water.seq, &files.opened.bad_ranges);
         let key = (inner.next_key)();
+        inner.opened_files = OpenedFiles::of(&self.folder, &files);
         // Before the worker does anything with the files (C2).
         let overlays = inner.kept_locks.keys().copied().collect();
         let lost = inner.manifest.forget_stale_locks(superblock, &overlays);

@@ -244,3 +244,33 @@ async fn locks_in_the_way_of_a_full_journal_are_told_again_when_they_can_be_give
     assert!(alert(&vm, "lock-given-up").is_some());
     source.wait_durable(source.published_through()).await;
 }
+
+/// Somebody moves the journal away, or puts a copy in its place: what were written to the open file would be where nobody looks.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn files_that_are_moved_or_replaced_take_no_more_writes_until_they_are_back() {
+    let (_datastore, mut target, mut source) = pair("moved").await;
+    let vm = target.vm();
+    let (journal, disk) = (vm.folder().journal(), vm.folder().disk(0));
+    for file in [&journal, &disk] {
+        let aside = file.with_extension("aside");
+        std::fs::rename(file, &aside).expect("moved");
+        wait_for("it is noticed", || vm.key().is_none()).await;
+        let alert = alert(&vm, "storage-failed").expect("told");
+        let name = file.display().to_string();
+        assert!(alert.message.contains(&format!("{name} was moved")), "{}", alert.message);
+        // A copy isn't it, either.
+        std::fs::copy(&aside, file).expect("copied");
+        tokio::time::sleep(Duration::from_secs(6)).await;
+        let error = vm.checkpoints().await.map(drop).expect_err("not opened").to_string();
+        assert!(error.contains(&name) && error.contains("put back the file"), "{error}");
+        std::fs::rename(&aside, file).expect("moved back");
+        wait_for("it is open again", || vm.key().is_some()).await;
+        source.random_write();
+        source.checkpoint();
+        source.wait_durable(source.published_through()).await;
+    }
+    // With the files closed all may be replaced by a copy.
+    target.cut_connections();
+    target.restart().await;
+    assert_eq!(target.vm().checkpoints().await.expect("open").len(), 4);
+}
