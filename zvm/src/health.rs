@@ -183,6 +183,7 @@ impl<'a> Look<'a> {
             });
         } else if !self.vpg.settings.paused && report.checkpoint_count > 0 && self.rpo_missed(report) {
             let stage = report.slowest_stage.map_or("between checkpoints", |(stage, _)| match stage {
+                Stage::Capture => "for their capture, which has stopped, and a sync",
                 Stage::Queue => "in the source's queue",
                 Stage::Wire => "on the network",
                 Stage::TargetMemory => "in the target's memory",
@@ -405,6 +406,7 @@ fn slowest_stage(vms: &[VmReport]) -> Option<(Stage, u64)> {
         .filter_map(|vm| vm.rpo)
         .flat_map(|rpo| {
             [
+                (Stage::Capture, rpo.capture_us),
                 (Stage::Queue, rpo.queue_us),
                 (Stage::Wire, rpo.wire_us),
                 (Stage::TargetMemory, rpo.target_memory_us),

@@ -168,6 +168,8 @@ fn rpo_is_the_age_of_the_newest_checkpoint_at_all_targets_by_the_sources_clock()
     assert_eq!(report.status, Status::RpoNotMeetingSla);
     assert_eq!(report.slowest_stage, Some((Stage::Wire, 50_000_000)));
     assert!(report.problems[0].description.contains("on the network"), "{:?}", report.problems);
+    group.source_vm(|vm| vm.rpo.capture_us = 60_000_000);
+    assert_eq!(group.report().slowest_stage, Some((Stage::Capture, 60_000_000)));
 }
 
 #[test]

@@ -80,10 +80,22 @@ pub(super) const BENCHMARKS: &[Benchmark] = &[
         Some(0.8),
         promote_pair,
     ),
+    append(
+        "promote-apart",
+        "the same from a journal in memory: the disk has nothing to do but what fio's has",
+        Some(0.8),
+        promote_apart_pair,
+    ),
+    append(
+        "promote-shared",
+        "as promote, beside a fio whose disk is read as much meanwhile",
+        Some(0.8),
+        promote_shared_pair,
+    ),
 ];
 
-/// What one run appends.
-const RUN_BYTES: u64 = 512 << 20;
+/// What one run appends: a virtual disk's pauses of some tens of milliseconds are a small part of it.
+const RUN_BYTES: u64 = 3 << 29;
 pub(super) const SLOT_BYTES: u64 = 64 << 20;
 /// Batches are sealed at this length.
 const BATCH_BYTES: usize = 1 << 20;
@@ -181,48 +193,114 @@ fn fio_append(context: &Context) -> Result<f64> {
 }
 
 fn promote_pair(context: &mut Context, number: u32) -> Result<Pair> {
-    // The same places for both; some come twice.
-    let place = |seq: u64| seq.wrapping_mul(0x9e37_79b9_7f4a_7c15) % (DISK_BYTES / BLOCK_BYTES) * BLOCK_BYTES;
-    in_turn(number, || promote_run(context, place), || fio_sorted(context, place))
+    in_turn(number, || promote_run(context, &context.path("promote"), place), || fio_sorted(context, place))
 }
 
-fn promote_run(context: &Context, place: impl Fn(u64) -> u64) -> Result<f64> {
-    let folder = context.path("promote");
-    let mut journal = Journal::create(&folder, DISK_BYTES, SLOT_COUNT)?;
-    reserved_disk(&folder.join(DISK_NAME))?;
+fn promote_apart_pair(context: &mut Context, number: u32) -> Result<Pair> {
+    let folder = PathBuf::from(format!("/dev/shm/holdfast-promote-{}", std::process::id()));
+    let promoted = in_turn(number, || promote_run(context, &folder, place), || fio_sorted(context, place));
+    if folder.exists() {
+        std::fs::remove_dir_all(&folder)?;
+    }
+    promoted
+}
+
+fn promote_shared_pair(context: &mut Context, number: u32) -> Result<Pair> {
+    in_turn(
+        number,
+        || promote_run(context, &context.path("promote"), place),
+        || fio_sorted_beside_reads(context),
+    )
+}
+
+/// The same places for all; some come twice.
+fn place(seq: u64) -> u64 {
+    seq.wrapping_mul(0x9e37_79b9_7f4a_7c15) % (DISK_BYTES / BLOCK_BYTES) * BLOCK_BYTES
+}
+
+/// Promotes to a disk among the benchmark's files, wherever the journal is.
+fn promote_run(context: &Context, folder: &Path, place: impl Fn(u64) -> u64) -> Result<f64> {
+    let mut journal = Journal::create(folder, DISK_BYTES, SLOT_COUNT)?;
+    let disk = context.path("promote-disk.raw");
+    reserved_disk(&disk)?;
     let base = journal.seq;
     let batches = journal.batches(BLOCKS, BLOCK_BYTES as usize, |seq| place(seq - base))?;
     journal.append(&batches)?;
     drop(batches);
-    let (written_bytes, elapsed) = journal.promote()?;
+    let (written_bytes, elapsed) = journal.promote(&disk)?;
     journal.remove()?;
+    std::fs::remove_file(disk)?;
     Ok(rate(written_bytes, elapsed))
 }
 
 fn fio_sorted(context: &Context, place: impl Fn(u64) -> u64) -> Result<f64> {
-    let (file, log) = (context.path("fio-sorted.raw"), context.path("fio.iolog"));
-    reserved_disk(&file)?;
-    let mut places: Vec<u64> = (1..=BLOCKS).map(place).collect();
-    places.sort_unstable();
-    places.dedup();
-    let name = file.display();
-    let mut text = format!("fio version 2 iolog\n{name} add\n{name} open\n");
-    for place in places {
-        writeln!(text, "{name} write {place} {BLOCK_BYTES}")?;
-    }
-    writeln!(text, "{name} datasync 0 0\n{name} close")?;
-    std::fs::write(&log, text)?;
-    let report = context.fio(&[
-        &format!("--read_iolog={}", log.display()),
-        "--replay_no_stall=1",
-        "--ioengine=io_uring",
-        "--iodepth=32",
-        "--direct=1",
-        "--refill_buffers",
-        "--end_fsync=1",
-    ])?;
-    std::fs::remove_file(file)?;
+    let sorted = Sorted::make(context, place)?;
+    let report = context.fio(&sorted.options())?;
+    sorted.remove()?;
     Ok(report.bytes_per_s / f64::from(1 << 20))
+}
+
+/// The same while another job reads what is promoted.
+fn fio_sorted_beside_reads(context: &Context) -> Result<f64> {
+    let sorted = Sorted::make(context, place)?;
+    let file = context.path("fio-read.raw");
+    let filename = format!("--filename={}", file.display());
+    let size = format!("--size={}", BLOCKS * BLOCK_BYTES);
+    let reads = [&*filename, &size, "--bs=1M", "--ioengine=io_uring", "--iodepth=4", "--direct=1"];
+    context.fio(&[&reads[..], &["--rw=write", "--refill_buffers", "--end_fsync=1"]].concat())?;
+    let words = [
+        &["fio", "--output-format=json", "--name=reads", "--rw=read"],
+        &reads[..],
+        &["--name=sorted"],
+        &sorted.options().iter().map(|option| &**option).collect::<Vec<_>>()[..],
+    ];
+    let report: serde_json::Value = serde_json::from_str(&context.run(&words.concat())?)?;
+    let jobs = report["jobs"].as_array().context("fio's jobs")?;
+    let sorted_job = jobs.iter().find(|job| job["jobname"] == "sorted").context("fio's second job")?;
+    let bytes_per_s = sorted_job["write"]["bw_bytes"].as_f64().context("its rate")?;
+    sorted.remove()?;
+    std::fs::remove_file(file)?;
+    Ok(bytes_per_s / f64::from(1 << 20))
+}
+
+/// A disk and what fio does to it: the blocks of a promotion, in their order, durable at the end.
+struct Sorted {
+    file: PathBuf,
+    read_iolog: String,
+}
+
+impl Sorted {
+    fn make(context: &Context, place: impl Fn(u64) -> u64) -> Result<Self> {
+        let (file, log) = (context.path("fio-sorted.raw"), context.path("fio.iolog"));
+        reserved_disk(&file)?;
+        let mut places: Vec<u64> = (1..=BLOCKS).map(place).collect();
+        places.sort_unstable();
+        places.dedup();
+        let name = file.display();
+        let mut text = format!("fio version 2 iolog\n{name} add\n{name} open\n");
+        for place in places {
+            writeln!(text, "{name} write {place} {BLOCK_BYTES}")?;
+        }
+        writeln!(text, "{name} datasync 0 0\n{name} close")?;
+        std::fs::write(&log, text)?;
+        Ok(Self { read_iolog: format!("--read_iolog={}", log.display()), file })
+    }
+
+    fn options(&self) -> [&str; 7] {
+        [
+            &self.read_iolog,
+            "--replay_no_stall=1",
+            "--ioengine=io_uring",
+            "--iodepth=32",
+            "--direct=1",
+            "--refill_buffers",
+            "--end_fsync=1",
+        ]
+    }
+
+    fn remove(self) -> Result<()> {
+        Ok(std::fs::remove_file(self.file)?)
+    }
 }
 
 fn rate(bytes: u64, elapsed: Duration) -> f64 {
@@ -374,12 +452,12 @@ impl Journal {
     }
 
     /// Promotes all; how much was written, and from the first read until it is synced.
-    fn promote(&mut self) -> Result<(u64, Duration)> {
+    fn promote(&mut self, disk: &Path) -> Result<(u64, Duration)> {
         self.change(Change::Seal)?;
         let segments: Vec<_> = self.writer.closed_segments().cloned().collect();
         let through = segments.last().context("no sealed segment")?.last;
         self.change(Change::AnnouncePromotion { through })?;
-        let disk = DirectFile::open(&self.folder.join(DISK_NAME), Access::Exclusive)?;
+        let disk = DirectFile::open(disk, Access::Exclusive)?;
         let disk = self.storage.add_file(disk);
         let superblock = self.writer.superblock().clone();
         let began = Instant::now();

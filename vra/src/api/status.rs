@@ -173,6 +173,9 @@ pub enum SourceMode {
 pub struct Rpo {
     /// The whole.
     pub total_us: u64,
+    /// Since capture stopped, while it hasn't begun again; zero while writes are captured, since each is before it goes to the local disk.
+    #[serde(default)]
+    pub capture_us: u64,
     /// From capture until it was taken into a batch.
     pub queue_us: u64,
     /// From there until the target received it.

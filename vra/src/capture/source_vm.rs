@@ -96,6 +96,8 @@ pub struct SourceSnapshot {
     pub freed_through: u64,
     /// When the oldest entry that isn't durable was numbered, in µs since the Unix epoch.
     pub oldest_time_us: Option<u64>,
+    /// Since when nothing is captured, in µs since the Unix epoch, if capture has stopped.
+    pub uncaptured_since_us: Option<u64>,
     /// Entries retained.
     pub retained_entries: u64,
     /// Memory that they keep, in bytes.
@@ -275,6 +277,7 @@ impl SourceVm {
                 last_seq: core.numbers().0 - 1,
                 freed_through,
                 oldest_time_us,
+                uncaptured_since_us: core.uncaptured_since_us(),
                 retained_entries,
                 retained_bytes,
                 retained_limit_bytes: self.limits.retained_bytes,

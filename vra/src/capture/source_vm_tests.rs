@@ -199,6 +199,20 @@ fn a_renewal_gives_up_what_is_retained() {
 }
 
 #[test]
+fn it_is_told_since_when_nothing_is_captured() {
+    let vm = SourceVm::protect(vec![disk()], LIMITS, Arc::<Store>::default(), GenerationId::random());
+    let vm = vm.expect("memory and a store");
+    assert_eq!(vm.snapshot().uncaptured_since_us, None, "nothing ever was");
+    stream(&vm);
+    let new = NewWrite { lane: lane(&vm), token: 0, volume: 0, range: ByteRange::new(0, 512) };
+    let received = vm.core().receive(&new, &mut Offer::Zeroes, u64::MAX / 2, &mut Wakeups::default());
+    assert!(matches!(received, Received::Issue(_)));
+    assert_eq!(vm.snapshot().uncaptured_since_us, None);
+    vm.unprotect();
+    assert_eq!(vm.snapshot().uncaptured_since_us, Some(u64::MAX / 2), "the last number's time");
+}
+
+#[test]
 fn an_unprotected_disk_is_served_on_and_can_come_back() {
     let store = Arc::<Store>::default();
     let disk = disk();

@@ -212,8 +212,11 @@ fn waiting_status(vpg: &VpgDefinition, vm: &VmDefinition) -> SourceVmStatus {
 
 fn rpo_of(source: &LiveSource, snapshot: &SourceSnapshot) -> Rpo {
     let stages = source.sender().stages;
+    let age_us = |since_us: Option<u64>| since_us.map_or(0, |since| TimeUs::now().0.saturating_sub(since));
+    let capture_us = age_us(snapshot.uncaptured_since_us);
     Rpo {
-        total_us: snapshot.oldest_time_us.map_or(0, |oldest| TimeUs::now().0.saturating_sub(oldest)),
+        total_us: age_us(snapshot.oldest_time_us).max(capture_us),
+        capture_us,
         queue_us: stages.queue_us,
         wire_us: stages.wire_us,
         target_memory_us: stages.memory_us,

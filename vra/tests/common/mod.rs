@@ -98,7 +98,11 @@ pub struct Folder(pub std::path::PathBuf);
 
 impl Folder {
     pub fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("daemon-{name}-{:08x}", rand::random::<u32>()));
+        Self::within(&std::env::temp_dir(), name)
+    }
+
+    pub fn within(parent: &std::path::Path, name: &str) -> Self {
+        let path = parent.join(format!("daemon-{name}-{:08x}", rand::random::<u32>()));
         std::fs::create_dir_all(&path).expect("temporary folder");
         Self(path)
     }

@@ -42,9 +42,25 @@ impl Vra {
         Self::start_in(name, ca, None, listen)
     }
 
+    /// One whose files are below a folder.
+    pub fn start_below(parent: &Path, name: &str, ca: &TestCa) -> Self {
+        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0));
+        let listen = socket.and_then(|socket| socket.local_addr()).expect("port");
+        Self::start_with(Folder::within(parent, name), name, Some(ca), None, listen)
+    }
+
     /// One in a network namespace.
     pub fn start_in(name: &str, ca: Option<&TestCa>, namespace: Option<PathBuf>, listen: SocketAddr) -> Self {
-        let folder = Folder::new(name);
+        Self::start_with(Folder::new(name), name, ca, namespace, listen)
+    }
+
+    fn start_with(
+        folder: Folder,
+        name: &str,
+        ca: Option<&TestCa>,
+        namespace: Option<PathBuf>,
+        listen: SocketAddr,
+    ) -> Self {
         let at = folder.0.display();
         std::fs::create_dir(folder.0.join("datastore")).expect("datastore");
         let config = format!(

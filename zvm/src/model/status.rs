@@ -139,6 +139,8 @@ named! {
 named! {
     /// Where a write can wait on its way.
     Stage {
+        /// Writes aren't captured.
+        Capture = "capture",
         /// At the source, before it is sent.
         Queue = "queue",
         /// On the network.

@@ -41,6 +41,8 @@ pub struct Core {
     ceiling_seq: u64,
     last_time_us: u64,
     mode: Mode,
+    /// When the last number was given before capture stopped, in µs since the Unix epoch.
+    uncaptured_since_us: Option<u64>,
     /// The sync whose begin is published and whose end isn't.
     pub(super) sync_id: Option<u64>,
     pub(super) hold: Option<Hold>,
@@ -73,6 +75,7 @@ impl Core {
             ceiling_seq,
             last_time_us: 0,
             mode: Mode::Stopped,
+            uncaptured_since_us: None,
             sync_id: None,
             hold: None,
             in_flight: InFlight::new(limits.writes_in_flight),
@@ -260,6 +263,7 @@ impl Core {
             return Err(PublishRefusal::NotDrained);
         }
         self.mode = Mode::Streaming { from_seq: self.next_seq };
+        self.uncaptured_since_us = None;
         self.flags.capturing.store(true, Ordering::SeqCst);
         Ok(self.next_seq)
     }
@@ -311,6 +315,12 @@ impl Core {
     /// The mode.
     pub fn mode(&self) -> Mode {
         self.mode
+    }
+
+    /// Since when nothing is captured, in µs since the Unix epoch: when the last number was given before. None while writes are captured,
+    /// and before any was.
+    pub fn uncaptured_since_us(&self) -> Option<u64> {
+        self.uncaptured_since_us
     }
 
     /// The sync that is under way.
@@ -445,6 +455,7 @@ impl Core {
 
     fn stop(&mut self, mode: Mode, wakeups: &mut Wakeups) {
         self.mode = mode;
+        self.uncaptured_since_us = self.uncaptured_since_us.or(Some(self.last_time_us).filter(|us| *us > 0));
         self.flags.capturing.store(false, Ordering::SeqCst);
         self.sync_id = None;
         self.watches.clear();

@@ -8,18 +8,24 @@ const PATIENCE: u32 = 3;
 /// Longest time between attempts then, in µs, if the group's interval isn't longer.
 const LONGEST_US: u64 = 60_000_000;
 
+/// The same where VRAs answer in time that a VM isn't ready: guests are held for a round trip and no longer, and the first checkpoint after a
+/// sync is waited for.
+const LONGEST_DECLINED_US: u64 = 10_000_000;
+
 /// The time between attempts by the clock. Where a VRA is live and yet can't be held in time, or has a VM that isn't ready for long, each
 /// attempt holds all others' guests for nothing.
 pub(super) struct BackOff {
     interval_us: u64,
     in_row: u32,
+    /// The last of them was declined.
+    is_declined: bool,
     /// The hosts that weren't live when it was looked last.
     missing: Vec<VraId>,
 }
 
 impl BackOff {
     pub(super) fn new(interval_us: u64) -> Self {
-        Self { interval_us, in_row: 0, missing: Vec::new() }
+        Self { interval_us, in_row: 0, is_declined: false, missing: Vec::new() }
     }
 
     /// The group's own interval.
@@ -30,7 +36,8 @@ impl BackOff {
     /// Time between attempts now, in µs.
     pub(super) fn interval_us(&self) -> u64 {
         let doublings = (self.in_row + 1).saturating_sub(PATIENCE).min(16);
-        (self.interval_us << doublings).min(self.interval_us.max(LONGEST_US))
+        let longest_us = if self.is_declined { LONGEST_DECLINED_US } else { LONGEST_US };
+        (self.interval_us << doublings).min(self.interval_us.max(longest_us))
     }
 
     /// When the next attempt may come after one that began then, in µs: 0 as long as it needn't come later.
@@ -54,6 +61,7 @@ impl BackOff {
         };
         if is_for_nothing {
             self.in_row = self.in_row.saturating_add(1);
+            self.is_declined = matches!(failure, EpochFailure::Declined { .. });
         }
     }
 
