@@ -4,7 +4,7 @@
 mod sim_target;
 
 use journal::format::{SUPERBLOCK_OFFSETS, slot_offset_bytes};
-use journal::recovery::rebuild;
+use journal::recovery::{SurveyOptions, rebuild};
 use journal::storage::{Blocking, Purpose};
 use journal::walk::walk;
 use journal::writer::Change;
@@ -134,4 +134,63 @@ fn an_announcement_that_reached_the_stream_alone_counts_from_the_next_opening_on
     let further = target.writer.change(Change::AnnouncePromotion { through: ends[1] });
     assert!(further.is_err(), "not before the first has ended");
     target.change(Change::AnnouncePromotion { through: ends[0] });
+}
+
+/// A copy that an opening passed over has records that nobody trusted. When the one that counted was promoted and its slot given back, it is the
+/// only one of its number, and longer than the segment behind it begins.
+#[test]
+fn a_copy_that_an_opening_passed_over_does_not_end_the_history() {
+    for promoted in [1, 2] {
+        let site = Site::new(10);
+        let mut target = site.target();
+        target.base_sync();
+        // Whose slots are what the next openings and segments take, so that the copy stays.
+        for fill in 6..10 {
+            target.write(0, &[fill]);
+            target.append();
+            target.change(Change::Seal);
+        }
+        target.write(0, &[1]);
+        target.append();
+        target.promote(4);
+        let trusted_seq = target.writer.durable().seq;
+        target.write(4096, &[2]);
+        target.append();
+        drop(target);
+
+        let mut target = site.target_that_trusts(trusted_seq);
+        target.change(Change::Seal);
+        for fill in 3..5 {
+            target.write(8192, &[fill]);
+            target.append();
+            target.change(Change::Seal);
+        }
+        target.write(8192, &[5]);
+        target.append();
+        let counted: Vec<_> = target.writer.closed_segments().cloned().collect();
+        for _ in 0..promoted {
+            target.promote(1);
+        }
+        let tail = target.writer.durable();
+        drop(target);
+        site.zero_pages(Site::place(counted[0].header.slot, 0), 16);
+        site.zero_pages(0, 1);
+        site.zero_pages(64 << 10, 1);
+
+        let rebuilt = rebuild(&mut site.disk.storage(), site.journal, None, Vec::new(), site.keys.site());
+        let rebuilt = rebuilt.expect("readable");
+        assert_eq!(rebuilt.superblock.promotion_intent_seq, counted[promoted - 1].last.seq);
+        let seen = (rebuilt.gap, rebuilt.superblock.low_water, trusted_seq);
+        assert_eq!(
+            rebuilt.gap.is_some(),
+            promoted == 1,
+            "only a later promotion tells that one has ended: {seen:?}"
+        );
+        if promoted == 1 {
+            continue;
+        }
+        let options = SurveyOptions { keys: site.keys.site().clone(), ..SurveyOptions::default() };
+        let survey = rebuilt.survey(&mut site.disk.storage(), site.journal, &options).expect("readable");
+        assert_eq!(survey.tail, tail);
+    }
 }

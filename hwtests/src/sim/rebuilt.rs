@@ -53,13 +53,12 @@ fn look(site: &TargetSite, lost: &Superblock, ledger: &Ledger, env: &mut Env) ->
         Ok(rebuilt) => rebuilt,
         Err(_) if lost.state.is_base_sync() => return Ok(()),
         // Nothing came after a sync's end: only the superblocks told that the recovery disks are the disks of then.
-        // A slot that a promotion had freed was used again, or its space given back, in part: that the promotion has ended nothing told yet.
-        Err(OpenError::Damaged(hole)) if hole.resumes_after_seq <= lost.low_water.seq => return Ok(()),
         Err(OpenError::NotAJournal) if ledger.acked() <= lost.low_water.seq => return Ok(()),
         Err(error) => return Err(format!("it cannot be read: {error:?}")),
     };
     // What a power cut tore might have been durable, and have told of a promotion, for all that the file tells. It may lie behind the end for
-    // a while after an opening: a slot that it copied to had it before. Or it is of a slot that was freed, as above.
+    // a while after an opening: a slot that it copied to had it before. Or a slot that a promotion had freed was used again, or its space given
+    // back, in part: that the promotion has ended nothing told yet.
     let is_nothing =
         |gap: Damage| gap.after_seq >= ledger.acked() || gap.resumes_after_seq <= lost.low_water.seq;
     if rebuilt.gap.is_some_and(is_nothing) {

@@ -1,5 +1,6 @@
 //! A superblock made up from the segments, when both copies are lost: to read what is there, never to write.
 
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
 use uuid::Uuid;
@@ -27,10 +28,10 @@ pub struct Rebuilt {
     pub superblock: Superblock,
     /// The newest manifest.
     pub manifest: Option<Manifest>,
-    /// Nothing tells that no segment before the oldest one is lost: if one is, all that is read is wrong.
+    /// Nothing tells that no segment before the oldest one is lost, which a promotion has freed or not: if one is, all that is read is wrong.
     pub is_unproven: bool,
-    /// Records of a segment can't be read. An intent to promote may be lost with them, and nothing else tells how new the recovery disks are:
-    /// nothing may be opened.
+    /// Records can't be read that are in no recovery disk, or may not be. An intent to promote may be lost with them, and nothing else tells how
+    /// new the recovery disks are: nothing may be opened.
     pub gap: Option<Damage>,
     /// A list of bad ranges is damaged or can't be read, and may have been the newest: there may be more bad ranges than are known.
     pub bad_list_lost: Option<BadListError>,
@@ -127,9 +128,9 @@ pub fn rebuild<S: Storage>(
     let mut hole = None;
     let survey = loop {
         let survey = survey_as(storage, file, superblock.clone(), &options)?;
-        let Some(damage) = survey.damage else { break survey };
         // What was promoted may be gone in part: a slot that was freed is used again, or its space given back, while an older copy of its
         // segment is left where an opening had found it.
+        let Some(damage) = passed_over(&headers, &survey).or(survey.damage) else { break survey };
         let behind = headers.iter().filter(|header| header.after.seq == damage.resumes_after_seq);
         let behind = behind.filter(|header| header.number > superblock.low_water_segment);
         chain = behind.max_by_key(|header| header.open_count).ok_or(OpenError::Damaged(damage))?;
@@ -174,14 +175,12 @@ pub fn rebuild<S: Storage>(
     let lost = intent_seq > 0 && chain.after.seq > intent_seq;
     if lost {
         let (after_seq, resumes_after_seq) = (intent_seq, chain.after.seq);
-        return Err(OpenError::Damaged(Damage { after_seq, resumes_after_seq, stop: None }));
+        gap = gap.or(Some(Damage { after_seq, resumes_after_seq, stop: None }));
     }
     // A promotion is announced when the one before has ended: what that one promoted may still lie in slots that nobody has used since.
     // The last one may have ended or not: its segments are all there, or none of them is needed.
     let ended_seq = intents.pop_last().unwrap_or_default();
-    if let Some(hole) = hole.filter(|hole| hole.resumes_after_seq > ended_seq) {
-        return Err(OpenError::Damaged(hole));
-    }
+    gap = gap.or(hole.filter(|hole| hole.resumes_after_seq > ended_seq));
     // What told of both intents came after the segments that they are about.
     gap = gap.or(gaps.into_iter().find(|(last_seq, _)| *last_seq > ended_seq).map(|(_, gap)| gap));
     for segment in survey.segments.iter().take_while(|segment| segment.last().seq <= ended_seq) {
@@ -194,8 +193,30 @@ pub fn rebuild<S: Storage>(
         bad_list_lost = bad_list_lost.or(Some(BadListError::Magic));
     }
     superblock.bad_list = bad_list;
-    let is_unproven = intent_seq == 0 && chain.number > 1;
+    // Segments of the last promotion that are missing were freed by its end, or are lost before it.
+    let is_unproven = chain.number > 1 && chain.after.seq > ended_seq;
     Ok(Rebuilt { superblock, manifest, is_unproven, gap, bad_list_lost })
+}
+
+/// Set if segments are there that the survey's end doesn't lead to: it ended in a copy with records that an opening didn't trust and passed
+/// over, and which the copy that counted, gone by now, didn't have.
+fn passed_over(headers: &[SegmentHeader], survey: &Survey) -> Option<Damage> {
+    let last = survey.segments.last();
+    let (number, open_count) = match last {
+        Some(last) => (last.header.number, last.header.open_count),
+        None => (survey.superblock.low_water_segment.saturating_sub(1), 0),
+    };
+    // Openings move the newest segment: what counts behind it is of the same opening or a later one.
+    let mut behind: Vec<&SegmentHeader> = headers
+        .iter()
+        .filter(|header| {
+            header.number > number && header.open_count >= open_count && header.after != survey.tail
+        })
+        .collect();
+    behind.sort_by_key(|header| (header.number, Reverse(header.open_count)));
+    let next = behind.first()?;
+    let (after_seq, resumes_after_seq) = (survey.tail.seq.min(next.after.seq), next.after.seq);
+    Some(Damage { after_seq, resumes_after_seq, stop: None })
 }
 
 /// The intents of the open segment, over payloads that are damaged; none if there may be others, since the head of a batch can't be read. Not
@@ -262,9 +283,9 @@ fn newest_bad_list<S: Storage>(
 ) -> Result<(Option<PairPlace>, Option<BadListError>), StorageError> {
     let (mut newest, mut lost): (Option<(BadList, PairPlace)>, _) = (None, None);
     for (slot, offset_bytes) in (0_u32..).zip(BAD_LIST_OFFSETS) {
-        let decoded = match io.read(offset_bytes, BAD_LIST_SLOT_BYTES) {
-            Ok(bytes) => BadList::decode(&bytes),
-            Err(error) if error.is_medium() => Err(BadListError::Unreadable),
+        let (decoded, is_zero) = match io.read(offset_bytes, BAD_LIST_SLOT_BYTES) {
+            Ok(bytes) => (BadList::decode(&bytes), bytes.iter().all(|byte| *byte == 0)),
+            Err(error) if error.is_medium() => (Err(BadListError::Unreadable), false),
             Err(error) => return Err(error),
         };
         match decoded {
@@ -276,7 +297,7 @@ fn newest_bad_list<S: Storage>(
                 }
             }
             // None was ever written there.
-            Err(BadListError::Magic) => {}
+            Err(BadListError::Magic) if is_zero => {}
             Err(error) => lost = Some(error),
         }
     }

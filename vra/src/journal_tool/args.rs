@@ -87,7 +87,7 @@ pub(super) struct Extract {
     /// id:X, seq:N and time:T say which is meant
     #[arg(long)]
     pub(super) at: Moment,
-    /// All disks of all VMs of this VPG, by name or id, at the newest checkpoint that all of them hold
+    /// All disks of all VMs of this VPG, by name or id, at a checkpoint that all of them hold
     #[arg(long, value_name = "NAME|ID", requires = "out_dir", conflicts_with = "vm")]
     pub(super) vpg: Option<String>,
     /// Only this VM, by name or id

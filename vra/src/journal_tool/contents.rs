@@ -165,6 +165,9 @@ impl<V: Visitor> Contents<'_, V> {
             (Some(Err(error)), _) if missing_key(&error).is_some() => {
                 Err(Locked::or(error, &self.path, &self.keys))
             }
+            (Some(Err(error)), _) if !matches!(error.downcast_ref(), Some(OpenError::NotAJournal)) => {
+                Err(error)
+            }
             (_, Some(error)) => Err(error.context(cannot)),
             _ => Err(anyhow::anyhow!("no superblock").context(cannot)),
         }

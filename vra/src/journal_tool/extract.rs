@@ -257,6 +257,10 @@ fn find(arguments: &Extract, keys: &SiteKeys) -> anyhow::Result<Past> {
     journal.check_bad_list(arguments.without_bad_list)?;
     let found = arguments.at.find(&journal.reader)?;
     let only = arguments.out.as_ref().map(|_| arguments.disk.unwrap_or(0));
+    let count = journal.reader.survey.superblock.volumes.len();
+    if only.is_some() && arguments.disk.is_none() && count > 1 && !arguments.quiet {
+        told!("note: this is disk 0 of {count}; --disk names another one, --out-dir takes all");
+    }
     let vm = VmPast::of(&journal, found.seq, only, arguments)?;
     let Found { seq, checkpoint } = &found;
     let moment = checkpoint.as_ref();

@@ -90,8 +90,22 @@ impl FromStr for Moment {
         if let Ok(seq) = text.parse() {
             return Ok(Self::Seq(seq));
         }
-        Ok(parse_time(text).map_or_else(|| Self::Tag(text.to_owned()), Self::Time))
+        match parse_time(text) {
+            Some(time_us) => Ok(Self::Time(time_us)),
+            None if looks_like_a_date(text) => Err(MomentError::Time(text.to_owned())),
+            None => Ok(Self::Tag(text.to_owned())),
+        }
     }
+}
+
+/// Whether it begins with a year and a month: a tag of that form is given as `tag:`.
+fn looks_like_a_date(text: &str) -> bool {
+    let form = "dddd-dd-dd";
+    let fits = |(expected, found): (char, char)| match expected {
+        'd' => found.is_ascii_digit(),
+        other => found == other,
+    };
+    text.len() >= form.len() && form.chars().zip(text.chars()).all(fits)
 }
 
 impl Moment {
@@ -114,9 +128,13 @@ impl Moment {
             };
         }
         let Some(newest) = checkpoints.last() else {
-            let base_sync = reader.survey.superblock.state.is_base_sync();
-            return Err(MomentError::NoCheckpoint(if base_sync {
+            let survey = &reader.survey;
+            let is_damaged =
+                survey.damage.is_some() || survey.hidden.is_some() || reader.gaps().next().is_some();
+            return Err(MomentError::NoCheckpoint(if survey.superblock.state.is_base_sync() {
                 "a full sync has not ended"
+            } else if is_damaged {
+                "records are lost; `vra-journal verify` names them"
             } else {
                 "none was made since the last full sync ended"
             }));

@@ -13,6 +13,7 @@ use journal::crypt::SiteKeys;
 use journal::format::{PAGE_BYTES, SUPERBLOCK_OFFSETS, Superblock};
 use quinn::{RecvStream, SendStream};
 use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
 
 use super::files;
 use super::folder::VmFolder;
@@ -88,6 +89,20 @@ const FILES_EVERY_TICKS: u64 = 5;
 /// How often datastores are looked at, in ticks.
 const SPACE_EVERY_TICKS: u64 = 30;
 
+/// Looks at the VMs' files, and at the room on their datastores. Waits for filesystems.
+fn look(vms: &[Arc<TargetVm>], looks_at_space: bool) {
+    vms.iter().for_each(|vm| vm.look_at_files());
+    if !looks_at_space {
+        return;
+    }
+    let spaces: Vec<_> = vms.iter().map(|vm| vm.space()).collect();
+    let all: Vec<_> = spaces.iter().flatten().copied().collect();
+    for (vm, space) in vms.iter().zip(spaces) {
+        vm.tell_space(space, &all);
+        vm.look_at_journal_size();
+    }
+}
+
 impl TargetHost {
     /// Starts the threads. To be called within a tokio runtime.
     ///
@@ -101,32 +116,20 @@ impl TargetHost {
         let vms = TargetVms::default();
         // Ends with the workers.
         let looked_at = vms.clone();
+        let mut looking = None::<JoinHandle<()>>;
         Handle::current().spawn(async move {
             for tick in 1_u64.. {
                 tokio::time::sleep(TICK).await;
                 if !workers.iter().all(|worker| worker.tell(Input::Tick)) {
                     return;
                 }
-                if tick % FILES_EVERY_TICKS == 0 {
-                    let vms = looked_at.clone();
-                    tokio::task::spawn_blocking(move || {
-                        let vms: Vec<_> =
-                            vms.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
-                        vms.iter().for_each(|vm| vm.look_at_files());
-                    });
-                }
-                if tick % SPACE_EVERY_TICKS == 0 {
-                    let vms = looked_at.clone();
-                    tokio::task::spawn_blocking(move || {
-                        let vms: Vec<_> =
-                            vms.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
-                        let spaces: Vec<_> = vms.iter().map(|vm| vm.space()).collect();
-                        let all: Vec<_> = spaces.iter().flatten().copied().collect();
-                        for (vm, space) in vms.iter().zip(spaces) {
-                            vm.tell_space(space, &all);
-                            vm.look_at_journal_size();
-                        }
-                    });
+                // A datastore that hangs holds one thread, not one more with each look.
+                let (looks_at_files, looks_at_space) =
+                    (tick % FILES_EVERY_TICKS == 0, tick % SPACE_EVERY_TICKS == 0);
+                if looks_at_files && looking.as_ref().is_none_or(JoinHandle::is_finished) {
+                    let vms: Vec<_> =
+                        looked_at.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+                    looking = Some(tokio::task::spawn_blocking(move || look(&vms, looks_at_space)));
                 }
             }
         });

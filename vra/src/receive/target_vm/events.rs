@@ -8,7 +8,7 @@ use super::TargetVm;
 use crate::api::TimeUs;
 use crate::api::status::{Alert, Severity};
 use crate::receive::error_chain;
-use crate::receive::receiver_types::ReceiverEvent;
+use crate::receive::receiver_types::{Failure, ReceiverEvent};
 
 impl TargetVm {
     pub(super) fn event(self: Arc<Self>, event: ReceiverEvent) {
@@ -78,7 +78,13 @@ impl TargetVm {
             ReceiverEvent::Failed { failure, durable_through } => {
                 let reason = error_chain(&failure);
                 let message = format!("the storage in {} failed: {reason}", self.folder.path().display());
-                self.alert("storage-failed", Severity::Critical, message, "look at the datastore");
+                let remedy = match failure {
+                    Failure::Moved { .. } => {
+                        "put the file back that was there, or, if what is there now is a whole copy of journal and recovery disks made together, restart the VRA"
+                    }
+                    Failure::Journal(_) | Failure::Disk(_) => "look at the datastore",
+                };
+                self.alert("storage-failed", Severity::Critical, message, remedy);
                 let mut inner = self.lock();
                 inner.key = None;
                 inner.not_open = Some(reason);

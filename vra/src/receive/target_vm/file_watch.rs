@@ -41,6 +41,14 @@ impl OpenedFiles {
         Self(std::iter::once((folder.journal(), &files.journal)).chain(disks).filter_map(mark).collect())
     }
 
+    /// The first of which the other ones have another file. The VM may have got disks since.
+    pub(super) fn first_other(&self, others: &Self) -> Option<&Path> {
+        let is_other = |(path, mark): &&(PathBuf, FileMark)| {
+            others.0.iter().any(|(other, now)| path == other && mark != now)
+        };
+        self.0.iter().find(is_other).map(|(path, _)| path.as_path())
+    }
+
     /// The first whose name leads nowhere, or to another file. Waits for the filesystem. A datastore that can't be asked tells nothing.
     pub(super) fn first_moved(&self) -> Option<&Path> {
         let is_moved = |(path, mark): &&(PathBuf, FileMark)| match std::fs::metadata(path) {

@@ -37,6 +37,10 @@ impl TargetVm {
                     return Err(TargetError::Moved { path: path.to_owned() });
                 }
                 let files = files::open(&vm.folder, vm.vm, Some(trusted_through), vm.keys.keys())?;
+                // Again: what was opened may have come between.
+                if let Some(path) = before.first_other(&OpenedFiles::of(&vm.folder, &files)) {
+                    return Err(TargetError::Moved { path: path.to_owned() });
+                }
                 vm.repoint_views()?;
                 Ok(files)
             });
