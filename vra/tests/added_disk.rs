@@ -1,4 +1,4 @@
-//! A disk joins a protected VM: what was recovered before doesn't have it, what comes later does.
+//! A disk joins a protected VM: what was recovered before doesn't have it, what comes later does. A disk leaves one, and it is the other way round.
 
 mod common;
 
@@ -7,7 +7,9 @@ use std::path::{Path, PathBuf};
 
 use ::vra::api::status::{SourceMode, TargetState};
 use ::vra::api::vpg::VolumeDefinition;
-use ::vra::api::{CloseView, ErrorCode, OpenView, PointInTime, Request, ViewInfo, ViewMode, VmId, VraStatus};
+use ::vra::api::{
+    CloseView, Detach, ErrorCode, OpenView, PointInTime, Request, ViewInfo, ViewMode, VmId, VraStatus,
+};
 use common::TestCa;
 use common::pair::{DISK_BYTES, apply, definition, door, open, open_view, pattern, tag, wait_for_checkpoint};
 use common::vra::{Vra, nbdcopy, qemu_io};
@@ -63,6 +65,7 @@ async fn a_disk_joins_a_vm_and_older_checkpoints_stay_as_they_were() {
         size_bytes: second.size_bytes,
         logical_block_bytes: second.logical_block_bytes,
         source_path: second.path.clone(),
+        left: false,
     });
     (group.revision, group.member_set_version) = (2, 2);
 
@@ -106,35 +109,113 @@ async fn a_disk_joins_a_vm_and_older_checkpoints_stay_as_they_were() {
 
     // And without any VRA.
     target.stop();
-    let extract = |at: &str| {
-        let out = target.path(&format!("extracted-{at}"));
-        let store = target.path("datastore");
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vra-journal"));
-        command
-            .arg("extract")
-            .arg(&store)
-            .args(["--vpg", "shop", "--quiet", "--at", at, "--out-dir"])
-            .arg(&out);
-        let done = command.output().expect("vra-journal");
-        assert!(done.status.success(), "{done:?}");
-        let mut names: Vec<_> =
-            std::fs::read_dir(&out).expect("folder").map(|entry| entry.expect("entry").path()).collect();
-        names.sort();
-        names.iter().map(|path| std::fs::read(path).expect("image")).collect::<Vec<_>>()
-    };
-    assert!(extract("before") == [&first_then[..]]);
-    assert!(extract("after") == disks_after);
+    assert!(extract(&target, "before") == [&first_then[..]]);
+    assert!(extract(&target, "after") == disks_after);
 
     // Not even with superblocks.
+    lose_superblocks(&target);
+    assert!(extract(&target, "before") == [first_then]);
+    assert!(extract(&target, "after") == disks_after);
+}
+
+/// A VM's disks at a checkpoint, without any VRA.
+fn extract(target: &Vra, at: &str) -> Vec<Vec<u8>> {
+    let out = target.path(&format!("extracted-{at}"));
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vra-journal"));
+    command.arg("extract").arg(target.path("datastore"));
+    command.args(["--vpg", "shop", "--quiet", "--at", at, "--out-dir"]).arg(&out);
+    let done = command.output().expect("vra-journal");
+    assert!(done.status.success(), "{done:?}");
+    let mut names: Vec<_> =
+        std::fs::read_dir(&out).expect("folder").map(|entry| entry.expect("entry").path()).collect();
+    names.sort();
+    let images = names.iter().map(|path| std::fs::read(path).expect("image")).collect();
+    std::fs::remove_dir_all(&out).expect("removed");
+    images
+}
+
+fn lose_superblocks(target: &Vra) {
     let journal =
         walk(&target.path("datastore")).find(|path| path.ends_with("journal.hfj")).expect("the journal");
     let file = std::fs::OpenOptions::new().write(true).open(journal).expect("journal");
     for offset_bytes in [0, 64 << 10] {
         file.write_all_at(&[0; 4096], offset_bytes).expect("lost");
     }
-    for at in ["before", "after"] {
-        std::fs::remove_dir_all(target.path(&format!("extracted-{at}"))).expect("removed");
+}
+
+#[tokio::test]
+async fn a_disk_leaves_a_vm_and_older_checkpoints_keep_it() {
+    let ca = TestCa::new();
+    let source = Vra::start("left-a", Some(&ca));
+    let mut target = Vra::start("left-b", Some(&ca));
+    let vm = VmId::random();
+    let mut volumes = Vec::new();
+    for number in 0..2 {
+        volumes.push(source.attach(vm, "db", &source.disk(&format!("{number}.raw"), DISK_BYTES)).await);
     }
-    assert!(extract("before") == [first_then]);
-    assert!(extract("after") == disks_after);
+    let [first, second] = &volumes[..] else { unreachable!("two") };
+    if qemu_io(&door(first), &pattern(1, 64, 1024)).is_none() {
+        return;
+    }
+    qemu_io(&door(second), &pattern(2, 64, 1024));
+    let mut group = definition(&source, &target, &volumes);
+    let vpg = group.id;
+    apply(&target, &group).await;
+    apply(&source, &group).await;
+    let streams = |status: &VraStatus| {
+        status.source_vms[0].mode == SourceMode::Streaming && status.source_vms[0].connected
+    };
+    source.wait_for("streaming", streams).await;
+    target.wait_for("journaling", |status| status.target_vms[0].state == TargetState::Journaling).await;
+    let before = tag(&source, vpg, "before").await;
+    wait_for_checkpoint(&target, vpg, before.id).await;
+    let both = [&first.path, &second.path].map(|path: &PathBuf| std::fs::read(path).expect("disk"));
+
+    group.vms[0].volumes[1].left = true;
+    (group.revision, group.member_set_version) = (2, 2);
+    // The source is told first: there is no checkpoint in which the disk is there and empty.
+    apply(&source, &group).await;
+    source.wait_for("a target that has it still", |status| !status.source_vms[0].connected).await;
+    qemu_io(&door(first), &pattern(3, 64, 1024));
+    qemu_io(&door(second), &pattern(4, 64, 1024)).expect("it is served on");
+    apply(&target, &group).await;
+    source.wait_for("streaming again", streams).await;
+    let after = tag(&source, vpg, "after").await;
+    wait_for_checkpoint(&target, vpg, after.id).await;
+    source.ask(Request::Detach(Detach { volume: second.volume, force: false })).await;
+    let first_after = std::fs::read(&first.path).expect("disk");
+
+    let at = |checkpoint| OpenView {
+        view: Some(::vra::api::ViewId::random()),
+        ..open(vpg, PointInTime::Checkpoint { checkpoint }, ViewMode::ReadOnly)
+    };
+    for restarted in [false, true] {
+        if restarted {
+            target.kill();
+            target.serve();
+            target.wait_for("open", |status| status.target_vms.iter().any(|vm| vm.connected)).await;
+        }
+        let (view, disks) = shown(&target, &at(before.id)).await;
+        assert!(disks == both, "restarted: {restarted}");
+        target.ask(Request::CloseView(CloseView { view: view.view })).await;
+        let (view, disks) = shown(&target, &at(after.id)).await;
+        assert!(disks == [&first_after[..]], "restarted: {restarted}");
+        target.ask(Request::CloseView(CloseView { view: view.view })).await;
+    }
+
+    // It doesn't come back under its number, and a new disk gets another one.
+    let mut back = group.clone();
+    back.vms[0].volumes[1].left = false;
+    (back.revision, back.member_set_version) = (3, 3);
+    let refused = target.refusal(Request::ApplyVpg(back)).await;
+    assert!(refused.message.contains("volumes"), "{refused:?}");
+    let third = source.attach(vm, "db", &source.disk("2.raw", DISK_BYTES)).await;
+    assert_eq!(third.number, 2);
+
+    target.stop();
+    assert!(extract(&target, "before") == both);
+    assert!(extract(&target, "after") == [&first_after[..]]);
+    lose_superblocks(&target);
+    assert!(extract(&target, "before") == both);
+    assert!(extract(&target, "after") == [first_after]);
 }

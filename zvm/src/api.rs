@@ -134,6 +134,13 @@ pub enum Request {
         /// The VMs' names or ids.
         vms: Vec<String>,
     },
+    /// Takes disks out of the protection of a group's VMs. Answer: [`Response::Task`].
+    VpgRemoveDisks {
+        /// Its name or id.
+        vpg: String,
+        /// The disks, as the inventory names them, or by their paths.
+        disks: Vec<DiskName>,
+    },
     /// Takes VMs out of a group. Answer: [`Response::Task`].
     VpgRemoveVms {
         /// Its name or id.

@@ -367,6 +367,7 @@ impl<'a> Look<'a> {
         let volumes = member.volumes.clone();
         volumes
             .into_iter()
+            .filter(|volume| !volume.left)
             .filter(move |volume| !served.iter().any(|at| at.volume == volume.id && at.door.is_some()))
             .map(|volume| volume.source_path.display().to_string())
     }

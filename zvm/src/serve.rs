@@ -196,6 +196,7 @@ async fn answer(manager: &Manager, request: Request) -> Result<Response, ApiErro
         Request::VpgForceSync { vpg, vm } => Response::Task(manager.force_sync(&vpg, vm.as_deref()).await?),
         Request::VpgAddVms { vpg, vms } => Response::Task(manager.add_vms(&vpg, &vms).await?),
         Request::VpgAddDisks { vpg, vms } => Response::Task(manager.add_disks(&vpg, &vms).await?),
+        Request::VpgRemoveDisks { vpg, disks } => Response::Task(manager.remove_disks(&vpg, &disks).await?),
         Request::VpgRemoveVms { vpg, vms, keep_disks } => {
             Response::Task(manager.remove_vms(&vpg, &vms, keep_disks).await?)
         }

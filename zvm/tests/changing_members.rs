@@ -141,6 +141,52 @@ fn a_disk_that_a_vm_has_got_joins_its_protection() {
 }
 
 #[test]
+fn a_disk_leaves_a_vms_protection() {
+    if !has_qemu_io() {
+        eprintln!("skipped: qemu-io is not installed");
+        return;
+    }
+    let trio = Trio::defined();
+    let first = format!("path = \"{}/db.img\"\n", trio.a.dir.display());
+    let second = format!("[[vm.disk]]\nname = \"vdb\"\npath = \"{}/db2.img\"\n", trio.a.dir.display());
+    trio.site.write_inventory(&trio.inventory.replace(&first, &format!("{first}{second}")));
+    wait_for("the disk in the inventory", || {
+        !trio.site.json(&["inventory"])["inventory"]["vms"][0]["disks"][1].is_null()
+    });
+    let uri = trio.a.attach("db", &trio.vms[0], "db2.img", 0x55, 4 * MIB);
+    trio.done(&["vpg", "add-disks", "shop", "db"]);
+    trio.tag("both");
+
+    let refused = trio.site.zvm(&["vpg", "remove-disks", "shop", "db:vdc"]);
+    assert!(refused.code == 3 && refused.stderr.contains("name it as the inventory does"), "{refused:?}");
+    let refused = trio.site.zvm(&["vpg", "edit", "shop", "--exclude", "db:vdb"]);
+    assert!(refused.stderr.contains("zvm vpg remove-disks shop db:vdb"), "{refused:?}");
+    // By its path, since it is in the inventory no more.
+    trio.site.write_inventory(&trio.inventory);
+    wait_for("an inventory without the disk", || {
+        trio.site.json(&["inventory"])["inventory"]["vms"][0]["disks"][1].is_null()
+    });
+    let path = format!("db:{}/db2.img", trio.a.dir.display());
+    trio.done(&["vpg", "remove-disks", "shop", &path]);
+    qemu_io(&uri, &[&format!("write -P 0x66 0 {MIB}")]);
+    trio.tag("one");
+    trio.tested("both", |disks| {
+        let [(_, first), (_, second)] = disks else { panic!("two disks: {disks:?}") };
+        reads(first, 0x11, 0, 8 * MIB);
+        reads(second, 0x55, 0, 4 * MIB);
+    });
+    trio.tested("one", |disks| {
+        let [(_, only)] = disks else { panic!("one disk: {disks:?}") };
+        reads(only, 0x11, 0, 8 * MIB);
+    });
+    let shown = trio.site.zvm(&["vpg", "show", "shop"]).stdout;
+    assert!(shown.contains("Left disk"), "{shown}");
+    let last =
+        trio.site.zvm(&["vpg", "remove-disks", "shop", &format!("db:{}/db.img", trio.a.dir.display())]);
+    assert!(last.stderr.contains("zvm vpg remove-vm shop db"), "{last:?}");
+}
+
+#[test]
 fn vms_join_and_leave_a_group_while_guests_write() {
     if !has_qemu_io() {
         eprintln!("skipped: qemu-io is not installed");

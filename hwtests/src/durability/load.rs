@@ -179,6 +179,7 @@ impl Load {
             size_bytes,
             logical_block_bytes,
             source_path: "/dev/null".into(),
+            left: false,
         };
         let vm = VmDefinition {
             id: VmId(self.id("vm")),
@@ -220,6 +221,7 @@ impl Load {
             id: volume.id,
             logical_block_bytes: volume.logical_block_bytes,
             size_bytes: volume.size_bytes,
+            left: false,
         };
         definition.volumes.iter().map(shape).collect()
     }

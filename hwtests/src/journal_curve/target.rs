@@ -84,8 +84,13 @@ impl Target {
             give_up_history: false,
             window_bytes: 64 << 20,
         };
-        let shape =
-            VolumeShape { volume: 0, id: VolumeId(ID), logical_block_bytes: 4096, size_bytes: DISK_BYTES };
+        let shape = VolumeShape {
+            volume: 0,
+            id: VolumeId(ID),
+            logical_block_bytes: 4096,
+            size_bytes: DISK_BYTES,
+            left: false,
+        };
         let identity = VmIdentity { vm: VmId(ID), journal: JournalId(ID), volumes: vec![shape] };
         let writer = Writer::new(opened, limits);
         let receiver = Receiver::new(identity, policy, writer, Vec::new(), &[false]);

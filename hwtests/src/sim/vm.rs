@@ -500,6 +500,7 @@ pub(super) fn identity(number: u128) -> StreamIdentity {
         id: VolumeId(Uuid::from_u128(len_bytes as u128)),
         logical_block_bytes: 512,
         size_bytes: len_bytes as u64,
+        left: false,
     });
     StreamIdentity {
         vm: VmId(Uuid::from_u128(number)),

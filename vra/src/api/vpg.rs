@@ -267,6 +267,9 @@ pub struct VolumeDefinition {
     pub logical_block_bytes: u32,
     /// The raw file or block device at the source, for people.
     pub source_path: PathBuf,
+    /// It is protected no more. Its number stays its own, and older checkpoints have it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub left: bool,
 }
 
 /// A VRA and the way to it.

@@ -105,6 +105,9 @@ fn check_vm(vm: &VmDefinition) -> Result<(), ApiError> {
     check_name("VM", &vm.name)?;
     let what = format!("the number of volumes of VM {}", vm.name);
     limits(&what, vm.volumes.len() as u64, 1, MAX_VOLUMES_PER_VM as u64)?;
+    if vm.volumes.iter().all(|volume| volume.left) {
+        return Err(bad(format!("all volumes of VM {} have left: take the VM out of the group", vm.name)));
+    }
     for (index, volume) in vm.volumes.iter().enumerate() {
         if usize::from(volume.number) != index {
             return Err(bad(format!(
@@ -226,6 +229,7 @@ mod tests {
             size_bytes: 1 << 20,
             logical_block_bytes: 512,
             source_path: "/disk".into(),
+            left: false,
         };
         let vm = VmDefinition {
             id: VmId::random(),
@@ -323,12 +327,13 @@ mod tests {
     fn each_bad_value_is_named() {
         type Change = fn(&mut VpgDefinition);
         let own = VraId::random();
-        let cases: [(Change, &str); 20] = [
+        let cases: [(Change, &str); 21] = [
             (|d| d.name = String::new(), "VPG name"),
             (|d| d.checkpoint_interval_ms = 10, "checkpoint_interval_ms is 10; it must be 1000 to 3600000"),
             (|d| d.vms.clear(), "the number of VMs is 0"),
             (|d| d.vms.push(d.vms[0].clone()), "twice"),
             (|d| d.vms[0].volumes[0].number = 1, "from 0 without gaps"),
+            (|d| d.vms[0].volumes.iter_mut().for_each(|volume| volume.left = true), "take the VM out"),
             (|d| d.vms[0].volumes[0].size_bytes = 1000, "has 1000 bytes, which is not a multiple"),
             (|d| d.vms[0].volumes[0].logical_block_bytes = 520, "blocks of 520 bytes"),
             (|d| d.vms[0].source.address = "host".to_owned(), "\"host\""),

@@ -1,11 +1,14 @@
 //! Source VMs: capture, stream, syncs and checkpoints of each, as the definitions say.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use quinn::{RecvStream, SendStream};
+use ublk::serve::Geometry;
 use uuid::Uuid;
 
 use super::linking::SharedLink;
@@ -13,7 +16,7 @@ use super::state::State;
 use super::vpgs::missing_volumes;
 use super::{Daemon, lock};
 use crate::api::status::SyncProgress;
-use crate::api::vpg::{Priority, VmDefinition, VraEndpoint};
+use crate::api::vpg::{Priority, VmDefinition, VolumeDefinition, VraEndpoint};
 use crate::api::{ApiError, ErrorCode, GenerationId, TimeUs, VmId, VpgDefinition, VpgId};
 use crate::capture::modes::OverflowReason;
 use crate::capture::{
@@ -244,7 +247,15 @@ impl Daemon {
             return None;
         }
         let volumes = lock(&self.volumes);
-        vm.volumes.iter().map(|volume| volumes.get(&volume.id)?.disk()).collect()
+        let disk = |volume: &VolumeDefinition| {
+            if volume.left {
+                return empty_disk(volume)
+                    .inspect_err(|error| tracing::warn!(vm = vm.name, %error, "no memory for an empty disk"))
+                    .ok();
+            }
+            volumes.get(&volume.id)?.disk()
+        };
+        vm.volumes.iter().map(disk).collect()
     }
 }
 
@@ -356,12 +367,30 @@ impl DataConnector for Connector {
     }
 }
 
-fn shape_of(volume: &crate::api::vpg::VolumeDefinition) -> VolumeShape {
+/// What stands in a VM's stream for a disk that has left it: nobody serves it, and it reads zeroes, which take next to nothing in a sync.
+fn empty_disk(volume: &VolumeDefinition) -> std::io::Result<Arc<ProtectedDisk>> {
+    let file = File::from(memfd_create(c"holdfast-left-disk", MFdFlags::MFD_CLOEXEC)?);
+    file.set_len(volume.size_bytes)?;
+    let geometry = Geometry {
+        size_bytes: volume.size_bytes,
+        logical_block_bytes: volume.logical_block_bytes,
+        physical_block_bytes: 4096,
+        volatile_cache: false,
+        fua: false,
+        read_only: false,
+        discard: None,
+        write_zeroes: None,
+    };
+    Ok(Arc::new(ProtectedDisk::new(file, geometry, Arc::new(|| TimeUs::now().0))))
+}
+
+fn shape_of(volume: &VolumeDefinition) -> VolumeShape {
     VolumeShape {
         volume: volume.number,
         id: volume.id,
         logical_block_bytes: volume.logical_block_bytes,
         size_bytes: volume.size_bytes,
+        left: volume.left,
     }
 }
 

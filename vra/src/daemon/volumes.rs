@@ -15,6 +15,7 @@ use crate::api::volume::MAX_VOLUMES_PER_VM;
 use crate::api::vpg::VolumeDefinition;
 use crate::api::{
     ApiError, Attach, Detach, DoorRequest, ErrorCode, Severity, TimeUs, VmId, VolumeId, VolumeInfo,
+    VpgDefinition,
 };
 use crate::capture::ProtectedDisk;
 
@@ -111,7 +112,7 @@ impl Daemon {
                 .remedy("see `vra list`"));
         };
         if let Some(vpg) = change.get().vpg_of(record.vm)
-            && vpg.vms.iter().any(|vm| vm.volumes.iter().any(|volume| volume.id == id))
+            && protects(vpg, id)
             && !detach.force
         {
             return Err(ApiError::new(
@@ -188,9 +189,7 @@ impl Daemon {
 
     fn volume_info(&self, id: VolumeId, record: &VolumeRecord) -> Option<VolumeInfo> {
         let seen = self.seen();
-        let vpg = seen
-            .vpg_of(record.vm)
-            .filter(|vpg| vpg.vms.iter().any(|vm| vm.volumes.iter().any(|volume| volume.id == id)));
+        let vpg = seen.vpg_of(record.vm).filter(|vpg| protects(vpg, id));
         let volumes = lock(&self.volumes);
         let (door, problem) = match volumes.get(&id)? {
             LiveVolume::Served { door, .. } => (Some(door.address()), None),
@@ -295,7 +294,8 @@ fn awaited<'a>(state: &'a State, attach: &Attach) -> Result<Option<&'a VolumeDef
     let Some(vpg) = state.vpg_of(attach.vm) else { return Ok(None) };
     let volumes = vpg.vms.iter().filter(|vm| vm.id == attach.vm).flat_map(|vm| &vm.volumes);
     let mut fitting = volumes.filter(|volume| {
-        !state.volumes.contains_key(&volume.id)
+        !volume.left
+            && !state.volumes.contains_key(&volume.id)
             && attach.volume.is_none_or(|id| id == volume.id)
             && attach.number.is_none_or(|number| number == volume.number)
     });
@@ -371,8 +371,19 @@ fn free_number(state: &State, attach: &Attach, id: VolumeId, wanted: Option<u16>
     }
 }
 
+/// Those of disks that have left the VM's protection are not free: its journal has them.
 fn numbers_of(state: &State, vm: VmId) -> Vec<u16> {
-    state.volumes.values().filter(|volume| volume.vm == vm).map(|volume| volume.number).collect()
+    let attached = state.volumes.values().filter(|volume| volume.vm == vm).map(|volume| volume.number);
+    let members = state.vpg_of(vm).into_iter().flat_map(|vpg| &vpg.vms).filter(|member| member.id == vm);
+    let left = members.flat_map(|member| &member.volumes).filter(|volume| volume.left);
+    let mut numbers: Vec<u16> = attached.chain(left.map(|volume| volume.number)).collect();
+    numbers.sort_unstable();
+    numbers.dedup();
+    numbers
+}
+
+fn protects(vpg: &VpgDefinition, id: VolumeId) -> bool {
+    vpg.vms.iter().flat_map(|vm| &vm.volumes).any(|volume| volume.id == id && !volume.left)
 }
 
 fn gone(id: VolumeId) -> ApiError {

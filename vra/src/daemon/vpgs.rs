@@ -103,7 +103,7 @@ impl Daemon {
 
 /// Volumes of a source VM that are not attached.
 pub(super) fn missing_volumes(state: &State, vm: &VmDefinition) -> Vec<VolumeId> {
-    let ids = vm.volumes.iter().map(|volume| volume.id);
+    let ids = vm.volumes.iter().filter(|volume| !volume.left).map(|volume| volume.id);
     ids.filter(|id| !state.volumes.contains_key(id)).collect()
 }
 
@@ -143,7 +143,7 @@ fn check_against(state: &State, definition: &VpgDefinition) -> Result<(), ApiErr
 
 /// What is attached must be what the definition says.
 fn check_volumes(state: &State, vm: &VmDefinition) -> Result<(), ApiError> {
-    for defined in &vm.volumes {
+    for defined in vm.volumes.iter().filter(|volume| !volume.left) {
         let Some(attached) = state.volumes.get(&defined.id) else { continue };
         let differs = if attached.vm != vm.id {
             Some(("VM", attached.vm.to_string(), vm.id.to_string()))

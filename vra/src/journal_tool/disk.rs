@@ -49,12 +49,19 @@ impl DiskAt {
         let mut other = is_kept.then(|| journal.reader.view(seq)).transpose()?;
         let numbers: Vec<u16> = match only {
             Some(number) => vec![number],
-            None => view.volumes().map(VolumeView::number).collect(),
+            None => view
+                .volumes()
+                .map(VolumeView::number)
+                .filter(|number| !journal.has_left(*number, seq))
+                .collect(),
         };
         if numbers.is_empty() {
             bail!("the VM {} had no disk at record {seq}; choose a later moment", journal.vm_name());
         }
         let disk = |number| {
+            if journal.has_left(number, seq) {
+                bail!(journal.no_disk(number));
+            }
             let Ok(volume) = view.take_volume(number) else { bail!(journal.no_disk(number)) };
             // What is wrong with it is to be told before anything is written.
             journal.open_disk(number)?;

@@ -1,5 +1,6 @@
 //! Finding journals and opening them.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -36,6 +37,9 @@ pub(super) struct Manifest {
     /// Number of each disk's first record, by volume number, if a disk has joined later.
     #[serde(default)]
     pub(super) bases: Vec<u64>,
+    /// The first number at which the VM didn't have a disk any more, by volume number.
+    #[serde(default)]
+    pub(super) left: BTreeMap<u16, u64>,
 }
 
 impl Manifest {
@@ -97,7 +101,8 @@ impl Journal {
                 Ok(rebuilt) => Some(rebuilt),
                 Err(error) if missing_key(&error).is_some() => return Err(Locked::or(error, &path, keys)),
                 // Nothing of a journal is here: what the superblocks say of it says more.
-                Err(_) => None,
+                Err(error) if matches!(error.downcast_ref(), Some(OpenError::NotAJournal)) => None,
+                Err(error) => return Err(error.context("both superblocks are lost")),
             },
         };
         let (is_rebuilt, is_unproven) =
@@ -235,6 +240,9 @@ impl Journal {
     /// Opens the recovery disk of a volume for direct I/O.
     pub(super) fn open_disk(&self, number: u16) -> anyhow::Result<DirectFile> {
         let path = self.disk_path(number);
+        if std::fs::metadata(&path).is_ok_and(|metadata| !metadata.is_file()) {
+            bail!("{} is not a file: the recovery disk of disk {number} must be there", path.display());
+        }
         let disk = DirectFile::open(&path, Access::ReadOnly)
             .with_context(|| format!("the recovery disk of disk {number} must be beside the journal"))?;
         let found_bytes = disk.file().metadata()?.len();
@@ -261,11 +269,18 @@ impl Journal {
         manifest.map_or(VpgId(self.reader.survey.superblock.vpg_id), |manifest| manifest.vpg.id)
     }
 
+    /// Whether a disk was no more protected at a number.
+    pub(super) fn has_left(&self, number: u16, seq: u64) -> bool {
+        let left_seq = self.manifest.as_ref().and_then(|manifest| manifest.left.get(&number));
+        left_seq.is_some_and(|left_seq| *left_seq <= seq)
+    }
+
     /// What to say of a disk that isn't in a view.
     pub(super) fn no_disk(&self, number: u16) -> String {
         let known = self.reader.survey.superblock.volumes.len();
         format!(
-            "there is no disk {number} at that moment: the VM has {known}, numbered from 0; choose another --disk or a later moment"
+            "there is no disk {number} at that moment: the VM has {known}, numbered from 0, some of which joined later or left; choose \
+             another --disk or another moment"
         )
     }
 

@@ -91,6 +91,7 @@ pub(super) fn identity(definition: &VmDefinition) -> Result<VmIdentity, TargetEr
             id: volume.id,
             logical_block_bytes: volume.logical_block_bytes,
             size_bytes: volume.size_bytes,
+            left: volume.left,
         })
     };
     let volumes = (0_u16..).zip(&definition.volumes).map(shape).collect::<Result<_, _>>()?;
@@ -242,7 +243,8 @@ pub(super) fn add_volumes(
     let base_seq = opened.tail.seq + 1;
     let bases = opened.superblock.volumes.iter().map(|volume| volume.base_seq);
     let bases = bases.chain(added.iter().map(|_| base_seq)).collect();
-    manifest = Manifest { locked: manifest.locked, bases, ..of_all };
+    manifest = Manifest { locked: manifest.locked, bases, left: manifest.left, ..of_all };
+    manifest.note_left(definition, base_seq);
     let limits = limits(definition, opened.superblock.slot_len_bytes);
     let mut writer = Writer::new(opened, limits);
     let volumes = added.iter().map(|volume| (volume.id.0, volume.size_bytes)).collect();

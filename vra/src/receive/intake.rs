@@ -165,6 +165,7 @@ mod tests {
             id: VolumeId(Uuid::from_u128(9)),
             logical_block_bytes: 4096,
             size_bytes: 1 << 20,
+            left: false,
         };
         Intake::new(link(), 10, vec![volume])
     }

@@ -1,6 +1,6 @@
 //! What a journal says of its VM.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use journal::format::Superblock;
 use serde::{Deserialize, Serialize};
@@ -25,6 +25,9 @@ pub struct Manifest {
     /// Where each disk's history begins, by volume number, as in the superblock when the last of them joined; empty as long as none has.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub bases: Vec<u64>,
+    /// Disks that are protected no more, by volume number: the first number at which the VM didn't have them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub left: BTreeMap<u16, u64>,
     /// The recovery disks' space is reserved.
     pub disks_reserved: bool,
     /// The whole group, as last defined.
@@ -84,6 +87,7 @@ impl Manifest {
             vm,
             disks: (0..disk_count).map(|volume| format!("disk-{volume}.raw")).collect(),
             bases: Vec::new(),
+            left: BTreeMap::new(),
             disks_reserved,
             vpg: vpg.clone(),
             locked: Vec::new(),
@@ -111,6 +115,13 @@ impl Manifest {
     /// Its text.
     pub fn to_text(&self) -> String {
         serde_json::to_string_pretty(self).expect("ids, names and numbers always have a JSON form")
+    }
+
+    /// Notes which disks the definition has no more: those that it had until now are gone from number `from_seq` on.
+    pub fn note_left(&mut self, definition: &VmDefinition, from_seq: u64) {
+        for volume in definition.volumes.iter().filter(|volume| volume.left) {
+            self.left.entry(volume.number).or_insert(from_seq);
+        }
     }
 
     /// Forgets locks of checkpoints that can't be opened any more: the history was given up and that could not be noted here. Those that have

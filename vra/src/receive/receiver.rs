@@ -32,7 +32,7 @@ use base_sync::BaseSync;
 use promoting::Promoting;
 
 use crate::planted::{Planted, is_planted};
-use crate::wire::{Ack, Frame, Open, Refuse, RefuseCode};
+use crate::wire::{Ack, Frame, Open, Refuse, RefuseCode, VolumeShape};
 
 /// One VM's receiver.
 #[derive(Debug)]
@@ -283,6 +283,22 @@ impl Receiver {
         self.policy = policy;
         // It may be to be given up now.
         self.tell_lock(None);
+    }
+
+    /// Some of the volumes have left, as a changed definition says: a stream of a source that doesn't know it yet ends.
+    pub fn set_volumes(&mut self, volumes: Vec<VolumeShape>) {
+        if self.identity.volumes == volumes || !self.identity.may_become(&volumes) {
+            return;
+        }
+        self.identity.volumes = volumes;
+        let text = "disks have left the VM's protection";
+        if let Some(candidate) = self.candidate.take() {
+            self.refuse(
+                candidate.id,
+                Refuse { code: RefuseCode::VolumesDiffer, detail: 0, text: text.into() },
+            );
+        }
+        self.end_stream(RefuseCode::VolumesDiffer, text.into());
     }
 
     /// What is still needed. A number that is below [`Self::oldest_seq`] comes too late.

@@ -32,10 +32,18 @@ pub struct VmIdentity {
 impl VmIdentity {
     /// The volumes that `wanted` has and this doesn't, if that is all that differs.
     pub(super) fn volumes_added_in<'a>(&self, wanted: &'a Self) -> &'a [VolumeShape] {
-        match wanted.volumes.strip_prefix(&self.volumes[..]) {
-            Some(added) if self.journal == wanted.journal => added,
+        match wanted.volumes.split_at_checked(self.volumes.len()) {
+            Some((known, added)) if self.journal == wanted.journal && self.may_become(known) => added,
             _ => &[],
         }
+    }
+
+    /// Whether these are the same volumes, of which some may have left.
+    pub(super) fn may_become(&self, volumes: &[VolumeShape]) -> bool {
+        let may_become = |(known, wanted): (&VolumeShape, &VolumeShape)| {
+            known.is_same_disk(wanted) && known.left <= wanted.left
+        };
+        self.volumes.len() == volumes.len() && self.volumes.iter().zip(volumes).all(may_become)
     }
 }
 

@@ -338,7 +338,9 @@ impl TargetVm {
 
     /// Whether the VM had this volume at a number of its journal.
     pub fn has_volume_at(&self, volume: u16, seq: u64) -> bool {
-        self.lock().volume_bases.get(usize::from(volume)).is_some_and(|base_seq| *base_seq <= seq)
+        let inner = self.lock();
+        let has_joined = inner.volume_bases.get(usize::from(volume)).is_some_and(|base_seq| *base_seq <= seq);
+        has_joined && inner.manifest.left.get(&volume).is_none_or(|left_seq| seq < *left_seq)
     }
 
     /// Takes another definition of the same journal and volumes: limits and names. The journal keeps it.
@@ -356,7 +358,8 @@ impl TargetVm {
             let (found, expected) = (current.journal, definition.journal);
             return Err(TargetError::JournalDiffers { path, found, expected });
         }
-        if files::identity(definition)?.volumes != files::identity(current)?.volumes {
+        let volumes = files::identity(definition)?.volumes;
+        if !files::identity(current)?.may_become(&volumes) {
             return Err(TargetError::VolumesDiffer { vm: self.vm, path });
         }
         if inner.manifest.vpg == *vpg {
@@ -364,6 +367,9 @@ impl TargetVm {
         }
         let slot_bytes = inner.status.lock().unwrap_or_else(PoisonError::into_inner).slot_bytes;
         files::check_limit(definition.journal_limit(), slot_bytes)?;
+        // What of such a disk still comes until the source knows, nobody misses: a full sync of the VM follows.
+        let newest_seq = inner.status.lock().unwrap_or_else(PoisonError::into_inner).durable_through;
+        inner.manifest.note_left(definition, newest_seq + 1);
         inner.manifest.vpg = vpg.clone();
         if let Some(vm) = inner.key {
             self.worker.tell(Input::SetPolicy {
@@ -372,6 +378,8 @@ impl TargetVm {
             });
             // Nobody waits for it: should it be lost with the files, it is written when they are open again.
             self.write_manifest(&inner);
+            // After that, so that no stream without a disk begins before the journal knows that it has left.
+            self.worker.tell(Input::SetVolumes { vm, volumes });
         }
         Ok(())
     }
@@ -467,10 +475,18 @@ fn attach_files(
     pins: Pins,
     vm: Weak<TargetVm>,
 ) -> Arc<Mutex<ReceiverStatus>> {
-    let VmFiles { identity, opened, events, journal, disks, .. } = files;
+    let VmFiles { mut identity, opened, events, journal, disks, .. } = files;
     let definition = manifest.vm().expect("checked when the manifest was read or set");
     let policy = policy(&manifest.vpg, definition, opened.superblock.slot_len_bytes, window_bytes);
-    let reserved = vec![manifest.disks_reserved; disks.len()];
+    if let Ok(wanted) = files::identity(definition)
+        && identity.may_become(&wanted.volumes)
+    {
+        // What the file doesn't say yet.
+        identity.volumes = wanted.volumes;
+    }
+    // The space of one that has left is given back as its history goes.
+    let reserved: Vec<bool> =
+        identity.volumes.iter().map(|volume| manifest.disks_reserved && !volume.left).collect();
     let writer = Writer::new(opened, policy.limits);
     let receiver = Receiver::new(identity, policy, writer, events, &reserved);
     let status = Arc::new(Mutex::new(receiver.status()));

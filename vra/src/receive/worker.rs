@@ -22,7 +22,7 @@ use super::receiver_types::{
 };
 use super::scrub::Sealed;
 use crate::clock::Clock;
-use crate::wire::{Frame, Open, Refuse, RefuseCode};
+use crate::wire::{Frame, Open, Refuse, RefuseCode, VolumeShape};
 
 /// A VM on a worker, by the process's count: a VM that is opened again has another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -87,6 +87,11 @@ pub(super) enum Input {
     SetPolicy {
         vm: VmKey,
         policy: ReceiverPolicy,
+    },
+    /// The same volumes, of which some may have left.
+    SetVolumes {
+        vm: VmKey,
+        volumes: Vec<VolumeShape>,
     },
     /// What is still needed; answered with the lowest number that can be opened.
     SetPins {
@@ -289,6 +294,7 @@ impl WorkerState {
             | Input::SealedSegment { vm, .. }
             | Input::SiteKeys { vm, .. }
             | Input::SetPolicy { vm, .. }
+            | Input::SetVolumes { vm, .. }
             | Input::SetPins { vm, .. }
             | Input::Checkpoints { vm, .. }
             | Input::Detach { vm, .. }
@@ -324,6 +330,7 @@ impl WorkerState {
                     let _ = answer.send(vm.receiver.site_key_ids());
                 }
                 Input::SetPolicy { policy, .. } => vm.receiver.set_policy(policy),
+                Input::SetVolumes { volumes, .. } => vm.receiver.set_volumes(volumes),
                 Input::SetPins { pins, locks_changed, answer, .. } => {
                     vm.receiver.set_pins(pins);
                     if locks_changed {

@@ -26,6 +26,7 @@ impl World {
             id: VolumeId::random(),
             logical_block_bytes: 512,
             size_bytes: 1 << 30,
+            left: false,
         }];
         let identity = StreamIdentity {
             vm: VmId::random(),

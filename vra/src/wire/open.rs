@@ -41,6 +41,15 @@ pub struct VolumeShape {
     pub logical_block_bytes: u32,
     /// Its size in bytes, a multiple of the logical block size.
     pub size_bytes: u64,
+    /// It is protected no more: what the stream says of it is that it reads zeroes.
+    pub left: bool,
+}
+
+impl VolumeShape {
+    /// Whether the other one is the same disk, protected or not.
+    pub fn is_same_disk(&self, other: &Self) -> bool {
+        Self { left: other.left, ..*self } == *other
+    }
 }
 
 impl Open {
@@ -73,7 +82,7 @@ impl Open {
                 size_bytes: volume.size_bytes.into(),
                 logical_block_bytes: volume.logical_block_bytes.into(),
                 volume: volume.volume.into(),
-                reserved: 0.into(),
+                flags: (if volume.left { VOLUME_LEFT } else { 0 }).into(),
             };
             bytes.extend_from_slice(layout.as_bytes());
         }
@@ -161,9 +170,12 @@ struct VolumeLayout {
     logical_block_bytes: U32,
     /// [`VolumeShape::volume`]: its place in the list.
     volume: U16,
-    /// Zero.
-    reserved: U16,
+    /// [`VOLUME_LEFT`]; other bits are zero.
+    flags: U16,
 }
+
+/// [`VolumeShape::left`].
+const VOLUME_LEFT: u16 = 1;
 
 const FIXED_BYTES: usize = FRAME_HEADER_BYTES + size_of::<OpenLayout>();
 
@@ -188,14 +200,15 @@ impl VolumeLayout {
         if usize::from(self.volume.get()) != index {
             return Err(field("volume number", self.volume.get().into()));
         }
-        if self.reserved.get() != 0 {
-            return Err(field("reserved", self.reserved.get().into()));
+        if self.flags.get() & !VOLUME_LEFT != 0 {
+            return Err(field("volume flags", self.flags.get().into()));
         }
         Ok(VolumeShape {
             volume: self.volume.get(),
             id: VolumeId(Uuid::from_bytes(self.id)),
             logical_block_bytes,
             size_bytes,
+            left: self.flags.get() & VOLUME_LEFT != 0,
         })
     }
 }

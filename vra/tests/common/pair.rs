@@ -30,6 +30,7 @@ pub fn definition(source: &Vra, target: &Vra, volumes: &[VolumeInfo]) -> VpgDefi
                 size_bytes: volume.size_bytes,
                 logical_block_bytes: volume.logical_block_bytes,
                 source_path: volume.path.clone(),
+                left: false,
             })
             .collect(),
         source: source.endpoint.clone(),

@@ -32,6 +32,16 @@ pub(super) enum VpgCommand {
         #[command(flatten)]
         wait: Wait,
     },
+    /// Protect disks no more; they are served on. A full sync of their VMs follows.
+    RemoveDisks {
+        /// The group's name or id.
+        vpg: String,
+        /// A disk of a VM of the group, by its name in the inventory or its path; once for each.
+        #[arg(required = true, value_name = "VM:DISK", value_parser = parse_disk)]
+        disks: Vec<DiskName>,
+        #[command(flatten)]
+        wait: Wait,
+    },
     /// Take VMs out of a group; their disks are served on.
     RemoveVm {
         /// The group's name or id.
@@ -257,6 +267,9 @@ impl Ask<'_> {
             }
             VpgCommand::AddDisks { vpg, vms, wait } => {
                 self.task(Request::VpgAddDisks { vpg, vms }, &wait).await
+            }
+            VpgCommand::RemoveDisks { vpg, disks, wait } => {
+                self.task(Request::VpgRemoveDisks { vpg, disks }, &wait).await
             }
             VpgCommand::RemoveVm { vpg, vms, keep_disks, wait } => {
                 self.task(Request::VpgRemoveVms { vpg, vms, keep_disks }, &wait).await

@@ -6,7 +6,7 @@ use vra::api::volume::VolumeInfo;
 use vra::api::{ApiError, ErrorCode, Request, Response, VraId};
 
 use super::{Manager, internal, spec};
-use crate::api::VmSpec;
+use crate::api::{DiskName, VmSpec};
 use crate::model::event::{Entity, EventKind};
 use crate::model::task::{Task, TaskKind};
 use crate::model::vpg::{Vpg, VpgSettings, VpgState};
@@ -61,7 +61,17 @@ impl Manager {
         let (settings, added) = growing.into_settings(&served)?;
         let description =
             format!("{added} more disks of VM {} are protected in VPG {}", vms.join(", "), vpg.name);
-        let told = Told { task: TaskKind::AddDisks, event: EventKind::EditProtectionGroup, description };
+        let told = Told { task: TaskKind::ChangeDisks, event: EventKind::EditProtectionGroup, description };
+        self.change_members(&vpg, settings, &desired, told).await
+    }
+
+    /// Protects disks no more; the engine takes its definition to the VRAs, whose sources serve them on. What was recovered before has them.
+    pub async fn remove_disks(&self, name: &str, disks: &[DiskName]) -> Result<Task, ApiError> {
+        let (vpg, desired) = self.changeable(name).await?;
+        let settings = spec::without_disks(&vpg, disks, &self.inventory().inventory)?;
+        let names: Vec<String> = disks.iter().map(|disk| format!("{}:{}", disk.vm, disk.disk)).collect();
+        let description = format!("disk {} is protected no more in VPG {}", names.join(", "), vpg.name);
+        let told = Told { task: TaskKind::ChangeDisks, event: EventKind::EditProtectionGroup, description };
         self.change_members(&vpg, settings, &desired, told).await
     }
 

@@ -24,7 +24,7 @@ use crate::model::vra::Vra;
 use crate::units::format_bytes;
 
 pub use described::described;
-pub use disks::{Growing, grow};
+pub use disks::{Growing, grow, without_disks};
 pub use editing::edited;
 pub use joining::{Joining, join, without};
 
@@ -242,7 +242,7 @@ fn member(
     served: &BTreeMap<VraId, Vec<VolumeInfo>>,
     member_since: MemberSince,
 ) -> Result<Member, ApiError> {
-    let volumes = volumes_of(place.vm, place.source, &place.excluded, served)?;
+    let volumes = volumes_of(place.vm, place.source, &place.excluded, &[], served)?;
     check_journal(&place.vm.name, &place.journal_size, Some(&volumes))?;
     Ok(Member {
         vm: VmId(place.vm.uuid),
@@ -259,11 +259,12 @@ fn member(
     })
 }
 
-/// The disks of a VM that are to be protected, by number, as its source serves them.
+/// The disks of a VM that are to be protected, by number, as its source serves them, with those that have `left`.
 fn volumes_of(
     vm: &Vm,
     source: &Vra,
     excluded: &[ExcludedDisk],
+    left: &[VolumeDefinition],
     served: &BTreeMap<VraId, Vec<VolumeInfo>>,
 ) -> Result<Vec<VolumeDefinition>, ApiError> {
     let served = served.get(&source.id).into_iter().flatten();
@@ -298,8 +299,10 @@ fn volumes_of(
             size_bytes: volume.size_bytes,
             logical_block_bytes: volume.logical_block_bytes,
             source_path: volume.path.clone(),
+            left: false,
         });
     }
+    volumes.extend_from_slice(left);
     volumes.sort_by_key(|volume| volume.number);
     if volumes.len() > MAX_VOLUMES_PER_VM {
         return Err(bad(format!("VM {:?} has more than {MAX_VOLUMES_PER_VM} disks", vm.name)));

@@ -38,8 +38,8 @@ named! {
         RemoveProtectionGroup = "RemoveProtectionGroup",
         /// VMs are added to a group.
         AddVm = "AddVMToProtectionGroup",
-        /// Disks of a group's VMs are protected that weren't.
-        AddDisks = "UpdateProtectionGroup",
+        /// Disks of a group's VMs are protected that weren't, or no more.
+        ChangeDisks = "UpdateProtectionGroup",
         /// VMs are taken out of a group.
         RemoveVm = "RemoveVMFromProtectionGroup",
         /// Full syncs are begun.
@@ -58,7 +58,7 @@ named! {
 impl TaskKind {
     /// Those that are done when all VRAs of a group have its newest definition.
     pub const OF_DEFINITIONS: [Self; 4] =
-        [Self::CreateProtectionGroup, Self::AddVm, Self::AddDisks, Self::RemoveVm];
+        [Self::CreateProtectionGroup, Self::AddVm, Self::ChangeDisks, Self::RemoveVm];
 }
 
 named! {

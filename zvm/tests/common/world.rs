@@ -107,6 +107,7 @@ impl World {
                 size_bytes: 1 << 20,
                 logical_block_bytes: 512,
                 source_path: "/images/db".into(),
+                left: false,
             }],
             excluded: Vec::new(),
             recovery: VmRecovery::default(),

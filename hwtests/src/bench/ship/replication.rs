@@ -252,6 +252,7 @@ fn definition(folder: &Path, source: VraId, target: VraEndpoint) -> VpgDefinitio
         size_bytes: RUN_BYTES,
         logical_block_bytes: 4096,
         source_path: folder.join("source.raw"),
+        left: false,
     };
     let vm = VmDefinition {
         id: VmId::random(),
@@ -291,5 +292,6 @@ fn shape_of(volume: &VolumeDefinition) -> VolumeShape {
         id: volume.id,
         logical_block_bytes: volume.logical_block_bytes,
         size_bytes: volume.size_bytes,
+        left: false,
     }
 }

@@ -29,7 +29,8 @@ impl TargetVm {
             let inner = self.lock();
             inner.key?;
             let definition = inner.manifest.vm().ok()?;
-            let volumes = definition.volumes.iter().filter(|_| !inner.manifest.disks_reserved);
+            let volumes =
+                definition.volumes.iter().filter(|volume| !inner.manifest.disks_reserved && !volume.left);
             let disks = volumes.map(|volume| (self.folder.disk(volume.number), volume.size_bytes)).collect();
             (disks, definition.journal_limit())
         };

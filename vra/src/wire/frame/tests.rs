@@ -25,6 +25,7 @@ fn volumes() -> impl Strategy<Value = Vec<VolumeShape>> {
                 id: VolumeId(id),
                 logical_block_bytes,
                 size_bytes: blocks * u64::from(logical_block_bytes),
+                left: false,
             }
         };
         shapes.into_iter().enumerate().map(shape).collect()

@@ -29,7 +29,8 @@ pub(super) fn text(vpg: &Vpg) -> String {
     for member in &settings.vms {
         for volume in &member.volumes {
             let (path, size) = (volume.source_path.display(), format_bytes(volume.size_bytes));
-            lines.add("Disk", format!("{} {}: {path} ({size})", member.name, volume.number));
+            let label = if volume.left { "Left disk" } else { "Disk" };
+            lines.add(label, format!("{} {}: {path} ({size})", member.name, volume.number));
         }
         for disk in &member.excluded {
             lines.add("Not protected", format!("{} {}: {}", member.name, disk.name, disk.path.display()));

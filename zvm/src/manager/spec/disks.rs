@@ -1,16 +1,53 @@
-//! Disks that VMs of a group have got since they joined it.
+//! Disks that join or leave the protection of a group's VMs.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use vra::api::volume::VolumeInfo;
+use vra::api::vpg::VolumeDefinition;
 use vra::api::{ApiError, ErrorCode, VraId};
 
 use super::editing::find_vm;
 use super::joining::with_next_member_set;
 use super::{Context, bad, check_journal, find_member, volumes_of};
-use crate::inventory::Vm;
-use crate::model::vpg::{Member, Vpg, VpgSettings};
+use crate::api::DiskName;
+use crate::inventory::{Inventory, Vm};
+use crate::model::vpg::{ExcludedDisk, Member, Vpg, VpgSettings};
 use crate::model::vra::Vra;
+
+/// The group's settings without these disks, which the inventory may have or not.
+pub fn without_disks(vpg: &Vpg, disks: &[DiskName], inventory: &Inventory) -> Result<VpgSettings, ApiError> {
+    let mut settings = with_next_member_set(vpg)?;
+    for DiskName { vm, disk } in disks {
+        let id = find_member(vpg, vm)?.vm;
+        let Some(member) = settings.vms.iter_mut().find(|member| member.vm == id) else { continue };
+        // Whoever takes a disk from a VM may take it from the inventory first: then its path is its name.
+        let in_inventory = find_vm(inventory, member).ok().and_then(|vm| {
+            vm.disks.iter().find(|known| known.name == *disk || known.path.as_os_str() == disk.as_str())
+        });
+        let path = in_inventory.map_or_else(|| PathBuf::from(disk), |known| known.path.clone());
+        let protected = member.volumes.iter().filter(|volume| !volume.left);
+        let known: Vec<String> =
+            protected.clone().map(|volume| volume.source_path.display().to_string()).collect();
+        if !protected.clone().any(|volume| volume.source_path == path) {
+            let message = format!("VM {:?} has no protected disk {disk:?}", member.name);
+            return Err(ApiError::new(ErrorCode::NotFound, message)
+                .remedy(format!("name it as the inventory does, or by its path: {}", known.join(", "))));
+        }
+        if known.len() == 1 {
+            let message = format!("{} is the only protected disk of VM {:?}", path.display(), member.name);
+            return Err(ApiError::new(ErrorCode::Unsupported, message)
+                .remedy(format!("take the VM out: `zvm vpg remove-vm {} {}`", vpg.name, member.name)));
+        }
+        for volume in member.volumes.iter_mut().filter(|volume| volume.source_path == path) {
+            volume.left = true;
+        }
+        if let Some(known) = in_inventory {
+            member.excluded.push(ExcludedDisk { name: known.name.clone(), path });
+        }
+    }
+    Ok(settings)
+}
 
 /// Members whose VMs may have more disks than are protected, still without those.
 #[derive(Debug)]
@@ -51,7 +88,9 @@ impl Growing<'_> {
         let mut settings = with_next_member_set(self.vpg)?;
         let mut added = 0;
         for (member, vm, source) in self.members {
-            let volumes = volumes_of(vm, source, &member.excluded, served)?;
+            let left: Vec<VolumeDefinition> =
+                member.volumes.iter().filter(|volume| volume.left).cloned().collect();
+            let volumes = volumes_of(vm, source, &member.excluded, &left, served)?;
             if !volumes.starts_with(&member.volumes) {
                 let message =
                     format!("disks of VM {:?} that are protected are gone or have changed", member.name);

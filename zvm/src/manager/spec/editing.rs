@@ -65,10 +65,10 @@ fn exclude(
     let id = find_member(vpg, &name.vm)?.vm;
     let Some(member) = settings.vms.iter_mut().find(|member| member.vm == id) else { return Ok(()) };
     let disk = find_disk(find_vm(inventory, member)?, &name.disk)?;
-    if member.volumes.iter().any(|volume| volume.source_path == disk.path) {
+    if member.volumes.iter().any(|volume| volume.source_path == disk.path && !volume.left) {
         let message = format!("disk {} of VM {:?} is protected", disk.name, member.name);
         return Err(ApiError::new(ErrorCode::Unsupported, message).remedy(format!(
-            "take the VM out, `zvm vpg remove-vm {0} {1}`, and add it again with `--exclude {1}:{2}`; its journal begins anew then",
+            "take it out of its protection: `zvm vpg remove-disks {} {}:{}`",
             vpg.name, member.name, disk.name
         )));
     }

@@ -48,8 +48,13 @@ fn receiver(name: &str, segments: usize, announce: bool) -> (Receiver, ChainPoin
     let checkpoint = Checkpoint { epoch, cut, member_set_version: 1, time_us: 2, kind, tag };
     let record = Record::checkpoint(cut + 1, 1, &checkpoint);
     let events = vec![FooterEvent { position_seq: record.seq, record }];
-    let shape =
-        VolumeShape { volume: 0, id: VolumeId::random(), logical_block_bytes: 512, size_bytes: SIZE_BYTES };
+    let shape = VolumeShape {
+        volume: 0,
+        id: VolumeId::random(),
+        logical_block_bytes: 512,
+        size_bytes: SIZE_BYTES,
+        left: false,
+    };
     let identity = VmIdentity { vm: VmId::random(), journal: JournalId::random(), volumes: vec![shape] };
     let policy = ReceiverPolicy {
         limits: Limits::default(),
