@@ -351,7 +351,7 @@ fn each_write_and_sync_survives_every_crash() {
     let is_long = std::env::var_os("HOLDFAST_LONG").is_some();
     let mut cells: BTreeMap<(Kind, Strike), u64> = BTreeMap::new();
     // The odd ones are encrypted.
-    for seed in 0..if is_long { 20 } else { 2 } {
+    for seed in 0..if is_long { 4 } else { 2 } {
         match World::through(seed, true, is_long) {
             Ok(matrix) => {
                 matrix.cells.into_iter().for_each(|(key, count)| *cells.entry(key).or_default() += count);
