@@ -1,4 +1,5 @@
 //! A disk joins a protected VM: what was recovered before doesn't have it, what comes later does. A disk leaves one, and it is the other way round.
+//! And a disk of which only syncs count.
 
 mod common;
 
@@ -66,6 +67,7 @@ async fn a_disk_joins_a_vm_and_older_checkpoints_stay_as_they_were() {
         logical_block_bytes: second.logical_block_bytes,
         source_path: second.path.clone(),
         left: false,
+        swap: false,
     });
     (group.revision, group.member_set_version) = (2, 2);
 
@@ -218,4 +220,56 @@ async fn a_disk_leaves_a_vm_and_older_checkpoints_keep_it() {
     lose_superblocks(&target);
     assert!(extract(&target, "before") == both);
     assert!(extract(&target, "after") == [first_after]);
+}
+
+#[tokio::test]
+async fn what_is_written_to_a_swap_disk_after_a_sync_is_not_captured() {
+    let ca = TestCa::new();
+    let source = Vra::start("swap-a", Some(&ca));
+    let target = Vra::start("swap-b", Some(&ca));
+    let vm = VmId::random();
+    let mut volumes = Vec::new();
+    for number in 0..2 {
+        volumes.push(source.attach(vm, "db", &source.disk(&format!("{number}.raw"), DISK_BYTES)).await);
+    }
+    let [first, swap] = &volumes[..] else { unreachable!("two") };
+    if qemu_io(&door(first), &pattern(1, 64, 1024)).is_none() {
+        return;
+    }
+    qemu_io(&door(swap), &pattern(2, 64, 1024));
+    let mut group = definition(&source, &target, &volumes);
+    group.vms[0].volumes[1].swap = true;
+    let vpg = group.id;
+    apply(&target, &group).await;
+    apply(&source, &group).await;
+    let streams = |status: &VraStatus| {
+        status.source_vms[0].mode == SourceMode::Streaming && status.source_vms[0].sync.is_none()
+    };
+    source.wait_for("streaming", streams).await;
+    target.wait_for("journaling", |status| status.target_vms[0].state == TargetState::Journaling).await;
+    let synced = std::fs::read(&swap.path).expect("disk");
+    qemu_io(&door(swap), &pattern(3, 64, 1024));
+    qemu_io(&door(first), &pattern(4, 64, 1024));
+    let one = tag(&source, vpg, "one").await;
+    wait_for_checkpoint(&target, vpg, one.id).await;
+    let at = |checkpoint| OpenView {
+        view: Some(::vra::api::ViewId::random()),
+        ..open(vpg, PointInTime::Checkpoint { checkpoint }, ViewMode::ReadOnly)
+    };
+    let (view, disks) = shown(&target, &at(one.id)).await;
+    assert!(disks[0] == std::fs::read(&first.path).expect("disk"));
+    assert!(disks[1] == synced && synced != std::fs::read(&swap.path).expect("disk"));
+    target.ask(Request::CloseView(CloseView { view: view.view })).await;
+
+    // It is no swap any more: the sync that follows has it as it is, and what is written then counts.
+    group.vms[0].volumes[1].swap = false;
+    group.revision = 2;
+    apply(&target, &group).await;
+    apply(&source, &group).await;
+    source.wait_for("streaming again", streams).await;
+    qemu_io(&door(swap), &pattern(5, 2048, 1024));
+    let two = tag(&source, vpg, "two").await;
+    wait_for_checkpoint(&target, vpg, two.id).await;
+    let (_, disks) = shown(&target, &at(two.id)).await;
+    assert!(disks[1] == std::fs::read(&swap.path).expect("disk"));
 }

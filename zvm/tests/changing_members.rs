@@ -161,6 +161,13 @@ fn a_disk_leaves_a_vms_protection() {
     assert!(refused.code == 3 && refused.stderr.contains("name it as the inventory does"), "{refused:?}");
     let refused = trio.site.zvm(&["vpg", "edit", "shop", "--exclude", "db:vdb"]);
     assert!(refused.stderr.contains("zvm vpg remove-disks shop db:vdb"), "{refused:?}");
+    let edit = |option: &str, disk: &str| trio.site.zvm(&["vpg", "edit", "shop", option, disk]);
+    assert_eq!(edit("--swap", "db:vdb").code, 0);
+    let refused = edit("--swap", &format!("db:{}/db.img", trio.a.dir.display()));
+    assert!(refused.stderr.contains("leave at least one whose writes are captured"), "{refused:?}");
+    let shown = trio.site.zvm(&["vpg", "show", "shop"]).stdout;
+    assert!(shown.contains("Swap disk"), "{shown}");
+    assert_eq!(edit("--no-swap", "db:vdb").code, 0);
     // By its path, since it is in the inventory no more.
     trio.site.write_inventory(&trio.inventory);
     wait_for("an inventory without the disk", || {

@@ -368,7 +368,7 @@ fn it_is_edited_as_a_whole_and_vms_join_with_theirs() {
     };
     let error = edited(&vpg, &exclude("vda"), &site.context()).unwrap_err();
     assert_eq!(error.code, ErrorCode::Unsupported);
-    assert!(error.remedy.unwrap().contains("--exclude db:vda"));
+    assert!(error.remedy.unwrap().contains("remove-disks"));
     assert_eq!(edited(&vpg, &exclude("vdb"), &site.context()).unwrap(), vpg.settings, "it is already");
     let mut grown = Site::new();
     grown.inventory = site.inventory.clone();

@@ -180,6 +180,7 @@ impl Load {
             logical_block_bytes,
             source_path: "/dev/null".into(),
             left: false,
+            swap: false,
         };
         let vm = VmDefinition {
             id: VmId(self.id("vm")),

@@ -270,6 +270,9 @@ pub struct VolumeDefinition {
     /// It is protected no more. Its number stays its own, and older checkpoints have it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub left: bool,
+    /// Each full sync reads it, and nothing that is written to it between is captured: for swap and page files.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub swap: bool,
 }
 
 /// A VRA and the way to it.

@@ -61,6 +61,14 @@ impl ProtectedDisk {
         Self { file: [file], geometry, clock, homes: Mutex::new(homes), moves: AtomicU64::new(1) }
     }
 
+    /// The same file as another disk, which nobody serves: a sync reads it, and what guests write to this one isn't captured there.
+    ///
+    /// # Errors
+    /// No descriptor is left.
+    pub fn unserved(&self) -> std::io::Result<Self> {
+        Ok(Self::new(self.file[0].try_clone()?, self.geometry.clone(), Arc::clone(&self.clock)))
+    }
+
     /// From now on the writes belong to `home`.
     pub fn enter(&self, home: Home) {
         let mut homes = self.homes();

@@ -230,6 +230,7 @@ mod tests {
             logical_block_bytes: 512,
             source_path: "/disk".into(),
             left: false,
+            swap: false,
         };
         let vm = VmDefinition {
             id: VmId::random(),

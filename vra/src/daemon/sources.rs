@@ -248,6 +248,16 @@ impl Daemon {
         }
         let volumes = lock(&self.volumes);
         let disk = |volume: &VolumeDefinition| {
+            if volume.swap && !volume.left {
+                let served = volumes.get(&volume.id)?.disk()?;
+                return served
+                    .unserved()
+                    .map(Arc::new)
+                    .inspect_err(
+                        |error| tracing::warn!(vm = vm.name, %error, "no descriptor for a swap disk"),
+                    )
+                    .ok();
+            }
             if volume.left {
                 return empty_disk(volume)
                     .inspect_err(|error| tracing::warn!(vm = vm.name, %error, "no memory for an empty disk"))

@@ -91,7 +91,7 @@ const SPACE_EVERY_TICKS: u64 = 30;
 
 /// Looks at the VMs' files, and at the room on their datastores. Waits for filesystems.
 fn look(vms: &[Arc<TargetVm>], looks_at_space: bool) {
-    vms.iter().for_each(|vm| vm.look_at_files());
+    vms.iter().for_each(TargetVm::look_at_files);
     if !looks_at_space {
         return;
     }

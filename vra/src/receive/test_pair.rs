@@ -62,6 +62,7 @@ pub(super) fn definition(datastore: &std::path::Path, volumes: u16) -> VpgDefini
         logical_block_bytes: if number == 0 { 4096 } else { 512 },
         source_path: "/dev/null".into(),
         left: false,
+        swap: false,
     };
     let endpoint = || VraEndpoint { id: VraId::random(), address: "127.0.0.1:1".into() };
     VpgDefinition {

@@ -31,6 +31,7 @@ pub fn definition(source: &Vra, target: &Vra, volumes: &[VolumeInfo]) -> VpgDefi
                 logical_block_bytes: volume.logical_block_bytes,
                 source_path: volume.path.clone(),
                 left: false,
+                swap: false,
             })
             .collect(),
         source: source.endpoint.clone(),

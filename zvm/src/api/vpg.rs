@@ -80,6 +80,12 @@ pub struct VpgEdit {
     /// Disks that aren't protected and aren't meant to be.
     #[serde(default)]
     pub exclude: Vec<DiskName>,
+    /// Protected disks that are swap from now on.
+    #[serde(default)]
+    pub swap: Vec<DiskName>,
+    /// Those that aren't any more.
+    #[serde(default)]
+    pub no_swap: Vec<DiskName>,
     /// How long history is wanted, seconds.
     #[serde(default)]
     pub history_s: Option<u64>,
@@ -148,6 +154,9 @@ pub struct VmSpec {
     /// Names of its disks that are not to be protected.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub exclude: Vec<String>,
+    /// Names or paths of its disks that are swap.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub swap: Vec<String>,
     /// How it is to be recovered.
     #[serde(default, skip_serializing_if = "VmRecovery::is_empty")]
     pub recovery: VmRecovery,

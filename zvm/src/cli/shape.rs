@@ -64,6 +64,10 @@ pub struct VpgFile {
     #[arg(long, value_name = "VM:DISK")]
     #[serde(default)]
     pub exclude: Vec<String>,
+    /// A disk that is swap: what is written to it after a full sync isn't captured; once for each.
+    #[arg(long, value_name = "VM:DISK")]
+    #[serde(default)]
+    pub swap: Vec<String>,
     /// Name or UUID of a VM in the inventory; once for each.
     #[arg(long = "vm", value_name = "VM")]
     #[serde(default)]
@@ -97,6 +101,9 @@ pub struct VmTable {
     /// Names of its disks that are not to be protected.
     #[serde(default)]
     pub exclude: Vec<String>,
+    /// Names of its disks that are swap.
+    #[serde(default)]
+    pub swap: Vec<String>,
     /// How it is to be recovered.
     #[serde(default)]
     pub recovery: VmRecoveryTable,
@@ -133,6 +140,7 @@ impl VpgFile {
             vm: if self.vm.is_empty() { other.vm } else { self.vm },
             test_reminder_days: self.test_reminder_days.or(other.test_reminder_days),
             exclude: if self.exclude.is_empty() { other.exclude } else { self.exclude },
+            swap: if self.swap.is_empty() { other.swap } else { self.swap },
             recovery: if self.recovery == RecoveryTable::default() { other.recovery } else { self.recovery },
         }
     }
@@ -159,6 +167,7 @@ impl VpgFile {
                 journal_warning: vm.journal_warning.as_deref().map(parse_journal_size).transpose()?,
                 journal_minimum_bytes: vm.journal_minimum.as_deref().map(parse_bytes).transpose()?,
                 exclude: vm.exclude,
+                swap: vm.swap,
                 recovery: vm.recovery.into_recovery(),
             })
         });
@@ -167,6 +176,7 @@ impl VpgFile {
             return Err(missing("a VM", "--vm for each VM of the group, or `vms` in the file"));
         }
         exclude(&mut vms, &self.exclude)?;
+        swap(&mut vms, &self.swap)?;
         let (journal_limit_bytes, journal_limit_percent) = limit(self.journal_limit.as_deref())?;
         Ok(VpgSpec {
             name: self
@@ -212,15 +222,29 @@ impl VpgFile {
 
 /// Takes disks, written as `VM:DISK`, out of what is protected of these VMs.
 pub(super) fn exclude(vms: &mut [VmSpec], disks: &[String]) -> Result<(), String> {
+    sort(vms, disks, "excluded", |vm| &mut vm.exclude)
+}
+
+/// Says of disks, written as `VM:DISK`, that they are swap.
+pub(super) fn swap(vms: &mut [VmSpec], disks: &[String]) -> Result<(), String> {
+    sort(vms, disks, "swap", |vm| &mut vm.swap)
+}
+
+fn sort(
+    vms: &mut [VmSpec],
+    disks: &[String],
+    what: &str,
+    list: fn(&mut VmSpec) -> &mut Vec<String>,
+) -> Result<(), String> {
     for disk in disks {
         let disk = parse_disk(disk)?;
         let vm = vms.iter_mut().find(|vm| vm.vm == disk.vm).ok_or_else(|| {
             let (vm, disk) = (&disk.vm, &disk.disk);
             format!(
-                "disk {disk} of VM {vm} can't be excluded, since no VM {vm} is given: write it as it is given"
+                "disk {disk} of VM {vm} can't be {what}, since no VM {vm} is given: write it as it is given"
             )
         })?;
-        vm.exclude.push(disk.disk);
+        list(vm).push(disk.disk);
     }
     Ok(())
 }

@@ -135,6 +135,12 @@ pub(super) struct VpgEditArgs {
     /// A disk that isn't protected and isn't meant to be; once for each.
     #[arg(long, value_name = "VM:DISK", value_parser = parse_disk)]
     exclude: Vec<DiskName>,
+    /// A protected disk that is swap: what is written to it after a full sync isn't captured; once for each. A full sync follows.
+    #[arg(long, value_name = "VM:DISK", value_parser = parse_disk)]
+    swap: Vec<DiskName>,
+    /// A disk that isn't swap any more; once for each. A full sync follows.
+    #[arg(long, value_name = "VM:DISK", value_parser = parse_disk)]
+    no_swap: Vec<DiskName>,
     /// How long history is wanted.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     history: Option<Duration>,
@@ -181,6 +187,9 @@ pub(super) struct VpgAddVm {
     /// A disk of theirs that is not to be protected, by its VM as given and its name in the inventory; once for each.
     #[arg(long, value_name = "VM:DISK")]
     exclude: Vec<String>,
+    /// A disk of theirs that is swap: what is written to it after a full sync isn't captured; once for each.
+    #[arg(long, value_name = "VM:DISK")]
+    swap: Vec<String>,
     /// Group file to take from how they are to be recovered; all else in it is left.
     #[arg(long, value_name = "FILE")]
     recovery: Option<PathBuf>,
@@ -210,10 +219,12 @@ impl VpgAddVm {
             journal_warning: self.journal_warning,
             journal_minimum_bytes: self.journal_minimum,
             exclude: Vec::new(),
+            swap: Vec::new(),
             recovery: recovery(vm).unwrap_or_default(),
         };
         let mut specs: Vec<VmSpec> = self.vms.iter().map(spec).collect();
         shape::exclude(&mut specs, &self.exclude)?;
+        shape::swap(&mut specs, &self.swap)?;
         Ok(specs)
     }
 }
@@ -238,6 +249,8 @@ impl Ask<'_> {
                     no_test_reminder: edit.no_test_reminder,
                     recovery: file.map(VpgFile::into_recovery).transpose().map_err(Failure::Usage)?,
                     exclude: edit.exclude,
+                    swap: edit.swap,
+                    no_swap: edit.no_swap,
                     history_s: edit.history.map(|history| history.as_secs()),
                     journal_limit: edit.journal_limit,
                     journal_warning: edit.journal_warning,

@@ -7,7 +7,7 @@ mod joining;
 mod recovery;
 
 use std::collections::{BTreeMap, HashSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use vra::api::volume::{MAX_VOLUMES_PER_VM, VolumeInfo};
 use vra::api::vpg::{
@@ -61,6 +61,8 @@ struct Place<'a> {
     datastore: PathBuf,
     journal_size: JournalBounds,
     excluded: Vec<ExcludedDisk>,
+    /// Paths of disks that are swap.
+    swap: Vec<PathBuf>,
     recovery: VmRecovery,
 }
 
@@ -205,11 +207,13 @@ fn place<'a>(spec: &VpgSpec, vm_spec: &VmSpec, context: &Context<'a>) -> Result<
     let datastore = vm_spec.datastore.as_ref().unwrap_or(&spec.datastore);
     let datastore = find_datastore(context.inventory, datastore, target)?;
     let excluded = excluded(vm, &vm_spec.exclude)?;
+    let swap =
+        vm_spec.swap.iter().map(|name| Ok(find_disk(vm, name)?.path)).collect::<Result<_, ApiError>>()?;
     let goal =
         recovery::Goal { vm, target: &target.name, datastore: &datastore, inventory: context.inventory };
     recovery::check_vm(&goal, &vm_spec.recovery, &spec.recovery)?;
     let recovery = vm_spec.recovery.clone();
-    Ok(Place { vm, source, target, datastore, journal_size, excluded, recovery })
+    Ok(Place { vm, source, target, datastore, journal_size, excluded, swap, recovery })
 }
 
 /// The disks of a VM that are not to be protected.
@@ -229,7 +233,8 @@ fn excluded(vm: &Vm, names: &[String]) -> Result<Vec<ExcludedDisk>, ApiError> {
 }
 
 fn find_disk(vm: &Vm, name: &str) -> Result<ExcludedDisk, ApiError> {
-    let disk = vm.disks.iter().find(|disk| disk.name == name).ok_or_else(|| {
+    let is_meant = |disk: &&Disk| disk.name == name || disk.path.as_os_str() == name;
+    let disk = vm.disks.iter().find(is_meant).ok_or_else(|| {
         let known: Vec<&str> = vm.disks.iter().map(|disk| disk.name.as_str()).collect();
         let message = format!("VM {:?} has no disk {name:?} in the inventory", vm.name);
         ApiError::new(ErrorCode::NotFound, message).remedy(format!("it has {}", known.join(", ")))
@@ -242,7 +247,10 @@ fn member(
     served: &BTreeMap<VraId, Vec<VolumeInfo>>,
     member_since: MemberSince,
 ) -> Result<Member, ApiError> {
-    let volumes = volumes_of(place.vm, place.source, &place.excluded, &[], served)?;
+    let mut volumes = volumes_of(place.vm, place.source, &place.excluded, &[], served)?;
+    for path in &place.swap {
+        set_swap(&mut volumes, &place.vm.name, path, true)?;
+    }
     check_journal(&place.vm.name, &place.journal_size, Some(&volumes))?;
     Ok(Member {
         vm: VmId(place.vm.uuid),
@@ -257,6 +265,20 @@ fn member(
         excluded: place.excluded.clone(),
         recovery: place.recovery.clone(),
     })
+}
+
+/// Says of a protected disk whether it is swap.
+fn set_swap(volumes: &mut [VolumeDefinition], vm: &str, path: &Path, swap: bool) -> Result<(), ApiError> {
+    let found = volumes.iter_mut().find(|volume| volume.source_path == path && !volume.left);
+    let found = found.ok_or_else(|| {
+        bad(format!("disk {} of VM {vm:?} isn't protected, so it can't be a swap disk", path.display()))
+    })?;
+    found.swap = swap;
+    if volumes.iter().all(|volume| volume.swap || volume.left) {
+        return Err(bad(format!("all protected disks of VM {vm:?} would be swap"))
+            .remedy("leave at least one whose writes are captured"));
+    }
+    Ok(())
 }
 
 /// The disks of a VM that are to be protected, by number, as its source serves them, with those that have `left`.
@@ -300,6 +322,7 @@ fn volumes_of(
             logical_block_bytes: volume.logical_block_bytes,
             source_path: volume.path.clone(),
             left: false,
+            swap: false,
         });
     }
     volumes.extend_from_slice(left);

@@ -108,6 +108,7 @@ impl World {
                 logical_block_bytes: 512,
                 source_path: "/images/db".into(),
                 left: false,
+                swap: false,
             }],
             excluded: Vec::new(),
             recovery: VmRecovery::default(),

@@ -253,6 +253,7 @@ fn definition(folder: &Path, source: VraId, target: VraEndpoint) -> VpgDefinitio
         logical_block_bytes: 4096,
         source_path: folder.join("source.raw"),
         left: false,
+        swap: false,
     };
     let vm = VmDefinition {
         id: VmId::random(),

@@ -29,7 +29,11 @@ pub(super) fn text(vpg: &Vpg) -> String {
     for member in &settings.vms {
         for volume in &member.volumes {
             let (path, size) = (volume.source_path.display(), format_bytes(volume.size_bytes));
-            let label = if volume.left { "Left disk" } else { "Disk" };
+            let label = match (volume.left, volume.swap) {
+                (true, _) => "Left disk",
+                (false, true) => "Swap disk",
+                (false, false) => "Disk",
+            };
             lines.add(label, format!("{} {}: {path} ({size})", member.name, volume.number));
         }
         for disk in &member.excluded {

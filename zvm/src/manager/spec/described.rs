@@ -28,6 +28,7 @@ pub fn described(vpg: &Vpg, name_of: impl Fn(VraId) -> String) -> VpgSpec {
             journal_warning: own.warning.filter(|own| Some(*own) != warning),
             journal_minimum_bytes: Some(own.minimum_bytes).filter(|own| *own != size.minimum_bytes),
             exclude: member.excluded.iter().map(|disk| disk.name.clone()).collect(),
+            swap: swap_of(member),
             recovery: member.recovery.clone(),
         }
     };
@@ -56,3 +57,9 @@ pub fn described(vpg: &Vpg, name_of: impl Fn(VraId) -> String) -> VpgSpec {
 /// Of a group without VMs, which there isn't.
 const NO_BOUNDS: JournalBounds =
     JournalBounds { limit_bytes: 0, limit_percent: None, warning: None, minimum_bytes: 0 };
+
+/// By their paths: a name may be another disk's by now.
+fn swap_of(member: &Member) -> Vec<String> {
+    let swap = member.volumes.iter().filter(|volume| volume.swap && !volume.left);
+    swap.map(|volume| volume.source_path.display().to_string()).collect()
+}

@@ -9,7 +9,7 @@ use vra::api::{ApiError, ErrorCode, VraId};
 
 use super::editing::find_vm;
 use super::joining::with_next_member_set;
-use super::{Context, bad, check_journal, find_member, volumes_of};
+use super::{Context, bad, check_journal, find_member, set_swap, volumes_of};
 use crate::api::DiskName;
 use crate::inventory::{Inventory, Vm};
 use crate::model::vpg::{ExcludedDisk, Member, Vpg, VpgSettings};
@@ -90,7 +90,10 @@ impl Growing<'_> {
         for (member, vm, source) in self.members {
             let left: Vec<VolumeDefinition> =
                 member.volumes.iter().filter(|volume| volume.left).cloned().collect();
-            let volumes = volumes_of(vm, source, &member.excluded, &left, served)?;
+            let mut volumes = volumes_of(vm, source, &member.excluded, &left, served)?;
+            for volume in member.volumes.iter().filter(|volume| volume.swap && !volume.left) {
+                set_swap(&mut volumes, &member.name, &volume.source_path, true)?;
+            }
             if !volumes.starts_with(&member.volumes) {
                 let message =
                     format!("disks of VM {:?} that are protected are gone or have changed", member.name);

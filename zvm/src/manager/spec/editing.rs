@@ -7,7 +7,7 @@ use vra::api::{ApiError, ErrorCode};
 
 use super::{
     Context, HISTORY_S, bad, check_journal, check_range, check_test_reminder, find_disk, find_member,
-    is_named, recovery,
+    is_named, recovery, set_swap,
 };
 use crate::api::{DiskName, RecoveryEdit, VpgEdit};
 use crate::inventory::{Inventory, Vm};
@@ -48,6 +48,14 @@ pub fn edited(vpg: &Vpg, edit: &VpgEdit, context: &Context<'_>) -> Result<VpgSet
     }
     for disk in &edit.exclude {
         exclude(vpg, &mut settings, disk, context.inventory)?;
+    }
+    for (disks, swap) in [(&edit.swap, true), (&edit.no_swap, false)] {
+        for DiskName { vm, disk } in disks {
+            let id = find_member(vpg, vm)?.vm;
+            let Some(member) = settings.vms.iter_mut().find(|member| member.vm == id) else { continue };
+            let path = find_disk(find_vm(context.inventory, member)?, disk)?.path;
+            set_swap(&mut member.volumes, &member.name, &path, swap)?;
+        }
     }
     if let Some(recovery) = &edit.recovery {
         set_recovery(vpg, &mut settings, recovery, context)?;
