@@ -139,7 +139,7 @@ impl SegmentTrailer {
         if !aligned(footer_len_bytes) || end.is_none_or(|end| end > slot_len_bytes - PAGE_BYTES as u64) {
             return Err(PageError::Field("footer_len_bytes"));
         }
-        if page.last_seq.get() < header.after.seq {
+        if page.last_seq.get() < header.after.seq || page.last_seq.get() == u64::MAX {
             return Err(PageError::Field("last_seq"));
         }
         Ok(Self {
@@ -267,6 +267,9 @@ impl SegmentPage {
         };
         if self.number.get() == 0 || self.number.get() == u64::MAX {
             return Err(PageError::Field("number"));
+        }
+        if self.after_seq.get() == u64::MAX {
+            return Err(PageError::Field("after_seq"));
         }
         // The first writers of this version left it zero.
         if ![0, slot_len_bytes].contains(&self.slot_len_bytes.get()) {
