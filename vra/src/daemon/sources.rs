@@ -248,22 +248,16 @@ impl Daemon {
         }
         let volumes = lock(&self.volumes);
         let disk = |volume: &VolumeDefinition| {
-            if volume.swap && !volume.left {
-                let served = volumes.get(&volume.id)?.disk()?;
-                return served
-                    .unserved()
-                    .map(Arc::new)
-                    .inspect_err(
-                        |error| tracing::warn!(vm = vm.name, %error, "no descriptor for a swap disk"),
-                    )
-                    .ok();
-            }
-            if volume.left {
-                return empty_disk(volume)
-                    .inspect_err(|error| tracing::warn!(vm = vm.name, %error, "no memory for an empty disk"))
-                    .ok();
-            }
-            volumes.get(&volume.id)?.disk()
+            let stand_in = match (volume.left, volume.swap) {
+                (false, false) => return volumes.get(&volume.id)?.disk(),
+                (false, true) => volumes.get(&volume.id)?.disk()?.unserved(),
+                (true, _) => empty_disk(volume),
+            };
+            let volume = volume.number;
+            let told = stand_in.inspect_err(|error| {
+                tracing::warn!(vm = vm.name, volume, %error, "nothing can stand in the stream for a swap disk, or one that has left");
+            });
+            told.ok().map(Arc::new)
         };
         vm.volumes.iter().map(disk).collect()
     }
@@ -378,7 +372,7 @@ impl DataConnector for Connector {
 }
 
 /// What stands in a VM's stream for a disk that has left it: nobody serves it, and it reads zeroes, which take next to nothing in a sync.
-fn empty_disk(volume: &VolumeDefinition) -> std::io::Result<Arc<ProtectedDisk>> {
+fn empty_disk(volume: &VolumeDefinition) -> std::io::Result<ProtectedDisk> {
     let file = File::from(memfd_create(c"holdfast-left-disk", MFdFlags::MFD_CLOEXEC)?);
     file.set_len(volume.size_bytes)?;
     let geometry = Geometry {
@@ -391,7 +385,7 @@ fn empty_disk(volume: &VolumeDefinition) -> std::io::Result<Arc<ProtectedDisk>> 
         discard: None,
         write_zeroes: None,
     };
-    Ok(Arc::new(ProtectedDisk::new(file, geometry, Arc::new(|| TimeUs::now().0))))
+    Ok(ProtectedDisk::new(file, geometry, Arc::new(|| TimeUs::now().0)))
 }
 
 fn shape_of(volume: &VolumeDefinition) -> VolumeShape {

@@ -222,15 +222,15 @@ impl VpgFile {
 
 /// Takes disks, written as `VM:DISK`, out of what is protected of these VMs.
 pub(super) fn exclude(vms: &mut [VmSpec], disks: &[String]) -> Result<(), String> {
-    sort(vms, disks, "excluded", |vm| &mut vm.exclude)
+    assign(vms, disks, "excluded", |vm| &mut vm.exclude)
 }
 
 /// Says of disks, written as `VM:DISK`, that they are swap.
 pub(super) fn swap(vms: &mut [VmSpec], disks: &[String]) -> Result<(), String> {
-    sort(vms, disks, "swap", |vm| &mut vm.swap)
+    assign(vms, disks, "swap", |vm| &mut vm.swap)
 }
 
-fn sort(
+fn assign(
     vms: &mut [VmSpec],
     disks: &[String],
     what: &str,
