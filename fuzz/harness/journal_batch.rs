@@ -7,6 +7,8 @@ use journal::format::{FooterBuilder, PAGE_BYTES};
 
 /// Enough for several records with payloads.
 const LONGEST_BYTES: usize = 64 << 10;
+/// What a segment takes at most; a batch whose footer is longer is refused before one is built (a record of 1 EiB has 16 MiB there).
+const LONGEST_FOOTER_BYTES: u64 = 1 << 20;
 
 pub fn run(data: &[u8]) {
     look_at(data);
@@ -35,7 +37,7 @@ fn look_at(bytes: &[u8]) {
         assert_eq!(again.crc(), batch.crc(), "a batch has one form");
     }
     let mut builder = FooterBuilder::new(batch.first_seq().saturating_sub(1));
-    if builder.len_bytes_with(&batch).is_some() {
+    if builder.len_bytes_with(&batch).is_some_and(|len_bytes| len_bytes <= LONGEST_FOOTER_BYTES) {
         builder.add(&batch, PAGE_BYTES as u64);
         let footer = builder.finish();
         for extent in &footer.extents {

@@ -373,7 +373,12 @@ fn it_is_edited_as_a_whole_and_vms_join_with_theirs() {
     let mut grown = Site::new();
     grown.inventory = site.inventory.clone();
     let vm = grown.inventory.vms.iter_mut().find(|vm| vm.name == "db").unwrap();
-    vm.disks.push(zvm::inventory::Disk { name: "vdc".into(), path: "/images/swap".into(), size_bytes: None });
+    vm.disks.push(zvm::inventory::Disk {
+        name: "vdc".into(),
+        path: "/images/swap".into(),
+        size_bytes: None,
+        kind: zvm::inventory::DiskKind::Raw,
+    });
     let settings = edited(&vpg, &exclude("vdc"), &grown.context()).unwrap();
     let excluded: Vec<_> = settings.vms[0].excluded.iter().map(|disk| disk.name.as_str()).collect();
     assert_eq!(excluded, ["vdb", "vdc"]);

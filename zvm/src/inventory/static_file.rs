@@ -8,7 +8,10 @@ use serde::Deserialize;
 use toml::Spanned;
 use uuid::Uuid;
 
-use super::{Datastore, Disk, Host, Inventory, InventoryError, Network, Nic, Provider, ReadFuture, Site, Vm};
+use super::{
+    Datastore, Disk, DiskKind, Host, HostState, Inventory, InventoryError, Network, Nic, Origin, Power,
+    Provider, ReadFuture, Reading, Site, Vm,
+};
 use crate::units::parse_bytes;
 
 /// A larger file is not an inventory written by hand.
@@ -45,7 +48,7 @@ impl Provider for StaticFile {
         self.path.display().to_string()
     }
 
-    fn read(&mut self) -> ReadFuture<'_> {
+    fn read(&mut self, _reading: Reading) -> ReadFuture<'_> {
         Box::pin(std::future::ready(self.read_if_changed()))
     }
 }
@@ -191,6 +194,7 @@ impl Checker<'_> {
         self.disks_are_used_once(&file.vm)?;
         Ok(Inventory {
             sites: file.site.into_iter().map(|site| Site { name: site.name.into_inner() }).collect(),
+            clusters: Vec::new(),
             hosts: file
                 .host
                 .into_iter()
@@ -198,12 +202,19 @@ impl Checker<'_> {
                     vra: host.vra.map_or_else(|| host.name.get_ref().clone(), Spanned::into_inner),
                     name: host.name.into_inner(),
                     site: host.site.into_inner(),
+                    cluster: None,
+                    state: HostState::Connected,
+                    origin: Origin::default(),
                 })
                 .collect(),
             networks: file
                 .network
                 .into_iter()
-                .map(|network| Network { name: network.name.into_inner(), site: network.site.into_inner() })
+                .map(|network| Network {
+                    name: network.name.into_inner(),
+                    site: network.site.into_inner(),
+                    origin: Origin::default(),
+                })
                 .collect(),
             datastores: file
                 .datastore
@@ -212,6 +223,9 @@ impl Checker<'_> {
                     name: datastore.name.into_inner(),
                     hosts: datastore.hosts.into_iter().map(Spanned::into_inner).collect(),
                     path: datastore.path.into_inner(),
+                    capacity_bytes: None,
+                    free_bytes: None,
+                    origin: Origin::default(),
                 })
                 .collect(),
             vms,
@@ -240,6 +254,7 @@ impl Checker<'_> {
                 name: disk.name.get_ref().clone(),
                 path: disk.path.get_ref().clone(),
                 size_bytes,
+                kind: DiskKind::Raw,
             });
         }
         let mut nics = Vec::with_capacity(vm.nic.len());
@@ -252,7 +267,15 @@ impl Checker<'_> {
             }
             nics.push(Nic { mac: nic.mac.get_ref().clone(), network: nic.network.get_ref().clone() });
         }
-        Ok(Vm { uuid, name: vm.name.get_ref().clone(), host: vm.host.get_ref().clone(), disks, nics })
+        Ok(Vm {
+            uuid,
+            name: vm.name.get_ref().clone(),
+            host: vm.host.get_ref().clone(),
+            power: Power::Unknown,
+            disks,
+            nics,
+            origin: Origin::default(),
+        })
     }
 
     fn disks_are_used_once(&self, vms: &[VmEntry]) -> Result<(), InventoryError> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use vra::report::chain;
 
 use super::Manager;
-use crate::inventory::{Inventory, Provider};
+use crate::inventory::{Inventory, Provider, Reading};
 use crate::model::event::{Entity, EventKind};
 use crate::store::StoreError;
 
@@ -26,7 +26,7 @@ impl Manager {
     /// Reads from `provider` once.
     pub async fn read_inventory(&self, provider: &mut dyn Provider) {
         let from = provider.describe();
-        match provider.read().await {
+        match provider.read(Reading::Whole).await {
             Ok(None) => {}
             Ok(Some(inventory)) => {
                 let description = format!(
@@ -57,7 +57,7 @@ impl Manager {
                 reading.from = from;
                 reading.error = Some(reason.clone());
                 drop(reading);
-                let remedy = "correct the file; it is read again as soon as it changes".to_owned();
+                let remedy = error.remedy().to_owned();
                 self.set_own_problem(UNREADABLE, Some((reason, remedy)));
             }
         }
