@@ -1,7 +1,9 @@
 //! What there is to protect and where it can go: one model, read by providers behind one trait.
 
+pub mod changes;
 pub mod model;
 pub mod static_file;
+pub mod world;
 pub mod xml;
 
 use std::future::Future;

@@ -96,6 +96,9 @@ pub struct Network {
     pub name: String,
     /// Its site's name.
     pub site: String,
+    /// Names of the hosts that have it; none where the source doesn't say.
+    #[serde(default)]
+    pub hosts: Vec<String>,
     /// Where it comes from.
     #[serde(default)]
     pub origin: Origin,

@@ -213,6 +213,7 @@ impl Checker<'_> {
                 .map(|network| Network {
                     name: network.name.into_inner(),
                     site: network.site.into_inner(),
+                    hosts: Vec::new(),
                     origin: Origin::default(),
                 })
                 .collect(),

@@ -30,7 +30,7 @@ pub struct Event {
 pub struct Entity {
     /// What kind of thing.
     pub kind: EntityKind,
-    /// Its UUID; of the manager itself, empty.
+    /// Its UUID; of hosts, networks, datastores and sources their name; of the manager itself, empty.
     pub id: String,
 }
 
@@ -43,6 +43,14 @@ named! {
         Vra = "vra",
         /// A virtual machine.
         Vm = "vm",
+        /// A hypervisor host.
+        Host = "host",
+        /// A network.
+        Network = "network",
+        /// A datastore.
+        Datastore = "datastore",
+        /// A source of inventory.
+        Source = "source",
         /// The manager.
         Zvm = "zvm",
     }
@@ -99,6 +107,58 @@ named! {
         AddressChanged = "AddressChanged",
         /// A new key for encrypted journals is in use.
         SiteKeyRotated = "SiteKeyRotated",
+        /// A source of inventory was added.
+        SourceAdded = "SourceAdded",
+        /// A source's settings were changed.
+        SourceEdited = "SourceEdited",
+        /// A source was removed.
+        SourceRemoved = "SourceRemoved",
+        /// A host came into the inventory.
+        HostAdded = "HostAdded",
+        /// A host went from the inventory.
+        HostRemoved = "HostRemoved",
+        /// A host got another name.
+        HostRenamed = "HostRenamed",
+        /// A host began or ceased to answer, or its maintenance did.
+        HostStateChanged = "HostStateChanged",
+        /// A network came into the inventory.
+        NetworkAdded = "NetworkAdded",
+        /// A network went from the inventory.
+        NetworkRemoved = "NetworkRemoved",
+        /// A network got another name.
+        NetworkRenamed = "NetworkRenamed",
+        /// Hosts have a network, or don't any more.
+        NetworkHostsChanged = "NetworkHostsChanged",
+        /// A datastore came into the inventory.
+        DatastoreAdded = "DatastoreAdded",
+        /// A datastore went from the inventory.
+        DatastoreRemoved = "DatastoreRemoved",
+        /// Hosts mount a datastore, or don't any more.
+        DatastoreHostsChanged = "DatastoreHostsChanged",
+        /// A VM came into the inventory.
+        VmAdded = "VmAdded",
+        /// A VM went from the inventory.
+        VmRemoved = "VmRemoved",
+        /// A VM got another name.
+        VmRenamed = "VmRenamed",
+        /// A VM is on another host.
+        VmMoved = "VmMoved",
+        /// A VM was started, stopped or paused.
+        VmPowerChanged = "VmPowerChanged",
+        /// A VM got a disk.
+        DiskAdded = "DiskAdded",
+        /// A VM lost a disk.
+        DiskRemoved = "DiskRemoved",
+        /// A VM's disk got another size.
+        DiskResized = "DiskResized",
+        /// A VM's disk lies elsewhere.
+        DiskReplaced = "DiskReplaced",
+        /// A VM got a network card.
+        NicAdded = "NicAdded",
+        /// A VM lost a network card.
+        NicRemoved = "NicRemoved",
+        /// A VM's network card was plugged into another network.
+        NicMoved = "NicMoved",
     }
 }
 
@@ -116,6 +176,26 @@ impl Entity {
     /// A virtual machine.
     pub fn vm(id: vra::api::VmId) -> Self {
         Self { kind: EntityKind::Vm, id: id.to_string() }
+    }
+
+    /// A hypervisor host.
+    pub fn host(name: &str) -> Self {
+        Self { kind: EntityKind::Host, id: name.into() }
+    }
+
+    /// A network.
+    pub fn network(name: &str) -> Self {
+        Self { kind: EntityKind::Network, id: name.into() }
+    }
+
+    /// A datastore.
+    pub fn datastore(name: &str) -> Self {
+        Self { kind: EntityKind::Datastore, id: name.into() }
+    }
+
+    /// A source of inventory.
+    pub fn source(name: &str) -> Self {
+        Self { kind: EntityKind::Source, id: name.into() }
     }
 
     /// The manager.
