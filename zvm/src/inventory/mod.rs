@@ -1,5 +1,6 @@
 //! What there is to protect and where it can go: one model, read by providers behind one trait.
 
+pub mod libvirt;
 pub mod model;
 pub mod static_file;
 pub mod xml;
