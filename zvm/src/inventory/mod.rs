@@ -1,6 +1,7 @@
 //! What there is to protect and where it can go: one model, read by providers behind one trait.
 
 pub mod changes;
+pub mod libvirt;
 pub mod model;
 pub mod static_file;
 pub mod world;

@@ -1,0 +1,291 @@
+//! A domain's definition (<https://libvirt.org/formatdomain.html>), and the [`Vm`] that comes of it.
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+
+use uuid::Uuid;
+
+use super::volume::Volume;
+use crate::inventory::xml::{Element, XmlError};
+use crate::inventory::{Disk, DiskKind, Nic, Origin, Power, Vm};
+
+/// The longest definition that is taken; usual ones have 5 to 50 KiB.
+pub const MAX_XML_BYTES: usize = 1 << 20;
+
+/// Why a text is no domain's definition that can be used.
+#[derive(Debug, thiserror::Error)]
+pub enum DomainError {
+    /// It is no XML, or too much of it.
+    #[error(transparent)]
+    Xml(#[from] XmlError),
+    /// Something that each domain has is missing or wrong.
+    #[error("its {0} is missing or wrong")]
+    Missing(&'static str),
+}
+
+/// What is kept of a domain's definition.
+///
+/// It is to be the one that the domain runs with, if it runs: that is where the guest writes now, even when its definition names other disks
+/// or networks for its next start. Name and UUID are the same in both. Power and sizes are in neither, and come from [`DomainFacts`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Domain {
+    /// Its UUID.
+    pub uuid: Uuid,
+    /// Its name.
+    pub name: String,
+    /// Its disks, without drives whose medium is changed.
+    pub disks: Vec<DomainDisk>,
+    /// Its network cards that have an address.
+    pub nics: Vec<DomainNic>,
+}
+
+/// A disk of a domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DomainDisk {
+    /// Its target name, such as `vda`.
+    pub name: String,
+    /// Where it is.
+    pub source: DiskSource,
+    /// What is there, as far as the definition tells.
+    pub kind: DiskKind,
+    /// Whether the definition tells the format. That of a disk in a storage pool may be left to the pool.
+    pub has_format: bool,
+}
+
+/// Where a disk is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum DiskSource {
+    /// At a path of the host, or in words that name a place elsewhere.
+    Path(String),
+    /// In a storage pool.
+    Volume {
+        /// The pool's name.
+        pool: String,
+        /// The volume's name.
+        volume: String,
+    },
+}
+
+/// A network card of a domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DomainNic {
+    /// Its MAC address, in lower case.
+    pub mac: String,
+    /// What it is plugged into.
+    pub plugged_into: NicSource,
+}
+
+/// What a network card is plugged into.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NicSource {
+    /// A network of libvirt's, by its name.
+    Network(String),
+    /// A bridge of the host, by its name.
+    Bridge(String),
+    /// Something else: a card of the host, another guest, QEMU itself.
+    Other,
+}
+
+/// What a VM needs besides its definition.
+#[derive(Debug, Clone, Default)]
+pub struct DomainFacts {
+    /// `virDomainState`, if it was told.
+    pub state: Option<i32>,
+    /// Sizes in bytes, by the disk's target name.
+    pub capacity_bytes: HashMap<String, u64>,
+}
+
+/// What the VMs of one host share.
+#[derive(Debug, Clone, Copy)]
+pub struct HostFacts<'a> {
+    /// The source's name.
+    pub source: &'a str,
+    /// The host's name.
+    pub host: &'a str,
+    /// Names of libvirt's networks there.
+    pub networks: &'a HashSet<String>,
+    /// Volumes that disks are in.
+    pub volumes: &'a HashMap<(String, String), Volume>,
+}
+
+impl Domain {
+    /// Reads a definition of at most [`MAX_XML_BYTES`].
+    pub fn parse(xml: &str) -> Result<Self, DomainError> {
+        let root = Element::parse(xml, MAX_XML_BYTES)?;
+        if root.name != "domain" {
+            return Err(DomainError::Missing("root element <domain>"));
+        }
+        let uuid = root.text_at(&["uuid"]).and_then(|uuid| Uuid::try_parse(uuid).ok());
+        let devices = root.child("devices");
+        let of = |name| devices.into_iter().flat_map(move |devices| devices.children_named(name));
+        Ok(Self {
+            uuid: uuid.ok_or(DomainError::Missing("<uuid>"))?,
+            name: root.text_at(&["name"]).ok_or(DomainError::Missing("<name>"))?.to_owned(),
+            disks: of("disk").filter_map(|disk| disk_of(disk).transpose()).collect::<Result<_, _>>()?,
+            nics: of("interface").filter_map(nic_of).collect(),
+        })
+    }
+
+    /// The VM that this is of.
+    pub fn into_vm(self, facts: &DomainFacts, host: HostFacts<'_>) -> Vm {
+        let disk = |disk: DomainDisk| {
+            let told = facts.capacity_bytes.get(&disk.name).copied();
+            let (path, size_bytes, kind) = match disk.source {
+                DiskSource::Path(path) => (path, told, disk.kind),
+                DiskSource::Volume { pool, volume } => {
+                    let key = (pool, volume);
+                    match host.volumes.get(&key) {
+                        Some(volume) => {
+                            let left_to_pool = disk.kind == DiskKind::Raw && !disk.has_format;
+                            let kind = if left_to_pool || volume.kind == DiskKind::Network {
+                                volume.kind
+                            } else {
+                                disk.kind
+                            };
+                            (volume.path.clone(), told.or(volume.capacity_bytes), kind)
+                        }
+                        // Its pool is off: where it is can't be told.
+                        None => (format!("volume:{}/{}", key.0, key.1), told, DiskKind::Network),
+                    }
+                }
+            };
+            Disk { name: disk.name, path: PathBuf::from(path), size_bytes, kind }
+        };
+        let nic = |nic: DomainNic| {
+            let network = match nic.plugged_into {
+                NicSource::Network(name) if host.networks.contains(&name) => name,
+                NicSource::Bridge(name) => name,
+                NicSource::Network(_) | NicSource::Other => String::new(),
+            };
+            Nic { mac: nic.mac, network }
+        };
+        Vm {
+            uuid: self.uuid,
+            name: self.name,
+            host: host.host.to_owned(),
+            power: power(facts.state),
+            disks: self.disks.into_iter().map(disk).collect(),
+            nics: self.nics.into_iter().map(nic).collect(),
+            origin: Origin { source: host.source.to_owned(), id: self.uuid.to_string() },
+        }
+    }
+
+    /// Volumes that its disks are in.
+    pub fn volumes(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.disks.iter().filter_map(|disk| match &disk.source {
+            DiskSource::Volume { pool, volume } => Some((pool.as_str(), volume.as_str())),
+            DiskSource::Path(_) => None,
+        })
+    }
+
+    /// Bridges of the host that its cards are plugged into.
+    pub fn bridges(&self) -> impl Iterator<Item = &str> {
+        self.nics.iter().filter_map(|nic| match &nic.plugged_into {
+            NicSource::Bridge(name) => Some(name.as_str()),
+            NicSource::Network(_) | NicSource::Other => None,
+        })
+    }
+}
+
+/// `virDomainState`. One that is being shut down still runs; one that has crashed and was kept for a look at it stands still.
+fn power(state: Option<i32>) -> Power {
+    match state {
+        Some(1 | 2 | 4) => Power::On,
+        Some(3 | 6 | 7) => Power::Paused,
+        Some(5) => Power::Off,
+        _ => Power::Unknown,
+    }
+}
+
+/// None for drives whose medium is changed, and for those that are empty.
+fn disk_of(disk: &Element) -> Result<Option<DomainDisk>, DomainError> {
+    if matches!(disk.attribute("device"), Some("cdrom" | "floppy")) {
+        return Ok(None);
+    }
+    let target = disk.child("target").and_then(|target| target.attribute("dev"));
+    let name = target.ok_or(DomainError::Missing("disk's <target dev='...'>"))?.to_owned();
+    let Some((source, is_elsewhere)) = source_of(disk) else { return Ok(None) };
+    let kind = if is_elsewhere {
+        DiskKind::Network
+    } else if disk.child("shareable").is_some() {
+        DiskKind::Shared
+    } else if disk.child("readonly").is_some() {
+        DiskKind::ReadOnly
+    } else if is_image(disk) {
+        DiskKind::Image
+    } else {
+        DiskKind::Raw
+    };
+    Ok(Some(DomainDisk { name, source, kind, has_format: format(disk).is_some() }))
+}
+
+/// Whether the path has something else than the guest's bytes as they are: a format, a chain, a cipher, or a part of a file.
+fn is_image(disk: &Element) -> bool {
+    // `<backingStore/>` without anything in it is the end of the chain.
+    let has_backing = disk.child("backingStore").is_some_and(|backing| !backing.children.is_empty());
+    let has_part = |name| disk.child(name).is_some() || disk.at(&["source", name]).is_some();
+    format(disk).is_some_and(|format| format != "raw")
+        || has_backing
+        || has_part("encryption")
+        || has_part("slices")
+}
+
+fn format(disk: &Element) -> Option<&str> {
+    disk.child("driver").and_then(|driver| driver.attribute("type"))
+}
+
+/// Where a disk is, and whether that is off the host (or nothing that a path leads to). None if it is empty.
+fn source_of(disk: &Element) -> Option<(DiskSource, bool)> {
+    let source = disk.child("source")?;
+    let attribute = |name| source.attribute(name).filter(|value| !value.is_empty()).map(str::to_owned);
+    let path = |path| (DiskSource::Path(path), false);
+    match disk.attribute("type").unwrap_or("file") {
+        "file" => attribute("file").map(path),
+        "block" => attribute("dev").map(path),
+        "volume" => {
+            let (pool, volume) = attribute("pool").zip(attribute("volume"))?;
+            Some((DiskSource::Volume { pool, volume }, false))
+        }
+        "network" => Some((DiskSource::Path(network_path(source)), true)),
+        other => {
+            let place = ["path", "dev", "dir"].into_iter().find_map(attribute).unwrap_or_default();
+            Some((DiskSource::Path(format!("{other}:{place}")), true))
+        }
+    }
+}
+
+/// A disk on the network in readable words, such as `nbd://10.0.0.7:10809/export`.
+fn network_path(source: &Element) -> String {
+    let protocol = source.attribute("protocol").unwrap_or("network");
+    let name = source.attribute("name").unwrap_or_default();
+    let hosts: Vec<&Element> = source.children_named("host").collect();
+    if let Some(socket) = hosts.iter().find_map(|host| host.attribute("socket")) {
+        return format!("{protocol}+unix:///{name}?socket={socket}");
+    }
+    let hosts: Vec<String> = hosts
+        .iter()
+        .map(|host| {
+            let name = host.attribute("name").unwrap_or_default();
+            host.attribute("port").map_or_else(|| name.to_owned(), |port| format!("{name}:{port}"))
+        })
+        .collect();
+    if hosts.is_empty() {
+        format!("{protocol}:{name}")
+    } else {
+        format!("{protocol}://{}/{name}", hosts.join(","))
+    }
+}
+
+fn nic_of(interface: &Element) -> Option<DomainNic> {
+    let mac = interface.child("mac")?.attribute("address")?.to_ascii_lowercase();
+    let source = |name| {
+        let value = interface.child("source").and_then(|source| source.attribute(name));
+        value.filter(|value| !value.is_empty()).map(str::to_owned)
+    };
+    let plugged_into = match interface.attribute("type") {
+        Some("network") => source("network").map_or(NicSource::Other, NicSource::Network),
+        Some("bridge") => source("bridge").map_or(NicSource::Other, NicSource::Bridge),
+        _ => NicSource::Other,
+    };
+    Some(DomainNic { mac, plugged_into })
+}
