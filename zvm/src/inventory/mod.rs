@@ -2,6 +2,7 @@
 
 pub mod model;
 pub mod static_file;
+pub mod vcenter;
 pub mod xml;
 
 use std::future::Future;
