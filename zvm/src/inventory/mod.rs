@@ -4,6 +4,7 @@ pub mod changes;
 pub mod libvirt;
 pub mod model;
 pub mod static_file;
+pub mod vcenter;
 pub mod world;
 pub mod xml;
 
