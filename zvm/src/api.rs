@@ -1,8 +1,12 @@
 //! What the `zvm` command asks of `zvm serve`: JSON frames over a unix socket, as VRAs use them (`vra::control`).
 
+mod attaching;
+mod source;
 mod transfer;
 mod vpg;
 
+pub use attaching::{DoorChoice, ServedDisk, VmProtected, VmUnprotected};
+pub use source::{Secret, SettingsEdit, SourceEdit, SourceShown};
 pub use transfer::{ImportOutcome, ImportedVpg, VPG_EXPORT_VERSION, VpgExport};
 pub use vpg::{DiskName, RecoveryEdit, VmSpec, VpgEdit, VpgSpec, defaults};
 
@@ -14,8 +18,10 @@ use vra::api::view::ViewInfo;
 use vra::api::{ApiError, CheckpointId, CheckpointInfo, DoorRequest, TimeUs, VraStatus};
 
 use crate::inventory::Inventory;
+use crate::inventory::write_rates::{Demand, WriteRate};
 use crate::model::alert::Alert;
 use crate::model::event::Event;
+use crate::model::source::Source;
 use crate::model::status::VpgReport;
 use crate::model::task::Task;
 use crate::model::test_run::TestRun;
@@ -248,6 +254,63 @@ pub enum Request {
     SiteKeyList,
     /// Makes a new one, which is used from now on. Answer: [`Response::SiteKeys`].
     SiteKeyRotate,
+    /// What protecting VMs would take. Answer: [`Response::Plan`].
+    Plan {
+        /// Their names or UUIDs; none: all.
+        vms: Vec<String>,
+        /// How long history is wanted, seconds.
+        history_s: u64,
+    },
+    /// Has a VM's disks served by its host's VRA. Answer: [`Response::VmProtected`].
+    VmProtect {
+        /// Its name or UUID.
+        vm: String,
+        /// Names of the disks; none: all.
+        disks: Vec<String>,
+        /// Names of disks that are left out.
+        exclude: Vec<String>,
+        /// How the guest gets them.
+        door: DoorChoice,
+    },
+    /// Gives a VM its own disks back. Answer: [`Response::VmUnprotected`].
+    VmUnprotect {
+        /// Its name or UUID.
+        vm: String,
+        /// Names of the disks; none: all.
+        disks: Vec<String>,
+    },
+    /// Sources of inventory. Answer: [`Response::Sources`].
+    SourceList,
+    /// Adds a source of inventory. Answer: [`Response::Sources`].
+    SourceAdd {
+        /// The source.
+        source: Source,
+        /// Its password.
+        password: Option<Secret>,
+        /// Even if it can't be read now.
+        unchecked: bool,
+    },
+    /// Changes a source of inventory. Answer: [`Response::Sources`].
+    SourceEdit {
+        /// Its name.
+        source: String,
+        /// What is to be different.
+        edit: Box<SourceEdit>,
+        /// Even if it can't be read now.
+        unchecked: bool,
+    },
+    /// Forgets a source of inventory. Answer: [`Response::Sources`].
+    SourceRemove {
+        /// Its name.
+        source: String,
+        /// Although groups have VMs that only it tells of.
+        force: bool,
+    },
+    /// Has sources of inventory read whole, now. Answer: [`Response::Sources`].
+    SourceRead {
+        /// The name of one; none for all.
+        source: Option<String>,
+    },
 }
 
 /// An answer.
@@ -286,6 +349,14 @@ pub enum Response {
     Alerts(Vec<Alert>),
     /// To [`Request::SiteKeyList`] and [`Request::SiteKeyRotate`].
     SiteKeys(SiteKeyList),
+    /// To [`Request::Plan`].
+    Plan(Vec<PlannedVm>),
+    /// To [`Request::VmProtect`].
+    VmProtected(VmProtected),
+    /// To [`Request::VmUnprotect`].
+    VmUnprotected(VmUnprotected),
+    /// To all requests about sources.
+    Sources(Vec<SourceShown>),
 }
 
 /// The site's keys, without their secrets.
@@ -418,13 +489,39 @@ impl std::fmt::Debug for NewToken {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InventoryState {
     /// Where it comes from.
+    pub sources: Vec<SourceState>,
+    /// What was read.
+    pub inventory: Inventory,
+}
+
+/// What protecting a VM would take.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedVm {
+    /// Its name.
+    pub vm: String,
+    /// Its UUID.
+    pub uuid: Uuid,
+    /// Its host's name.
+    pub host: String,
+    /// Its disks together, as far as their sizes are known: what a first sync sends, and the recovery disks take.
+    pub disks_bytes: u64,
+    /// How much it writes; none if its source doesn't count that, or it wasn't watched for long enough.
+    pub rate: Option<WriteRate>,
+    /// What the history would take.
+    pub demand: Option<Demand>,
+}
+
+/// How the reading of one source goes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SourceState {
+    /// Its name; empty for the inventory file.
+    pub name: String,
+    /// What is read.
     pub from: String,
     /// When it was last read well.
     pub read_us: Option<TimeUs>,
     /// Why the newest reading failed; the one before stays in force.
     pub error: Option<String>,
-    /// What was read.
-    pub inventory: Inventory,
 }
 
 /// A test and its disks.

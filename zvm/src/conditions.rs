@@ -1,5 +1,7 @@
 //! What is wrong, found anew at each look: the alerts are the difference to the look before. No I/O.
 
+mod inventory;
+
 use std::collections::{BTreeMap, HashSet};
 
 use vra::api::status::Severity;
@@ -52,7 +54,7 @@ impl Look<'_> {
         self.tests(&mut found);
         self.test_reminders(&mut found);
         self.refused_actions(&mut found);
-        self.moved_vms(&mut found);
+        self.inventory_conditions(&mut found);
         let mut seen = HashSet::new();
         found.retain(|condition| seen.insert((condition.code.clone(), condition.entity.clone())));
         found
@@ -222,42 +224,6 @@ impl Look<'_> {
                 format!("VRA {name} refuses {what}: {error}"),
                 error.remedy.as_deref().unwrap_or("see the VRA's log; the manager tries again by itself"),
             ));
-        }
-    }
-
-    fn moved_vms(&self, found: &mut Vec<Condition>) {
-        if self.inventory.vms.is_empty() {
-            return;
-        }
-        let active = |vpg: &&Vpg| vpg.state == VpgState::Active;
-        for vpg in self.desired.vpgs.iter().filter(active) {
-            for member in &vpg.settings.vms {
-                let now_at = self
-                    .inventory
-                    .vms
-                    .iter()
-                    .find(|vm| vm.uuid == member.vm.0)
-                    .map(|vm| self.inventory.host(&vm.host).map(|host| host.vra.as_str()));
-                let source = self.desired.vras.get(&member.source).map(|vra| vra.name.as_str());
-                let (code, description) = match now_at {
-                    None => (
-                        "vm-gone",
-                        format!("VM {} of VPG {} is no longer in the inventory", member.name, vpg.name),
-                    ),
-                    Some(Some(vra)) if Some(vra) != source => (
-                        "vm-moved",
-                        format!("VM {} of VPG {} now runs where VRA {vra} is", member.name, vpg.name),
-                    ),
-                    Some(_) => continue,
-                };
-                found.push(condition(
-                    code,
-                    Entity::vm(member.vm),
-                    Level::Warning,
-                    description,
-                    "correct the inventory, or delete the group and create it anew; its journal stays as it is until then",
-                ));
-            }
         }
     }
 

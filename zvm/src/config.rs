@@ -121,6 +121,11 @@ impl Config {
         self.state_dir.join("pki")
     }
 
+    /// Key of the sources' passwords.
+    pub fn credential_key_path(&self) -> PathBuf {
+        self.state_dir.join("credential-key")
+    }
+
     /// Keys of encrypted journals.
     pub fn site_key_path(&self) -> PathBuf {
         self.state_dir.join("site-keys")

@@ -7,6 +7,7 @@ pub mod cli;
 pub mod clock;
 pub mod conditions;
 pub mod config;
+pub mod credentials;
 pub mod health;
 pub mod inventory;
 pub mod manager;

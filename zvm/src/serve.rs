@@ -11,10 +11,10 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use vra::api::{ApiError, ErrorCode};
 use vra::control::{FrameError, read_frame, write_frame};
+use vra::report::chain;
 
 use crate::api::{MAX_MESSAGE_BYTES, Outcome, Request, RequestFrame, Response, ResponseFrame};
 use crate::config::Config;
-use crate::inventory::static_file::StaticFile;
 use crate::manager::{Manager, StartError};
 use crate::site_key_file::LostSiteKeys;
 
@@ -70,11 +70,12 @@ impl Server {
     /// Works until `ended` completes, then closes what is open.
     pub async fn run(self, ended: impl Future<Output = ()>) {
         let manager = self.manager.clone();
-        let mut inventory = StaticFile::new(manager.config().inventory.file.clone());
-        // The first requests must not meet an empty inventory.
-        manager.read_inventory(&mut inventory).await;
+        if let Err(error) = manager.begin_inventory().await {
+            tracing::error!(error = chain(&error), "the last readings of the inventory could not be read");
+        }
         let mut parts = tokio::task::JoinSet::new();
-        parts.spawn(manager.clone().watch_inventory(Box::new(inventory)));
+        parts.spawn(manager.clone().watch_inventory());
+        parts.spawn(manager.clone().end_volumes());
         parts.spawn(manager.clone().watch_vras());
         parts.spawn(manager.clone().run_engine());
         parts.spawn(manager.clone().serve_enrolments(self.enrolment.clone()));
@@ -225,6 +226,24 @@ async fn answer(manager: &Manager, request: Request) -> Result<Response, ApiErro
         Request::EventList { limit } => Response::Events(manager.list_events(limit).await?),
         Request::SiteKeyList => Response::SiteKeys(manager.list_site_keys()),
         Request::SiteKeyRotate => Response::SiteKeys(manager.rotate_site_key().await?),
+        Request::Plan { vms, history_s } => Response::Plan(manager.plan(&vms, history_s)?),
+        Request::VmProtect { vm, disks, exclude, door } => {
+            Response::VmProtected(manager.protect_vm(&vm, &disks, &exclude, door).await?)
+        }
+        Request::VmUnprotect { vm, disks } => {
+            Response::VmUnprotected(manager.unprotect_vm(&vm, &disks).await?)
+        }
+        Request::SourceList => Response::Sources(manager.list_sources().await?),
+        Request::SourceAdd { source, password, unchecked } => {
+            Response::Sources(manager.add_source(source, password, unchecked).await?)
+        }
+        Request::SourceEdit { source, edit, unchecked } => {
+            Response::Sources(manager.edit_source(&source, *edit, unchecked).await?)
+        }
+        Request::SourceRemove { source, force } => {
+            Response::Sources(manager.remove_source(&source, force).await?)
+        }
+        Request::SourceRead { source } => Response::Sources(manager.read_sources(source.as_deref()).await?),
         Request::AlertList { all, limit } => Response::Alerts(manager.list_alerts(all, limit).await?),
     })
 }

@@ -378,6 +378,8 @@ fn it_is_edited_as_a_whole_and_vms_join_with_theirs() {
         path: "/images/swap".into(),
         size_bytes: None,
         kind: zvm::inventory::DiskKind::Raw,
+        served: None,
+        written_bytes: None,
     });
     let settings = edited(&vpg, &exclude("vdc"), &grown.context()).unwrap();
     let excluded: Vec<_> = settings.vms[0].excluded.iter().map(|disk| disk.name.as_str()).collect();

@@ -79,6 +79,8 @@ pub struct DoorConfig {
     pub queues: u16,
     /// Requests in flight for each queue, 1 to 1024.
     pub depth: u16,
+    /// The group whose members may connect to the common NBD socket: that of the host's QEMU. Without one only root may.
+    pub nbd_group: Option<String>,
 }
 
 /// `[target]`
@@ -148,7 +150,7 @@ impl Default for MemoryConfig {
 
 impl Default for DoorConfig {
     fn default() -> Self {
-        Self { queues: 1, depth: 64 }
+        Self { queues: 1, depth: 64, nbd_group: None }
     }
 }
 

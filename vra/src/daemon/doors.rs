@@ -1,7 +1,8 @@
 //! Opens and closes the doors of disks: ublk devices and NBD exports.
 
+use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -75,7 +76,14 @@ impl Doors {
         let driver = Mutex::new(open_driver(&reactors).map_err(|error| no_driver(&error)));
         let nbd = NbdServer::new(Arc::clone(&reactors));
         let nbd_socket = config.run_dir.join("nbd.sock");
-        nbd.listen(&Address::Unix { path: nbd_socket.clone(), mode: 0o600 })?;
+        let group = config.doors.nbd_group.as_deref();
+        let mode = if group.is_some() { 0o660 } else { 0o600 };
+        let address = Address::Unix { path: nbd_socket.clone(), mode };
+        nbd.listen(&address)?;
+        if let Some(group) = group {
+            let given = give_to_group(&nbd_socket, group);
+            given.map_err(|source| ublk::nbd::ListenError::System { address, source })?;
+        }
         Ok(Self { reactors, arena, driver, nbd, nbd_socket, defaults: config.doors.clone() })
     }
 
@@ -260,6 +268,14 @@ fn address_of(listen: &NbdListen) -> Result<Address, ApiError> {
         )
         .remedy("use a unix socket, or a loopback address and a tunnel")),
     }
+}
+
+/// Until here the socket's group is the process's own, which is root's.
+fn give_to_group(socket: &Path, name: &str) -> io::Result<()> {
+    let group = nix::unistd::Group::from_name(name)?.ok_or_else(|| {
+        io::Error::other(format!("there is no group {name:?}: correct nbd_group in [doors]"))
+    })?;
+    Ok(nix::unistd::chown(socket, None, Some(group.gid))?)
 }
 
 fn is_loopback(address: SocketAddr) -> bool {

@@ -15,6 +15,7 @@ mod guests;
 mod handler;
 mod identity;
 mod linking;
+mod readiness;
 mod restore;
 mod source_groups;
 mod source_status;
@@ -115,6 +116,7 @@ async fn serve(config: &Config) -> Result<(), DaemonError> {
     let handler = Arc::clone(&daemon);
     tasks.spawn(async move { server.serve(handler).await });
     tracing::info!(vra = %daemon.vra, name = config.name, version = env!("CARGO_PKG_VERSION"), "started");
+    readiness::tell();
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use vra::api::{DoorRequest, TimeUs};
 
 use super::{Command, Failure, show};
-use crate::api::{At, Client, MAX_LIST, Request, Response};
+use crate::api::{At, Client, DoorChoice, MAX_LIST, Request, Response};
 use crate::config::Config;
 use crate::model::status::VpgStatus;
 use crate::model::task::{Task, TaskState};
@@ -154,6 +154,27 @@ pub(super) enum Door {
     Nbd,
 }
 
+/// How a guest gets its disk.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(super) enum GuestDoor {
+    /// A block device where the host has ublk, else NBD.
+    Auto,
+    /// A block device.
+    Ublk,
+    /// NBD on a unix socket.
+    Nbd,
+}
+
+impl GuestDoor {
+    fn choice(self) -> DoorChoice {
+        match self {
+            Self::Auto => DoorChoice::Auto,
+            Self::Ublk => DoorChoice::Ublk,
+            Self::Nbd => DoorChoice::Nbd,
+        }
+    }
+}
+
 /// Tasks.
 #[derive(Debug, Subcommand)]
 pub(super) enum TaskCommand {
@@ -224,7 +245,15 @@ impl<'a> Ask<'a> {
             | Command::Serve { .. }
             | Command::Completion { .. } => Err(Failure::Unexpected),
             Command::Status { watch, check } => self.status(watch, check).await,
-            Command::Inventory => self.print(Request::Inventory).await,
+            Command::Inventory(args) => self.inventory(args).await,
+            Command::Plan { vms, history } => {
+                self.print(Request::Plan { vms, history_s: history.as_secs() }).await
+            }
+            Command::Protect { vm, disks, exclude, door } => {
+                self.print(Request::VmProtect { vm, disks, exclude, door: door.choice() }).await
+            }
+            Command::Unprotect { vm, disks } => self.print(Request::VmUnprotect { vm, disks }).await,
+            Command::Source(command) => self.source(*command).await,
             Command::Vra(command) => self.vra(command).await,
             Command::Vpg(command) => self.vpg(command).await,
             Command::Checkpoint(command) => self.checkpoint(command).await,

@@ -4,9 +4,11 @@
 //! needed) does not answer, 6 still under way when `--timeout` ended, 7 `status --check` found a group not as wanted.
 
 mod ask;
+mod inventory;
 mod recovery;
 mod shape;
 mod show;
+mod source;
 mod table;
 mod transfer;
 mod vpg;
@@ -14,6 +16,7 @@ mod vpg;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use vra::api::ErrorCode;
@@ -25,6 +28,7 @@ use crate::manager::{self, StartError};
 use crate::rebuild::{self, RebuildError};
 use crate::serve::Server;
 use crate::site_key_file::LostSiteKeys;
+use crate::units::parse_duration;
 
 pub use shape::VpgFile;
 
@@ -75,7 +79,40 @@ enum Command {
         check: bool,
     },
     /// Hosts, datastores, networks and VMs that there are.
-    Inventory,
+    Inventory(inventory::InventoryArgs),
+    /// Hypervisors, and managers of hypervisors, that the inventory is read from.
+    #[command(subcommand)]
+    Source(Box<source::SourceCommand>),
+    /// How much VMs write, and the space for journals and the link that their protection would take.
+    Plan {
+        /// Names or UUIDs; without any, all.
+        vms: Vec<String>,
+        /// How long history is wanted.
+        #[arg(long, default_value = "24h", value_parser = parse_duration)]
+        history: Duration,
+    },
+    /// Have a VM's disks served by the VRA of its host, from its next start on. The next step is a group, `zvm vpg create`.
+    Protect {
+        /// Its name or UUID.
+        vm: String,
+        /// Only this disk, such as vda. Can be repeated.
+        #[arg(long = "disk", value_name = "DISK")]
+        disks: Vec<String>,
+        /// All but this disk. Can be repeated.
+        #[arg(long, value_name = "DISK")]
+        exclude: Vec<String>,
+        /// How the guest gets them.
+        #[arg(long, value_enum, default_value_t = ask::GuestDoor::Auto)]
+        door: ask::GuestDoor,
+    },
+    /// Give a VM its own disks back, from its next start on, with all that was written to them.
+    Unprotect {
+        /// Its name or UUID.
+        vm: String,
+        /// Only this disk, such as vda. Can be repeated.
+        #[arg(long = "disk", value_name = "DISK")]
+        disks: Vec<String>,
+    },
     /// VRAs and the tokens that let them enrol.
     #[command(subcommand)]
     Vra(ask::VraCommand),

@@ -10,8 +10,8 @@ use vra::api::{CheckpointInfo, TimeUs};
 
 use super::table::Table;
 use crate::api::{
-    ImportOutcome, ImportedVpg, InventoryState, NewToken, Response, SiteKeyList, Status, TestShown,
-    VpgDetails, VraDetails, VraState,
+    ImportOutcome, ImportedVpg, NewToken, PlannedVm, Response, SiteKeyList, SourceShown, Status, TestShown,
+    VmProtected, VmUnprotected, VpgDetails, VraDetails, VraState,
 };
 use crate::model::alert::Alert;
 use crate::model::event::Event;
@@ -23,7 +23,11 @@ use crate::units::{format_bytes, format_duration_us};
 pub(super) fn response(response: &Response, json: bool) -> io::Result<()> {
     match response {
         Response::Status(status) => out(status, json, status_text),
-        Response::Inventory(state) => out(state, json, inventory_text),
+        Response::Inventory(state) => out(state, json, super::inventory::tree),
+        Response::Plan(vms) => out(vms, json, |vms| plan_table(vms)),
+        Response::VmProtected(vm) => out(vm, json, protected_text),
+        Response::VmUnprotected(vm) => out(vm, json, unprotected_text),
+        Response::Sources(sources) => out(sources, json, |sources| sources_table(sources)),
         Response::Token(token) => out(token, json, token_text),
         Response::Vras(vras) => out(vras, json, |vras| vras_table(vras)),
         Response::Vra(details) => out(details, json, |details| vra_text(details)),
@@ -49,7 +53,7 @@ pub(super) fn vpgs(reports: &[VpgReport], json: bool) -> io::Result<()> {
     out(&reports, json, |reports| vpgs_table(reports))
 }
 
-fn out<T: Serialize>(value: &T, json: bool, text: impl Fn(&T) -> String) -> io::Result<()> {
+pub(super) fn out<T: Serialize>(value: &T, json: bool, text: impl Fn(&T) -> String) -> io::Result<()> {
     let text = if json {
         let mut text = serde_json::to_string_pretty(value).map_err(io::Error::other)?;
         text.push('\n');
@@ -269,43 +273,83 @@ fn vra_text(details: &VraDetails) -> String {
     text
 }
 
-fn inventory_text(state: &InventoryState) -> String {
-    let inventory = &state.inventory;
-    let mut text = format!("From {}", state.from);
-    match state.read_us {
-        Some(read_us) => {
-            let _ = writeln!(text, ", read {read_us}");
-        }
-        None => text.push_str(", not read yet\n"),
+fn plan_table(vms: &[PlannedVm]) -> String {
+    let mut table = Table::new(["VM", "HOST", "DISKS", "WATCHED", "AVERAGE", "PEAK", "JOURNAL", "LINK"]);
+    let rate = |bytes_per_s: u64| format!("{}/s", format_bytes(bytes_per_s));
+    for vm in vms {
+        let dash = || "-".to_owned();
+        table.row([
+            vm.vm.clone(),
+            vm.host.clone(),
+            format_bytes(vm.disks_bytes),
+            vm.rate.map_or_else(dash, |rate| format_duration_us(rate.watched_us)),
+            vm.rate.map_or_else(dash, |told| rate(told.average_bytes_per_s)),
+            vm.rate.map_or_else(dash, |told| rate(told.peak_bytes_per_s)),
+            vm.demand.map_or_else(dash, |demand| format_bytes(demand.journal_bytes)),
+            vm.demand
+                .map_or_else(dash, |demand| format!("{:.1} Mbit/s", demand.link_bits_per_s as f64 / 1e6)),
+        ]);
     }
-    if let Some(error) = &state.error {
-        let _ = writeln!(text, "The newest reading failed: {error}");
+    if table.is_empty() {
+        return "No VMs.\n".into();
     }
-    for site in &inventory.sites {
-        let _ = writeln!(text, "\nSite {}", site.name);
-        for host in inventory.hosts.iter().filter(|host| host.site == site.name) {
-            let _ = writeln!(text, "  Host {} (VRA {})", host.name, host.vra);
-            for vm in inventory.vms.iter().filter(|vm| vm.host == host.name) {
-                let _ = writeln!(text, "    VM {} {}", vm.name, vm.uuid);
-                for disk in &vm.disks {
-                    let size =
-                        disk.size_bytes.map(|size| format!(", {}", format_bytes(size))).unwrap_or_default();
-                    let _ = writeln!(text, "      Disk {} {}{size}", disk.name, disk.path.display());
-                }
-                for nic in &vm.nics {
-                    let _ = writeln!(text, "      NIC {} on {}", nic.mac, nic.network);
-                }
-            }
-            let mounts = |names: &[String]| names.contains(&host.name);
-            for datastore in inventory.datastores.iter().filter(|datastore| mounts(&datastore.hosts)) {
-                let _ = writeln!(text, "    Datastore {} {}", datastore.name, datastore.path.display());
-            }
-        }
-        for network in inventory.networks.iter().filter(|network| network.site == site.name) {
-            let _ = writeln!(text, "  Network {}", network.name);
-        }
+    let sum = |of: fn(&PlannedVm) -> Option<u64>| vms.iter().filter_map(of).fold(0, u64::saturating_add);
+    let journals = sum(|vm| vm.demand.map(|demand| demand.journal_bytes));
+    let link = sum(|vm| vm.demand.map(|demand| demand.link_bits_per_s));
+    table.row([
+        "all".into(),
+        String::new(),
+        format_bytes(sum(|vm| Some(vm.disks_bytes))),
+        String::new(),
+        rate(sum(|vm| vm.rate.map(|rate| rate.average_bytes_per_s))),
+        String::new(),
+        format_bytes(journals),
+        format!("{:.1} Mbit/s", link as f64 / 1e6),
+    ]);
+    table.render()
+}
+
+fn protected_text(vm: &VmProtected) -> String {
+    let mut table = Table::new(["DISK", "PATH", "DEVICE"]);
+    for disk in &vm.disks {
+        table.row([disk.disk.clone(), disk.path.display().to_string(), disk.device.clone()]);
+    }
+    let mut text = table.render();
+    if vm.at_next_start {
+        let _ = writeln!(text, "VM {} runs: shut it down and start it again, then it uses them.", vm.vm);
+        text += "A reboot from within the guest is not enough.\n";
     }
     text
+}
+
+fn unprotected_text(vm: &VmUnprotected) -> String {
+    if vm.disks.is_empty() {
+        return format!("VM {} has its own disks already.\n", vm.vm);
+    }
+    let disks = vm.disks.join(", ");
+    if vm.at_next_start {
+        format!("Disks {disks} are VM {}'s own from its next start on; until then they are served.\n", vm.vm)
+    } else {
+        format!("Disks {disks} are VM {}'s own again.\n", vm.vm)
+    }
+}
+
+fn sources_table(sources: &[SourceShown]) -> String {
+    let mut table = Table::new(["SOURCE", "KIND", "SITE", "ADDRESS", "HOSTS", "VMS", "READ", "PROBLEM"]);
+    for shown in sources {
+        let settings = &shown.source.settings;
+        table.row([
+            shown.source.name.clone(),
+            settings.access.kind().into(),
+            settings.site.clone(),
+            settings.access.address().into(),
+            shown.hosts.to_string(),
+            shown.vms.to_string(),
+            shown.read_us.map_or_else(|| "not yet".into(), |read_us| read_us.to_string()),
+            shown.error.clone().unwrap_or_else(|| "-".into()),
+        ]);
+    }
+    if table.is_empty() { "No sources but the inventory file.\n".into() } else { table.render() }
 }
 
 fn token_text(token: &NewToken) -> String {

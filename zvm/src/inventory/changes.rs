@@ -480,6 +480,8 @@ mod tests {
             path: format!("/images/{name}").into(),
             size_bytes: Some(size_bytes),
             kind: DiskKind::Raw,
+            served: None,
+            written_bytes: None,
         }
     }
 

@@ -3,9 +3,11 @@
 pub mod changes;
 pub mod libvirt;
 pub mod model;
+pub mod source;
 pub mod static_file;
 pub mod vcenter;
 pub mod world;
+pub mod write_rates;
 pub mod xml;
 
 use std::future::Future;

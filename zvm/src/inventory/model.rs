@@ -173,6 +173,12 @@ pub struct Disk {
     /// What is at its path.
     #[serde(default)]
     pub kind: DiskKind,
+    /// Whether the guest is given a device that a VRA serves, in place of what is at the path; none if the source doesn't tell.
+    #[serde(default)]
+    pub served: Option<bool>,
+    /// What the guest has written to it since it was started, in bytes, if the source counts it.
+    #[serde(default)]
+    pub written_bytes: Option<u64>,
 }
 
 named! {
@@ -249,6 +255,31 @@ impl Inventory {
     /// Names of the hosts whose VRA is enrolled as `vra`.
     pub fn hosts_of_vra<'a>(&'a self, vra: &'a str) -> impl Iterator<Item = &'a str> {
         self.hosts.iter().filter(move |host| host.vra == vra).map(|host| host.name.as_str())
+    }
+}
+
+impl DiskKind {
+    /// Why a disk of this kind can't be protected, and the way out; none if it can.
+    pub fn obstacle(self) -> Option<(&'static str, &'static str)> {
+        match self {
+            Self::Raw => None,
+            Self::Image => Some((
+                "is in a format of its own, such as qcow2, or a chain of them",
+                "convert it with `qemu-img convert -O raw` (which also flattens a chain) and give the VM the result",
+            )),
+            Self::Network => Some((
+                "isn't on the VM's host",
+                "copy it to a file or block device there, or have the host attach it as a block device (iSCSI, RBD)",
+            )),
+            Self::Shared => Some((
+                "is written to by several VMs, whose order no single host sees",
+                "replicate such a disk within the guests, and exclude it here",
+            )),
+            Self::ReadOnly => Some(("is read-only for the guest", "exclude it: nothing is written to it")),
+            Self::Vmdk => {
+                Some(("is a virtual disk of a vSphere host", "only disks of KVM hosts can be protected"))
+            }
+        }
     }
 }
 

@@ -256,6 +256,8 @@ impl Checker<'_> {
                 path: disk.path.get_ref().clone(),
                 size_bytes,
                 kind: DiskKind::Raw,
+                served: None,
+                written_bytes: None,
             });
         }
         let mut nics = Vec::with_capacity(vm.nic.len());

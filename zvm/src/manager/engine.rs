@@ -20,7 +20,7 @@ use crate::reconcile::{Action, ActionKind, ActionOutcome, Desired, Plan, Progres
 use crate::store::{self, StoreError};
 
 /// Opening disks and taking definitions can take a VRA longer than answering a question.
-const SLOW_ACTION_LIMIT: Duration = Duration::from_secs(60);
+pub(super) const SLOW_ACTION_LIMIT: Duration = Duration::from_secs(60);
 
 /// Housekeeping of tasks, events and alerts happens every so many passes.
 const TRIM_EVERY_PASSES: u32 = 1_000;
@@ -84,7 +84,7 @@ impl Engine {
         self.show_progress(progress).await?;
         let reports = manager.reports(&desired, &observed);
         self.note_status_changes(&reports).await?;
-        let inventory = manager.inventory().inventory;
+        let inventory = manager.inventory();
         let look = Look {
             desired: &desired,
             observed: &observed,
@@ -324,12 +324,12 @@ impl Engine {
         let problems = self.manager.own_problems.lock().expect("no code panics while it holds this lock");
         problems
             .iter()
-            .map(|(code, (description, remedy))| Condition {
+            .map(|((code, entity), problem)| Condition {
                 code: (*code).into(),
-                entity: Entity::zvm(),
+                entity: entity.clone(),
                 level: Level::Warning,
-                description: description.clone(),
-                remedy: remedy.clone(),
+                description: problem.description.clone(),
+                remedy: problem.remedy.clone(),
             })
             .collect()
     }

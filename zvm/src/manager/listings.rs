@@ -3,8 +3,10 @@
 use uuid::Uuid;
 use vra::api::{ApiError, ErrorCode};
 
+use super::inventory_watch::SourceReading;
+use super::spec::find_vm;
 use super::{Manager, internal, vras};
-use crate::api::{InventoryState, MAX_LIST, Status};
+use crate::api::{InventoryState, MAX_LIST, PlannedVm, SourceState, Status};
 use crate::model::alert::Alert;
 use crate::model::event::Event;
 use crate::model::task::Task;
@@ -29,13 +31,37 @@ impl Manager {
 
     /// The inventory in force.
     pub fn show_inventory(&self) -> InventoryState {
-        let reading = self.inventory();
-        InventoryState {
-            from: reading.from,
+        let known = self.known();
+        let state = |(name, reading): (&String, &SourceReading)| SourceState {
+            name: name.clone(),
+            from: reading.from.clone(),
             read_us: reading.read_us,
-            error: reading.error,
-            inventory: reading.inventory.as_ref().clone(),
+            error: reading.error.clone(),
+        };
+        InventoryState {
+            sources: known.readings.iter().map(state).collect(),
+            inventory: known.world.inventory().as_ref().clone(),
         }
+    }
+
+    /// What protecting VMs would take, by how much they write; none named: all.
+    pub fn plan(&self, vms: &[String], history_s: u64) -> Result<Vec<PlannedVm>, ApiError> {
+        let inventory = self.inventory();
+        let named = vms.iter().map(|name| find_vm(&inventory, name)).collect::<Result<Vec<_>, _>>()?;
+        let chosen = if named.is_empty() { inventory.vms.iter().collect() } else { named };
+        let known = self.known();
+        let planned = chosen.into_iter().map(|vm| {
+            let rate = known.rates.of(vm.uuid);
+            PlannedVm {
+                vm: vm.name.clone(),
+                uuid: vm.uuid,
+                host: vm.host.clone(),
+                disks_bytes: vm.disks.iter().filter_map(|disk| disk.size_bytes).fold(0, u64::saturating_add),
+                demand: rate.map(|rate| rate.demand(history_s)),
+                rate,
+            }
+        });
+        Ok(planned.collect())
     }
 
     /// The newest tasks.

@@ -39,7 +39,7 @@ impl Manager {
     /// when the first syncs of those VMs have ended.
     pub async fn add_vms(&self, name: &str, vms: &[VmSpec]) -> Result<Task, ApiError> {
         let (vpg, desired) = self.changeable(name).await?;
-        let inventory = self.inventory().inventory;
+        let inventory = self.inventory();
         let context = spec::Context { inventory: &inventory, vras: &desired.vras, vpgs: &desired.vpgs };
         let joining = spec::join(&vpg, vms, &context)?;
         let served = self.served_by(joining.sources()).await?;
@@ -54,7 +54,7 @@ impl Manager {
     /// Protects disks that VMs of a group have got since; the engine takes its definition to the VRAs. What was recovered before is without them.
     pub async fn add_disks(&self, name: &str, vms: &[String]) -> Result<Task, ApiError> {
         let (vpg, desired) = self.changeable(name).await?;
-        let inventory = self.inventory().inventory;
+        let inventory = self.inventory();
         let context = spec::Context { inventory: &inventory, vras: &desired.vras, vpgs: &desired.vpgs };
         let growing = spec::grow(&vpg, vms, &context)?;
         let served = self.served_by(growing.sources()).await?;
@@ -68,7 +68,7 @@ impl Manager {
     /// Protects disks no more; the engine takes its definition to the VRAs, whose sources serve them on. What was recovered before has them.
     pub async fn remove_disks(&self, name: &str, disks: &[DiskName]) -> Result<Task, ApiError> {
         let (vpg, desired) = self.changeable(name).await?;
-        let settings = spec::without_disks(&vpg, disks, &self.inventory().inventory)?;
+        let settings = spec::without_disks(&vpg, disks, &self.inventory())?;
         let names: Vec<String> = disks.iter().map(|disk| format!("{}:{}", disk.vm, disk.disk)).collect();
         let description = format!("disk {} is protected no more in VPG {}", names.join(", "), vpg.name);
         let told = Told { task: TaskKind::ChangeDisks, event: EventKind::EditProtectionGroup, description };

@@ -1,6 +1,7 @@
 //! The manager at work: it holds the store, the authority, the inventory and what was last seen of the VRAs. User actions
 //! are in files by noun; [`engine`] is the loop that brings the world to where it should be.
 
+pub mod attaching;
 pub mod checkpoint_locks;
 mod checkpoints;
 pub mod engine;
@@ -11,6 +12,7 @@ pub mod listings;
 pub mod members;
 pub mod replication;
 pub mod site_keys;
+pub mod sources;
 pub mod spec;
 pub mod test_runs;
 pub mod transfer;
@@ -20,7 +22,7 @@ pub mod vras;
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -57,22 +59,24 @@ pub struct Manager {
     zvm: ZvmId,
     site_name: String,
     remote: Remote,
-    inventory: RwLock<InventoryReading>,
+    inventory: Mutex<inventory_watch::Known>,
+    /// Wakes who begins and ends the reading of sources.
+    sources_changed: Notify,
+    /// Wakes who ends the serving of volumes.
+    volumes_leave: Notify,
     observed: Mutex<Observed>,
     passes: Mutex<PassTimes>,
-    /// Problems of the manager's own that the engine turns into alerts: code, description, remedy.
-    own_problems: Mutex<BTreeMap<&'static str, (String, String)>>,
+    /// Problems of the manager's own that the engine turns into alerts, by code.
+    own_problems: Mutex<BTreeMap<(&'static str, Entity), OwnProblem>>,
     /// Wakes the engine.
     wake: Notify,
 }
 
-/// The inventory in force and how it came to be.
-#[derive(Debug, Clone, Default)]
-struct InventoryReading {
-    from: String,
-    read_us: Option<TimeUs>,
-    error: Option<String>,
-    inventory: Arc<Inventory>,
+/// A problem of the manager's own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct OwnProblem {
+    description: String,
+    remedy: String,
 }
 
 /// Why the manager could not start.
@@ -150,7 +154,9 @@ impl Manager {
             zvm,
             site_name: site.name,
             remote,
-            inventory: RwLock::default(),
+            inventory: Mutex::default(),
+            sources_changed: Notify::new(),
+            volumes_leave: Notify::new(),
             observed: Mutex::default(),
             passes: Mutex::default(),
             own_problems: Mutex::default(),
@@ -177,8 +183,8 @@ impl Manager {
         Duration::from_millis(self.config.reconcile.request_timeout_ms)
     }
 
-    fn inventory(&self) -> InventoryReading {
-        self.inventory.read().expect("no code panics while it holds this lock").clone()
+    fn inventory(&self) -> Arc<Inventory> {
+        self.known().world.inventory()
     }
 
     fn observed(&self) -> Observed {
@@ -189,11 +195,15 @@ impl Manager {
         *self.passes.lock().expect("no code panics while it holds this lock")
     }
 
-    fn set_own_problem(&self, code: &'static str, problem: Option<(String, String)>) {
+    fn set_own_problem(&self, code: &'static str, entity: Entity, problem: Option<OwnProblem>) {
         let mut problems = self.own_problems.lock().expect("no code panics while it holds this lock");
+        let key = (code, entity);
+        if problems.get(&key) == problem.as_ref() {
+            return;
+        }
         match problem {
-            Some(problem) => problems.insert(code, problem),
-            None => problems.remove(code),
+            Some(problem) => problems.insert(key, problem),
+            None => problems.remove(&key),
         };
         self.wake.notify_one();
     }

@@ -17,7 +17,7 @@ use vra::api::{ApiError, ErrorCode, JournalId, MemberSince, TimeUs, VmId, VpgId,
 
 use super::check_name;
 use crate::api::{VmSpec, VpgSpec};
-use crate::inventory::{Disk, FindVmError, Inventory, Vm};
+use crate::inventory::{Disk, FindVmError, Inventory, Power, Vm};
 use crate::model::recovery::VmRecovery;
 use crate::model::vpg::{ExcludedDisk, JournalBounds, Member, Vpg, VpgSettings, VpgState};
 use crate::model::vra::Vra;
@@ -168,14 +168,19 @@ impl Resolved<'_> {
     }
 }
 
-fn place<'a>(spec: &VpgSpec, vm_spec: &VmSpec, context: &Context<'a>) -> Result<Place<'a>, ApiError> {
-    let vm = context.inventory.find_vm(&vm_spec.vm).map_err(|error| {
+/// The VM of the inventory with this name or UUID.
+pub(super) fn find_vm<'a>(inventory: &'a Inventory, name: &str) -> Result<&'a Vm, ApiError> {
+    inventory.find_vm(name).map_err(|error| {
         let code = match error {
             FindVmError::Unknown(_) => ErrorCode::NotFound,
             FindVmError::Ambiguous { .. } => ErrorCode::BadRequest,
         };
         ApiError::new(code, error.to_string()).remedy("`zvm inventory` shows the VMs that there are")
-    })?;
+    })
+}
+
+fn place<'a>(spec: &VpgSpec, vm_spec: &VmSpec, context: &Context<'a>) -> Result<Place<'a>, ApiError> {
+    let vm = find_vm(context.inventory, &vm_spec.vm)?;
     if let Some(vpg) = context.vpgs.iter().find(|vpg| vpg.settings.vms.iter().any(|m| m.vm.0 == vm.uuid)) {
         return Err(ApiError::new(
             ErrorCode::Conflict,
@@ -294,6 +299,21 @@ fn volumes_of(
     let mut volumes = Vec::with_capacity(vm.disks.len());
     let is_excluded = |disk: &&Disk| excluded.iter().any(|excluded| excluded.name == disk.name);
     for disk in vm.disks.iter().filter(|disk| !is_excluded(disk)) {
+        if disk.served == Some(false)
+            && vm.power != Power::Off
+            && at_source.iter().any(|volume| volume.path == disk.path)
+        {
+            let message = format!(
+                "the guest of VM {:?} still writes to disk {} ({}) itself, past VRA {}",
+                vm.name,
+                disk.name,
+                disk.path.display(),
+                source.name
+            );
+            return Err(ApiError::new(ErrorCode::NotReady, message).remedy(
+                "shut it down and start it again (a reboot from within is not enough): it then gets the served device",
+            ));
+        }
         let volume = at_source.iter().find(|volume| volume.path == disk.path).ok_or_else(|| {
             let message = format!(
                 "disk {} ({}) of VM {:?} is not served by VRA {}",
@@ -302,7 +322,11 @@ fn volumes_of(
                 vm.name,
                 source.name
             );
-            ApiError::new(ErrorCode::NotReady, message).remedy(format!(
+            let error = ApiError::new(ErrorCode::NotReady, message);
+            if disk.served.is_some() {
+                return error.remedy(format!("run `zvm protect {}`, or leave the disk out", vm.name));
+            }
+            error.remedy(format!(
                 "on that host run `vra attach {} --vm-name {:?} --vm {}` and give the guest the device that it prints",
                 disk.path.display(),
                 vm.name,

@@ -40,7 +40,7 @@ impl Manager {
 
     /// A group as it would be created now.
     pub(super) async fn prepare_vpg(&self, spec: &VpgSpec, desired: &Desired) -> Result<Vpg, ApiError> {
-        let inventory = self.inventory().inventory;
+        let inventory = self.inventory();
         let context = spec::Context { inventory: &inventory, vras: &desired.vras, vpgs: &desired.vpgs };
         let resolved = spec::resolve(spec, &context)?;
         let served = self.served_by(resolved.sources()).await?;
@@ -54,7 +54,7 @@ impl Manager {
             return Err(ApiError::new(ErrorCode::Conflict, format!("VPG {name} is being deleted")));
         }
         let desired = self.desired().await.map_err(internal)?;
-        let inventory = self.inventory().inventory;
+        let inventory = self.inventory();
         let context = spec::Context { inventory: &inventory, vras: &desired.vras, vpgs: &desired.vpgs };
         let settings = spec::edited(&vpg, edit, &context)?;
         let description = format!("VPG {} was changed", vpg.name);

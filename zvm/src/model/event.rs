@@ -107,6 +107,10 @@ named! {
         AddressChanged = "AddressChanged",
         /// A new key for encrypted journals is in use.
         SiteKeyRotated = "SiteKeyRotated",
+        /// Disks of a VM are served by a VRA.
+        AttachVm = "AttachVm",
+        /// Disks of a VM are its own again.
+        DetachVm = "DetachVm",
         /// A source of inventory was added.
         SourceAdded = "SourceAdded",
         /// A source's settings were changed.

@@ -4,6 +4,7 @@ pub mod alert;
 pub mod event;
 pub mod kept;
 pub mod recovery;
+pub mod source;
 pub mod status;
 pub mod task;
 pub mod test_run;

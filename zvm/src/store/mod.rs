@@ -6,9 +6,11 @@
 pub mod alerts;
 pub mod certificates;
 pub mod events;
+pub mod leaving_volumes;
 pub mod leftovers;
 pub mod site;
 pub mod site_keys;
+pub mod sources;
 pub mod tasks;
 pub mod test_runs;
 pub mod tokens;
@@ -145,6 +147,7 @@ fn migrator() -> Migrator {
         step(1, "initial", include_str!("../../migrations/0001_initial.sql")),
         step(2, "site_keys", include_str!("../../migrations/0002_site_keys.sql")),
         step(3, "last_test", include_str!("../../migrations/0003_last_test.sql")),
+        step(4, "sources", include_str!("../../migrations/0004_sources.sql")),
     ])
 }
 
@@ -160,6 +163,10 @@ impl<'r> Reader<'r> {
     }
 
     fn text(&self, column: &'static str) -> Result<String, StoreError> {
+        Ok(self.row.try_get(column)?)
+    }
+
+    fn optional_text(&self, column: &'static str) -> Result<Option<String>, StoreError> {
         Ok(self.row.try_get(column)?)
     }
 

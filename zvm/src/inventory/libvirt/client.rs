@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio::time::timeout;
+use zeroize::Zeroizing;
 
 use super::address::{Address, HYPERVISOR_URI};
 use super::connection::{Connection, Timeouts};
@@ -21,6 +22,7 @@ use super::xdr::{Writer, XdrError};
 
 /// Flags of `libvirt-domain.h`.
 mod flag {
+    pub(super) const XML_SECURE: u32 = 1 << 0;
     pub(super) const XML_INACTIVE: u32 = 1 << 1;
     pub(super) const DEFINE_VALIDATE: u32 = 1 << 0;
     pub(super) const STATS_STATE: u32 = 1 << 0;
@@ -31,6 +33,8 @@ mod flag {
     pub(super) const BLOCK_COPY_TRANSIENT_JOB: u32 = 1 << 2;
     pub(super) const BLOCK_JOB_ABORT_PIVOT: u32 = 1 << 1;
     pub(super) const BLOCK_JOB_INFO_BANDWIDTH_BYTES: u32 = 1 << 0;
+    /// `VIR_CONNECT_LIST_DOMAINS_PERSISTENT`.
+    pub(super) const LIST_PERSISTENT: u32 = 1 << 2;
     /// `VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE`, `_DIR`, `_FS` and `_NETFS`.
     pub(super) const LIST_ACTIVE_FOLDER_POOLS: u32 = 1 << 1 | 1 << 6 | 1 << 7 | 1 << 8;
 }
@@ -144,6 +148,12 @@ impl Client {
         self.ask(Procedure::ListAllDomains, arguments, reply::domains).await
     }
 
+    /// Those domains that have a definition, running or not: others are gone with their guest.
+    pub async fn persistent_domains(&self) -> Result<Vec<DomainRef>, LibvirtError> {
+        let arguments = Writer::default().i32(1).u32(flag::LIST_PERSISTENT);
+        self.ask(Procedure::ListAllDomains, arguments, reply::domains).await
+    }
+
     /// All networks, active or not; none without a driver for networks.
     pub async fn networks(&self) -> Result<Vec<NetworkRef>, LibvirtError> {
         let arguments = Writer::default().i32(1).u32(0);
@@ -195,6 +205,13 @@ impl Client {
     pub async fn inactive_domain_xml(&self, domain: &DomainRef) -> Result<String, LibvirtError> {
         let arguments = domain.write(Writer::default()).u32(flag::XML_INACTIVE);
         self.ask(Procedure::DomainGetXmlDesc, arguments, reply::text).await
+    }
+
+    /// The same with its secrets, such as a console's password: without them a definition that is written back would lose them. To be shown
+    /// nowhere.
+    pub async fn definition_to_edit(&self, domain: &DomainRef) -> Result<Zeroizing<String>, LibvirtError> {
+        let arguments = domain.write(Writer::default()).u32(flag::XML_INACTIVE | flag::XML_SECURE);
+        self.ask(Procedure::DomainGetXmlDesc, arguments, reply::text).await.map(Zeroizing::new)
     }
 
     /// Writes a domain's definition, after a check against libvirt's schema. What runs stays as it is until its next start.

@@ -1,10 +1,11 @@
 //! A domain's definition (<https://libvirt.org/formatdomain.html>), and the [`Vm`] that comes of it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 
 use uuid::Uuid;
 
+use super::served;
 use super::volume::Volume;
 use crate::inventory::xml::{Element, XmlError};
 use crate::inventory::{Disk, DiskKind, Nic, Origin, Power, Vm};
@@ -50,6 +51,8 @@ pub struct DomainDisk {
     pub kind: DiskKind,
     /// Whether the definition tells the format. That of a disk in a storage pool may be left to the pool.
     pub has_format: bool,
+    /// Whether a VRA's device stands in for it: source and kind are what they were before.
+    pub served: bool,
 }
 
 /// Where a disk is.
@@ -93,6 +96,8 @@ pub struct DomainFacts {
     pub state: Option<i32>,
     /// Sizes in bytes, by the disk's target name.
     pub capacity_bytes: HashMap<String, u64>,
+    /// What the guest has written since its start, in bytes, by the disk's target name.
+    pub written_bytes: HashMap<String, u64>,
 }
 
 /// What the VMs of one host share.
@@ -118,10 +123,14 @@ impl Domain {
         let uuid = root.text_at(&["uuid"]).and_then(|uuid| Uuid::try_parse(uuid).ok());
         let devices = root.child("devices");
         let of = |name| devices.into_iter().flat_map(move |devices| devices.children_named(name));
+        let originals = served::originals(&root);
         Ok(Self {
             uuid: uuid.ok_or(DomainError::Missing("<uuid>"))?,
             name: root.text_at(&["name"]).ok_or(DomainError::Missing("<name>"))?.to_owned(),
-            disks: of("disk").filter_map(|disk| disk_of(disk).transpose()).collect::<Result<_, _>>()?,
+            disks: of("disk")
+                .filter_map(|disk| disk_of(disk).transpose())
+                .map(|disk| disk.map(|disk| original_of(disk, &originals)))
+                .collect::<Result<_, _>>()?,
             nics: of("interface").filter_map(nic_of).collect(),
         })
     }
@@ -149,7 +158,14 @@ impl Domain {
                     }
                 }
             };
-            Disk { name: disk.name, path: PathBuf::from(path), size_bytes, kind }
+            Disk {
+                path: PathBuf::from(path),
+                size_bytes,
+                kind,
+                served: Some(disk.served),
+                written_bytes: facts.written_bytes.get(&disk.name).copied(),
+                name: disk.name,
+            }
         };
         let nic = |nic: DomainNic| {
             let network = match nic.plugged_into {
@@ -216,7 +232,20 @@ fn disk_of(disk: &Element) -> Result<Option<DomainDisk>, DomainError> {
     } else {
         DiskKind::Raw
     };
-    Ok(Some(DomainDisk { name, source, kind, has_format: format(disk).is_some() }))
+    Ok(Some(DomainDisk { name, source, kind, has_format: format(disk).is_some(), served: false }))
+}
+
+/// The disk that a VRA's device stands in for. What the metadata says of a disk that is itself again, is of no meaning.
+fn original_of(disk: DomainDisk, originals: &BTreeMap<String, String>) -> DomainDisk {
+    let Some(original) = originals.get(&disk.name) else { return disk };
+    let original =
+        Element::parse(original, MAX_XML_BYTES).ok().and_then(|original| disk_of(&original).ok().flatten());
+    match original {
+        Some(original) if original.source != disk.source => {
+            DomainDisk { name: disk.name, served: true, ..original }
+        }
+        _ => disk,
+    }
 }
 
 /// Whether the path has something else than the guest's bytes as they are: a format, a chain, a cipher, or a part of a file.

@@ -15,6 +15,7 @@ pub mod message;
 pub mod pool;
 pub mod provider;
 mod reading;
+pub mod served;
 mod stream;
 pub mod tls;
 pub mod volume;

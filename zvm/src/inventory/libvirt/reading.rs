@@ -114,7 +114,10 @@ async fn domain_stats(
     let stats = client.domain_stats(&domains).await?;
     Ok(stats
         .into_iter()
-        .map(|stats| (stats.domain, DomainFacts { state: stats.state, capacity_bytes: stats.capacity_bytes }))
+        .map(|stats| {
+            let (state, capacity_bytes) = (stats.state, stats.capacity_bytes);
+            (stats.domain, DomainFacts { state, capacity_bytes, written_bytes: stats.written_bytes })
+        })
         .collect())
 }
 

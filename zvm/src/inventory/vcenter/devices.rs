@@ -58,6 +58,8 @@ pub(super) fn disks(vm: &Properties) -> Vec<Disk> {
             path: PathBuf::from(device.get("backing.fileName").unwrap_or_default()),
             size_bytes: device.size_bytes(),
             kind: device.disk_kind(),
+            served: None,
+            written_bytes: None,
         });
     }
     disks

@@ -104,7 +104,8 @@ impl<'a> Reader<'a> {
     }
 
     fn network(&self, id: &str) -> Network {
-        Network { name: named(&self.networks, id), site: self.source.site.clone(), origin: self.origin(id) }
+        let (name, site) = (named(&self.networks, id), self.source.site.clone());
+        Network { name, site, hosts: Vec::new(), origin: self.origin(id) }
     }
 
     fn datastore(&self, id: &str, datastore: &Properties) -> Datastore {

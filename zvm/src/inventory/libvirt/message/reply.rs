@@ -87,6 +87,8 @@ pub struct DomainStats {
     pub state: Option<i32>,
     /// Sizes in bytes that its guest sees, by the disk's target name. One whose size can't be had right now is missing.
     pub capacity_bytes: HashMap<String, u64>,
+    /// What its guest has written since its start, in bytes, by the disk's target name.
+    pub written_bytes: HashMap<String, u64>,
 }
 
 macro_rules! named_object {
@@ -228,20 +230,24 @@ fn read_stats(reader: &mut Reader<'_>) -> Result<DomainStats, XdrError> {
     // A disk's name and its size are two statistics, joined by the number in their names: `block.0.name`, `block.0.capacity`.
     let mut names: HashMap<&str, &str> = HashMap::new();
     let mut capacities: HashMap<&str, u64> = HashMap::new();
+    let mut written: HashMap<&str, u64> = HashMap::new();
     for (field, value) in reader.list(MAX_STATS, read_stat)? {
         let block = field.strip_prefix("block.").and_then(|field| field.split_once('.'));
         match (field, block, value) {
             ("state.state", _, StatValue::Int(value)) => state = Some(value),
             (_, Some((disk, "name")), StatValue::Text(name)) => _ = names.insert(disk, name),
             (_, Some((disk, "capacity")), StatValue::Unsigned(bytes)) => _ = capacities.insert(disk, bytes),
+            (_, Some((disk, "wr.bytes")), StatValue::Unsigned(bytes)) => _ = written.insert(disk, bytes),
             _ => {}
         }
     }
-    let capacity_bytes = capacities
-        .into_iter()
-        .filter_map(|(disk, bytes)| Some(((*names.get(disk)?).to_owned(), bytes)))
-        .collect();
-    Ok(DomainStats { domain, state, capacity_bytes })
+    let named = |by_number: HashMap<&str, u64>| {
+        by_number
+            .into_iter()
+            .filter_map(|(disk, bytes)| Some(((*names.get(disk)?).to_owned(), bytes)))
+            .collect()
+    };
+    Ok(DomainStats { domain, state, capacity_bytes: named(capacities), written_bytes: named(written) })
 }
 
 /// `remote_typed_param_value`.

@@ -1,0 +1,426 @@
+//! Disks that a VRA serves to a domain: the definition names the served device, and keeps in its metadata what was there before, so that
+//! the way back needs nothing of ours.
+//!
+//! ```xml
+//! <metadata>
+//!   <holdfast:served xmlns:holdfast="urn:holdfast:served:1">
+//!     <holdfast:disk target="vda">&lt;disk type='file' ...&gt;...&lt;/disk&gt;</holdfast:disk>
+//!   </holdfast:served>
+//! </metadata>
+//! ```
+//!
+//! The text of a `holdfast:disk` is the former `<disk>`, letter by letter. The rest of a definition is left as it is, letter by letter, too.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use quick_xml::Reader;
+use quick_xml::escape::escape;
+use quick_xml::events::Event;
+use vra::api::DoorAddress;
+
+use super::domain::MAX_XML_BYTES;
+use crate::inventory::xml::{Element, MAX_DEPTH, XmlError};
+
+/// Namespace of what is ours in a definition's metadata.
+pub const NAMESPACE: &str = "urn:holdfast:served:1";
+
+/// Seconds that QEMU keeps requests of a guest waiting while the VRA doesn't answer at its NBD socket (E1). ublk has no such limit.
+pub const RECONNECT_DELAY_S: u32 = 600;
+
+/// Name of our element in the metadata; the only one of that name there, whatever prefix it has.
+const SERVED: &str = "served";
+
+/// Why a definition can't be changed.
+#[derive(Debug, thiserror::Error)]
+pub enum ServedError {
+    /// It is no XML, or too much of it.
+    #[error(transparent)]
+    Xml(#[from] XmlError),
+    /// It has no such disk.
+    #[error("the definition has no disk {0}")]
+    NoDisk(String),
+    /// A disk is served already.
+    #[error("disk {0} is served by a VRA already")]
+    IsServed(String),
+    /// A part that every definition has is missing.
+    #[error("the definition has no <{0}>")]
+    Missing(&'static str),
+}
+
+/// What disks were before a VRA served them: the former `<disk>` by target name.
+pub fn originals(domain: &Element) -> BTreeMap<String, String> {
+    let served = domain.child("metadata").and_then(|metadata| metadata.child(SERVED));
+    let disk = |disk: &Element| Some((disk.attribute("target")?.to_owned(), disk.text.clone()));
+    served.into_iter().flat_map(|served| served.children_named("disk")).filter_map(disk).collect()
+}
+
+/// Points disks at the devices that serve them, by target name.
+pub fn serve(xml: &str, doors: &BTreeMap<String, DoorAddress>) -> Result<String, ServedError> {
+    let definition = Definition::parse(xml)?;
+    let mut originals = originals(&definition.root);
+    let mut edits = Vec::new();
+    for (target, door) in doors {
+        let span = definition.disk(target)?;
+        let original = &xml[span.clone()];
+        if originals.insert(target.clone(), original.to_owned()).is_some() {
+            return Err(ServedError::IsServed(target.clone()));
+        }
+        edits.push((span, served_disk(original, door)?));
+    }
+    edits.extend(definition.metadata_edit(&originals)?);
+    Ok(apply(xml, edits))
+}
+
+/// Gives disks back what they were before, all of them or those named; says which.
+pub fn restore(xml: &str, only: Option<&[String]>) -> Result<(String, Vec<String>), ServedError> {
+    let definition = Definition::parse(xml)?;
+    let mut originals = originals(&definition.root);
+    let (mut edits, mut restored) = (Vec::new(), Vec::new());
+    for (target, original) in originals.clone() {
+        if only.is_some_and(|only| !only.contains(&target)) {
+            continue;
+        }
+        originals.remove(&target);
+        // A disk that was taken out of the VM meanwhile is not brought back.
+        if let Ok(span) = definition.disk(&target) {
+            edits.push((span, original));
+            restored.push(target);
+        }
+    }
+    edits.extend(definition.metadata_edit(&originals)?);
+    Ok((apply(xml, edits), restored))
+}
+
+/// A definition and where its parts are, in bytes.
+struct Definition {
+    root: Element,
+    /// Each `<disk>` of its devices, by target name.
+    disks: Vec<(String, Range<usize>)>,
+    /// Ends of the start tags of `<domain>`.
+    domain_begin: Option<usize>,
+    metadata: Option<Span>,
+    served: Option<Span>,
+}
+
+/// An element's place.
+#[derive(Clone)]
+struct Span {
+    /// With its tags.
+    whole: Range<usize>,
+    /// Where its start tag ends; the same as the whole's end for an empty element.
+    inner_begin: usize,
+}
+
+impl Definition {
+    fn parse(xml: &str) -> Result<Self, ServedError> {
+        let root = Element::parse(xml, MAX_XML_BYTES)?;
+        let mut found = Self { root, disks: Vec::new(), domain_begin: None, metadata: None, served: None };
+        let mut reader = Reader::from_str(xml);
+        // Names of the open elements, each with its begin and the end of its start tag.
+        let mut open: Vec<(String, usize, usize)> = Vec::new();
+        loop {
+            let begin = offset(&reader);
+            let syntax = |error: quick_xml::Error| XmlError::Syntax {
+                at_byte: begin as u64,
+                reason: error.to_string(),
+            };
+            let event = reader.read_event().map_err(syntax)?;
+            let end = offset(&reader);
+            match event {
+                Event::Start(start) if open.len() < MAX_DEPTH => {
+                    open.push((start.local_name().as_ref().to_owned(), begin, end));
+                    if open.len() == 1 {
+                        found.domain_begin = Some(end);
+                    }
+                }
+                Event::Start(_) => return Err(XmlError::TooDeep.into()),
+                Event::Empty(start) => {
+                    open.push((start.local_name().as_ref().to_owned(), begin, end));
+                    found.close(xml, &mut open, end)?;
+                }
+                Event::End(_) => found.close(xml, &mut open, end)?,
+                Event::Eof => return Ok(found),
+                _ => {}
+            }
+        }
+    }
+
+    fn close(
+        &mut self,
+        xml: &str,
+        open: &mut Vec<(String, usize, usize)>,
+        end: usize,
+    ) -> Result<(), ServedError> {
+        let path: Vec<&str> = open.iter().map(|(name, ..)| name.as_str()).collect();
+        let (_, begin, inner_begin) = open.last().cloned().unwrap_or_default();
+        let span = Span { whole: begin..end, inner_begin };
+        match path.as_slice() {
+            ["domain", "devices", "disk"] => {
+                let disk = Element::parse(&xml[begin..end], MAX_XML_BYTES)?;
+                if let Some(target) = disk.child("target").and_then(|target| target.attribute("dev")) {
+                    self.disks.push((target.to_owned(), begin..end));
+                }
+            }
+            ["domain", "metadata"] => self.metadata = Some(span),
+            ["domain", "metadata", SERVED] => self.served = Some(span),
+            _ => {}
+        }
+        open.pop();
+        Ok(())
+    }
+
+    fn disk(&self, target: &str) -> Result<Range<usize>, ServedError> {
+        let found = self.disks.iter().find(|(name, _)| name == target);
+        found.map(|(_, span)| span.clone()).ok_or_else(|| ServedError::NoDisk(target.into()))
+    }
+
+    /// What makes the metadata tell of these originals.
+    fn metadata_edit(
+        &self,
+        originals: &BTreeMap<String, String>,
+    ) -> Result<Option<(Range<usize>, String)>, ServedError> {
+        let mut ours = String::new();
+        if !originals.is_empty() {
+            ours = format!("<holdfast:served xmlns:holdfast=\"{NAMESPACE}\">");
+            for (target, original) in originals {
+                ours += &format!(
+                    "\n      <holdfast:disk target=\"{}\">{}</holdfast:disk>",
+                    escape(target.as_str()),
+                    escape(original.as_str())
+                );
+            }
+            ours += "\n    </holdfast:served>";
+        }
+        Ok(match (&self.served, &self.metadata) {
+            (Some(served), _) => Some((served.whole.clone(), ours)),
+            (None, _) if ours.is_empty() => None,
+            // An empty element has no inside.
+            (None, Some(metadata)) if metadata.inner_begin == metadata.whole.end => {
+                Some((metadata.whole.clone(), format!("<metadata>\n    {ours}\n  </metadata>")))
+            }
+            (None, Some(metadata)) => {
+                Some((metadata.inner_begin..metadata.inner_begin, format!("\n    {ours}")))
+            }
+            (None, None) => {
+                let at = self.domain_begin.ok_or(ServedError::Missing("domain"))?;
+                Some((at..at, format!("\n  <metadata>\n    {ours}\n  </metadata>")))
+            }
+        })
+    }
+}
+
+/// A `<disk>` that names the device in place of its source. What else it has stays: target, address, boot order, serial number.
+fn served_disk(original: &str, door: &DoorAddress) -> Result<String, ServedError> {
+    let disk = Element::parse(original, MAX_XML_BYTES)?;
+    let kind = match door {
+        DoorAddress::Ublk { .. } => "block",
+        DoorAddress::NbdUnix { .. } | DoorAddress::NbdTcp { .. } => "network",
+    };
+    let mut text = format!("<disk type='{kind}'");
+    for (name, value) in disk.attributes.iter().filter(|(name, _)| name != "type") {
+        text += &format!(" {name}='{}'", escape(value.as_str()));
+    }
+    text += &format!(">\n      {}\n      {}", driver(disk.child("driver"), door), source(door));
+    for child in inner_elements(original)? {
+        if !matches!(child.0.as_str(), "driver" | "source" | "backingStore" | "mirror") {
+            text += "\n      ";
+            text += &original[child.1];
+        }
+    }
+    text += "\n    </disk>";
+    Ok(text)
+}
+
+/// Without the host's page cache: a write that the guest saw completed must be at the VRA, not on its way there.
+fn driver(original: Option<&Element>, door: &DoorAddress) -> String {
+    let mut text = String::from("<driver name='qemu' type='raw' cache='none'");
+    if matches!(door, DoorAddress::Ublk { .. }) {
+        text += " io='native'";
+    }
+    let replaced =
+        |name: &str| matches!(name, "name" | "type" | "cache" | "io" | "discard" | "metadata_cache");
+    for (name, value) in original.into_iter().flat_map(|driver| &driver.attributes) {
+        if !replaced(name) {
+            text += &format!(" {name}='{}'", escape(value.as_str()));
+        }
+    }
+    text += " discard='unmap'/>";
+    text
+}
+
+fn source(door: &DoorAddress) -> String {
+    let reconnect = format!("<reconnect delay='{RECONNECT_DELAY_S}'/>");
+    match door {
+        DoorAddress::Ublk { path, .. } => {
+            format!("<source dev='{}'/>", escape(path.display().to_string()))
+        }
+        DoorAddress::NbdUnix { path, export } => format!(
+            "<source protocol='nbd' name='{}'>\n        <host transport='unix' socket='{}'/>\n        {reconnect}\n      </source>",
+            escape(export.as_str()),
+            escape(path.display().to_string())
+        ),
+        DoorAddress::NbdTcp { address, export } => format!(
+            "<source protocol='nbd' name='{}'>\n        <host name='{}' port='{}'/>\n        {reconnect}\n      </source>",
+            escape(export.as_str()),
+            address.ip(),
+            address.port()
+        ),
+    }
+}
+
+/// The elements in a document's root element, by name and place.
+fn inner_elements(xml: &str) -> Result<Vec<(String, Range<usize>)>, ServedError> {
+    let mut reader = Reader::from_str(xml);
+    let mut found = Vec::new();
+    let (mut depth, mut child) = (0_usize, (String::new(), 0));
+    loop {
+        let begin = offset(&reader);
+        let syntax =
+            |error: quick_xml::Error| XmlError::Syntax { at_byte: begin as u64, reason: error.to_string() };
+        let event = reader.read_event().map_err(syntax)?;
+        let end = offset(&reader);
+        match event {
+            Event::Start(start) => {
+                if depth == 1 {
+                    child = (start.local_name().as_ref().to_owned(), begin);
+                }
+                depth += 1;
+            }
+            Event::Empty(start) if depth == 1 => {
+                found.push((start.local_name().as_ref().to_owned(), begin..end));
+            }
+            Event::End(_) => {
+                depth = depth.saturating_sub(1);
+                if depth == 1 {
+                    found.push((std::mem::take(&mut child.0), child.1..end));
+                }
+            }
+            Event::Eof => return Ok(found),
+            _ => {}
+        }
+    }
+}
+
+/// Bytes that were read so far.
+fn offset(reader: &Reader<&[u8]>) -> usize {
+    reader.buffer_position() as usize
+}
+
+/// The text with its parts replaced; they don't overlap.
+fn apply(xml: &str, mut edits: Vec<(Range<usize>, String)>) -> String {
+    edits.sort_by_key(|(range, _)| (range.start, range.end));
+    let mut text = String::with_capacity(xml.len() + edits.iter().map(|(_, new)| new.len()).sum::<usize>());
+    let mut done = 0;
+    for (range, new) in edits {
+        text += &xml[done..range.start];
+        text += &new;
+        done = range.end;
+    }
+    text + &xml[done..]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DOMAIN: &str = "<domain type='qemu' id='3'>
+  <name>db &amp; co</name>
+  <metadata>
+    <app:note xmlns:app='urn:x'>keep</app:note>
+  </metadata>
+  <devices>
+    <disk type='file' device='disk' snapshot='no'>
+      <driver name='qemu' type='raw' cache='writeback' iothread='1'/>
+      <source file='/images/a &amp; b.raw'/>
+      <backingStore/>
+      <target dev='vda' bus='virtio'/>
+      <boot order='1'/>
+      <address type='pci' slot='0x04'/>
+    </disk>
+    <disk type='block' device='disk'><source dev='/dev/vg/db'/><target dev='vdb'/></disk>
+    <disk type='file' device='cdrom'><target dev='sda'/></disk>
+  </devices>
+</domain>";
+
+    fn nbd(export: &str) -> DoorAddress {
+        DoorAddress::NbdUnix { path: "/run/holdfast/nbd.sock".into(), export: export.into() }
+    }
+
+    fn doors() -> BTreeMap<String, DoorAddress> {
+        let ublk = DoorAddress::Ublk { device: 7, path: "/dev/ublkb7".into() };
+        BTreeMap::from([("vda".into(), nbd("e1")), ("vdb".into(), ublk)])
+    }
+
+    fn parse(xml: &str) -> Element {
+        Element::parse(xml, MAX_XML_BYTES).unwrap()
+    }
+
+    fn disk<'a>(domain: &'a Element, target: &str) -> &'a Element {
+        let is_it = |disk: &&Element| disk.child("target").unwrap().attribute("dev") == Some(target);
+        domain.child("devices").unwrap().children_named("disk").find(is_it).unwrap()
+    }
+
+    #[test]
+    fn served_disks_keep_all_but_source_and_driver_and_come_back_letter_by_letter() {
+        let served = serve(DOMAIN, &doors()).unwrap();
+        let domain = parse(&served);
+        let vda = disk(&domain, "vda");
+        assert_eq!((vda.attribute("type"), vda.attribute("snapshot")), (Some("network"), Some("no")));
+        let driver = vda.child("driver").unwrap();
+        assert_eq!((driver.attribute("cache"), driver.attribute("iothread")), (Some("none"), Some("1")));
+        assert_eq!(vda.at(&["source", "host"]).unwrap().attribute("socket"), Some("/run/holdfast/nbd.sock"));
+        assert_eq!(vda.at(&["source", "reconnect"]).unwrap().attribute("delay"), Some("600"));
+        assert_eq!(vda.child("boot").unwrap().attribute("order"), Some("1"));
+        assert_eq!(vda.children_named("driver").count() + vda.children_named("source").count(), 2);
+        let vdb = disk(&domain, "vdb");
+        assert_eq!(vdb.attribute("type"), Some("block"));
+        assert_eq!(vdb.child("source").unwrap().attribute("dev"), Some("/dev/ublkb7"));
+        assert_eq!(domain.at(&["metadata", "note"]).unwrap().text, "keep");
+        let originals = originals(&domain);
+        assert_eq!(
+            parse(&originals["vda"]).child("source").unwrap().attribute("file"),
+            Some("/images/a & b.raw")
+        );
+
+        assert!(matches!(serve(&served, &doors()), Err(ServedError::IsServed(_))));
+        let (one, restored) = restore(&served, Some(&["vdb".into()])).unwrap();
+        assert_eq!(restored, ["vdb"]);
+        assert_eq!(super::originals(&parse(&one)).keys().collect::<Vec<_>>(), ["vda"]);
+        let (back, restored) = restore(&served, None).unwrap();
+        assert_eq!(restored, ["vda", "vdb"]);
+        let blank = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert_eq!(blank(&back), blank(DOMAIN), "but for blank lines in the metadata");
+    }
+
+    #[test]
+    fn metadata_is_made_where_there_is_none() {
+        let plain = DOMAIN.replace("    <app:note xmlns:app='urn:x'>keep</app:note>\n", "");
+        for xml in [
+            plain.clone(),
+            plain.replace("<metadata>\n  </metadata>", "<metadata/>"),
+            plain.replace("  <metadata>\n  </metadata>\n", ""),
+        ] {
+            let served = serve(&xml, &BTreeMap::from([("vda".into(), nbd("e<1>"))])).unwrap();
+            assert_eq!(originals(&parse(&served)).len(), 1, "{served}");
+            assert_eq!(disk(&parse(&served), "vda").child("source").unwrap().attribute("name"), Some("e<1>"));
+            let (back, _) = restore(&served, None).unwrap();
+            assert!(
+                !back.contains("holdfast") && parse(&back).child("devices") == parse(&xml).child("devices")
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_is_named() {
+        let missing = serve(DOMAIN, &BTreeMap::from([("vdz".into(), nbd("e"))]));
+        assert!(matches!(missing, Err(ServedError::NoDisk(disk)) if disk == "vdz"));
+        assert!(matches!(serve("<domain", &doors()), Err(ServedError::Xml(_))));
+        let served = serve(DOMAIN, &doors()).unwrap();
+        let begin = served.find("<disk type='block'").unwrap();
+        let end = begin + served[begin..].find("</disk>").unwrap() + "</disk>".len();
+        let without = format!("{}{}", &served[..begin], &served[end..]);
+        assert_eq!(restore(&without, None).unwrap().1, ["vda"], "a disk that left the VM stays out");
+        assert_eq!(restore(DOMAIN, None).unwrap(), (DOMAIN.to_owned(), Vec::new()));
+    }
+}

@@ -1,0 +1,327 @@
+//! `zvm protect` and `zvm unprotect`: put the VRA of a VM's host in the way of its disks, and take it out again.
+//!
+//! The order keeps the guest's data reachable after a crash at any step: a disk is served before the definition names the served device, and
+//! is served until nothing names it any more.
+
+mod choice;
+mod leaving;
+
+use std::collections::BTreeMap;
+
+use vra::api::{
+    ApiError, Attach, Detach, DoorAddress, DoorRequest, ErrorCode, Request, Response, VmId, VolumeInfo,
+};
+use vra::report::chain;
+
+use super::{Manager, internal};
+use crate::api::{DoorChoice, ServedDisk, VmProtected, VmUnprotected};
+use crate::inventory::libvirt::message::reply::DomainRef;
+use crate::inventory::libvirt::served::{self, ServedError};
+use crate::inventory::libvirt::{Client, LibvirtError};
+use crate::inventory::source::{LibvirtAccessError, libvirt_client};
+use crate::inventory::world::FILE;
+use crate::inventory::{Disk, Power, Vm};
+use crate::model::event::{Entity, EventKind};
+use crate::model::source::Access;
+use crate::model::vra::{Vra, VraState};
+use crate::store::{self, StoreError};
+
+/// A VM that can be protected, where it is, and who serves disks there.
+struct Place {
+    vm: Vm,
+    vra: Vra,
+    access: Access,
+}
+
+impl Manager {
+    /// Has a VM's disks served, and its definition name the served devices.
+    pub async fn protect_vm(
+        &self,
+        name: &str,
+        disks: &[String],
+        excluded: &[String],
+        door: DoorChoice,
+    ) -> Result<VmProtected, ApiError> {
+        let place = self.place_of(name).await?;
+        let disks = choice::of(&place.vm, disks, excluded)?;
+        let vra = &place.vra;
+        let (client, domain) = place.domain().await?;
+        let request = self.door_request(vra, door);
+        let before = self.volumes_of(&place).await?;
+        let mut doors = BTreeMap::new();
+        let mut served = Vec::with_capacity(disks.len());
+        let mut failed = None;
+        for disk in &disks {
+            match self.attach(&place, disk, request.clone()).await {
+                Ok((volume, door)) => {
+                    doors.insert(disk.name.clone(), door.clone());
+                    served.push(ServedDisk {
+                        disk: disk.name.clone(),
+                        path: disk.path.clone(),
+                        device: door.to_string(),
+                        volume: volume.volume,
+                    });
+                }
+                Err(error) => failed = Some(error),
+            }
+        }
+        let names: Vec<String> = doors.keys().cloned().collect();
+        // One that is served already is pointed at its device anew: the VRA may have been set up afresh since.
+        let edit = |xml: &str| served::serve(&served::restore(xml, Some(&names))?.0, &doors);
+        let defined = match failed {
+            None => redefine(&client, &domain, edit).await.map_err(|error| error.told(&place)),
+            Some(error) => Err(error),
+        };
+        if let Err(error) = defined {
+            for disk in served.iter().filter(|disk| !before.iter().any(|known| known.volume == disk.volume)) {
+                self.detach(vra, Detach { volume: disk.volume, force: false }).await;
+            }
+            return Err(error);
+        }
+        client.close().await;
+        let is_running = domain.id >= 0;
+        let description = format!(
+            "disks {} of VM {} are served by VRA {}{}",
+            names.join(", "),
+            place.vm.name,
+            vra.name,
+            if is_running { "; its guest uses them from its next start on" } else { "" }
+        );
+        self.note_vm(EventKind::AttachVm, &place.vm, description).await?;
+        self.wake_source(&place.vm.origin.source);
+        Ok(VmProtected { vm: place.vm.name, disks: served, at_next_start: is_running })
+    }
+
+    /// Gives a VM's definition back what it had, and has its disks no longer served once the guest uses them no more.
+    pub async fn unprotect_vm(&self, name: &str, disks: &[String]) -> Result<VmUnprotected, ApiError> {
+        let place = self.place_of(name).await?;
+        self.check_not_in_vpg(&place.vm).await?;
+        for disk in disks {
+            choice::of(&place.vm, std::slice::from_ref(disk), &[])?;
+        }
+        let (client, domain) = place.domain().await?;
+        let mut restored = Vec::new();
+        let only = (!disks.is_empty()).then_some(disks);
+        let edit = |xml: &str| {
+            let (xml, names) = served::restore(xml, only)?;
+            restored = names;
+            Ok(xml)
+        };
+        redefine(&client, &domain, edit).await.map_err(|error| error.told(&place))?;
+        client.close().await;
+        let is_wanted = |path: &std::path::Path| {
+            let disk = place.vm.disks.iter().find(|disk| disk.path == path);
+            disk.is_some_and(|disk| disks.is_empty() || disks.contains(&disk.name))
+        };
+        let volumes: Vec<VolumeInfo> = self.volumes_of(&place).await?;
+        let leaving: Vec<&VolumeInfo> = volumes.iter().filter(|volume| is_wanted(&volume.path)).collect();
+        let is_running = domain.id >= 0;
+        let description = format!(
+            "disks {} of VM {} are its own again{}",
+            restored.join(", "),
+            place.vm.name,
+            if is_running { " from its next start on" } else { "" }
+        );
+        let now_us = self.now_us();
+        let save = async {
+            let mut tx = self.store.begin().await?;
+            for volume in &leaving {
+                store::leaving_volumes::insert(
+                    &mut tx,
+                    place.vra.id,
+                    volume.volume,
+                    volume.vm,
+                    &volume.path,
+                    now_us,
+                )
+                .await?;
+            }
+            let entity = Entity::vm(VmId(place.vm.uuid));
+            self.note(&mut tx, EventKind::DetachVm, true, entity, description, None).await?;
+            Ok::<_, StoreError>(tx.commit().await?)
+        };
+        save.await.map_err(internal)?;
+        self.wake_source(&place.vm.origin.source);
+        self.volumes_leave.notify_one();
+        Ok(VmUnprotected { vm: place.vm.name, disks: restored, at_next_start: is_running })
+    }
+
+    /// Where a VM is, and who is asked about it.
+    async fn place_of(&self, name: &str) -> Result<Place, ApiError> {
+        let inventory = self.inventory();
+        let vm = super::spec::find_vm(&inventory, name)?.clone();
+        let by_hand = |message: String| {
+            ApiError::new(ErrorCode::Unsupported, message).remedy(
+                "run `vra attach` on its host and give the guest the device that it prints; the operator's guide tells how",
+            )
+        };
+        if vm.origin.source == FILE {
+            return Err(by_hand(format!("VM {:?} is known from the inventory file alone", vm.name)));
+        }
+        let sources = self.stored_sources().await.map_err(internal)?;
+        let source = sources.into_iter().find(|stored| stored.source.name == vm.origin.source);
+        let access = source.map(|stored| stored.source.settings.access);
+        let Some(access @ Access::Libvirt { .. }) = access else {
+            return Err(by_hand(format!("the host of VM {:?} is not a libvirt host", vm.name)));
+        };
+        let host = inventory.host(&vm.host);
+        let vra_name = host.map_or_else(|| vm.host.clone(), |host| host.vra.clone());
+        let vra = self.find_vra(&vra_name).await?;
+        if vra.state != VraState::Enrolled {
+            return Err(ApiError::new(ErrorCode::NotReady, format!("VRA {vra_name} is revoked"))
+                .remedy("enrol it again: `zvm vra token create`, `vra enroll`"));
+        }
+        Ok(Place { vm, vra, access })
+    }
+
+    async fn check_not_in_vpg(&self, vm: &Vm) -> Result<(), ApiError> {
+        let mut db = self.store.read().await.map_err(internal)?;
+        let vpgs = store::vpgs::list(&mut db).await.map_err(internal)?;
+        let Some(vpg) = vpgs.iter().find(|vpg| vpg.settings.vms.iter().any(|member| member.vm.0 == vm.uuid))
+        else {
+            return Ok(());
+        };
+        Err(ApiError::new(ErrorCode::Busy, format!("VM {:?} is in VPG {:?}", vm.name, vpg.name)).remedy(
+            format!("take it out first: `zvm vpg remove-vm {} {}`, or delete the group", vpg.name, vm.name),
+        ))
+    }
+
+    /// ublk where the host has it.
+    fn door_request(&self, vra: &Vra, choice: DoorChoice) -> DoorRequest {
+        let observed = self.observed();
+        let status = observed.get(&vra.id).and_then(|seen| seen.last.as_ref()).map(|last| &last.status);
+        let has_ublk = status.is_some_and(|status| status.host.ublk_features.is_some());
+        match choice {
+            DoorChoice::Nbd => DoorRequest::Nbd { listen: None },
+            DoorChoice::Auto if !has_ublk => DoorRequest::Nbd { listen: None },
+            DoorChoice::Auto | DoorChoice::Ublk => DoorRequest::Ublk { queues: None, depth: None },
+        }
+    }
+
+    async fn attach(
+        &self,
+        place: &Place,
+        disk: &Disk,
+        door: DoorRequest,
+    ) -> Result<(VolumeInfo, DoorAddress), ApiError> {
+        let attach = Attach {
+            vm: VmId(place.vm.uuid),
+            vm_name: place.vm.name.clone(),
+            volume: None,
+            number: None,
+            path: disk.path.clone(),
+            door,
+            force_raw: false,
+        };
+        match self.ask_vra(&place.vra, Request::Attach(attach)).await? {
+            Response::Volume(volume) => match volume.door.clone() {
+                Some(door) => Ok((volume, door)),
+                None => Err(ApiError::new(
+                    ErrorCode::NotReady,
+                    format!(
+                        "VRA {} can't serve {}: {}",
+                        place.vra.name,
+                        disk.path.display(),
+                        volume.problem.as_deref().unwrap_or("no reason was given")
+                    ),
+                )),
+            },
+            _ => Err(wrong_answer(&place.vra)),
+        }
+    }
+
+    /// The volumes of a VM that its VRA serves, or should.
+    async fn volumes_of(&self, place: &Place) -> Result<Vec<VolumeInfo>, ApiError> {
+        match self.ask_vra(&place.vra, Request::List).await? {
+            Response::Volumes(volumes) => {
+                Ok(volumes.into_iter().filter(|volume| volume.vm.0 == place.vm.uuid).collect())
+            }
+            _ => Err(wrong_answer(&place.vra)),
+        }
+    }
+
+    async fn detach(&self, vra: &Vra, detach: Detach) {
+        if let Err(error) = self.ask_vra(vra, Request::Detach(detach)).await {
+            tracing::warn!(vra = vra.name, volume = %detach.volume, %error, "the volume stays attached");
+        }
+    }
+
+    async fn ask_vra(&self, vra: &Vra, request: Request) -> Result<Response, ApiError> {
+        let answer = self.remote.call(&vra.endpoint(), request, super::engine::SLOW_ACTION_LIMIT).await;
+        answer.map_err(|error| error.into_api_error(&vra.name))
+    }
+
+    async fn note_vm(&self, kind: EventKind, vm: &Vm, description: String) -> Result<(), ApiError> {
+        let save = async {
+            let mut tx = self.store.begin().await?;
+            self.note(&mut tx, kind, true, Entity::vm(VmId(vm.uuid)), description, None).await?;
+            Ok::<_, StoreError>(tx.commit().await?)
+        };
+        save.await.map_err(internal)
+    }
+}
+
+impl Place {
+    /// A connection to its host, and the VM there. One without a definition of its own is refused: it would be gone at its next stop.
+    async fn domain(&self) -> Result<(Client, DomainRef), ApiError> {
+        let client = libvirt_client(&self.access).await.map_err(|error| Failed::Access(error).told(self))?;
+        let listed = client.persistent_domains().await;
+        let domains = listed.map_err(|error| Failed::Libvirt(error).told(self))?;
+        let domain = domains.into_iter().find(|domain| domain.uuid == self.vm.uuid).ok_or_else(|| {
+            let message = format!("host {} has no definition of VM {:?}", self.vm.host, self.vm.name);
+            ApiError::new(ErrorCode::Unsupported, message).remedy(
+                "a transient VM ends with its guest: define it with `virsh define`, and start it from there",
+            )
+        })?;
+        Ok((client, domain))
+    }
+}
+
+/// Why a definition was not changed.
+enum Failed {
+    Access(LibvirtAccessError),
+    Libvirt(LibvirtError),
+    Served(ServedError),
+}
+
+impl Failed {
+    fn told(self, place: &Place) -> ApiError {
+        let (reason, remedy) = match &self {
+            Self::Access(error) => (chain(error), "check that the host's libvirt answers, `zvm source list`"),
+            Self::Libvirt(error) => {
+                (chain(error), "see libvirt's log on that host, and what this client may do there")
+            }
+            Self::Served(error) => (chain(error), "look at it with `virsh dumpxml --inactive`"),
+        };
+        let message = format!(
+            "the definition of VM {:?} at {} was not changed: {reason}",
+            place.vm.name,
+            place.access.address()
+        );
+        ApiError::new(ErrorCode::Io, message).remedy(remedy)
+    }
+}
+
+/// Changes what a VM is started with the next time.
+async fn redefine(
+    client: &Client,
+    domain: &DomainRef,
+    edit: impl FnOnce(&str) -> Result<String, ServedError>,
+) -> Result<(), Failed> {
+    let before = client.definition_to_edit(domain).await.map_err(Failed::Libvirt)?;
+    let after = edit(&before).map_err(Failed::Served)?;
+    if after != *before {
+        client.define_domain(&after).await.map_err(Failed::Libvirt)?;
+    }
+    Ok(())
+}
+
+fn wrong_answer(vra: &Vra) -> ApiError {
+    ApiError::new(ErrorCode::Other, format!("VRA {} gave a wrong answer", vra.name))
+}
+
+/// Whether a guest writes to the served device of a disk, as far as the inventory tells.
+fn is_used(vm: &Vm, path: &std::path::Path) -> bool {
+    let disk = vm.disks.iter().find(|disk| disk.path == path);
+    vm.power != Power::Off && disk.is_some_and(|disk| disk.served != Some(false))
+}
