@@ -18,7 +18,8 @@ pub fn run(data: &[u8]) {
     assert!(!vm.name.is_empty() && vm.power == Power::On);
     assert_eq!((vm.disks.len(), vm.nics.len()), (domain.disks.len(), domain.nics.len()));
     for nic in &vm.nics {
-        let is_known = nic.network.is_empty() || networks.contains(&nic.network) || bridges.contains(&nic.network);
+        let is_known =
+            nic.network.is_empty() || networks.contains(&nic.network) || bridges.contains(&nic.network);
         assert!(is_known, "a card in network {:?}, which the inventory hasn't", nic.network);
         assert_eq!(nic.mac, nic.mac.to_ascii_lowercase());
     }

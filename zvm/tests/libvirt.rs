@@ -259,7 +259,7 @@ async fn a_daemon_that_was_killed_is_read_again_whole() {
     watched.host.stop_daemon();
     let started = Instant::now();
     let mut impatient = settings(&watched.host.uri(), TlsFiles::default());
-    impatient.timeouts = Timeouts { connect_ms: 500, call_ms: 500, idle_ms: 200, inventory_ms: 5000 };
+    impatient.timeouts = Timeouts { connect_ms: 500, call_ms: 1000, idle_ms: 200, inventory_ms: 5000 };
     let error = LibvirtHost::new(impatient).read(Reading::Whole).await.expect_err("it stands still");
     assert!(vra::report::chain(&error).contains("no answer to a connection within 500 ms"), "{error:?}");
     assert!(started.elapsed() < Duration::from_secs(2));
@@ -509,7 +509,8 @@ impl Authority {
         let names: Vec<String> = names.iter().map(ToString::to_string).collect();
         let mut params = rcgen::CertificateParams::new(names.clone()).expect("names");
         params.distinguished_name.push(rcgen::DnType::CommonName, names[0].as_str());
-        params.key_usages = vec![rcgen::KeyUsagePurpose::DigitalSignature];
+        params.key_usages =
+            vec![rcgen::KeyUsagePurpose::DigitalSignature, rcgen::KeyUsagePurpose::KeyEncipherment];
         params.extended_key_usages =
             vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth, rcgen::ExtendedKeyUsagePurpose::ClientAuth];
         let certificate = params.signed_by(&key, &self.issuer).expect("certificate");

@@ -201,7 +201,11 @@ async fn what_is_no_libvirt_is_said_to_be_none() {
 async fn replies_that_nobody_asked_for_end_the_connection() {
     let list = Procedure::ListAllDomains;
     Daemon::refused("serial 77", but(list, |_| Answer::Raw(frame(273, 1, 77, 0, &domain_list(1))))).await;
-    Daemon::refused("procedure 14", but(list, |serial| Answer::Raw(frame(14, 1, serial, 0, &domain_list(1))))).await;
+    Daemon::refused(
+        "procedure 14",
+        but(list, |serial| Answer::Raw(frame(14, 1, serial, 0, &domain_list(1)))),
+    )
+    .await;
     Daemon::refused("kind 3", but(list, |serial| Answer::Raw(frame(273, 3, serial, 0, &[])))).await;
     Daemon::refused("status 2", but(list, |serial| Answer::Raw(frame(273, 1, serial, 2, &[])))).await;
 }
@@ -222,7 +226,8 @@ async fn counts_and_lengths_that_lie_are_refused() {
     for procedure in [Procedure::GetHostname, Procedure::GetCapabilities, Procedure::DomainGetXmlDesc] {
         Daemon::refused("a text of length 4294967295", but(procedure, move |_| endless())).await;
     }
-    Daemon::refused("its error cannot be read", but(Procedure::Open, |_| Answer::Error(vec![0xff; 64]))).await;
+    Daemon::refused("its error cannot be read", but(Procedure::Open, |_| Answer::Error(vec![0xff; 64])))
+        .await;
     Daemon::refused("too early", but(Procedure::ListAllDomains, |_| Answer::Body(vec![0, 0, 0, 9]))).await;
     let longer = || Answer::Body([domain_list(1), vec![0; 4]].concat());
     Daemon::refused("left behind its end", but(Procedure::ListAllDomains, move |_| longer())).await;
@@ -262,17 +267,25 @@ async fn definitions_together_have_a_limit() {
     let mut provider = daemon.provider();
     let error = provider.read(Reading::Whole).await.expect_err("it has no end");
     let error = chain(&error);
-    assert!(error.contains("more than 268435456 bytes together") || error.contains("no answer to"), "{error}");
+    assert!(
+        error.contains("more than 268435456 bytes together") || error.contains("no answer to"),
+        "{error}"
+    );
     assert!(resident_mib() < before_mib + 200, "{} MiB, before {before_mib}", resident_mib());
 }
 
 #[tokio::test]
 async fn silence_is_an_error_in_time() {
     for procedure in [Procedure::AuthList, Procedure::Open] {
-        let error = Daemon::refused("no answer to a connection within 400 ms", but(procedure, |_| Answer::Nothing));
+        let error =
+            Daemon::refused("no answer to a connection within 300 ms", but(procedure, |_| Answer::Nothing));
         assert!(matches!(error.await, InventoryError::Read { .. }));
     }
-    Daemon::refused("no answer to ListAllDomains (273) within 400 ms", but(Procedure::ListAllDomains, |_| Answer::Nothing)).await;
+    Daemon::refused(
+        "no answer to ListAllDomains (273) within 400 ms",
+        but(Procedure::ListAllDomains, |_| Answer::Nothing),
+    )
+    .await;
     let slow = |called: i32, _| {
         if called < 200 { Answer::Honest } else { Answer::Late(Duration::from_millis(300)) }
     };
@@ -324,7 +337,7 @@ fn settings(socket: &Path) -> HostSettings {
         site: "london".into(),
         vra: None,
         tls: TlsFiles::default(),
-        timeouts: Timeouts { connect_ms: 400, call_ms: 400, idle_ms: 100, inventory_ms: 1500 },
+        timeouts: Timeouts { connect_ms: 300, call_ms: 400, idle_ms: 100, inventory_ms: 1500 },
     }
 }
 

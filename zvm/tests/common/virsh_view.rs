@@ -73,29 +73,32 @@ impl View {
 
     /// Asks virsh, about VMs whose names and paths have no blanks.
     pub(crate) fn of_virsh(host: &TestHost) -> Self {
-        let lists = host.virsh(&[
-            "echo @hostname; hostname; echo @host; capabilities; \
-             echo @vms; list --all --uuid; echo @networks; net-list --all --uuid; echo @pools; pool-list --uuid",
-        ]);
+        let lists = [
+            ("hostname", "hostname"),
+            ("host", "capabilities"),
+            ("vms", "list --all --uuid"),
+            ("networks", "net-list --all --uuid"),
+            ("pools", "pool-list --uuid"),
+        ];
+        let lists: String = lists.iter().map(|(section, command)| question(section, "", command)).collect();
+        let lists = host.virsh(&[&lists]);
         let lists = sections(&lists);
         let of = |section: &str| lists.get(section).cloned().unwrap_or_default();
         let first = |section: &str| of(section).first().cloned().unwrap_or_default();
         let mut questions = String::new();
         for vm in of("vms") {
-            questions += &format!(
-                "echo @name {vm}; domname {vm}; echo @state {vm}; domstate {vm}; \
-                 echo @disks {vm}; domblklist {vm} --details; echo @sizes {vm}; domblkinfo {vm} --all; \
-                 echo @nics {vm}; domiflist {vm};"
-            );
+            questions += &question("name", &vm, "domname");
+            questions += &question("state", &vm, "domstate");
+            questions += &question("disks", &vm, "domblklist --details");
+            questions += &question("sizes", &vm, "domblkinfo --all");
+            questions += &question("nics", &vm, "domiflist");
         }
         for network in of("networks") {
-            questions += &format!("echo @network {network}; net-name {network};");
+            questions += &question("network", &network, "net-name");
         }
         for pool in of("pools") {
-            questions += &format!(
-                "echo @pool {pool}; pool-info --bytes {pool}; \
-                 echo @path {pool}; pool-dumpxml {pool} --xpath //target/path/text();"
-            );
+            questions += &question("pool", &pool, "pool-info --bytes");
+            questions += &question("path", &pool, "pool-dumpxml --xpath //target/path/text()");
         }
         let answers = if questions.is_empty() { String::new() } else { host.virsh(&[&questions]) };
         let answers = sections(&answers);
@@ -159,13 +162,18 @@ impl View {
     }
 }
 
+/// A command of virsh about an object, with a line before its output that names both.
+fn question(section: &str, object: &str, command: &str) -> String {
+    format!("echo '\n@{section} {object}\n'; {command} {object};")
+}
+
 /// Lines behind each line that begins with `@`, without empty ones.
 fn sections(text: &str) -> BTreeMap<String, Vec<String>> {
     let mut sections = BTreeMap::<String, Vec<String>>::new();
     let mut current = String::new();
     for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
         match line.strip_prefix('@') {
-            Some(name) => name.clone_into(&mut current),
+            Some(name) => name.trim().clone_into(&mut current),
             None => sections.entry(current.clone()).or_default().push(line.to_owned()),
         }
     }

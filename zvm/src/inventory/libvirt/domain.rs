@@ -300,7 +300,8 @@ mod tests {
     const OFF: &str = include_str!("../../../../fuzz/corpus/libvirt_domain/captured-off");
 
     fn vm(xml: &str, facts: &DomainFacts) -> Vm {
-        let volume = Volume { path: "/srv/pool/v1".into(), capacity_bytes: Some(1 << 20), kind: DiskKind::Image };
+        let volume =
+            Volume { path: "/srv/pool/v1".into(), capacity_bytes: Some(1 << 20), kind: DiskKind::Image };
         let volumes = HashMap::from([(("images".to_owned(), "v1".to_owned()), volume)]);
         let networks = HashSet::from(["prod".to_owned()]);
         let host = HostFacts { source: "kvm", host: "kvm-a", networks: &networks, volumes: &volumes };
@@ -360,7 +361,12 @@ mod tests {
             );
             vm(&xml, &DomainFacts::default()).disks[0].kind
         };
-        for raw in ["", "<driver name='qemu' type='raw'/>", "<backingStore/>", "<mirror type='file' format='qcow2'/>"] {
+        for raw in [
+            "",
+            "<driver name='qemu' type='raw'/>",
+            "<backingStore/>",
+            "<mirror type='file' format='qcow2'/>",
+        ] {
             assert_eq!(kind(raw), DiskKind::Raw, "{raw}");
         }
         for image in [
@@ -379,7 +385,9 @@ mod tests {
 
     #[test]
     fn what_every_domain_has_must_be_there() {
-        for (from, to) in [("<name>shop</name>", ""), ("<target dev='vda' bus='virtio'/>", ""), ("<uuid>", "<uuid>x")] {
+        for (from, to) in
+            [("<name>shop</name>", ""), ("<target dev='vda' bus='virtio'/>", ""), ("<uuid>", "<uuid>x")]
+        {
             let error = Domain::parse(&RUNNING.replace(from, to)).unwrap_err();
             assert!(matches!(error, DomainError::Missing(_)), "{error}");
         }
