@@ -9,6 +9,9 @@ BUILD_PACKAGES=(gcc libc6-dev make pkg-config)
 # shellcheck disable=SC2034
 RIG_PACKAGES=(binutils busybox-static fio e2fsprogs xfsprogs sqlite3 iproute2 util-linux libnbd-bin qemu-utils python3)
 
+# What a host with libvirt is made of, in namespaces; QEMU comes by need_libvirt.
+LIBVIRT_PACKAGES=(libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients dnsmasq-base iptables iproute2 util-linux qemu-utils)
+
 say() {
     printf '\n== %s\n' "$*"
 }
@@ -45,6 +48,45 @@ need_packages() {
         as_root apt-get update -qq
         as_root "${install[@]}" "${missing[@]}" >/dev/null
     fi
+}
+
+# Installs a real libvirtd for the tests of its client, and QEMU. Nothing of it is started.
+need_libvirt() {
+    need_packages "${LIBVIRT_PACKAGES[@]}"
+    need_qemu
+    # libvirtd doesn't start without this user, whoever runs the guests; the package that makes it wants systemd.
+    id libvirt-qemu >/dev/null 2>&1 || as_root useradd -r -U -d /var/lib/libvirt -s /usr/sbin/nologin libvirt-qemu
+}
+
+# QEMU must be of the release that qemu-utils is of: where that came from backports, so does QEMU.
+need_qemu() {
+    if command -v qemu-system-x86_64 >/dev/null; then
+        return
+    fi
+    say "installing Debian packages: qemu-system-x86"
+    local install=(env DEBIAN_FRONTEND=noninteractive apt-get)
+    local options=(install -y -qq --no-install-recommends)
+    if as_root "${install[@]}" "${options[@]}" qemu-system-x86 >/dev/null 2>&1; then
+        return
+    fi
+    local folder origin codename
+    folder=$(mktemp -d)
+    mkdir -p "$folder/lists/partial"
+    # shellcheck disable=SC2016  # the words are apt's
+    apt-get indextargets --format '$(REPO_URI) $(CODENAME)' 'Identifier: Packages' | sort -u |
+        while read -r origin codename; do
+            printf 'deb %s %s main\n' "$origin" "$codename"
+            case $codename in
+                *-*) ;;
+                *) printf 'deb %s %s-backports main\n' "$origin" "$codename" ;;
+            esac
+        done | sed 's|^deb |deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] |' >"$folder/sources.list"
+    codename=$(sed -n 's/^.* \(.*-backports\) main$/\1/p' "$folder/sources.list" | head -n 1)
+    install+=(-o "Dir::Etc::SourceList=$folder/sources.list" -o Dir::Etc::SourceParts=/dev/null)
+    install+=(-o "Dir::State::Lists=$folder/lists" -o APT::Sandbox::User=root)
+    as_root "${install[@]}" update -qq
+    as_root "${install[@]}" "${options[@]}" -t "$codename" qemu-system-x86 >/dev/null
+    rm -rf "$folder"
 }
 
 need_rust() {

@@ -2,8 +2,10 @@
 
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod libvirt_host;
 pub(crate) mod pair;
 pub(crate) mod recovered;
+pub(crate) mod virsh_view;
 pub(crate) mod vra;
 
 use std::fs::File;

@@ -318,3 +318,109 @@ fn nic_of(interface: &Element) -> Option<DomainNic> {
     };
     Some(DomainNic { mac, plugged_into })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// From libvirtd 9.0.0: one that runs, with a copy of its first disk under way.
+    const RUNNING: &str = include_str!("../../../../fuzz/corpus/libvirt_domain/captured-running");
+    /// One that is off.
+    const OFF: &str = include_str!("../../../../fuzz/corpus/libvirt_domain/captured-off");
+
+    fn vm(xml: &str, facts: &DomainFacts) -> Vm {
+        let volume =
+            Volume { path: "/srv/pool/v1".into(), capacity_bytes: Some(1 << 20), kind: DiskKind::Image };
+        let volumes = HashMap::from([(("images".to_owned(), "v1".to_owned()), volume)]);
+        let networks = HashSet::from(["prod".to_owned()]);
+        let host = HostFacts { source: "kvm", host: "kvm-a", networks: &networks, volumes: &volumes };
+        Domain::parse(xml).unwrap().into_vm(facts, host)
+    }
+
+    fn disks(vm: &Vm) -> Vec<(&str, &str, DiskKind)> {
+        vm.disks.iter().map(|disk| (disk.name.as_str(), disk.path.to_str().unwrap(), disk.kind)).collect()
+    }
+
+    #[test]
+    fn a_running_domain_has_the_disks_that_it_writes_to() {
+        let capacity_bytes = HashMap::from([("vda".to_owned(), 8 << 20)]);
+        let vm = vm(RUNNING, &DomainFacts { state: Some(1), capacity_bytes });
+        assert_eq!((vm.name.as_str(), vm.power), ("shop", Power::On));
+        assert_eq!(
+            disks(&vm),
+            [
+                ("vda", "/srv/vm/d3.img", DiskKind::Raw),
+                ("vdb", "/srv/vm/top.qcow2", DiskKind::Image),
+                ("sda", "/srv/pool/v1", DiskKind::Raw),
+            ],
+            "neither a copy's destination nor a backing file is a disk, and raw is the running domain's word"
+        );
+        assert_eq!(vm.disks[0].size_bytes, Some(8 << 20));
+        assert_eq!(vm.disks[1].size_bytes, None);
+        assert_eq!(vm.disks[2].size_bytes, Some(1 << 20), "a volume's size is known to its pool");
+        assert_eq!(vm.nics, [Nic { mac: "52:54:00:aa:bb:cc".into(), network: "prod".into() }]);
+    }
+
+    #[test]
+    fn a_domain_that_is_off_has_all_kinds_of_disks() {
+        let vm = vm(OFF, &DomainFacts { state: Some(5), ..DomainFacts::default() });
+        assert_eq!((vm.name.as_str(), vm.power), ("web & mail", Power::Off));
+        assert_eq!(
+            disks(&vm),
+            [
+                ("vda", "/srv/vm/d1.img", DiskKind::Raw),
+                ("vdb", "/srv/vm/top.qcow2", DiskKind::Image),
+                ("vdc", "rbd://mon-a:6789,mon-b/pool/image", DiskKind::Network),
+                ("vdd", "nbd+unix:///export?socket=/run/nbd.sock", DiskKind::Network),
+                ("vde", "/dev/vg/lv", DiskKind::Shared),
+                ("vdf", "/srv/pool/v1", DiskKind::Raw),
+            ]
+        );
+        let networks: Vec<&str> = vm.nics.iter().map(|nic| nic.network.as_str()).collect();
+        assert_eq!(networks, ["prod", "br0", ""]);
+    }
+
+    #[test]
+    fn a_disk_is_raw_only_if_its_path_has_the_guests_bytes() {
+        let kind = |inner: &str| {
+            let xml = format!(
+                "<domain><name>n</name><uuid>{}</uuid><devices><disk type='file'><source file='/d'/>\
+                 <target dev='vda'/>{inner}</disk></devices></domain>",
+                Uuid::nil()
+            );
+            vm(&xml, &DomainFacts::default()).disks[0].kind
+        };
+        for raw in [
+            "",
+            "<driver name='qemu' type='raw'/>",
+            "<backingStore/>",
+            "<mirror type='file' format='qcow2'/>",
+        ] {
+            assert_eq!(kind(raw), DiskKind::Raw, "{raw}");
+        }
+        for image in [
+            "<driver type='qcow2'/>",
+            "<driver type='raw'/><backingStore type='file'><source file='/b'/></backingStore>",
+            "<encryption format='luks'/>",
+            "<slices><slice type='storage' offset='512' size='1024'/></slices>",
+        ] {
+            assert_eq!(kind(image), DiskKind::Image, "{image}");
+        }
+        assert_eq!(kind("<readonly/>"), DiskKind::ReadOnly);
+        assert_eq!(kind("<readonly/><shareable/>"), DiskKind::Shared);
+        let no_source = RUNNING.replace("<source file='/srv/vm/d3.img' index='3'/>", "");
+        assert_eq!(vm(&no_source, &DomainFacts::default()).disks.len(), 2, "an empty drive is no disk");
+    }
+
+    #[test]
+    fn what_every_domain_has_must_be_there() {
+        for (from, to) in
+            [("<name>shop</name>", ""), ("<target dev='vda' bus='virtio'/>", ""), ("<uuid>", "<uuid>x")]
+        {
+            let error = Domain::parse(&RUNNING.replace(from, to)).unwrap_err();
+            assert!(matches!(error, DomainError::Missing(_)), "{error}");
+        }
+        assert!(matches!(Domain::parse("<pool/>"), Err(DomainError::Missing(_))));
+        assert!(matches!(Domain::parse("<domain>"), Err(DomainError::Xml(_))));
+    }
+}

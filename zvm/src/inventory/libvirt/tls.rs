@@ -87,14 +87,15 @@ impl TlsFiles {
             remedy: "give the name or IP address that the daemon's certificate has",
         })?;
         let connector = TlsConnector::from(Arc::new(config));
-        let mut stream = connector.connect(name, stream).await.map_err(certificate_error)?;
+        let mut stream = connector.connect(name, stream).await.map_err(handshake_error)?;
         let mut accepted = [0];
         let told = tokio::time::timeout(limit, stream.read(&mut accepted)).await;
         match told {
             Ok(Ok(1)) if accepted == [ACCEPTED] => Ok(stream),
             Ok(Ok(0)) => Err(client_refused("it closed the connection after the handshake".into())),
             Ok(Ok(_)) => Err(LibvirtError::Lost("it speaks TLS, but not libvirt".into())),
-            Ok(Err(error)) => Err(certificate_error(error)),
+            // A daemon that refuses a certificate may be gone before what it had to say about it was read.
+            Ok(Err(error)) => Err(client_refused(error.to_string())),
             Err(_) => {
                 let _ = stream.shutdown().await;
                 Err(LibvirtError::Timeout {
@@ -114,27 +115,16 @@ fn client_refused(reason: String) -> LibvirtError {
     }
 }
 
-/// Tells a certificate that one side doesn't accept from a broken connection.
-fn certificate_error(error: io::Error) -> LibvirtError {
+/// Tells a certificate that one side doesn't accept from a handshake that broke off.
+fn handshake_error(error: io::Error) -> LibvirtError {
     match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-        Some(rustls::Error::InvalidCertificate(reason)) => LibvirtError::Certificate {
-            reason: format!(
-                "the daemon's certificate is not accepted: {}",
-                rustls::Error::InvalidCertificate(reason.clone())
-            ),
+        Some(refused @ rustls::Error::InvalidCertificate(_)) => LibvirtError::Certificate {
+            reason: format!("the daemon's certificate is not accepted: {refused}"),
             remedy: "give the address by the name that is in the daemon's certificate (as subjectAltName), and the \
                      authority's certificate that it was made with",
         },
         Some(rustls::Error::AlertReceived(alert)) => client_refused(format!("alert {alert:?}")),
-        // A daemon that refuses a certificate may be gone before what it had to say about it was read.
-        None if matches!(
-            error.kind(),
-            io::ErrorKind::ConnectionReset | io::ErrorKind::UnexpectedEof | io::ErrorKind::BrokenPipe
-        ) =>
-        {
-            client_refused(error.to_string())
-        }
-        _ => LibvirtError::Lost(format!("TLS: {error}")),
+        _ => LibvirtError::Lost(format!("the TLS handshake broke off: {error}")),
     }
 }
 
