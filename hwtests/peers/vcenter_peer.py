@@ -31,7 +31,7 @@ class Peer:
         self.address, self.user, self.password = address, user, password
         self.login()
 
-    def login(self):
+    def login(self, _command=None):
         host, port = self.address.rsplit(":", 1)
         service = SmartConnect(
             host=host, port=int(port), user=self.user, pwd=self.password, disableSslCertValidation=True
