@@ -103,23 +103,29 @@ async fn the_inventory_is_what_pyvmomi_reads_after_each_change() {
         now = follow(&mut provider, &mut peer, what).await;
     }
     assert!(now.vms.iter().any(|vm| vm.name == "fresh"));
-    // The simulator doesn't tell of this: only a reading of everything finds it.
-    peer.ask("mark_template", json!({ "id": vm }));
-    now = read(&mut provider, Reading::Whole).await;
-    assert_same(&now, &mut peer);
-    assert!(!now.vms.iter().any(|other| other.origin.id == vm || other.name == "DC0_C0_RP0_VM1"));
+    assert!(!now.vms.iter().any(|other| other.name == "DC0_C0_RP0_VM1"));
 
     let host = first.hosts[0].origin.id.clone();
     let state = |inventory: &Inventory| inventory.hosts[0].state;
     for (name, expected) in [("notResponding", HostState::NotResponding), ("connected", HostState::Connected)]
     {
         peer.hook(&format!("/test/host?id={host}&state={name}"));
-        assert_eq!(state(&follow(&mut provider, &mut peer, name).await), expected);
+        now = follow(&mut provider, &mut peer, name).await;
+        assert_eq!(state(&now), expected);
     }
-    peer.ask("maintenance", json!({ "id": host }));
-    now = follow(&mut provider, &mut peer, "maintenance").await;
-    assert_eq!(state(&now), HostState::Maintenance);
+    let uplinks = first.networks.iter().find(|network| network.name.contains("DVUplinks")).expect("uplinks");
+    peer.hook(&format!("/test/tag?id={}&key=SYSTEM/DVS.UPLINKPG", uplinks.origin.id));
+    now = follow(&mut provider, &mut peer, "uplinks").await;
+    assert_eq!(now.networks.len(), first.networks.len() - 1);
     assert_unchanged(&mut provider, Reading::Whole, &now, "the news were complete").await;
+
+    // The simulator tells of neither: only a reading of everything finds them.
+    peer.ask("mark_template", json!({ "id": vm }));
+    peer.ask("maintenance", json!({ "id": host }));
+    assert_unchanged(&mut provider, Reading::News, &now, "there are no news").await;
+    let last = read(&mut provider, Reading::Whole).await;
+    assert_same(&last, &mut peer);
+    assert_eq!((last.vms.len(), state(&last)), (now.vms.len() - 1, HostState::Maintenance));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -191,8 +191,7 @@ func main() {
 		case <-cut:
 			server.CloseClientConnections()
 		case <-end:
-			// Close would wait for long polls that nobody ends.
-			server.CloseClientConnections()
+			// The process ends: to close the server would wait for long polls that nobody ends.
 			return
 		}
 	}
