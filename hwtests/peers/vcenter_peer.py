@@ -31,7 +31,7 @@ class Peer:
         self.address, self.user, self.password = address, user, password
         self.login()
 
-    def login(self):
+    def login(self, _command=None):
         host, port = self.address.rsplit(":", 1)
         service = SmartConnect(
             host=host, port=int(port), user=self.user, pwd=self.password, disableSslCertValidation=True
@@ -104,7 +104,7 @@ class Peer:
         return {
             "clusters": {entity._moId: simple(entity) for entity in clusters},
             "hosts": {host._moId: describe_host(host) for host in hosts},
-            "networks": {entity._moId: simple(entity) for entity in networks},
+            "networks": {entity._moId: simple(entity) for entity in networks if not is_uplink(entity)},
             "datastores": {datastore._moId: describe_datastore(datastore) for datastore in datastores},
             "vms": {vm._moId: describe_vm(vm, config) for vm, config in vms if not config.template},
         }
@@ -202,6 +202,10 @@ class Peer:
             if command["path"] != "/test/cut":
                 raise
             return None
+
+
+def is_uplink(network):
+    return any(tag.key == "SYSTEM/DVS.UPLINKPG" for tag in network.tag or [])
 
 
 def plain(name):

@@ -22,18 +22,28 @@ fn assert_same(own: &Inventory, peer: &mut Peer) {
     assert_eq!(difference(&by_id(own), &peer.read()), None);
 }
 
+/// Reads, which must give nothing but what was there `before`.
+async fn assert_unchanged(provider: &mut VCenter, reading: Reading, before: &Inventory, why: &str) {
+    if let Some(now) = provider.read(reading).await.expect("a good reading") {
+        assert_eq!(difference(&by_id(&now), &by_id(before)), None, "{why}");
+    }
+}
+
 /// Waits for news until the provider's inventory is what the peer reads.
 async fn follow(provider: &mut VCenter, peer: &mut Peer, what: &str) -> Inventory {
     let expected = peer.read();
     let begun = Instant::now();
+    let mut last = None;
     loop {
         let left = TOLD_WITHIN.saturating_sub(begun.elapsed());
-        tokio::time::timeout(left, provider.changed()).await.unwrap_or_else(|_| panic!("{what}: not told"));
-        if let Some(own) = provider.read(Reading::News).await.expect("a good reading")
-            && difference(&by_id(&own), &expected).is_none()
-        {
-            eprintln!("{what}: told after {:?}", begun.elapsed());
-            return own;
+        let told = tokio::time::timeout(left, provider.changed()).await;
+        told.unwrap_or_else(|_| panic!("{what}: {}", last.as_deref().unwrap_or("not told")));
+        if let Some(own) = provider.read(Reading::News).await.expect("a good reading") {
+            last = difference(&by_id(&own), &expected);
+            if last.is_none() {
+                eprintln!("{what}: told after {:?}", begun.elapsed());
+                return own;
+            }
         }
     }
 }
@@ -65,7 +75,7 @@ async fn the_inventory_is_what_pyvmomi_reads_after_each_change() {
     assert_same(&first, &mut peer);
     assert!(first.networks.iter().any(|network| network.name == "DC1/VM Network"), "{:?}", first.networks);
     assert_eq!((first.vms.len(), first.hosts.len(), first.clusters.len()), (8, 8, 2));
-    assert_eq!(provider.read(Reading::Whole).await.expect("a good reading"), None, "nothing has changed");
+    assert_unchanged(&mut provider, Reading::Whole, &first, "nothing has changed").await;
 
     let vm = id_of(&first, "DC0_C0_RP0_VM0");
     let host = vm_named(&first, "DC0_C0_RP0_VM0").host.clone();
@@ -84,8 +94,8 @@ async fn the_inventory_is_what_pyvmomi_reads_after_each_change() {
         ("plug", json!({ "id": vm, "network": "VM Network" })),
         ("relocate", json!({ "id": vm, "host": elsewhere.origin.id })),
         ("create", json!({ "id": vm, "name": "fresh", "datastore": "[LocalDS_0]" })),
+        ("power", json!({ "id": id_of(&first, "DC0_C0_RP0_VM1"), "to": "off" })),
         ("destroy", json!({ "id": id_of(&first, "DC0_C0_RP0_VM1") })),
-        ("mark_template", json!({ "id": vm })),
     ];
     let mut now = first.clone();
     for (what, command) in steps {
@@ -93,19 +103,29 @@ async fn the_inventory_is_what_pyvmomi_reads_after_each_change() {
         now = follow(&mut provider, &mut peer, what).await;
     }
     assert!(now.vms.iter().any(|vm| vm.name == "fresh"));
-    assert!(!now.vms.iter().any(|other| other.origin.id == vm || other.name == "DC0_C0_RP0_VM1"));
+    assert!(!now.vms.iter().any(|other| other.name == "DC0_C0_RP0_VM1"));
 
     let host = first.hosts[0].origin.id.clone();
     let state = |inventory: &Inventory| inventory.hosts[0].state;
     for (name, expected) in [("notResponding", HostState::NotResponding), ("connected", HostState::Connected)]
     {
         peer.hook(&format!("/test/host?id={host}&state={name}"));
-        assert_eq!(state(&follow(&mut provider, &mut peer, name).await), expected);
+        now = follow(&mut provider, &mut peer, name).await;
+        assert_eq!(state(&now), expected);
     }
+    let uplinks = first.networks.iter().find(|network| network.name.contains("DVUplinks")).expect("uplinks");
+    peer.hook(&format!("/test/tag?id={}&key=SYSTEM/DVS.UPLINKPG", uplinks.origin.id));
+    now = follow(&mut provider, &mut peer, "uplinks").await;
+    assert_eq!(now.networks.len(), first.networks.len() - 1);
+    assert_unchanged(&mut provider, Reading::Whole, &now, "the news were complete").await;
+
+    // The simulator tells of neither: only a reading of everything finds them.
+    peer.ask("mark_template", json!({ "id": vm }));
     peer.ask("maintenance", json!({ "id": host }));
-    assert_eq!(state(&follow(&mut provider, &mut peer, "maintenance").await), HostState::Maintenance);
-    assert_eq!(provider.read(Reading::Whole).await.expect("a good reading"), None, "the news were complete");
-    assert_eq!(provider.read(Reading::News).await.expect("a good reading"), None);
+    assert_unchanged(&mut provider, Reading::News, &now, "there are no news").await;
+    let last = read(&mut provider, Reading::Whole).await;
+    assert_same(&last, &mut peer);
+    assert_eq!((last.vms.len(), state(&last)), (now.vms.len() - 1, HostState::Maintenance));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -134,17 +154,13 @@ async fn a_lost_session_is_made_again_with_one_login() {
     let logins = peer.calls("Login");
 
     peer.hook("/test/status?code=503");
-    assert_eq!(provider.read(Reading::Whole).await.expect("a good reading"), None, "503 once");
+    assert_unchanged(&mut provider, Reading::Whole, &first, "503 once").await;
     assert_eq!(peer.calls("Login"), logins + 1);
 
     peer.hook("/test/forget");
     peer.ask("login", json!({}));
     let logins = peer.calls("Login");
-    assert_eq!(
-        provider.read(Reading::Whole).await.expect("a good reading"),
-        None,
-        "its session is forgotten"
-    );
+    assert_unchanged(&mut provider, Reading::Whole, &first, "its session is forgotten").await;
     assert_eq!(peer.calls("Login"), logins + 1);
 
     // Told of by the wait that runs.
@@ -246,7 +262,7 @@ async fn many_vms_are_read_soon() {
     let took = begun.elapsed();
     assert_eq!((first.vms.len().to_string(), first.hosts.len().to_string()), (vms.into(), hosts.into()));
     let begun = Instant::now();
-    assert_eq!(provider.read(Reading::Whole).await.expect("a good reading"), None);
+    assert_unchanged(&mut provider, Reading::Whole, &first, "nothing has changed").await;
     eprintln!(
         "{vms} VMs on {hosts} hosts: first inventory after {took:?}, all of it anew in {:?}",
         begun.elapsed()

@@ -14,13 +14,18 @@ package main
 
 import (
 	"bytes"
+	"crypto/rand"
+	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
 	"encoding/json"
 	"flag"
 	"fmt"
 	"io"
 	"log"
+	"math/big"
 	"net/http"
 	"net/url"
 	"os"
@@ -29,6 +34,7 @@ import (
 	"strconv"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/vmware/govmomi/simulator"
 	"github.com/vmware/govmomi/vim25/soap"
@@ -95,6 +101,22 @@ func update(w http.ResponseWriter, r *http.Request, change types.PropertyChange)
 	simulator.Map.Update(entity, []types.PropertyChange{change})
 }
 
+// newCertificate makes a self-signed one with a key as a vCenter's. The simulator's own key is too short for today's clients.
+func newCertificate() (tls.Certificate, error) {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		return tls.Certificate{}, err
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()),
+		Subject:      pkix.Name{CommonName: "vcenter.example"},
+		NotBefore:    time.Now().Add(-time.Hour),
+		NotAfter:     time.Now().AddDate(1, 0, 0),
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	return tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}, err
+}
+
 func main() {
 	listen := flag.String("listen", "127.0.0.1:0", "address")
 	user := flag.String("user", "user", "who may log in")
@@ -123,7 +145,12 @@ func main() {
 	}
 	defer model.Remove()
 	service := model.Service
-	service.TLS = new(tls.Config)
+	certificate, err := newCertificate()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	service.TLS = &tls.Config{Certificates: []tls.Certificate{certificate}}
 	service.Listen = &url.URL{Host: *listen, User: url.UserPassword(*user, *password)}
 
 	entry := &front{seen: map[string]bool{}, forgotten: map[string]bool{}, calls: map[string]int{}}
@@ -164,8 +191,7 @@ func main() {
 		case <-cut:
 			server.CloseClientConnections()
 		case <-end:
-			// Close would wait for long polls that nobody ends.
-			server.CloseClientConnections()
+			// The process ends: to close the server would wait for long polls that nobody ends.
 			return
 		}
 	}

@@ -22,7 +22,7 @@ pub(crate) enum Reply {
     /// A body as it is.
     Body(String),
     /// Bytes of the whole HTTP answer, again and again after the head.
-    Endless { head: &'static str, again: &'static [u8] },
+    Endless { head: &'static str, again: String },
     /// One byte a second.
     Drops,
     /// Nothing, and the connection stays open.
@@ -116,7 +116,7 @@ async fn send(stream: &mut TlsStream<TcpStream>, method: &str, reply: Reply) -> 
         Reply::Endless { head, again } => {
             stream.write_all(head.as_bytes()).await?;
             loop {
-                stream.write_all(again).await?;
+                stream.write_all(again.as_bytes()).await?;
             }
         }
         Reply::Drops => {

@@ -169,12 +169,22 @@ pub(crate) fn by_id(inventory: &Inventory) -> Value {
     Value::Object(kinds.collect())
 }
 
-/// The first object that isn't the same in both, if any.
+/// The first object that isn't the same in both, if any. The free space of a datastore, which is the machine's, may differ.
 pub(crate) fn difference(own: &Value, peer: &Value) -> Option<String> {
     for kind in ["clusters", "hosts", "networks", "datastores", "vms"] {
         let (own, peer) = (own[kind].as_object().expect("objects"), peer[kind].as_object().expect("objects"));
+        let without_space = |object: Option<&Value>| {
+            let mut object = object?.clone();
+            let free_bytes = object.as_object_mut()?.remove("free_bytes");
+            assert_eq!(
+                free_bytes.is_some_and(|free_bytes| free_bytes.is_u64()),
+                kind == "datastores",
+                "{object}"
+            );
+            Some(object)
+        };
         for id in own.keys().chain(peer.keys()) {
-            if own.get(id) != peer.get(id) {
+            if without_space(own.get(id)) != without_space(peer.get(id)) {
                 return Some(format!(
                     "{kind} {id}:\n read     {:?}\n pyvmomi  {:?}",
                     own.get(id),

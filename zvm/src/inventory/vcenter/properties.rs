@@ -179,6 +179,7 @@ fn resolve(path: &str) -> Result<Option<(&'static Node, String)>, PropertyError>
             return Ok(Some((node, kept)));
         }
         rest = rest.strip_prefix('.').ok_or(PropertyError::Path)?;
+        kept.push('.');
     }
     Err(PropertyError::Path)
 }

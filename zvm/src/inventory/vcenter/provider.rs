@@ -180,6 +180,9 @@ impl VCenter {
 
 impl Connected {
     async fn refresh(&mut self, reading: Reading) -> Result<(), CallError> {
+        if reading == Reading::News && self.has_news && !self.is_partial {
+            return Ok(());
+        }
         self.follow_news(false).await?;
         if reading == Reading::Whole {
             self.objects = self.session.retrieve().await?;
