@@ -101,7 +101,7 @@ impl Client {
         if let Some(cookie) = cookie {
             request = request.header(COOKIE, cookie);
         }
-        let response = request.send().await.map_err(|error| self.unreachable(&error))?;
+        let response = request.send().await.map_err(|error| self.unreachable(error))?;
         let status = response.status();
         // Faults come with 500.
         if !matches!(status, StatusCode::OK | StatusCode::INTERNAL_SERVER_ERROR) {
@@ -128,7 +128,7 @@ impl Client {
             return Err(too_long());
         }
         let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(|error| self.unreachable(&error))? {
+        while let Some(chunk) = response.chunk().await.map_err(|error| self.unreachable(error))? {
             if body.len() + chunk.len() > MAX_ANSWER_BYTES {
                 return Err(too_long());
             }
@@ -150,10 +150,10 @@ impl Client {
         }
     }
 
-    fn unreachable(&self, error: &reqwest::Error) -> CallError {
+    fn unreachable(&self, error: reqwest::Error) -> CallError {
         match self.refused.take() {
             Some(fingerprint) => CallError::Certificate(fingerprint),
-            None => CallError::Unreachable(io::Error::other(chain(error))),
+            None => CallError::Unreachable(io::Error::other(chain(&error.without_url()))),
         }
     }
 }
@@ -168,6 +168,11 @@ impl AsRef<[u8]> for RequestBody {
 }
 
 impl CallError {
+    /// Whether it says that nobody is logged in.
+    pub(super) fn is_logged_out(&self) -> bool {
+        matches!(self, Self::Fault { fault, .. } if fault.name == "NotAuthenticated")
+    }
+
     /// Whether a new login may help: the session, its filter or the connection is gone.
     pub(super) fn is_loss(&self) -> bool {
         match self {

@@ -1,20 +1,18 @@
 //! From a vCenter's objects to the inventory's nouns.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::PathBuf;
 
 use uuid::Uuid;
 
 use super::devices::{Plugged, cards, disks};
 use super::filter::Kind;
+use super::names::{distinct_names, plain_name};
 use super::objects::Objects;
 use super::properties::Properties;
 use crate::inventory::{
     Cluster, Datastore, Host, HostState, Inventory, Network, Nic, Origin, Power, Site, Vm,
 };
-
-/// Most steps from an object to its datacenter. A hostile vCenter's folders may lie within one another.
-const MAX_FOLDERS: usize = 64;
 
 /// Tag of the port groups that hold a distributed switch's uplinks: no VM is plugged into them.
 const UPLINK_TAG: &str = "SYSTEM/DVS.UPLINKPG";
@@ -184,98 +182,14 @@ fn ids_by<'a>(objects: &'a Objects, path: &str) -> HashMap<&'a str, &'a str> {
     objects.of_kind(Kind::Network).filter_map(|(id, network)| Some((network.get(path)?, id))).collect()
 }
 
-/// A name for each object of a kind, no two the same.
-fn distinct_names(objects: &Objects, kind: Kind) -> HashMap<&str, String> {
-    let plain: BTreeMap<&str, String> =
-        objects.of_kind(kind).map(|(id, properties)| (id, plain_name(id, properties))).collect();
-    let with_datacenter = qualified(&plain, |id, name| {
-        datacenter_of(objects, id).map(|datacenter| format!("{datacenter}/{name}"))
-    });
-    let with_id = qualified(&with_datacenter, |id, _| plain.get(id).map(|name| format!("{name} ({id})")));
-    with_id.into_iter().collect()
-}
-
-/// The names with those replaced that more than one has.
-fn qualified<'a>(
-    names: &BTreeMap<&'a str, String>,
-    replace: impl Fn(&str, &str) -> Option<String>,
-) -> BTreeMap<&'a str, String> {
-    let mut counts: HashMap<&str, usize> = HashMap::new();
-    for name in names.values() {
-        *counts.entry(name).or_default() += 1;
-    }
-    let is_shared = |name: &str| counts.get(name).is_some_and(|count| *count > 1);
-    names
-        .iter()
-        .map(|(id, name)| {
-            let other = if is_shared(name) { replace(id, name) } else { None };
-            (*id, other.unwrap_or_else(|| name.clone()))
-        })
-        .collect()
-}
-
-fn datacenter_of(objects: &Objects, id: &str) -> Option<String> {
-    let mut at = objects.get(id)?;
-    for _ in 0..MAX_FOLDERS {
-        let parent = at.properties.get("parent")?;
-        at = objects.get(parent)?;
-        if at.kind == Kind::Datacenter {
-            return Some(plain_name(parent, &at.properties));
-        }
-    }
-    None
-}
-
-/// An object's name as users see it, or its id if it may not be read. The API writes slashes and percent signs in names as `%2f`, `%5c` and
-/// `%25` (`ManagedEntity.name`).
-fn plain_name(id: &str, properties: &Properties) -> String {
-    let Some(name) = properties.get("name").filter(|name| !name.is_empty()) else { return id.into() };
-    let mut plain = String::with_capacity(name.len());
-    let mut rest = name;
-    while let Some(at) = rest.find('%') {
-        let (before, escape) = rest.split_at(at);
-        plain.push_str(before);
-        let character = match escape.get(..3).map(str::to_ascii_lowercase).as_deref() {
-            Some("%2f") => '/',
-            Some("%5c") => '\\',
-            Some("%25") => '%',
-            _ => {
-                plain.push('%');
-                rest = &escape[1..];
-                continue;
-            }
-        };
-        plain.push(character);
-        rest = &escape[3..];
-    }
-    plain.push_str(rest);
-    plain
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::answers::{Change, ChangeKind, Operation, PropertyChange};
-    use super::super::soap::Moref;
+    use super::super::objects::Described;
     use super::*;
-    use crate::inventory::xml::Element;
 
-    fn objects(all: &[(&str, &str, &[(&str, &str)])]) -> Objects {
-        let mut objects = Objects::default();
-        for (kind, id, properties) in all {
-            let properties = properties.iter().map(|(path, value)| PropertyChange {
-                path: (*path).into(),
-                operation: Operation::Assign,
-                value: Some(Element::parse(&format!("<val>{value}</val>"), 1 << 20).unwrap()),
-            });
-            let (object, properties) = (Moref::new(kind, id), properties.collect());
-            objects.apply(&Change { object, kind: ChangeKind::Enter, properties, missing: vec![] }).unwrap();
-        }
-        objects
-    }
-
-    fn read(all: &[(&str, &str, &[(&str, &str)])]) -> Inventory {
+    fn read(all: &[Described<'_>]) -> Inventory {
         let source = Source { name: "vc".into(), site: "london".into(), instance: Uuid::from_u128(1) };
-        inventory_of(&objects(all), &source)
+        inventory_of(&Objects::described(all), &source)
     }
 
     #[test]
@@ -321,56 +235,29 @@ mod tests {
 
     #[test]
     fn vms_are_told_apart_by_vcenter_and_id_and_templates_are_none() {
-        let all: &[(&str, &str, &[(&str, &str)])] = &[
+        let all: &[Described<'_>] = &[
             ("HostSystem", "h-1", &[("name", "a")]),
             (
                 "VirtualMachine",
                 "vm-1",
-                &[("name", "x%2fy%25%5C%z"), ("runtime.host", "h-1"), ("runtime.powerState", "suspended")],
+                &[
+                    ("name", "x%2fy%25%5C%z&#27;"),
+                    ("runtime.host", "h-1"),
+                    ("runtime.powerState", "suspended"),
+                ],
             ),
             ("VirtualMachine", "vm-2", &[("name", "t"), ("config.template", "true")]),
             ("VirtualMachine", "vm-3", &[("runtime.host", "gone")]),
         ];
         let inventory = read(all);
         let [first, second] = &inventory.vms[..] else { panic!("{:?}", inventory.vms) };
-        assert_eq!((first.name.as_str(), first.host.as_str(), first.power), ("x/y%\\%z", "a", Power::Paused));
+        assert_eq!(
+            (first.name.as_str(), first.host.as_str(), first.power),
+            ("x/y%\\%z\u{fffd}", "a", Power::Paused)
+        );
         assert_eq!((second.name.as_str(), second.host.as_str(), second.power), ("vm-3", "", Power::Unknown));
         let other = Source { name: "vc".into(), site: "london".into(), instance: Uuid::from_u128(2) };
-        assert_ne!(inventory_of(&objects(all), &other).vms[0].uuid, first.uuid);
-    }
-
-    #[test]
-    fn names_that_are_shared_get_their_datacenter_or_id() {
-        let names: Vec<String> = read(&[
-            ("Datacenter", "dc-1", &[("name", "north")]),
-            ("Datacenter", "dc-2", &[("name", "south")]),
-            ("Folder", "f-1", &[("name", "network"), ("parent", "dc-1")]),
-            ("Folder", "f-2", &[("name", "network"), ("parent", "dc-2")]),
-            ("Network", "n-1", &[("name", "VM Network"), ("parent", "f-1")]),
-            ("Network", "n-2", &[("name", "VM Network"), ("parent", "f-2")]),
-            ("DistributedVirtualPortgroup", "p-1", &[("name", "VM Network"), ("parent", "f-2")]),
-            ("Network", "n-3", &[("name", "only"), ("parent", "f-2")]),
-        ])
-        .networks
-        .into_iter()
-        .map(|network| network.name)
-        .collect();
-        assert_eq!(names, ["north/VM Network", "VM Network (n-2)", "only", "VM Network (p-1)"]);
-    }
-
-    #[test]
-    fn folders_within_one_another_end() {
-        let names: Vec<String> = read(&[
-            ("Folder", "f-1", &[("name", "a"), ("parent", "f-2")]),
-            ("Folder", "f-2", &[("name", "b"), ("parent", "f-1")]),
-            ("Datastore", "d-1", &[("name", "ds"), ("parent", "f-1")]),
-            ("Datastore", "d-2", &[("name", "ds"), ("parent", "d-2")]),
-        ])
-        .datastores
-        .into_iter()
-        .map(|datastore| datastore.name)
-        .collect();
-        assert_eq!(names, ["ds (d-1)", "ds (d-2)"]);
+        assert_ne!(inventory_of(&Objects::described(all), &other).vms[0].uuid, first.uuid);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The `vcenter` provider: reads the inventory of a vCenter (6.5 and newer) over its SOAP API, with the property collector.
 //!
-//! Bytes become values in `soap`, `answers`, `properties`, `objects`, `devices` and `inventory`, which do no I/O; `client` speaks HTTPS,
+//! Bytes become values in `soap`, `answers`, `properties`, `objects`, `names`, `devices` and `inventory`, which do no I/O; `client` speaks HTTPS,
 //! `session` is a login with its filter, `provider` joins them.
 
 mod answers;
@@ -9,6 +9,7 @@ mod client;
 mod devices;
 mod filter;
 mod inventory;
+mod names;
 mod objects;
 mod properties;
 mod provider;

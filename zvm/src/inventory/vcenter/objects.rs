@@ -149,6 +149,31 @@ impl Object {
     }
 }
 
+/// An object for tests: type, id, and the inside of its properties' values.
+#[cfg(test)]
+pub(super) type Described<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)]);
+
+#[cfg(test)]
+impl Objects {
+    pub(super) fn described(all: &[Described<'_>]) -> Self {
+        use super::answers::{Operation, PropertyChange};
+        let mut objects = Self::default();
+        for (kind, id, properties) in all {
+            let properties = properties.iter().map(|(path, inner)| PropertyChange {
+                path: (*path).into(),
+                operation: Operation::Assign,
+                value: Some(
+                    crate::inventory::xml::Element::parse(&format!("<val>{inner}</val>"), 1 << 20).unwrap(),
+                ),
+            });
+            let (object, properties) = (super::soap::Moref::new(kind, id), properties.collect());
+            let change = Change { object, kind: ChangeKind::Enter, properties, missing: vec![] };
+            objects.apply(&change).unwrap();
+        }
+        objects
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::answers::{Operation, PropertyChange};

@@ -13,8 +13,11 @@ use crate::inventory::{ChangedFuture, Inventory, InventoryError, Provider, ReadF
 /// Most parts of news that are followed before a reading is given up.
 const MAX_PARTS_OF_NEWS: usize = 10_000;
 
-/// Between two questions for news that were answered with none.
+/// Between two questions for news, when the vCenter doesn't hold its answer back until there are some.
 const MIN_NEWS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// From a login until its loss is told, at least: whoever is told reads, and logs in again.
+const MIN_LOGIN_INTERVAL: Duration = Duration::from_secs(2);
 
 const LOGIN: &str = "correct the user name or the password; a login is tried once a minute at most, so that the account isn't locked";
 const PERMISSION: &str = "give the account the role Read-only at the root of the vCenter, with propagation";
@@ -30,17 +33,22 @@ pub struct VCenter {
     last: Option<Inventory>,
     /// When and why a login was refused.
     refused: Option<(Instant, String)>,
+    /// When it is to be told that the session was lost.
+    loss_told_at: Option<Instant>,
 }
 
 /// A session with what it has told.
 struct Connected {
     session: Session,
+    since: Instant,
     source: Source,
     objects: Objects,
     /// Whether the objects have changed since they were made an inventory.
     has_news: bool,
     /// Whether only a part of the last news has come, so that the objects don't fit together.
     is_partial: bool,
+    /// How many properties the log has said not to be readable.
+    unreadable_told: usize,
 }
 
 impl VCenter {
@@ -51,7 +59,7 @@ impl VCenter {
     pub fn new(settings: Settings) -> Result<Self, SettingsError> {
         settings.check_credentials()?;
         Client::new(&settings)?;
-        Ok(Self { settings, connected: None, last: None, refused: None })
+        Ok(Self { settings, connected: None, last: None, refused: None, loss_told_at: None })
     }
 
     async fn read_within_limit(&mut self, reading: Reading) -> Result<Option<Inventory>, InventoryError> {
@@ -79,6 +87,7 @@ impl VCenter {
             }
         }
         self.connected = Some(self.connect().await?);
+        self.loss_told_at = None;
         Ok(self.take_news())
     }
 
@@ -104,8 +113,15 @@ impl VCenter {
             site: self.settings.site.clone(),
             instance: session.instance,
         };
-        let mut connected =
-            Connected { session, source, objects: Objects::default(), has_news: true, is_partial: false };
+        let mut connected = Connected {
+            session,
+            since: Instant::now(),
+            source,
+            objects: Objects::default(),
+            has_news: true,
+            is_partial: false,
+            unreadable_told: 0,
+        };
         connected.follow_news(false).await?;
         connected.tell_unreadable();
         Ok(connected)
@@ -130,7 +146,10 @@ impl VCenter {
     fn lose(&mut self, error: &CallError) {
         tracing::info!(source = self.settings.name, %error, "the session at the vCenter was lost; the next reading logs in anew");
         if let Some(mut connected) = self.connected.take() {
-            connected.session.note_loss();
+            self.loss_told_at = Some(connected.since + MIN_LOGIN_INTERVAL);
+            if error.is_logged_out() {
+                connected.session.note_logout();
+            }
         }
     }
 
@@ -160,21 +179,15 @@ impl VCenter {
     }
 
     async fn wait_for_change(&mut self) {
-        let Some(connected) = &mut self.connected else { return std::future::pending().await };
-        let error = loop {
-            if connected.has_news && !connected.is_partial {
-                return;
+        if let Some(connected) = &mut self.connected {
+            match connected.wait_for_news().await {
+                Ok(()) => return,
+                Err(error) => self.lose(&error),
             }
-            let begun = Instant::now();
-            if let Err(error) = connected.follow_news(true).await {
-                break error;
-            }
-            // One that doesn't hold its answers back is not asked all the time.
-            if !connected.has_news && begun.elapsed() < MIN_NEWS_INTERVAL {
-                tokio::time::sleep(MIN_NEWS_INTERVAL).await;
-            }
-        };
-        self.lose(&error);
+        }
+        let Some(at) = self.loss_told_at else { return std::future::pending().await };
+        tokio::time::sleep_until(at.into()).await;
+        self.loss_told_at = None;
     }
 }
 
@@ -188,6 +201,18 @@ impl Connected {
             self.objects = self.session.retrieve().await?;
             self.has_news = true;
             self.tell_unreadable();
+        }
+        Ok(())
+    }
+
+    /// Ends when there are news, whole ones. Cancel safe.
+    async fn wait_for_news(&mut self) -> Result<(), CallError> {
+        while !self.has_news || self.is_partial {
+            let begun = Instant::now();
+            self.follow_news(true).await?;
+            if !self.has_news && begun.elapsed() < MIN_NEWS_INTERVAL {
+                tokio::time::sleep(MIN_NEWS_INTERVAL).await;
+            }
         }
         Ok(())
     }
@@ -213,7 +238,7 @@ impl Connected {
 
     fn tell_unreadable(&mut self) {
         let unreadable = self.objects.take_unreadable();
-        if unreadable.count > 0 {
+        if unreadable.count > self.unreadable_told {
             tracing::warn!(
                 source = self.source.name,
                 count = unreadable.count,
@@ -221,6 +246,7 @@ impl Connected {
                 "the vCenter does not let its account read everything: give it the role Read-only at the root, with propagation"
             );
         }
+        self.unreadable_told = unreadable.count;
     }
 }
 

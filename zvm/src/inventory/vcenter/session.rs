@@ -41,7 +41,7 @@ pub(super) struct Session {
     version: String,
     /// The call under way for news. It runs by itself: what it brings is told only once, so that it must not be lost.
     waiting: Option<Waiting>,
-    is_lost: bool,
+    is_logged_in: bool,
 }
 
 /// A call that is given up with its owner.
@@ -78,13 +78,13 @@ impl Session {
             instance,
             version: String::new(),
             waiting: None,
-            is_lost: true,
+            is_logged_in: false,
         };
         let login = Call::new("Login", &session.session_manager)
             .text("userName", &settings.user)
             .text("password", &settings.password);
         session.call(login).await?;
-        session.is_lost = false;
+        session.is_logged_in = true;
 
         let view = Call::new("CreateContainerView", &view_manager).reference("container", &root_folder);
         session.view = session.call_for_object(view.view_types().text("recursive", "true")).await?;
@@ -151,8 +151,8 @@ impl Session {
     }
 
     /// Notes that nobody is logged in any more.
-    pub(super) fn note_loss(&mut self) {
-        self.is_lost = true;
+    pub(super) fn note_logout(&mut self) {
+        self.is_logged_in = false;
     }
 
     fn start_waiting(&self, patience: Duration) -> Waiting {
@@ -183,7 +183,7 @@ impl Session {
 impl Drop for Session {
     /// Logs out if that can still be done: vCenters keep a limited number of sessions for half an hour.
     fn drop(&mut self) {
-        if self.is_lost {
+        if !self.is_logged_in {
             return;
         }
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {

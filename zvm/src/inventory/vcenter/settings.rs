@@ -106,7 +106,8 @@ impl Default for Timing {
 impl Settings {
     /// The address that calls go to.
     pub(super) fn endpoint(&self) -> Result<String, SettingsError> {
-        let bad = |reason: &str| SettingsError::Url { url: self.url.clone(), reason: reason.into() };
+        let bad =
+            |reason: &str| SettingsError::Url { url: without_credentials(&self.url), reason: reason.into() };
         let url = reqwest::Url::parse(&self.url).map_err(|error| bad(&error.to_string()))?;
         if url.scheme() != "https" {
             return Err(bad("it does not begin with https://"));
@@ -134,11 +135,16 @@ impl Settings {
     }
 }
 
+/// The address as it may be shown: a password may stand before an `@`.
+fn without_credentials(url: &str) -> String {
+    url.rsplit_once('@').map_or_else(|| url.to_owned(), |(_, host)| format!("…@{host}"))
+}
+
 impl fmt::Debug for Settings {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Settings")
             .field("name", &self.name)
-            .field("url", &self.url)
+            .field("url", &without_credentials(&self.url))
             .field("site", &self.site)
             .field("user", &self.user)
             .field("trust", &self.trust)
@@ -219,10 +225,15 @@ mod tests {
             "vc.example",
             "http://vc.example",
             "https://u:p@vc.example",
+            "https://u:p@vc example",
             "https://vc.example/ui",
             "https://vc/?a",
         ] {
-            assert!(matches!(settings(url).endpoint(), Err(SettingsError::Url { .. })), "{url}");
+            let error = settings(url).endpoint().expect_err(url);
+            assert!(
+                matches!(error, SettingsError::Url { .. }) && !error.to_string().contains("u:p"),
+                "{error}"
+            );
         }
     }
 
