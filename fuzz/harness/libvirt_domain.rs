@@ -11,7 +11,11 @@ pub fn run(data: &[u8]) {
     let volumes = domain.volumes().count();
     let bridges: HashSet<String> = domain.bridges().map(str::to_owned).collect();
     let networks = HashSet::from(["prod".to_owned()]);
-    let facts = DomainFacts { state: Some(1), capacity_bytes: HashMap::from([("vda".to_owned(), 512)]) };
+    let facts = DomainFacts {
+        state: Some(1),
+        capacity_bytes: HashMap::from([("vda".to_owned(), 512)]),
+        ..DomainFacts::default()
+    };
     let host = HostFacts { source: "kvm", host: "kvm-a", networks: &networks, volumes: &HashMap::new() };
     let vm = domain.clone().into_vm(&facts, host);
     assert_eq!((vm.uuid, vm.origin.id.as_str()), (domain.uuid, domain.uuid.to_string().as_str()));

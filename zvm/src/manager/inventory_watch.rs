@@ -248,11 +248,16 @@ impl Manager {
             }
             Err(error) => {
                 let reason = chain(&error);
-                tracing::warn!(
-                    from,
-                    error = reason,
-                    "the inventory could not be read; the last good one stays in force"
-                );
+                // Once, however often it is tried again.
+                if self.known().readings.get(source).and_then(|reading| reading.error.as_ref())
+                    != Some(&reason)
+                {
+                    tracing::warn!(
+                        from,
+                        error = reason,
+                        "the inventory could not be read; the last good one stays in force"
+                    );
+                }
                 let changes = self.note_failure(source, from, reason, error.remedy().to_owned());
                 self.note_changes(source, None, &changes, None).await;
                 false

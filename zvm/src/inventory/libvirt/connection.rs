@@ -82,15 +82,20 @@ impl Connection {
         (Self { calls, places, end, timeouts, task }, events)
     }
 
-    /// Calls, and waits for the reply's body up to [`Timeouts::call_ms`] (and as long again for its turn).
+    /// Calls, and waits for the reply's body up to [`Timeouts::call_ms`] (and as long again for its turn). What the hypervisor can do may take
+    /// [`Timeouts::inventory_ms`].
     pub(super) async fn call(
         &self,
         procedure: Procedure,
         arguments: Vec<u8>,
     ) -> Result<Vec<u8>, LibvirtError> {
-        let limit = Duration::from_millis(self.timeouts.call_ms);
-        let late =
-            || LibvirtError::Timeout { what: procedure.to_string(), timeout_ms: self.timeouts.call_ms };
+        // A daemon that was just installed runs each emulator to find out.
+        let timeout_ms = match procedure {
+            Procedure::GetCapabilities => self.timeouts.inventory_ms,
+            _ => self.timeouts.call_ms,
+        };
+        let limit = Duration::from_millis(timeout_ms);
+        let late = || LibvirtError::Timeout { what: procedure.to_string(), timeout_ms };
         let place = timeout(limit, self.places.clone().acquire_owned()).await.map_err(|_| late())?;
         let place = place.map_err(|_| self.ended())?;
         let asked = async {

@@ -342,9 +342,27 @@ mod tests {
     }
 
     #[test]
+    fn a_disk_that_is_served_is_the_one_that_it_was() {
+        let facts = DomainFacts::default();
+        let before = vm(RUNNING, &facts);
+        let path = "/run/holdfast/nbd.sock".into();
+        let door = vra::api::DoorAddress::NbdUnix { path, export: "e".into() };
+        let xml = served::serve(RUNNING, &BTreeMap::from([("vda".to_owned(), door)])).unwrap();
+        let after = vm(&xml, &facts);
+        assert_eq!(disks(&after), disks(&before));
+        assert_eq!((before.disks[0].served, after.disks[0].served), (Some(false), Some(true)));
+        // Given back by hand, with the metadata forgotten.
+        let by_hand = xml.replace("<disk type='network'", "<disk type='file'").replace(
+            "<source protocol='nbd' name='e'>",
+            "<source file='/srv/vm/d3.img'/><source protocol='nbd' name='e'>",
+        );
+        assert_eq!(vm(&by_hand, &facts).disks[0].served, Some(false));
+    }
+
+    #[test]
     fn a_running_domain_has_the_disks_that_it_writes_to() {
         let capacity_bytes = HashMap::from([("vda".to_owned(), 8 << 20)]);
-        let vm = vm(RUNNING, &DomainFacts { state: Some(1), capacity_bytes });
+        let vm = vm(RUNNING, &DomainFacts { state: Some(1), capacity_bytes, ..DomainFacts::default() });
         assert_eq!((vm.name.as_str(), vm.power), ("shop", Power::On));
         assert_eq!(
             disks(&vm),
