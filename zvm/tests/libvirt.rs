@@ -8,7 +8,10 @@ use std::time::{Duration, Instant};
 
 use common::libvirt_host::{HostOptions, TestFolder, TestHost, has_libvirt};
 use common::virsh_view::View;
+use tokio::sync::mpsc::Receiver;
 use tokio::time::{sleep, timeout};
+use zvm::inventory::libvirt::message::event::Event;
+use zvm::inventory::libvirt::message::remote_error::RemoteError;
 use zvm::inventory::libvirt::{Address, BlockCopy, Client, HostSettings, LibvirtHost, Timeouts, TlsFiles};
 use zvm::inventory::{DiskKind, Inventory, InventoryError, Power, Provider, Reading};
 
@@ -339,7 +342,7 @@ async fn disks_are_told_by_their_kinds_also_over_the_read_only_socket() {
     let (client, _events) =
         Client::connect(&address, &TlsFiles::default(), Timeouts::default()).await.expect("a client");
     let error = client.define_domain(&domain("new", "")).await.expect_err("it is read-only");
-    assert!(error.remote().is_some_and(|remote| remote.is_refusal()), "{error:?}");
+    assert!(error.remote().is_some_and(RemoteError::is_refusal), "{error:?}");
     client.close().await;
 }
 
@@ -390,8 +393,7 @@ async fn a_running_guests_disk_moves_by_block_copy() {
 }
 
 /// Waits until a copy has caught up.
-async fn ready(events: &mut tokio::sync::mpsc::Receiver<zvm::inventory::libvirt::message::event::Event>) {
-    use zvm::inventory::libvirt::message::event::Event;
+async fn ready(events: &mut Receiver<Event>) {
     let wait = async {
         while let Some(event) = events.recv().await {
             if matches!(event, Event::BlockJob { kind: 2, status: 3, .. }) {
