@@ -345,5 +345,5 @@ fn settings(socket: &Path) -> HostSettings {
 fn resident_mib() -> u64 {
     let pages = std::fs::read_to_string("/proc/self/statm").expect("statm");
     let pages: u64 = pages.split(' ').nth(1).and_then(|pages| pages.parse().ok()).expect("pages");
-    pages * 4096 >> 20
+    (pages * 4096) >> 20
 }
