@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use common::authority::Authority;
 use common::libvirt_host::{HostOptions, TestFolder, TestHost, has_libvirt};
 use common::virsh_view::View;
 use tokio::sync::mpsc::Receiver;
@@ -482,42 +483,4 @@ async fn over_tcp_and_tls_certificates_decide() {
         .await
         .expect_err("no TLS there");
     assert!(matches!(error, InventoryError::Read { .. }), "{error:?}");
-}
-
-/// A certificate authority.
-struct Authority {
-    certificate: rcgen::Certificate,
-    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
-}
-
-impl Authority {
-    fn new() -> Self {
-        let key = rcgen::KeyPair::generate().expect("key");
-        let mut params = rcgen::CertificateParams::default();
-        params.distinguished_name.push(rcgen::DnType::CommonName, "authority");
-        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign, rcgen::KeyUsagePurpose::CrlSign];
-        let certificate = params.self_signed(&key).expect("certificate");
-        Self { certificate, issuer: rcgen::Issuer::new(params, key) }
-    }
-
-    fn write_certificate(&self, folder: &Path) {
-        std::fs::write(folder.join("cacert.pem"), self.certificate.pem()).expect("file");
-    }
-
-    /// Writes what libvirt wants in its `pkipath`.
-    fn issue(&self, folder: &Path, role: &str, names: &[&str]) {
-        let key = rcgen::KeyPair::generate().expect("key");
-        let names: Vec<String> = names.iter().map(ToString::to_string).collect();
-        let mut params = rcgen::CertificateParams::new(names.clone()).expect("names");
-        params.distinguished_name.push(rcgen::DnType::CommonName, names[0].as_str());
-        params.key_usages =
-            vec![rcgen::KeyUsagePurpose::DigitalSignature, rcgen::KeyUsagePurpose::KeyEncipherment];
-        params.extended_key_usages =
-            vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth, rcgen::ExtendedKeyUsagePurpose::ClientAuth];
-        let certificate = params.signed_by(&key, &self.issuer).expect("certificate");
-        self.write_certificate(folder);
-        std::fs::write(folder.join(format!("{role}cert.pem")), certificate.pem()).expect("file");
-        std::fs::write(folder.join(format!("{role}key.pem")), key.serialize_pem()).expect("file");
-    }
 }
