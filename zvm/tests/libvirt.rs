@@ -6,9 +6,13 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use common::authority::Authority;
 use common::libvirt_host::{HostOptions, TestFolder, TestHost, has_libvirt};
 use common::virsh_view::View;
+use tokio::sync::mpsc::Receiver;
 use tokio::time::{sleep, timeout};
+use zvm::inventory::libvirt::message::event::Event;
+use zvm::inventory::libvirt::message::remote_error::RemoteError;
 use zvm::inventory::libvirt::{Address, BlockCopy, Client, HostSettings, LibvirtHost, Timeouts, TlsFiles};
 use zvm::inventory::{DiskKind, Inventory, InventoryError, Power, Provider, Reading};
 
@@ -339,7 +343,7 @@ async fn disks_are_told_by_their_kinds_also_over_the_read_only_socket() {
     let (client, _events) =
         Client::connect(&address, &TlsFiles::default(), Timeouts::default()).await.expect("a client");
     let error = client.define_domain(&domain("new", "")).await.expect_err("it is read-only");
-    assert!(matches!(error.remote(), Some(remote) if remote.is_refusal()), "{error:?}");
+    assert!(error.remote().is_some_and(RemoteError::is_refusal), "{error:?}");
     client.close().await;
 }
 
@@ -390,8 +394,7 @@ async fn a_running_guests_disk_moves_by_block_copy() {
 }
 
 /// Waits until a copy has caught up.
-async fn ready(events: &mut tokio::sync::mpsc::Receiver<zvm::inventory::libvirt::message::event::Event>) {
-    use zvm::inventory::libvirt::message::event::Event;
+async fn ready(events: &mut Receiver<Event>) {
     let wait = async {
         while let Some(event) = events.recv().await {
             if matches!(event, Event::BlockJob { kind: 2, status: 3, .. }) {
@@ -480,42 +483,4 @@ async fn over_tcp_and_tls_certificates_decide() {
         .await
         .expect_err("no TLS there");
     assert!(matches!(error, InventoryError::Read { .. }), "{error:?}");
-}
-
-/// A certificate authority.
-struct Authority {
-    certificate: rcgen::Certificate,
-    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
-}
-
-impl Authority {
-    fn new() -> Self {
-        let key = rcgen::KeyPair::generate().expect("key");
-        let mut params = rcgen::CertificateParams::default();
-        params.distinguished_name.push(rcgen::DnType::CommonName, "authority");
-        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
-        params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign, rcgen::KeyUsagePurpose::CrlSign];
-        let certificate = params.self_signed(&key).expect("certificate");
-        Self { certificate, issuer: rcgen::Issuer::new(params, key) }
-    }
-
-    fn write_certificate(&self, folder: &Path) {
-        std::fs::write(folder.join("cacert.pem"), self.certificate.pem()).expect("file");
-    }
-
-    /// Writes what libvirt wants in its `pkipath`.
-    fn issue(&self, folder: &Path, role: &str, names: &[&str]) {
-        let key = rcgen::KeyPair::generate().expect("key");
-        let names: Vec<String> = names.iter().map(ToString::to_string).collect();
-        let mut params = rcgen::CertificateParams::new(names.clone()).expect("names");
-        params.distinguished_name.push(rcgen::DnType::CommonName, names[0].as_str());
-        params.key_usages =
-            vec![rcgen::KeyUsagePurpose::DigitalSignature, rcgen::KeyUsagePurpose::KeyEncipherment];
-        params.extended_key_usages =
-            vec![rcgen::ExtendedKeyUsagePurpose::ServerAuth, rcgen::ExtendedKeyUsagePurpose::ClientAuth];
-        let certificate = params.signed_by(&key, &self.issuer).expect("certificate");
-        self.write_certificate(folder);
-        std::fs::write(folder.join(format!("{role}cert.pem")), certificate.pem()).expect("file");
-        std::fs::write(folder.join(format!("{role}key.pem")), key.serialize_pem()).expect("file");
-    }
 }

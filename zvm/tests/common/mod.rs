@@ -2,6 +2,7 @@
 
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod authority;
 pub(crate) mod guest;
 pub(crate) mod libvirt_host;
 pub(crate) mod pair;

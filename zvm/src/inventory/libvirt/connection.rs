@@ -15,8 +15,8 @@ use super::message::event::Event;
 use super::message::procedure::Procedure;
 use super::stream::Stream;
 
-/// Calls under way at once. A daemon works at five of one client (`max_client_requests`) and leaves the others in the socket, so that more save
-/// the round trips of a slow network.
+/// Calls under way at once. A daemon works at five of one client (`max_client_requests`, whose exceeding it notes once in its log) and leaves
+/// the others in the socket, so that more save the round trips of a slow network.
 pub(super) const MAX_CALLS: usize = 32;
 /// Events that wait to be taken.
 const MAX_EVENTS: usize = 256;

@@ -117,10 +117,10 @@ impl Exchange {
         outcome: Result<Vec<u8>, super::message::remote_error::RemoteError>,
     ) -> Result<(), MessageError> {
         match self.waiting.remove(&serial) {
-            None => Err(MessageError::NotAsked { what: "serial", value: serial.cast_signed() }),
+            None => Err(MessageError::NotAsked { what: "serial", value: serial.into() }),
             Some(Waiting::Ping) => Ok(()),
             Some(Waiting::Call { procedure, .. }) if procedure.number() != number => {
-                Err(MessageError::NotAsked { what: "procedure", value: number })
+                Err(MessageError::NotAsked { what: "procedure", value: number.into() })
             }
             Some(Waiting::Call { procedure, reply, _place }) => {
                 // Whoever waited may have given up.

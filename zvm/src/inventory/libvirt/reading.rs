@@ -18,7 +18,7 @@ use super::provider::HostSettings;
 use super::volume::Volume;
 use crate::inventory::{Datastore, Host, HostState, Inventory, Network, Origin, Power, Site, Vm};
 
-/// Definitions of one reading together, at most: 16,384 domains of 16 KiB.
+/// Definitions of one reading together, at most: 16,384 domains of 16 KiB. What is told of disks' sizes counts, too.
 const MAX_DEFINITIONS_BYTES: usize = 256 << 20;
 /// Domains whose states and disks are asked for in one call.
 const STATS_AT_ONCE: usize = 64;
@@ -38,8 +38,8 @@ pub(super) async fn read(
     let budget = Budget::default();
     let (domains, stats, pools) = tokio::try_join!(
         gather(refs.clone(), |domain| read_domain(client.clone(), domain, budget.clone())),
-        gather(chunks(&refs), |domains| domain_stats(client.clone(), domains)),
-        gather(pools, |pool| read_pool(client.clone(), pool)),
+        gather(chunks(&refs), |domains| domain_stats(client.clone(), domains, budget.clone())),
+        gather(pools, |pool| read_pool(client.clone(), pool, budget.clone())),
     )?;
     let domains: Vec<Domain> = domains.into_iter().flatten().collect();
     let volumes = read_volumes(client, &domains, &budget).await?;
@@ -50,6 +50,7 @@ pub(super) async fn read(
         .map(|network| settings.network(&host, network.name, network.uuid.to_string()))
         .collect();
     let names: HashSet<String> = networks.iter().map(|network| network.name.clone()).collect();
+    // A bridge that is named as a network is taken for that network's: names are all that a card tells.
     let bridges: BTreeSet<&str> =
         domains.iter().flat_map(Domain::bridges).filter(|name| !names.contains(*name)).collect();
     networks.extend(bridges.into_iter().map(|name| settings.network(&host, name.to_owned(), String::new())));
@@ -110,8 +111,13 @@ async fn read_domain(
 async fn domain_stats(
     client: Client,
     domains: Vec<DomainRef>,
+    budget: Budget,
 ) -> Result<Vec<(Uuid, DomainFacts)>, LibvirtError> {
+    /// What a size takes in memory besides its disk's name, roughly.
+    const SIZE_BYTES: usize = 64;
     let stats = client.domain_stats(&domains).await?;
+    let disks = stats.iter().flat_map(|stats| stats.capacity_bytes.keys());
+    budget.take(disks.map(|name| name.len() + SIZE_BYTES).sum())?;
     Ok(stats
         .into_iter()
         .map(|stats| {
@@ -122,13 +128,13 @@ async fn domain_stats(
 }
 
 /// None for a pool that is gone by now.
-async fn read_pool(client: Client, pool: PoolRef) -> Result<Option<Pool>, LibvirtError> {
-    let xml = unless_gone(client.pool_xml(&pool).await, &[code::NO_STORAGE_POOL])?;
-    let parse = |xml: String| {
-        Pool::parse(&xml)
-            .map_err(|error| LibvirtError::definition(format!("storage pool {}", pool.uuid), &error))
+async fn read_pool(client: Client, pool: PoolRef, budget: Budget) -> Result<Option<Pool>, LibvirtError> {
+    let Some(xml) = unless_gone(client.pool_xml(&pool).await, &[code::NO_STORAGE_POOL])? else {
+        return Ok(None);
     };
-    xml.map(parse).transpose()
+    budget.take(xml.len())?;
+    let what = || format!("storage pool {}", pool.uuid);
+    Pool::parse(&xml).map(Some).map_err(|error| LibvirtError::definition(what(), &error))
 }
 
 /// Those volumes that disks are in, as far as their pools are active.

@@ -52,13 +52,13 @@ pub enum MessageError {
         /// Its version.
         version: u32,
     },
-    /// A kind or status of message that was not asked for.
+    /// A message that was not asked for, by its kind, status, serial or procedure.
     #[error("it gave a message of {what} {value}, which was not asked for")]
     NotAsked {
-        /// Kind or status.
+        /// What about it.
         what: &'static str,
         /// Its number.
-        value: i32,
+        value: i64,
     },
     /// A body that can't be read.
     #[error("its answer to {procedure} cannot be read: {reason}")]
@@ -183,9 +183,9 @@ impl Message {
             }
             (kind::EVENT, 0) => Ok(Self::Event { procedure, body: body.to_vec() }),
             (kind::REPLY | kind::EVENT, status) => {
-                Err(MessageError::NotAsked { what: "status", value: status })
+                Err(MessageError::NotAsked { what: "status", value: status.into() })
             }
-            (kind, _) => Err(MessageError::NotAsked { what: "kind", value: kind }),
+            (kind, _) => Err(MessageError::NotAsked { what: "kind", value: kind.into() }),
         }
     }
 }
