@@ -3,6 +3,7 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
 
 use common::libvirt_host::{TestFolder, TestHost, has_libvirt};
 use common::{Site, wait_for};
@@ -55,10 +56,18 @@ impl Lab {
 
     /// Waits for an event, and gives how many of its kind there are.
     fn told(&self, kind: &str, description: &str) -> usize {
-        wait_for(&format!("{kind}: {description}"), || {
-            self.events().iter().any(|event| *event == (kind.to_owned(), description.to_owned()))
-        });
-        self.events().iter().filter(|(other, _)| other == kind).count()
+        let deadline = Instant::now() + Duration::from_secs(30);
+        loop {
+            let events = self.events();
+            if events.iter().any(|event| *event == (kind.to_owned(), description.to_owned())) {
+                return events.iter().filter(|(other, _)| other == kind).count();
+            }
+            assert!(
+                Instant::now() < deadline,
+                "waited in vain for {kind}: {description}; there are {events:#?}"
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
     }
 
     fn alerts(&self) -> BTreeSet<String> {

@@ -53,6 +53,18 @@ impl Look<'_> {
             ));
             return;
         }
+        if vm.power == Power::Paused && vm.disks.iter().any(|disk| disk.served == Some(true)) {
+            found.push(condition(
+                "vm-paused",
+                Entity::vm(member.vm),
+                Level::Warning,
+                format!("the guest of VM {} of VPG {} stands still", member.name, vpg.name),
+                &format!(
+                    "if nobody paused it, its VRA was away from its NBD socket: `virsh resume {}` lets it go on where it was",
+                    member.name
+                ),
+            ));
+        }
         let protected =
             |path: &Path| member.volumes.iter().find(|volume| volume.source_path == path && !volume.left);
         let mut tell = |code: &str, level: Level, disks: Vec<String>, what: &str, remedy: String| {

@@ -83,6 +83,11 @@ impl World {
         changes
     }
 
+    /// Notes that a source was read and is as it was.
+    pub fn confirm(&mut self, source: &str) -> Vec<Change> {
+        self.asked(source)
+    }
+
     /// Notes that a source could not be read. Its last good reading stays in force.
     pub fn fail(&mut self, source: &str) -> Vec<Change> {
         if let Some(known) = self.sources.get_mut(source) {
@@ -370,6 +375,15 @@ mod tests {
         // Nobody else is left to ask.
         read(&mut world, "h2", &[(3, Power::On)]);
         assert_eq!(read(&mut world, "h2", &[]), ["VM vm3 is gone from host h2"]);
+    }
+
+    #[test]
+    fn a_host_that_has_nothing_new_was_asked_too() {
+        let mut world = world(&[(1, Power::Off)], &[(2, Power::On)]);
+        assert_eq!(read(&mut world, "h1", &[]), Vec::<String>::new());
+        assert_eq!(world.confirm("h1"), []);
+        let told: Vec<String> = world.confirm("h2").iter().map(ToString::to_string).collect();
+        assert_eq!(told, ["VM vm1 is gone from host h1"]);
     }
 
     #[test]

@@ -176,6 +176,8 @@ impl Manager {
             self.set_own_problem(UNREADABLE, Entity::source(&name), None);
             known = self.known();
         }
+        drop(known);
+        self.tell_conflicts();
     }
 
     async fn watch_source(
@@ -224,18 +226,21 @@ impl Manager {
     ) -> bool {
         let from = provider.describe();
         match provider.read(reading).await {
-            Ok(None) => {
-                let mut known = self.known();
-                // Their counters are as they were.
-                let inventory = known.world.inventory();
-                let vms = inventory.vms.iter().filter(|vm| vm.origin.source == source);
-                known.rates.note(vms, self.now_us().0);
-                let reading = known.readings.entry(source.into()).or_default();
-                let is_good = reading.error.is_none();
-                if is_good && reading.read_us.is_some() {
-                    reading.read_us = Some(self.now_us());
+            // Who has got live sources since needs no file.
+            Ok(None)
+                if source == FILE && !self.config.inventory.file.exists() && self.has_sources().await =>
+            {
+                if self.known().readings.get(source).is_some_and(|reading| reading.error.is_some()) {
+                    self.take_inventory(source, scope, from, Inventory::default()).await;
                 }
-                is_good
+                true
+            }
+            Ok(None) => {
+                let changes = self.confirm(source, reading);
+                if let Some(changes) = changes.as_ref().filter(|changes| !changes.is_empty()) {
+                    self.note_changes(source, None, changes, None).await;
+                }
+                changes.is_some()
             }
             Ok(Some(inventory)) => {
                 self.take_inventory(source, scope, from, inventory).await;
@@ -265,6 +270,20 @@ impl Manager {
         }
     }
 
+    /// A source is as it was. What follows from that for others; nothing if its last reading failed.
+    fn confirm(&self, source: &str, reading: Reading) -> Option<Vec<Change>> {
+        let now_us = self.now_us();
+        let mut known = self.known();
+        let inventory = known.world.inventory();
+        known.rates.note(inventory.vms.iter().filter(|vm| vm.origin.source == source), now_us.0);
+        let state = known.readings.get_mut(source).filter(|state| state.error.is_none())?;
+        if reading == Reading::News {
+            return Some(Vec::new());
+        }
+        state.read_us = Some(now_us);
+        Some(known.world.confirm(source))
+    }
+
     /// Has a source read now. Whether there is one of that name that is being read.
     pub(super) fn wake_source(&self, source: &str) -> bool {
         let known = self.known();
@@ -282,13 +301,12 @@ impl Manager {
 
     async fn take_inventory(&self, source: &str, scope: Scope, from: String, inventory: Inventory) {
         let now_us = self.now_us();
-        let (changes, is_news, conflicts, to_read) = {
+        let (changes, is_news, to_read) = {
             let mut known = self.known();
             let reading = known.readings.entry(source.into()).or_default();
             let is_news = reading.read_us.is_none() || reading.error.is_some() || source == FILE;
             *reading = SourceReading { from: from.clone(), read_us: Some(now_us), error: None };
             let changes = known.world.take(source, scope, inventory.clone());
-            let conflicts = known.world.conflicts().to_vec();
             known.rates.note(&inventory.vms, now_us.0);
             let merged = known.world.inventory();
             known.rates.keep(&merged);
@@ -299,16 +317,13 @@ impl Manager {
                 .filter_map(|name| known.wakers.get(name))
                 .cloned()
                 .collect();
-            (changes, is_news, conflicts, to_read)
+            (changes, is_news, to_read)
         };
         for waker in to_read {
             waker.notify_one();
         }
         self.set_own_problem(UNREADABLE, entity(source), None);
-        let remedy = "give the things other names, or take one of the sources out".to_owned();
-        let conflicts =
-            (!conflicts.is_empty()).then(|| OwnProblem { description: conflicts.join("; "), remedy });
-        self.set_own_problem(CONFLICT, Entity::zvm(), conflicts);
+        self.tell_conflicts();
         let (vms, hosts) = (inventory.vms.len(), inventory.hosts.len());
         let description =
             is_news.then(|| format!("the inventory was read from {from}: {vms} VMs on {hosts} hosts"));
@@ -318,6 +333,15 @@ impl Manager {
         if is_news || !changes.is_empty() {
             self.note_changes(source, Some((now_us, &inventory)), &changes, description).await;
         }
+    }
+
+    fn tell_conflicts(&self) {
+        let conflicts = self.known().world.conflicts().to_vec();
+        let problem = (!conflicts.is_empty()).then(|| OwnProblem {
+            description: conflicts.join("; "),
+            remedy: "give the things other names, or take one of the sources out".into(),
+        });
+        self.set_own_problem(CONFLICT, Entity::zvm(), problem);
     }
 
     fn note_failure(&self, source: &str, from: String, reason: String, remedy: String) -> Vec<Change> {

@@ -347,7 +347,8 @@ mod tests {
         let before = vm(RUNNING, &facts);
         let path = "/run/holdfast/nbd.sock".into();
         let door = vra::api::DoorAddress::NbdUnix { path, export: "e".into() };
-        let xml = served::serve(RUNNING, &BTreeMap::from([("vda".to_owned(), door)])).unwrap();
+        let xml = served::serve(RUNNING, &BTreeMap::from([("vda".to_owned(), door)]), served::Outage::Stops)
+            .unwrap();
         let after = vm(&xml, &facts);
         assert_eq!(disks(&after), disks(&before));
         assert_eq!((before.disks[0].served, after.disks[0].served), (Some(false), Some(true)));

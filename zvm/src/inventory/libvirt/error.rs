@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::message::MessageError;
 use super::message::procedure::Procedure;
-use super::message::remote_error::RemoteError;
+use super::message::remote_error::{RemoteError, code};
 use crate::inventory::InventoryError;
 
 /// Why a daemon couldn't be asked, or what was wrong with its answer. The address is told by whoever shows it.
@@ -77,6 +77,11 @@ impl LibvirtError {
             Self::Remote { error, .. } => Some(error),
             _ => None,
         }
+    }
+
+    /// Whether the daemon says that a definition isn't what its schema allows.
+    pub fn is_schema(&self) -> bool {
+        self.remote().is_some_and(|error| error.code == code::XML_INVALID_SCHEMA)
     }
 
     /// That the definition of `what` can't be used.

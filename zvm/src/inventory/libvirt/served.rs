@@ -28,6 +28,15 @@ pub const NAMESPACE: &str = "urn:holdfast:served:1";
 /// Seconds that QEMU keeps requests of a guest waiting while the VRA doesn't answer at its NBD socket (E1). ublk has no such limit.
 pub const RECONNECT_DELAY_S: u32 = 600;
 
+/// What becomes of a guest whose NBD socket is gone. Its requests never fail: when the wait is over, it stands still until it is resumed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outage {
+    /// Its requests wait [`RECONNECT_DELAY_S`].
+    Waits,
+    /// It stands still at once: older versions of libvirt, such as 9.0, have no word for the wait.
+    Stops,
+}
+
 /// Name of our element in the metadata; the only one of that name there, whatever prefix it has.
 const SERVED: &str = "served";
 
@@ -56,7 +65,11 @@ pub fn originals(domain: &Element) -> BTreeMap<String, String> {
 }
 
 /// Points disks at the devices that serve them, by target name.
-pub fn serve(xml: &str, doors: &BTreeMap<String, DoorAddress>) -> Result<String, ServedError> {
+pub fn serve(
+    xml: &str,
+    doors: &BTreeMap<String, DoorAddress>,
+    outage: Outage,
+) -> Result<String, ServedError> {
     let definition = Definition::parse(xml)?;
     let mut originals = originals(&definition.root);
     let mut edits = Vec::new();
@@ -66,7 +79,7 @@ pub fn serve(xml: &str, doors: &BTreeMap<String, DoorAddress>) -> Result<String,
         if originals.insert(target.clone(), original.to_owned()).is_some() {
             return Err(ServedError::IsServed(target.clone()));
         }
-        edits.push((span, served_disk(original, door)?));
+        edits.push((span, served_disk(original, door, outage)?));
     }
     edits.extend(definition.metadata_edit(&originals)?);
     Ok(apply(xml, edits))
@@ -192,7 +205,11 @@ impl Definition {
             }
             ours += "\n    </holdfast:served>";
         }
+        let is_alone = self.root.child("metadata").is_some_and(|metadata| metadata.children.len() == 1);
         Ok(match (&self.served, &self.metadata) {
+            (Some(_), Some(metadata)) if ours.is_empty() && is_alone => {
+                Some((metadata.whole.clone(), String::new()))
+            }
             (Some(served), _) => Some((served.whole.clone(), ours)),
             (None, _) if ours.is_empty() => None,
             // An empty element has no inside.
@@ -211,7 +228,7 @@ impl Definition {
 }
 
 /// A `<disk>` that names the device in place of its source. What else it has stays: target, address, boot order, serial number.
-fn served_disk(original: &str, door: &DoorAddress) -> Result<String, ServedError> {
+fn served_disk(original: &str, door: &DoorAddress, outage: Outage) -> Result<String, ServedError> {
     let disk = Element::parse(original, MAX_XML_BYTES)?;
     let kind = match door {
         DoorAddress::Ublk { .. } => "block",
@@ -221,7 +238,7 @@ fn served_disk(original: &str, door: &DoorAddress) -> Result<String, ServedError
     for (name, value) in disk.attributes.iter().filter(|(name, _)| name != "type") {
         text += &format!(" {name}='{}'", escape(value.as_str()));
     }
-    text += &format!(">\n      {}\n      {}", driver(disk.child("driver"), door), source(door));
+    text += &format!(">\n      {}\n      {}", driver(disk.child("driver"), door), source(door, outage));
     for child in inner_elements(original)? {
         if !matches!(child.0.as_str(), "driver" | "source" | "backingStore" | "mirror") {
             text += "\n      ";
@@ -235,11 +252,12 @@ fn served_disk(original: &str, door: &DoorAddress) -> Result<String, ServedError
 /// Without the host's page cache: a write that the guest saw completed must be at the VRA, not on its way there.
 fn driver(original: Option<&Element>, door: &DoorAddress) -> String {
     let mut text = String::from("<driver name='qemu' type='raw' cache='none'");
-    if matches!(door, DoorAddress::Ublk { .. }) {
-        text += " io='native'";
-    }
-    let replaced =
-        |name: &str| matches!(name, "name" | "type" | "cache" | "io" | "discard" | "metadata_cache");
+    let is_ublk = matches!(door, DoorAddress::Ublk { .. });
+    text += if is_ublk { " io='native'" } else { " error_policy='stop' rerror_policy='stop'" };
+    let replaced = |name: &str| {
+        matches!(name, "name" | "type" | "cache" | "io" | "discard" | "metadata_cache")
+            || !is_ublk && matches!(name, "error_policy" | "rerror_policy")
+    };
     for (name, value) in original.into_iter().flat_map(|driver| &driver.attributes) {
         if !replaced(name) {
             text += &format!(" {name}='{}'", escape(value.as_str()));
@@ -249,19 +267,22 @@ fn driver(original: Option<&Element>, door: &DoorAddress) -> String {
     text
 }
 
-fn source(door: &DoorAddress) -> String {
-    let reconnect = format!("<reconnect delay='{RECONNECT_DELAY_S}'/>");
+fn source(door: &DoorAddress, outage: Outage) -> String {
+    let reconnect = match outage {
+        Outage::Waits => format!("\n        <reconnect delay='{RECONNECT_DELAY_S}'/>"),
+        Outage::Stops => String::new(),
+    };
     match door {
         DoorAddress::Ublk { path, .. } => {
             format!("<source dev='{}'/>", escape(path.display().to_string()))
         }
         DoorAddress::NbdUnix { path, export } => format!(
-            "<source protocol='nbd' name='{}'>\n        <host transport='unix' socket='{}'/>\n        {reconnect}\n      </source>",
+            "<source protocol='nbd' name='{}'>\n        <host transport='unix' socket='{}'/>{reconnect}\n      </source>",
             escape(export.as_str()),
             escape(path.display().to_string())
         ),
         DoorAddress::NbdTcp { address, export } => format!(
-            "<source protocol='nbd' name='{}'>\n        <host name='{}' port='{}'/>\n        {reconnect}\n      </source>",
+            "<source protocol='nbd' name='{}'>\n        <host name='{}' port='{}'/>{reconnect}\n      </source>",
             escape(export.as_str()),
             address.ip(),
             address.port()
@@ -363,7 +384,7 @@ mod tests {
 
     #[test]
     fn served_disks_keep_all_but_source_and_driver_and_come_back_letter_by_letter() {
-        let served = serve(DOMAIN, &doors()).unwrap();
+        let served = serve(DOMAIN, &doors(), Outage::Waits).unwrap();
         let domain = parse(&served);
         let vda = disk(&domain, "vda");
         assert_eq!((vda.attribute("type"), vda.attribute("snapshot")), (Some("network"), Some("no")));
@@ -371,6 +392,7 @@ mod tests {
         assert_eq!((driver.attribute("cache"), driver.attribute("iothread")), (Some("none"), Some("1")));
         assert_eq!(vda.at(&["source", "host"]).unwrap().attribute("socket"), Some("/run/holdfast/nbd.sock"));
         assert_eq!(vda.at(&["source", "reconnect"]).unwrap().attribute("delay"), Some("600"));
+        assert_eq!(driver.attribute("error_policy"), Some("stop"));
         assert_eq!(vda.child("boot").unwrap().attribute("order"), Some("1"));
         assert_eq!(vda.children_named("driver").count() + vda.children_named("source").count(), 2);
         let vdb = disk(&domain, "vdb");
@@ -383,7 +405,7 @@ mod tests {
             Some("/images/a & b.raw")
         );
 
-        assert!(matches!(serve(&served, &doors()), Err(ServedError::IsServed(_))));
+        assert!(matches!(serve(&served, &doors(), Outage::Waits), Err(ServedError::IsServed(_))));
         let (one, restored) = restore(&served, Some(&["vdb".into()])).unwrap();
         assert_eq!(restored, ["vdb"]);
         assert_eq!(super::originals(&parse(&one)).keys().collect::<Vec<_>>(), ["vda"]);
@@ -401,7 +423,7 @@ mod tests {
             plain.replace("<metadata>\n  </metadata>", "<metadata/>"),
             plain.replace("  <metadata>\n  </metadata>\n", ""),
         ] {
-            let served = serve(&xml, &BTreeMap::from([("vda".into(), nbd("e<1>"))])).unwrap();
+            let served = serve(&xml, &BTreeMap::from([("vda".into(), nbd("e<1>"))]), Outage::Stops).unwrap();
             assert_eq!(originals(&parse(&served)).len(), 1, "{served}");
             assert_eq!(disk(&parse(&served), "vda").child("source").unwrap().attribute("name"), Some("e<1>"));
             let (back, _) = restore(&served, None).unwrap();
@@ -413,10 +435,10 @@ mod tests {
 
     #[test]
     fn what_is_not_there_is_named() {
-        let missing = serve(DOMAIN, &BTreeMap::from([("vdz".into(), nbd("e"))]));
+        let missing = serve(DOMAIN, &BTreeMap::from([("vdz".into(), nbd("e"))]), Outage::Stops);
         assert!(matches!(missing, Err(ServedError::NoDisk(disk)) if disk == "vdz"));
-        assert!(matches!(serve("<domain", &doors()), Err(ServedError::Xml(_))));
-        let served = serve(DOMAIN, &doors()).unwrap();
+        assert!(matches!(serve("<domain", &doors(), Outage::Stops), Err(ServedError::Xml(_))));
+        let served = serve(DOMAIN, &doors(), Outage::Waits).unwrap();
         let begin = served.find("<disk type='block'").unwrap();
         let end = begin + served[begin..].find("</disk>").unwrap() + "</disk>".len();
         let without = format!("{}{}", &served[..begin], &served[end..]);

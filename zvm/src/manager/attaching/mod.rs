@@ -16,7 +16,7 @@ use vra::report::chain;
 use super::{Manager, internal};
 use crate::api::{DoorChoice, ServedDisk, VmProtected, VmUnprotected};
 use crate::inventory::libvirt::message::reply::DomainRef;
-use crate::inventory::libvirt::served::{self, ServedError};
+use crate::inventory::libvirt::served::{self, Outage, ServedError};
 use crate::inventory::libvirt::{Client, LibvirtError};
 use crate::inventory::source::{LibvirtAccessError, libvirt_client};
 use crate::inventory::world::FILE;
@@ -67,9 +67,20 @@ impl Manager {
         }
         let names: Vec<String> = doors.keys().cloned().collect();
         // One that is served already is pointed at its device anew: the VRA may have been set up afresh since.
-        let edit = |xml: &str| served::serve(&served::restore(xml, Some(&names))?.0, &doors);
+        let edit = |outage| {
+            let (names, doors) = (&names, &doors);
+            move |xml: &str| served::serve(&served::restore(xml, Some(names))?.0, doors, outage)
+        };
         let defined = match failed {
-            None => redefine(&client, &domain, edit).await.map_err(|error| error.told(&place)),
+            None => {
+                let defined = match redefine(&client, &domain, edit(Outage::Waits)).await {
+                    Err(Failed::Libvirt(error)) if error.is_schema() => {
+                        redefine(&client, &domain, edit(Outage::Stops)).await
+                    }
+                    defined => defined,
+                };
+                defined.map_err(|error| error.told(&place))
+            }
             Some(error) => Err(error),
         };
         if let Err(error) = defined {
