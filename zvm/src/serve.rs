@@ -76,6 +76,7 @@ impl Server {
         let mut parts = tokio::task::JoinSet::new();
         parts.spawn(manager.clone().watch_inventory());
         parts.spawn(manager.clone().end_volumes());
+        parts.spawn(manager.clone().follow_changes());
         parts.spawn(manager.clone().watch_vras());
         parts.spawn(manager.clone().run_engine());
         parts.spawn(manager.clone().serve_enrolments(self.enrolment.clone()));

@@ -3,6 +3,9 @@
 mod common;
 
 use std::cell::Cell;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
 
 use common::guest::{bootable_disk, counted, counted_at};
 use common::libvirt_host::{TestFolder, TestHost, has_libvirt};
@@ -11,111 +14,207 @@ use common::{Site, wait_for};
 
 const MIB: u64 = 1 << 20;
 
-#[test]
-fn a_protected_guest_boots_from_the_served_disk_is_recovered_and_gets_its_disk_back() {
-    if !has_libvirt() {
-        eprintln!("skipped: it takes root, libvirtd, virsh, QEMU and dnsmasq");
-        return;
+/// A host with a guest, its VRA, another one that keeps journals, and the manager.
+struct Lab {
+    // Dropped in this order: who uses the others first.
+    site: Site,
+    _source: Vra,
+    target: Vra,
+    host: TestHost,
+    folder: TestFolder,
+    /// The guest's first disk.
+    disk: PathBuf,
+}
+
+impl Lab {
+    /// The guest is called db; it boots from vda, and has these devices, too.
+    fn new(devices: impl Fn(&TestFolder) -> String) -> Self {
+        let folder = TestFolder::new();
+        let host = TestHost::start(&folder, "kvm-a");
+        let site = Site::start();
+        let (source, target) = (Vra::start(&site, "kvm-a"), Vra::start(&site, "kvm-b"));
+        let disk = bootable_disk(&folder, "db.img", 16 * MIB);
+        let xml = format!(
+            "<domain type='qemu'><name>db</name><memory unit='MiB'>16</memory>\
+             <os><type arch='x86_64' machine='pc'>hvm</type></os><features><acpi/></features>\
+             <devices><graphics type='vnc' passwd='secret'/>\
+             <disk type='file' device='disk'><driver name='qemu' type='raw' cache='writeback'/><source file='{}'/>\
+             <target dev='vda' bus='virtio'/><boot order='1'/></disk>{}</devices></domain>",
+            disk.display(),
+            devices(&folder)
+        );
+        host.virsh(&["define", &folder.file("vm.xml", &xml)]);
+        let lab = Self { site, _source: source, target, host, folder, disk };
+        lab.zvm(&[
+            "source",
+            "add",
+            "libvirt",
+            "kvm-a",
+            "--site",
+            "s",
+            "--address",
+            &lab.host.uri(),
+            "--reread",
+            "1s",
+        ]);
+        wait_for("the VM and the VRAs", || {
+            let vras = lab.site.json(&["vra", "list"]);
+            vras.as_array().expect("list").iter().filter(|vra| vra["reachable"] == true).count() == 2
+                && lab.vm()["name"] == "db"
+        });
+        lab
     }
-    let folder = TestFolder::new();
-    let host = TestHost::start(&folder, "kvm-a");
-    let site = Site::start();
-    let (_source, target) = (Vra::start(&site, "kvm-a"), Vra::start(&site, "kvm-b"));
-    let disk = bootable_disk(&folder, "db.img", 16 * MIB);
-    let image = folder.path.join("data.qcow2").display().to_string();
-    let made =
-        std::process::Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", &image, "1M"]).status();
-    assert!(made.expect("qemu-img").success());
-    let xml = format!(
-        "<domain type='qemu'><name>db</name><memory unit='MiB'>16</memory>\
-         <os><type arch='x86_64' machine='pc'>hvm</type></os><features><acpi/></features>\
-         <devices><graphics type='vnc' passwd='secret'/>\
-         <disk type='file' device='disk'><driver name='qemu' type='raw' cache='writeback'/><source file='{}'/>\
-         <target dev='vda' bus='virtio'/><boot order='1'/></disk>\
-         <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{image}'/>\
-         <target dev='vdb' bus='virtio'/></disk></devices></domain>",
-        disk.display()
-    );
-    host.virsh(&["define", &folder.file("vm.xml", &xml)]);
-    let before = host.virsh(&["dumpxml", "db", "--inactive", "--security-info"]);
-    let zvm = |args: &[&str]| {
-        let answer = site.zvm(args);
+
+    /// Runs a command that must succeed.
+    fn zvm(&self, args: &[&str]) -> common::Answer {
+        let answer = self.site.zvm(args);
         assert_eq!(answer.code, 0, "{args:?}: {answer:?}");
         answer
+    }
+
+    fn create(&self, options: &[&str]) -> common::Answer {
+        let datastore = self.target.dir.join("datastore").display().to_string();
+        let group = ["vpg", "create", "shop", "--vm", "db", "--target", "kvm-b", "--datastore", &datastore];
+        let limits = ["--journal-limit", "256MiB", "--checkpoint-interval", "1s"];
+        self.site.zvm(&[&group[..], &limits, options].concat())
+    }
+
+    fn vm(&self) -> serde_json::Value {
+        self.site.json(&["inventory"])["inventory"]["vms"][0].clone()
+    }
+
+    /// How many volumes the guest's VRA serves.
+    fn volumes(&self) -> usize {
+        self.site.json(&["vra", "show", "kvm-a"])["status"]["volumes"].as_array().expect("list").len()
+    }
+
+    /// Waits until the inventory knows whether the guest's disk of that number is served.
+    fn served(&self, disk: usize, wanted: bool) {
+        wait_for("the inventory to know who serves the guest", || {
+            let vm = self.vm();
+            vm["power"] == "on" && vm["disks"][disk]["served"] == wanted
+        });
+    }
+
+    /// Waits until the guest has written so much more.
+    fn counts_on(&self, more: u16) {
+        let so_far = counted(&self.disk);
+        wait_for("the guest to count on", || counted(&self.disk) > so_far + more);
+    }
+
+    fn restart(&self) {
+        self.host.virsh(&["destroy", "db"]);
+        self.host.virsh(&["start", "db"]);
+    }
+}
+
+/// A test of this file needs libvirtd.
+macro_rules! need_libvirt {
+    () => {
+        if !has_libvirt() {
+            eprintln!("skipped: it takes root, libvirtd, virsh, QEMU and dnsmasq");
+            return;
+        }
     };
-    zvm(&["source", "add", "libvirt", "kvm-a", "--site", "s", "--address", &host.uri(), "--reread", "1s"]);
-    wait_for("the VM and the VRAs", || {
-        let vras = site.json(&["vra", "list"]);
-        vras.as_array().expect("list").iter().filter(|vra| vra["reachable"] == true).count() == 2
-            && site.json(&["inventory"])["inventory"]["vms"][0]["name"] == "db"
+}
+
+#[test]
+fn a_protected_guest_boots_from_the_served_disk_is_recovered_and_gets_its_disk_back() {
+    need_libvirt!();
+    let lab = Lab::new(|folder| {
+        let image = folder.path.join("data.qcow2").display().to_string();
+        let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", &image, "1M"]).status();
+        assert!(made.expect("qemu-img").success());
+        format!(
+            "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{image}'/>\
+             <target dev='vdb' bus='virtio'/></disk>"
+        )
     });
+    let definition = || lab.host.virsh(&["dumpxml", "db", "--inactive", "--security-info"]);
+    let before = definition();
 
     // What can't be protected is named, with the way out; nothing is served by then.
-    let refused = site.zvm(&["protect", "db"]);
+    let refused = lab.site.zvm(&["protect", "db"]);
     assert!(
         refused.code == 1 && refused.stderr.contains("vdb") && refused.stderr.contains("--exclude vdb"),
         "{refused:?}"
     );
-    assert_eq!(site.json(&["vra", "show", "kvm-a"])["status"]["volumes"], serde_json::json!([]));
+    assert_eq!(lab.volumes(), 0);
 
     // While the guest runs, it goes on with its disk; from its next start on it has the served one.
-    host.virsh(&["start", "db"]);
-    wait_for("the guest to count", || counted(&disk) > 0);
-    let told = zvm(&["protect", "db", "--exclude", "vdb", "--door", "nbd"]);
+    lab.host.virsh(&["start", "db"]);
+    wait_for("the guest to count", || counted(&lab.disk) > 0);
+    let told = lab.zvm(&["protect", "db", "--exclude", "vdb", "--door", "nbd"]);
     assert!(told.stdout.contains("nbd+unix://") && told.stdout.contains("start it again"), "{told:?}");
-    let group = ["vpg", "create", "shop", "--vm", "db", "--exclude", "db:vdb", "--target", "kvm-b"];
-    let datastore = target.dir.join("datastore").display().to_string();
-    let options = ["--datastore", &datastore, "--journal-limit", "256MiB", "--checkpoint-interval", "1s"];
-    let create = [&group[..], &options].concat();
     wait_for("the inventory to know that the guest writes past the VRA", || {
-        let early = site.zvm(&create);
+        let early = lab.create(&["--exclude", "db:vdb"]);
         assert_eq!(early.code, 4, "{early:?}");
         early.stderr.contains("shut it down and start it again")
     });
-    host.virsh(&["destroy", "db"]);
-    let so_far = counted(&disk);
-    host.virsh(&["start", "db"]);
-    wait_for("the guest to count on", || counted(&disk) > so_far);
-    let served = |wanted: bool| {
-        wait_for("the inventory to know who serves the guest", || {
-            let vm = site.json(&["inventory"])["inventory"]["vms"][0].clone();
-            vm["power"] == "on" && vm["disks"][0]["served"] == wanted
-        });
-    };
-    served(true);
-    let shown = site.json(&["inventory"])["inventory"]["vms"][0]["disks"][0]["path"].clone();
-    assert_eq!(shown, disk.display().to_string(), "it is still that disk");
+    let so_far = counted(&lab.disk);
+    lab.restart();
+    lab.counts_on(0);
+    lab.served(0, true);
+    assert_eq!(lab.vm()["disks"][0]["path"], lab.disk.display().to_string(), "it is still that disk");
 
-    zvm(&create);
-    site.tag("shop", "now");
-    let at_least = counted(&disk);
-    wait_for("the guest to count on", || counted(&disk) > at_least + 20);
-    site.tag("shop", "later");
+    let created = lab.create(&["--exclude", "db:vdb"]);
+    assert_eq!(created.code, 0, "{created:?}");
+    lab.site.tag("shop", "now");
+    let at_least = counted(&lab.disk);
+    lab.counts_on(20);
+    lab.site.tag("shop", "later");
     let recovered = |tag: &str| {
         let count = Cell::new(0);
-        site.tested("shop", tag, |disks| count.set(counted_at(&disks[0].1, &folder)));
+        lab.site.tested("shop", tag, |disks| count.set(counted_at(&disks[0].1, &lab.folder)));
         count.get()
     };
     let (now, later) = (recovered("now"), recovered("later"));
     assert!(so_far < now && now <= at_least && at_least < later, "{so_far} {now} {at_least} {later}");
 
     // A member is not taken out of the way; after that the guest keeps the served disk until it is stopped.
-    let member = site.zvm(&["unprotect", "db"]);
+    let member = lab.site.zvm(&["unprotect", "db"]);
     assert!(member.code == 4 && member.stderr.contains("remove-vm"), "{member:?}");
-    zvm(&["vpg", "delete", "shop"]);
-    let told = zvm(&["unprotect", "db"]);
+    lab.zvm(&["vpg", "delete", "shop"]);
+    let told = lab.zvm(&["unprotect", "db"]);
     assert!(told.stdout.contains("until then they are served"), "{told:?}");
-    let volumes = || site.json(&["vra", "show", "kvm-a"])["status"]["volumes"].as_array().map(Vec::len);
-    std::thread::sleep(std::time::Duration::from_secs(3));
-    assert_eq!(volumes(), Some(1), "the guest still uses it");
-    let so_far = counted(&disk);
-    wait_for("the guest to count on", || counted(&disk) > so_far);
-    host.virsh(&["destroy", "db"]);
-    wait_for("the end of the serving", || volumes() == Some(0));
-    let after = host.virsh(&["dumpxml", "db", "--inactive", "--security-info"]);
-    assert_eq!(after, before, "the definition is as it was, password and all");
-    let so_far = counted(&disk);
-    host.virsh(&["start", "db"]);
-    wait_for("the guest to count on, on its own disk", || counted(&disk) > so_far);
-    served(false);
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(lab.volumes(), 1, "the guest still uses it");
+    lab.counts_on(0);
+    lab.host.virsh(&["destroy", "db"]);
+    wait_for("the end of the serving", || lab.volumes() == 0);
+    assert_eq!(definition(), before, "the definition is as it was, password and all");
+    lab.host.virsh(&["start", "db"]);
+    lab.counts_on(0);
+    lab.served(0, false);
+}
+
+#[test]
+fn a_new_disk_joins_its_group_by_itself_once_the_guest_can_use_the_served_device() {
+    need_libvirt!();
+    let lab = Lab::new(|_| String::new());
+    lab.zvm(&["protect", "db"]);
+    lab.host.virsh(&["start", "db"]);
+    lab.served(0, true);
+    let created = lab.create(&["--new-disks", "protect"]);
+    assert_eq!(created.code, 0, "{created:?}");
+    lab.site.tag("shop", "one disk");
+
+    let extra = lab.folder.disk("extra.img", MIB);
+    let xml = format!(
+        "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{}'/>\
+         <target dev='vdb' bus='virtio'/></disk>",
+        extra.display()
+    );
+    lab.host.virsh(&["attach-device", "db", &lab.folder.file("extra.xml", &xml), "--live", "--config"]);
+    let alerts = || lab.site.zvm(&["alert", "list"]).stdout;
+    wait_for("the disk to be served", || lab.volumes() == 2);
+    wait_for("the alert", || alerts().contains("disk-not-protected"));
+    let members = || lab.site.json(&["vpg", "show", "shop"])["vpg"]["settings"]["vms"][0]["volumes"].clone();
+    assert_eq!(members().as_array().map(Vec::len), Some(1), "the guest writes to it past the VRA");
+    lab.restart();
+    wait_for("the disk to join", || members().as_array().is_some_and(|volumes| volumes.len() == 2));
+    wait_for("the alert's end", || !alerts().contains("disk-not-protected"));
+    lab.site.tag("shop", "two disks");
+    lab.site.tested("shop", "two disks", |disks| assert_eq!(disks.len(), 2));
+    lab.site.tested("shop", "one disk", |disks| assert_eq!(disks.len(), 1));
 }

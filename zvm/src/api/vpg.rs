@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use vra::api::vpg::{JournalSize, Priority};
 
 use crate::model::recovery::{GroupRecovery, VmRecovery};
+use crate::model::vpg::NewDisks;
 
 /// A group to be created, as the user describes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +55,9 @@ pub struct VpgSpec {
     /// Remind of a test so many days after the last one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub test_reminder_days: Option<u32>,
+    /// What becomes of disks that its VMs get.
+    #[serde(default, skip_serializing_if = "NewDisks::is_default")]
+    pub new_disks: NewDisks,
     /// How its VMs are to be recovered.
     #[serde(default, skip_serializing_if = "GroupRecovery::is_empty")]
     pub recovery: GroupRecovery,
@@ -74,6 +78,9 @@ pub struct VpgEdit {
     /// No such reminder any more.
     #[serde(default)]
     pub no_test_reminder: bool,
+    /// What becomes of disks that its VMs get.
+    #[serde(default)]
+    pub new_disks: Option<NewDisks>,
     /// How its VMs are to be recovered, as a whole.
     #[serde(default)]
     pub recovery: Option<RecoveryEdit>,

@@ -8,6 +8,7 @@ use vra::config::{MAX_CONFIG_BYTES, read_text};
 
 use super::recovery::{RecoveryTable, VmRecoveryTable, parse_disk};
 use crate::api::{RecoveryEdit, VmSpec, VpgSpec, defaults};
+use crate::model::vpg::NewDisks;
 use crate::units::{parse_bytes, parse_duration, parse_journal_size};
 
 /// A group in a TOML file: sizes and durations as text. `docs/zvm.md` shows it.
@@ -60,6 +61,9 @@ pub struct VpgFile {
     /// Remind of a test so many days after the last one [default: never].
     #[arg(long = "test-reminder", value_name = "DAYS")]
     pub test_reminder_days: Option<u32>,
+    /// Disks that its VMs get: an alert, or protected by themselves [default: alert].
+    #[arg(long, value_name = "alert|protect")]
+    pub new_disks: Option<NewDisks>,
     /// A disk that is not to be protected, by its VM as given and its name in the inventory; once for each.
     #[arg(long, value_name = "VM:DISK")]
     #[serde(default)]
@@ -139,6 +143,7 @@ impl VpgFile {
             vms: if self.vms.is_empty() { other.vms } else { self.vms },
             vm: if self.vm.is_empty() { other.vm } else { self.vm },
             test_reminder_days: self.test_reminder_days.or(other.test_reminder_days),
+            new_disks: self.new_disks.or(other.new_disks),
             exclude: if self.exclude.is_empty() { other.exclude } else { self.exclude },
             swap: if self.swap.is_empty() { other.swap } else { self.swap },
             recovery: if self.recovery == RecoveryTable::default() { other.recovery } else { self.recovery },
@@ -214,6 +219,7 @@ impl VpgFile {
             give_up_history: !self.keep_history,
             encrypt: self.encrypt,
             test_reminder_days: self.test_reminder_days,
+            new_disks: self.new_disks.unwrap_or_default(),
             recovery: self.recovery.into_recovery()?,
             vms,
         })

@@ -11,6 +11,7 @@ use super::recovery::parse_disk;
 use super::transfer::Import;
 use super::{Failure, VpgFile, shape, show};
 use crate::api::{Client, DiskName, Request, Response, VmSpec, VpgEdit};
+use crate::model::vpg::NewDisks;
 use crate::units::{parse_bytes, parse_duration, parse_journal_size};
 
 /// Virtual protection groups.
@@ -129,6 +130,9 @@ pub(super) struct VpgEditArgs {
     /// Don't remind any more.
     #[arg(long, conflicts_with = "test_reminder")]
     no_test_reminder: bool,
+    /// Disks that its VMs get: an alert, or protected by themselves.
+    #[arg(long, value_name = "alert|protect")]
+    new_disks: Option<NewDisks>,
     /// Group file to take from how its VMs are to be recovered, as a whole; all else in it is left.
     #[arg(long, value_name = "FILE")]
     recovery: Option<PathBuf>,
@@ -247,6 +251,7 @@ impl Ask<'_> {
                     priority: edit.priority,
                     test_reminder_days: edit.test_reminder,
                     no_test_reminder: edit.no_test_reminder,
+                    new_disks: edit.new_disks,
                     recovery: file.map(VpgFile::into_recovery).transpose().map_err(Failure::Usage)?,
                     exclude: edit.exclude,
                     swap: edit.swap,

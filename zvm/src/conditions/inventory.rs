@@ -7,7 +7,7 @@ use super::{Look, condition};
 use crate::inventory::{Datastore, Disk, HostState, Power, Vm};
 use crate::model::alert::{Condition, Level};
 use crate::model::event::Entity;
-use crate::model::vpg::{Member, Vpg, VpgState};
+use crate::model::vpg::{Member, NewDisks, Vpg, VpgState};
 use crate::units::format_bytes;
 
 /// Free parts of a datastore, in percent, below which it is an alert.
@@ -87,22 +87,18 @@ impl Look<'_> {
                 vpg.name, member.name
             ),
         );
-        let is_new = |disk: &&Disk| {
-            protected(&disk.path).is_none()
-                && !member
-                    .excluded
-                    .iter()
-                    .any(|excluded| excluded.name == disk.name || excluded.path == disk.path)
+        let remedy = match vpg.settings.new_disks {
+            NewDisks::Alert => {
+                format!("`zvm protect {1}` and `zvm vpg add-disks {0} {1}`", vpg.name, member.name)
+            }
+            NewDisks::Protect => "shut the guest down and start it again: then it joins by itself".to_owned(),
         };
         tell(
             "disk-not-protected",
             Level::Warning,
-            vm.disks.iter().filter(is_new).map(told).collect(),
+            vm.disks.iter().filter(|disk| member.is_new(disk)).map(told).collect(),
             "is not protected",
-            format!(
-                "`zvm protect {1}` and `zvm vpg add-disks {0} {1}`, or leave it out: `zvm vpg edit {0} --exclude {1}:DISK`",
-                vpg.name, member.name
-            ),
+            format!("{remedy}; or leave it out: `zvm vpg edit {} --exclude {}:DISK`", vpg.name, member.name),
         );
         let is_gone = |path: &Path| !vm.disks.iter().any(|disk| disk.path == path);
         let lost = member.volumes.iter().filter(|volume| !volume.left && is_gone(&volume.source_path));

@@ -6,6 +6,7 @@ pub mod checkpoint_locks;
 mod checkpoints;
 pub mod engine;
 pub mod enrolment;
+mod following;
 mod guests;
 pub mod inventory_watch;
 pub mod listings;

@@ -149,6 +149,7 @@ impl Resolved<'_> {
             encrypt: spec.encrypt,
             paused: false,
             test_reminder_days: spec.test_reminder_days,
+            new_disks: spec.new_disks,
             recovery: spec.recovery.clone(),
             vms: vms.collect::<Result<_, _>>()?,
             former: Vec::new(),

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use vra::api::VmId;
 
 use super::recovery::{GroupRecovery, VmRecovery};
-use super::vpg::{ExcludedDisk, VpgSettings};
+use super::vpg::{ExcludedDisk, NewDisks, VpgSettings};
 
 /// Longest JSON text of a group's, bytes: with it the definition of a large group still fits the manifest of its journals.
 pub const MAX_KEPT_BYTES: usize = 48 << 10;
@@ -17,6 +17,9 @@ pub struct KeptSettings {
     /// Remind of a test so many days after the last one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub test_reminder_days: Option<u32>,
+    /// What becomes of disks that its VMs get.
+    #[serde(default, skip_serializing_if = "NewDisks::is_default")]
+    pub new_disks: NewDisks,
     /// How its VMs are to be recovered.
     #[serde(default, skip_serializing_if = "GroupRecovery::is_empty")]
     pub recovery: GroupRecovery,
@@ -45,6 +48,7 @@ impl KeptSettings {
         });
         Self {
             test_reminder_days: settings.test_reminder_days,
+            new_disks: settings.new_disks,
             recovery: settings.recovery.clone(),
             vms: own.filter(|(_, kept)| *kept != KeptMember::default()).collect(),
         }

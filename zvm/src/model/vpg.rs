@@ -13,6 +13,7 @@ use super::kept::KeptSettings;
 use super::named;
 use super::recovery::{GroupRecovery, VmRecovery};
 use super::vra::Vra;
+use crate::inventory::Disk;
 
 /// A group as the manager wants it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +66,9 @@ pub struct VpgSettings {
     /// Remind of a test so many days after the last one.
     #[serde(default)]
     pub test_reminder_days: Option<u32>,
+    /// What becomes of disks that its VMs get.
+    #[serde(default)]
+    pub new_disks: NewDisks,
     /// How its VMs are to be recovered.
     #[serde(default)]
     pub recovery: GroupRecovery,
@@ -142,6 +146,18 @@ named! {
     }
 }
 
+named! {
+    /// What becomes of disks that VMs of a group get.
+    #[derive(Default)]
+    NewDisks {
+        /// They are an alert until somebody protects or excludes them.
+        #[default]
+        Alert = "alert",
+        /// They are protected by themselves, as soon as the guest can use the served device.
+        Protect = "protect",
+    }
+}
+
 /// How a group is deleted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Removal {
@@ -152,11 +168,25 @@ pub struct Removal {
 }
 
 impl Member {
+    /// Whether a disk of its VM is neither protected nor excluded.
+    pub fn is_new(&self, disk: &Disk) -> bool {
+        let is_protected = |volume: &VolumeDefinition| volume.source_path == disk.path && !volume.left;
+        let is_excluded = |excluded: &ExcludedDisk| excluded.name == disk.name || excluded.path == disk.path;
+        !self.volumes.iter().any(is_protected) && !self.excluded.iter().any(is_excluded)
+    }
+
     /// Space for its journal, bytes.
     pub fn journal_limit_bytes(&self) -> u64 {
         let disks_bytes =
             self.volumes.iter().fold(0_u64, |sum, volume| sum.saturating_add(volume.size_bytes));
         self.journal_size.limit_for(disks_bytes)
+    }
+}
+
+impl NewDisks {
+    /// Whether it is what a group has that says nothing.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
     }
 }
 

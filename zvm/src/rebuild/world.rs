@@ -231,6 +231,7 @@ fn vpg_of(
             encrypt: newest.encrypt,
             paused: newest.paused,
             test_reminder_days: kept.test_reminder_days,
+            new_disks: kept.new_disks,
             recovery: kept.recovery,
             vms,
             former: newest.former.clone(),

@@ -32,6 +32,7 @@ pub(crate) fn spec(vms: &[&str]) -> VpgSpec {
         give_up_history: true,
         encrypt: false,
         test_reminder_days: None,
+        new_disks: Default::default(),
         recovery: GroupRecovery::default(),
         vms: vms.iter().map(vm).collect(),
     }

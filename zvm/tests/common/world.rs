@@ -75,6 +75,7 @@ impl World {
                 encrypt: false,
                 paused: false,
                 test_reminder_days: None,
+                new_disks: Default::default(),
                 recovery: GroupRecovery::default(),
                 vms: Vec::new(),
                 former: Vec::new(),

@@ -22,6 +22,7 @@ pub(super) fn text(vpg: &Vpg) -> String {
         "Test reminder",
         settings.test_reminder_days.map_or_else(|| "off".into(), |days| format!("after {days} days")),
     );
+    lines.add("New disks", settings.new_disks);
     lines.add("Last test", vpg.last_test_us.map_or_else(|| "-".into(), |last_us| last_us.to_string()));
     if !settings.description.is_empty() {
         lines.add("Description", settings.description.replace(char::is_control, "?"));

@@ -47,6 +47,7 @@ pub fn described(vpg: &Vpg, name_of: impl Fn(VraId) -> String) -> VpgSpec {
         give_up_history: settings.give_up_history,
         encrypt: settings.encrypt,
         test_reminder_days: settings.test_reminder_days,
+        new_disks: settings.new_disks,
         recovery: settings.recovery.clone(),
         vms: settings.vms.iter().map(vm).collect(),
         target,

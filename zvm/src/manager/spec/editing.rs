@@ -21,6 +21,7 @@ pub fn edited(vpg: &Vpg, edit: &VpgEdit, context: &Context<'_>) -> Result<VpgSet
     if edit.test_reminder_days.is_some() || edit.no_test_reminder {
         settings.test_reminder_days = edit.test_reminder_days;
     }
+    settings.new_disks = edit.new_disks.unwrap_or(settings.new_disks);
     if let Some(history_s) = edit.history_s {
         check_range("history", history_s, &HISTORY_S, "s")?;
         settings.history_s = history_s;
