@@ -1,13 +1,17 @@
-//! A manager that reads two libvirt hosts: what happens there becomes events and alerts, also what happened while either was off.
+//! A manager that reads hypervisors: what happens there becomes events and alerts, also what happened while either was off.
 
 mod common;
+#[path = "common/vcsim.rs"]
+mod vcsim;
 
 use std::collections::BTreeSet;
+use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
 use common::libvirt_host::{TestFolder, TestHost, has_libvirt};
-use common::{Site, wait_for};
+use common::{Site, found_in_files, wait_for};
 use serde_json::Value;
+use vcsim::VCenterSim;
 
 const MIB: u64 = 1 << 20;
 
@@ -206,4 +210,74 @@ fn sources_are_tried_when_they_are_added_and_shown_with_what_is_wrong() {
     assert_eq!(source(&["remove", "lost"]).code, 3);
     let table = site.zvm(&["inventory", "--host", "kvm-a", "--table"]);
     assert!(table.code == 0 && table.stdout.contains("No VMs"), "{table:?}");
+}
+
+#[test]
+fn a_vcenter_is_known_by_its_certificate_and_its_password_is_nowhere_in_clear() {
+    let sim = VCenterSim::start(&["-vms", "2"]);
+    let mut site = Site::start();
+    let secrets = TestFolder::new();
+    let password_file = |name: &str, password: &str| {
+        let path = secrets.file(name, &format!("{password}\n"));
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).expect("mode");
+        path
+    };
+    let (good, bad) = (password_file("good", vcsim::PASSWORD), password_file("bad", "wrong"));
+    let (url, pin) = (format!("https://{}", sim.address), sim.certificate.to_string());
+    let add = |site: &Site, password: &str, more: &[&str]| {
+        let source =
+            ["source", "add", "vcenter", "vc", "--site", "paris", "--url", &url, "--user", vcsim::USER];
+        site.zvm(&[&source[..], &["--password-file", password], more].concat())
+    };
+    let unknown = add(&site, &good, &[]);
+    assert!(
+        unknown.code == 4 && unknown.stderr.contains(&pin) && unknown.stderr.contains("compare"),
+        "{unknown:?}"
+    );
+    let wrong = add(&site, &bad, &["--certificate-sha256", &pin]);
+    assert!(wrong.code == 4 && wrong.stderr.contains("password"), "{wrong:?}");
+    let other = add(&site, &good, &["--certificate-sha256", &"0".repeat(64)]);
+    assert!(other.code == 4 && other.stderr.contains(&pin), "{other:?}");
+    let added = add(&site, &good, &["--certificate-sha256", &pin]);
+    assert_eq!(added.code, 0, "{added:?}");
+    let name = || {
+        let vms = site.json(&["inventory", "--site", "paris"])["inventory"]["vms"].clone();
+        vms[0]["name"].as_str().map(str::to_owned)
+    };
+    wait_for("the inventory", || name().is_some());
+    let before = name().expect("a VM");
+    let id = site.json(&["inventory"])["inventory"]["vms"][0]["origin"]["id"].clone();
+    sim.peer().ask("rename", serde_json::json!({ "id": id, "to": "renamed" }));
+    wait_for("the event", || {
+        site.zvm(&["event", "list"]).stdout.contains(&format!("VM renamed was named {before}"))
+    });
+    let plan = site.zvm(&["plan"]);
+    assert!(plan.code == 0 && plan.stdout.contains("renamed"), "{plan:?}");
+    let refused = site.zvm(&["protect", "renamed"]);
+    assert!(refused.code == 1 && refused.stderr.contains("not a libvirt host"), "{refused:?}");
+
+    // After a restart it is read on; without the key its password must be given again.
+    let reads = |site: &Site| {
+        let list = site.json(&["source", "list"]);
+        list[0]["error"].is_null() && list[0]["read_us"].is_u64()
+    };
+    site.kill();
+    site.serve();
+    wait_for("a reading after the restart", || reads(&site));
+    assert_eq!(found_in_files(&site.dir, vcsim::PASSWORD), None);
+    assert!(!site.log().contains(vcsim::PASSWORD));
+    site.kill();
+    std::fs::remove_file(site.dir.join("state/credential-key")).expect("the key");
+    site.serve();
+    wait_for("the lost password", || {
+        site.json(&["source", "list"])[0]["error"]
+            .as_str()
+            .is_some_and(|error| error.contains("--password-file"))
+    });
+    let edited = site.zvm(&["source", "edit", "vc", "--password-file", &good]);
+    assert_eq!(edited.code, 0, "{edited:?}");
+    wait_for("a reading with the password", || reads(&site));
+    let exposed = secrets.file("exposed", "x");
+    let refused = site.zvm(&["source", "edit", "vc", "--password-file", &exposed]);
+    assert!(refused.code == 2 && refused.stderr.contains("chmod 600"), "{refused:?}");
 }
