@@ -295,3 +295,22 @@ pub(super) fn deleted(result: Result<(), DeviceError>) -> Result<(), DeviceError
         other => other,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn a_socket_is_given_to_a_group_that_there_is() {
+        let path = std::env::temp_dir().join(format!("nbd-group-{}", std::process::id()));
+        let _socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let own = nix::unistd::Group::from_gid(nix::unistd::getgid()).unwrap().unwrap();
+        give_to_group(&path, &own.name).unwrap();
+        assert_eq!(std::fs::metadata(&path).unwrap().gid(), own.gid.as_raw());
+        let error = give_to_group(&path, "no-such-group").unwrap_err().to_string();
+        assert!(error.contains("no-such-group") && error.contains("nbd_group"), "{error}");
+        std::fs::remove_file(&path).unwrap();
+    }
+}
