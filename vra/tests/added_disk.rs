@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use ::vra::api::status::{SourceMode, TargetState};
 use ::vra::api::vpg::VolumeDefinition;
 use ::vra::api::{
-    CloseView, Detach, ErrorCode, OpenView, PointInTime, Request, ViewInfo, ViewMode, VmId, VraStatus,
+    Attach, CloseView, Detach, DoorRequest, ErrorCode, OpenView, PointInTime, Request, ViewInfo, ViewMode,
+    VmId, VraStatus,
 };
 use common::TestCa;
 use common::pair::{DISK_BYTES, apply, definition, door, open, open_view, pattern, tag, wait_for_checkpoint};
@@ -146,6 +147,36 @@ fn lose_superblocks(target: &Vra) {
 }
 
 #[tokio::test]
+async fn a_journal_that_is_made_after_a_disk_left_is_without_it() {
+    let ca = TestCa::new();
+    let source = Vra::start("anew-a", Some(&ca));
+    let mut target = Vra::start("anew-b", Some(&ca));
+    let vm = VmId::random();
+    let mut volumes = Vec::new();
+    for number in 0..2 {
+        volumes.push(source.attach(vm, "db", &source.disk(&format!("{number}.raw"), DISK_BYTES)).await);
+    }
+    if qemu_io(&door(&volumes[0]), &pattern(1, 64, 1024)).is_none() {
+        return;
+    }
+    qemu_io(&door(&volumes[1]), &pattern(2, 64, 1024));
+    let mut group = definition(&source, &target, &volumes);
+    group.vms[0].volumes[1].left = true;
+    apply(&target, &group).await;
+    apply(&source, &group).await;
+    target.wait_for("journaling", |status| status.target_vms[0].state == TargetState::Journaling).await;
+    let tagged = tag(&source, group.id, "now").await;
+    wait_for_checkpoint(&target, group.id, tagged.id).await;
+    let first = std::fs::read(&volumes[0].path).expect("disk");
+    let at = open(group.id, PointInTime::Checkpoint { checkpoint: tagged.id }, ViewMode::ReadOnly);
+    let (view, disks) = shown(&target, &at).await;
+    assert!(disks == [&first[..]], "not one of zeroes");
+    target.ask(Request::CloseView(CloseView { view: view.view })).await;
+    target.stop();
+    assert!(extract(&target, "now") == [first]);
+}
+
+#[tokio::test]
 async fn a_disk_leaves_a_vm_and_older_checkpoints_keep_it() {
     let ca = TestCa::new();
     let source = Vra::start("left-a", Some(&ca));
@@ -211,6 +242,17 @@ async fn a_disk_leaves_a_vm_and_older_checkpoints_keep_it() {
     (back.revision, back.member_set_version) = (3, 3);
     let refused = target.refusal(Request::ApplyVpg(back)).await;
     assert!(refused.message.contains("volumes"), "{refused:?}");
+    let again = Attach {
+        vm,
+        vm_name: "db".into(),
+        volume: Some(second.volume),
+        number: None,
+        path: second.path.clone(),
+        door: DoorRequest::Nbd { listen: None },
+        force_raw: false,
+    };
+    let refused = source.refusal(Request::Attach(again)).await;
+    assert!(refused.code == ErrorCode::Conflict && refused.message.contains("has left"), "{refused:?}");
     let third = source.attach(vm, "db", &source.disk("2.raw", DISK_BYTES)).await;
     assert_eq!(third.number, 2);
 

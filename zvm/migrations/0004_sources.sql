@@ -21,7 +21,8 @@ CREATE TABLE leaving_volume (
     volume_id TEXT NOT NULL PRIMARY KEY,
     vra_id TEXT NOT NULL,
     vm_id TEXT NOT NULL,
-    path TEXT NOT NULL,
-    -- When the definition was changed.
-    since_us BIGINT NOT NULL
+    -- The source that is asked whether a guest of its still uses it.
+    source TEXT NOT NULL,
+    -- The served device, as definitions name it.
+    device TEXT NOT NULL
 );

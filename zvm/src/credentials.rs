@@ -4,6 +4,7 @@
 //! that one row's password can't be moved to another.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use vra::config::{SecretFileError, read_secret, write_atomic};
@@ -59,6 +60,9 @@ pub enum CredentialError {
 impl CredentialKey {
     /// Reads the key's file; makes it where there is none.
     pub fn open(path: &Path) -> Result<Self, CredentialError> {
+        // Two that make it at once would seal with two keys.
+        static MAKING: Mutex<()> = Mutex::new(());
+        let _alone = MAKING.lock().unwrap_or_else(PoisonError::into_inner);
         let text = match read_secret(path) {
             Ok(text) => text,
             Err(error) if error.is_not_found() => Self::create(path)?,

@@ -30,6 +30,11 @@ struct Trio {
 }
 
 impl Trio {
+    /// What the inventory has of the second disk of db.
+    fn second_disk(&self) -> Value {
+        self.site.json(&["inventory", "--vm", "db"])["inventory"]["vms"][0]["disks"][1].clone()
+    }
+
     /// With a group of the first VM, whose journal the first target keeps.
     fn defined() -> Self {
         let site = Site::start();
@@ -116,9 +121,7 @@ fn a_disk_that_a_vm_has_got_joins_its_protection() {
     let first = format!("path = \"{}/db.img\"\n", trio.a.dir.display());
     let second = format!("[[vm.disk]]\nname = \"vdb\"\npath = \"{}/db2.img\"\n", trio.a.dir.display());
     trio.site.write_inventory(&trio.inventory.replace(&first, &format!("{first}{second}")));
-    wait_for("the disk in the inventory", || {
-        !trio.site.json(&["inventory"])["inventory"]["vms"][0]["disks"][1].is_null()
-    });
+    wait_for("the disk in the inventory", || !trio.second_disk().is_null());
     let refused = trio.site.zvm(&add);
     assert!(refused.code == 4 && refused.stderr.contains("vra attach"), "{refused:?}");
     let uri = trio.a.attach("db", &trio.vms[0], "db2.img", 0x55, 4 * MIB);
@@ -150,9 +153,7 @@ fn a_disk_leaves_a_vms_protection() {
     let first = format!("path = \"{}/db.img\"\n", trio.a.dir.display());
     let second = format!("[[vm.disk]]\nname = \"vdb\"\npath = \"{}/db2.img\"\n", trio.a.dir.display());
     trio.site.write_inventory(&trio.inventory.replace(&first, &format!("{first}{second}")));
-    wait_for("the disk in the inventory", || {
-        !trio.site.json(&["inventory"])["inventory"]["vms"][0]["disks"][1].is_null()
-    });
+    wait_for("the disk in the inventory", || !trio.second_disk().is_null());
     let uri = trio.a.attach("db", &trio.vms[0], "db2.img", 0x55, 4 * MIB);
     trio.done(&["vpg", "add-disks", "shop", "db"]);
     trio.tag("both");
@@ -170,9 +171,7 @@ fn a_disk_leaves_a_vms_protection() {
     assert_eq!(edit("--no-swap", "db:vdb").code, 0);
     // By its path, since it is in the inventory no more.
     trio.site.write_inventory(&trio.inventory);
-    wait_for("an inventory without the disk", || {
-        trio.site.json(&["inventory"])["inventory"]["vms"][0]["disks"][1].is_null()
-    });
+    wait_for("an inventory without the disk", || trio.second_disk().is_null());
     let path = format!("db:{}/db2.img", trio.a.dir.display());
     trio.done(&["vpg", "remove-disks", "shop", &path]);
     qemu_io(&uri, &[&format!("write -P 0x66 0 {MIB}")]);

@@ -317,7 +317,10 @@ async fn events_without_an_end_take_no_memory() {
     let before_mib = resident_mib();
     let flood = Daemon::start(but(Procedure::GetCapabilities, |_| Answer::Flood));
     let error = flood.error().await;
-    assert!(chain(&error).contains("GetCapabilities (7) within 400 ms"), "{error:?}");
+    assert!(
+        chain(&error).contains("within 1500 ms"),
+        "what it can do may take as long as all else: {error:?}"
+    );
     let honest_but_loud = Daemon::start(but(Procedure::GetHostname, |serial| {
         Answer::Raw([network_event().repeat(100_000), frame(59, 1, serial, 0, &honest(59))].concat())
     }));

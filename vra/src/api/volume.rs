@@ -70,6 +70,19 @@ pub struct VolumeInfo {
     pub vpg: Option<VpgId>,
     /// The open door; none while it can't be served, for the reason in `problem`.
     pub door: Option<DoorAddress>,
+    /// Of a ublk device: a path in `/dev` that is this volume's alone and leads to it, as long as it is served. Numbers of devices are given anew.
+    #[serde(default)]
+    pub link: Option<PathBuf>,
     /// Why it isn't served, for people.
     pub problem: Option<String>,
+}
+
+impl VolumeInfo {
+    /// Where a guest's definition may say that the disk is: an address that is never another disk's. None while there is none.
+    pub fn device(&self) -> Option<DoorAddress> {
+        match self.door.clone()? {
+            DoorAddress::Ublk { device, .. } => Some(DoorAddress::Ublk { device, path: self.link.clone()? }),
+            nbd => Some(nbd),
+        }
+    }
 }

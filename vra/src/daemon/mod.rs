@@ -7,6 +7,7 @@
 mod alerts;
 mod checkpoints;
 mod definition;
+mod device_links;
 mod doors;
 mod error;
 mod force_sync;
@@ -49,6 +50,7 @@ use ublk::arena::Arena;
 use ublk::process::ProcessSettings;
 use ublk::reactor::{ReactorSettings, Reactors};
 
+use self::device_links::DeviceLinks;
 use self::doors::Doors;
 use self::guests::Guests;
 use self::linking::SharedLink;
@@ -136,6 +138,7 @@ pub(crate) struct Daemon {
     trust: Trust,
     link: SharedLink,
     doors: Doors,
+    links: DeviceLinks,
     volumes: Mutex<BTreeMap<VolumeId, LiveVolume>>,
     /// The ublk devices of former daemons were looked through.
     swept: AtomicBool,
@@ -206,6 +209,7 @@ impl Daemon {
             sources: Mutex::default(),
             groups: Mutex::default(),
             doors,
+            links: DeviceLinks::fresh(),
             volumes: Mutex::default(),
             swept: AtomicBool::new(false),
             views: Mutex::default(),

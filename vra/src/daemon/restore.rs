@@ -82,6 +82,7 @@ impl Daemon {
             }
             _ => {}
         }
+        self.point_link(id, &live);
         lock(&self.volumes).insert(id, live);
     }
 

@@ -118,14 +118,21 @@ impl Daemon {
     pub(super) fn follow_sources(&self, state: &State) -> Result<(), ApiError> {
         let mut wanted: BTreeMap<VmId, (&VpgDefinition, &VmDefinition, Vec<Arc<ProtectedDisk>>)> =
             BTreeMap::new();
+        let mut sources = lock(&self.sources);
         for vpg in state.vpgs.values() {
             for vm in vpg.vms.iter().filter(|vm| vm.source.id == self.vra) {
-                if let Some(disks) = self.disks_of(state, vm) {
+                // One that runs has its disks: none are made for nothing, which could fail.
+                let is_running =
+                    |live: &Arc<LiveSource>| live.vpg == vpg.id && is_same_stream(vm, &live.definition);
+                let disks = match sources.get(&vm.id).is_some_and(is_running) {
+                    true => self.serves_all(state, vm).then(Vec::new),
+                    false => self.disks_of(state, vm),
+                };
+                if let Some(disks) = disks {
                     wanted.insert(vm.id, (vpg, vm, disks));
                 }
             }
         }
-        let mut sources = lock(&self.sources);
         let leaving: Vec<VmId> = sources
             .iter()
             .filter(|(id, live)| {
@@ -239,6 +246,15 @@ impl Daemon {
             left: AtomicBool::new(false),
             paused: AtomicBool::new(vpg.paused),
         })
+    }
+
+    /// Whether all of a VM's disks are served.
+    fn serves_all(&self, state: &State, vm: &VmDefinition) -> bool {
+        let volumes = lock(&self.volumes);
+        let is_served =
+            |volume: &VolumeDefinition| volumes.get(&volume.id).is_some_and(|live| live.problem().is_none());
+        missing_volumes(state, vm).is_empty()
+            && vm.volumes.iter().filter(|volume| !volume.left).all(is_served)
     }
 
     /// A VM's disks by number, if all are served.

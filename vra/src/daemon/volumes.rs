@@ -14,8 +14,8 @@ use super::{Daemon, Finding, lock};
 use crate::api::volume::MAX_VOLUMES_PER_VM;
 use crate::api::vpg::VolumeDefinition;
 use crate::api::{
-    ApiError, Attach, Detach, DoorRequest, ErrorCode, Severity, TimeUs, VmId, VolumeId, VolumeInfo,
-    VpgDefinition,
+    ApiError, Attach, Detach, DoorAddress, DoorRequest, ErrorCode, Severity, TimeUs, VmId, VolumeId,
+    VolumeInfo, VpgDefinition,
 };
 use crate::capture::ProtectedDisk;
 
@@ -92,6 +92,7 @@ impl Daemon {
             }
         };
         let device = live.device();
+        self.point_link(id, &live);
         lock(&self.volumes).insert(id, live);
         change.update(|state| {
             if let Some(record) = state.volumes.get_mut(&id) {
@@ -122,6 +123,7 @@ impl Daemon {
             .remedy("take it out of the VPG first, or detach with --force: the VM's replication then stops until it is attached again"));
         }
         let live = lock(&self.volumes).remove(&id);
+        self.links.remove(id);
         self.follow_sources(change.get())?;
         if let Some(LiveVolume::Served { door, .. }) = live {
             let closed = tokio::task::block_in_place(|| self.doors.close(door));
@@ -187,6 +189,15 @@ impl Daemon {
         }
     }
 
+    /// Gives the device of a volume, if it is one, its own name; a volume that isn't served has none.
+    pub(super) fn point_link(&self, id: VolumeId, live: &LiveVolume) {
+        match live {
+            LiveVolume::Served { door: Door::Ublk(device), .. } => self.links.point(id, &device.block_path()),
+            LiveVolume::Served { .. } => {}
+            LiveVolume::Failed(_) => self.links.remove(id),
+        }
+    }
+
     fn volume_info(&self, id: VolumeId, record: &VolumeRecord) -> Option<VolumeInfo> {
         let seen = self.seen();
         let vpg = seen.vpg_of(record.vm).filter(|vpg| protects(vpg, id));
@@ -194,6 +205,10 @@ impl Daemon {
         let (door, problem) = match volumes.get(&id)? {
             LiveVolume::Served { door, .. } => (Some(door.address()), None),
             LiveVolume::Failed(error) => (None, Some(error.message.clone())),
+        };
+        let link = match &door {
+            Some(DoorAddress::Ublk { path, .. }) => self.links.of(id, path),
+            _ => None,
         };
         Some(VolumeInfo {
             volume: id,
@@ -205,6 +220,7 @@ impl Daemon {
             logical_block_bytes: record.logical_block_bytes,
             vpg: vpg.map(|vpg| vpg.id),
             door,
+            link,
             problem,
         })
     }
@@ -344,6 +360,13 @@ fn free_number(state: &State, attach: &Attach, id: VolumeId, wanted: Option<u16>
     if state.volumes.contains_key(&id) {
         return Err(ApiError::new(ErrorCode::Conflict, format!("volume {id} is another disk here"))
             .remedy("choose another id, or none"));
+    }
+    let members = state.vpgs.values().flat_map(|vpg| &vpg.vms);
+    if members.flat_map(|member| &member.volumes).any(|volume| volume.id == id && volume.left) {
+        let message =
+            format!("volume {id} has left its VM's protection: its journal knows that id as that disk's");
+        return Err(ApiError::new(ErrorCode::Conflict, message)
+            .remedy("attach the disk without an id: it gets a new one"));
     }
     let used: Vec<u16> = numbers_of(state, attach.vm);
     if used.len() >= MAX_VOLUMES_PER_VM {

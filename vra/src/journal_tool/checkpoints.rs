@@ -69,6 +69,11 @@ pub(super) fn run(
             .for_each(|warning| told!("warning: {warning}"));
         let checkpoints = group.checkpoints();
         let entries: Vec<Whole<'_>> = checkpoints.iter().map(|whole| Whole::of(&whole.entry)).collect();
+        if entries.is_empty() {
+            told!(
+                "note: the journals of the VPG have no checkpoint in common: the first sync of one of its VMs hasn't ended, or one of them has lost its history; `vra-journal ls` shows what each has"
+            );
+        }
         if json {
             return print_json(&entries, out);
         }
@@ -81,6 +86,11 @@ pub(super) fn run(
     let [path] = paths else { bail!("give one journal, or --vpg with the name of a VPG") };
     let journal = Journal::open(path, keys)?;
     journal.warn();
+    if journal.reader.catalogue().checkpoints().is_empty() {
+        told!(
+            "note: the journal has no checkpoint: its first sync hasn't ended, or its history was given up for a later one"
+        );
+    }
     let entries = journal.reader.catalogue().checkpoints().iter().map(|entry| Entry {
         cut: entry.checkpoint.cut,
         seq: entry.seq,

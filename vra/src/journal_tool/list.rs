@@ -12,6 +12,7 @@ use super::group::{Group, Stock, Told, words};
 use super::moment::describe;
 use super::text;
 use crate::api::{VmId, VpgId};
+use crate::receive::VmFolder;
 
 /// All that lies in some datastores.
 #[derive(Serialize)]
@@ -61,6 +62,8 @@ struct Vm {
 struct Disk {
     number: usize,
     size_bytes: u64,
+    /// Its recovery disk isn't beside the journal: what wasn't written since is lost.
+    missing: bool,
 }
 
 /// A journal whose checkpoints can't be told without a key that wasn't given.
@@ -111,32 +114,46 @@ pub(super) fn run(
         encrypted: encrypted.collect(),
         unreadable: unreadable.collect(),
     };
+    let opens_none = listing.vpgs.is_empty() && listing.encrypted.is_empty();
     if json {
         serde_json::to_writer_pretty(&mut *out, &listing)?;
         writeln!(out)?;
-        return Ok(());
+    } else {
+        listing.write(out)?;
     }
-    for Vpg { id, name, checkpoints, vms, span, .. } in &listing.vpgs {
-        let name = name.as_deref().unwrap_or("whose manifests cannot be read");
-        writeln!(out, "VPG {name} ({id}), {} VMs", vms.len())?;
-        let span = span.as_ref().map(|span| format!(": {span}"));
-        writeln!(out, "  {checkpoints} checkpoints that all its VMs hold{}", span.unwrap_or_default())?;
-        for vm in vms {
-            let is_encrypted = listing.encrypted.iter().any(|journal| journal.vm == vm.id);
-            vm.write(is_encrypted, out)?;
+    match listing.unreadable.len() {
+        0 => Ok(()),
+        count if opens_none => {
+            bail!("none of {count} journals can be opened; `vra-journal verify` says more")
         }
+        _ => Ok(()),
     }
-    for Encrypted { folder, vm, vm_name, vpg_name, site_key_id, .. } in &listing.encrypted {
-        writeln!(out, "VM {vm_name} ({vm}) of VPG {vpg_name}\n    {}", folder.display())?;
-        writeln!(
-            out,
-            "    encrypted: its checkpoints can be listed and opened with site key {site_key_id}; give its file with --key-file"
-        )?;
+}
+
+impl Listing {
+    fn write(&self, out: &mut dyn Write) -> anyhow::Result<()> {
+        for Vpg { id, name, checkpoints, vms, span, .. } in &self.vpgs {
+            let name = name.as_deref().unwrap_or("whose manifests cannot be read");
+            writeln!(out, "VPG {name} ({id}), {} VMs", vms.len())?;
+            let span = span.as_ref().map(|span| format!(": {span}"));
+            writeln!(out, "  {checkpoints} checkpoints that all its VMs hold{}", span.unwrap_or_default())?;
+            for vm in vms {
+                let is_encrypted = self.encrypted.iter().any(|journal| journal.vm == vm.id);
+                vm.write(is_encrypted, out)?;
+            }
+        }
+        for Encrypted { folder, vm, vm_name, vpg_name, site_key_id, .. } in &self.encrypted {
+            writeln!(out, "VM {vm_name} ({vm}) of VPG {vpg_name}\n    {}", folder.display())?;
+            writeln!(
+                out,
+                "    encrypted: its checkpoints can be listed and opened with site key {site_key_id}; give its file with --key-file"
+            )?;
+        }
+        for Unreadable { folder, error } in &self.unreadable {
+            writeln!(out, "{}\n  cannot be opened: {error}", folder.display())?;
+        }
+        Ok(())
     }
-    for Unreadable { folder, error } in &listing.unreadable {
-        writeln!(out, "{}\n  cannot be opened: {error}", folder.display())?;
-    }
-    Ok(())
 }
 
 impl Vm {
@@ -153,8 +170,10 @@ impl Vm {
             return Ok(());
         };
         writeln!(out, "    {}", folder.display())?;
-        let disks =
-            self.disks.iter().map(|disk| format!("disk {} of {}", disk.number, text::bytes(disk.size_bytes)));
+        let disks = self.disks.iter().map(|disk| {
+            let missing = if disk.missing { " (its recovery disk is missing)" } else { "" };
+            format!("disk {} of {}{missing}", disk.number, text::bytes(disk.size_bytes))
+        });
         let disks: Vec<String> = disks.collect();
         writeln!(out, "    {}; journal of {}", disks.join(", "), text::bytes(self.journal_bytes))?;
         let span = self.span.as_ref().map(|span| format!(": {span}"));
@@ -210,12 +229,21 @@ impl Vm {
 
     fn of(told: &Told, member: bool) -> Self {
         let (oldest_time_us, newest_time_us, span) = ends(&told.checkpoints, describe);
+        let folder = VmFolder::at(told.folder());
+        let is_missing =
+            |number: usize| u16::try_from(number).is_ok_and(|number| !folder.disk(number).exists());
         let disks = told.disk_bytes.iter().enumerate();
         Self {
             member,
             folder: Some(told.folder().to_owned()),
             journal_bytes: std::fs::metadata(&told.path).map_or(0, |metadata| metadata.len()),
-            disks: disks.map(|(number, size_bytes)| Disk { number, size_bytes: *size_bytes }).collect(),
+            disks: disks
+                .map(|(number, size_bytes)| Disk {
+                    number,
+                    size_bytes: *size_bytes,
+                    missing: is_missing(number),
+                })
+                .collect(),
             checkpoints: told.checkpoints.len(),
             oldest_time_us,
             newest_time_us,

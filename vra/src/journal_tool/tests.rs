@@ -101,7 +101,7 @@ fn a_datastore_is_listed_and_a_journal_described() {
     assert_eq!((&vpg["name"], &vpg["checkpoints"]), (&json!("shop"), &json!(3)));
     let vm = &vpg["vms"][0];
     assert_eq!((&vm["name"], &vm["checkpoints"], &vm["member"]), (&json!("db"), &json!(3), &json!(true)));
-    assert_eq!(vm["disks"], json!([{ "number": 0, "size_bytes": SIZE_BYTES }]));
+    assert_eq!(vm["disks"], json!([{ "number": 0, "size_bytes": SIZE_BYTES, "missing": false }]));
     assert_eq!(
         (&vm["oldest_time_us"], &vm["newest_time_us"]),
         (&json!(START_US), &json!(START_US + 120_000_000))

@@ -36,7 +36,8 @@ pub(super) fn of_full_sync(
     if checkpoints == 0 && !pinned {
         return Admission::GiveUpHistory;
     }
-    let data_bytes: u64 = volumes.iter().map(|volume| volume.size_bytes).sum();
+    // One that has left takes next to nothing: it reads zeroes.
+    let data_bytes: u64 = volumes.iter().filter(|volume| !volume.left).map(|volume| volume.size_bytes).sum();
     // Besides headers and checksums, what the guest writes meanwhile needs room too: an eighth is set aside for all of it.
     let headers_bytes = data_bytes / SYNC_RECORD_BYTES * (RecordHeader::LEN as u64 + 64);
     let needed_bytes = data_bytes + data_bytes / 8 + headers_bytes;

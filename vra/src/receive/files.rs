@@ -122,7 +122,9 @@ pub(super) fn make(
     let first_bytes = u64::from(slot_count) * slot_len_bytes;
     let disk_bytes: Vec<u64> = identity.volumes.iter().map(|volume| volume.size_bytes).collect();
     let made = folder.make(&definition.datastore, &disk_bytes, first_bytes + (1 << 20))?;
-    let manifest = Manifest::new(vpg, definition.id, disk_bytes.len(), made.is_reserved());
+    let mut manifest = Manifest::new(vpg, definition.id, disk_bytes.len(), made.is_reserved());
+    // A disk that left before there was a journal is in none of its checkpoints.
+    manifest.note_left(definition, 1);
     let new = NewJournal {
         journal_id: definition.journal.0,
         vm_id: definition.id.0,

@@ -19,6 +19,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
 use journal::bad_ranges::BadRanges;
+use journal::format::manifest::MAX_MANIFEST_BYTES;
 use journal::promotion::TransferSizes;
 use journal::view::Promoted;
 use journal::walk::Finding;
@@ -369,8 +370,16 @@ impl TargetVm {
         files::check_limit(definition.journal_limit(), slot_bytes)?;
         // What of such a disk still comes until the source knows, nobody misses: a full sync of the VM follows.
         let newest_seq = inner.status.lock().unwrap_or_else(PoisonError::into_inner).durable_through;
-        inner.manifest.note_left(definition, newest_seq + 1);
-        inner.manifest.vpg = vpg.clone();
+        let mut manifest = inner.manifest.clone();
+        manifest.note_left(definition, newest_seq + 1);
+        manifest.vpg = vpg.clone();
+        // One that doesn't fit would be lost, and with it that a disk has left.
+        if manifest.to_text().len() > MAX_MANIFEST_BYTES {
+            return Err(TargetError::Definition(
+                "the group's definition is too long for the manifest of its journals",
+            ));
+        }
+        inner.manifest = manifest;
         if let Some(vm) = inner.key {
             self.worker.tell(Input::SetPolicy {
                 vm,

@@ -47,7 +47,7 @@ impl Look<'_> {
                     member.name, vpg.name, vm.host, host.vra
                 ),
                 &format!(
-                    "move it back; or, to protect it there, `zvm vpg remove-vm {0} {1}`, `zvm protect {1}` and `zvm vpg add-vm {0} {1}`",
+                    "move it back; or, to protect it there: `zvm vpg remove-vm {0} {1}`, `vra detach` of its disks at the former VRA, `zvm protect {1}`, restart it, `zvm vpg add-vm {0} {1}`",
                     vpg.name, member.name
                 ),
             ));
@@ -83,7 +83,7 @@ impl Look<'_> {
             vm.disks.iter().filter(is_passed).map(told).collect(),
             "is written to past its VRA: these writes are not replicated",
             format!(
-                "shut the guest down, `zvm protect {1}`, start it, and `zvm vpg force-sync {0} --vm {1}`",
+                "shut the guest down, `zvm protect {1} --disk DISK`, start it, and `zvm vpg force-sync {0} --vm {1}`",
                 vpg.name, member.name
             ),
         );
@@ -129,7 +129,7 @@ impl Look<'_> {
             resized.collect(),
             "has another size than the one that is protected",
             format!(
-                "`zvm vpg remove-vm {0} {1}`, `zvm protect {1}` and `zvm vpg add-vm {0} {1}` protect it in its new size",
+                "`zvm vpg remove-vm {0} {1}`, `zvm unprotect {1}`, shut it down, `zvm protect {1}`, start it, `zvm vpg add-vm {0} {1}`: then it is protected in its new size",
                 vpg.name, member.name
             ),
         );

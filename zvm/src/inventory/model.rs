@@ -196,6 +196,10 @@ named! {
         Shared = "shared",
         /// The guest can't write to it.
         ReadOnly = "read-only",
+        /// What is written to it is thrown away when the guest stops.
+        Transient = "transient",
+        /// A SCSI device that the guest commands itself.
+        Lun = "lun",
         /// A virtual disk of a vSphere host.
         Vmdk = "vmdk",
     }
@@ -276,6 +280,14 @@ impl DiskKind {
                 "replicate such a disk within the guests, and exclude it here",
             )),
             Self::ReadOnly => Some(("is read-only for the guest", "exclude it: nothing is written to it")),
+            Self::Transient => Some((
+                "is transient: what is written to it is thrown away when the guest stops",
+                "exclude it",
+            )),
+            Self::Lun => Some((
+                "is a SCSI device that the guest commands itself (device='lun')",
+                "give it to the guest as a disk (device='disk')",
+            )),
             Self::Vmdk => {
                 Some(("is a virtual disk of a vSphere host", "only disks of KVM hosts can be protected"))
             }

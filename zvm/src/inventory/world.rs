@@ -31,6 +31,15 @@ pub struct World {
     conflicts: Vec<String>,
 }
 
+/// What a reading brought.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Taken {
+    /// What happened since the one before.
+    pub changes: Vec<Change>,
+    /// Whether the source itself tells anything else than before: another source may tell the same.
+    pub differs: bool,
+}
+
 #[derive(Debug)]
 struct Known {
     scope: Scope,
@@ -70,7 +79,11 @@ impl World {
     }
 
     /// Takes a reading and says what happened since the one before. A source's first one only tells of what moved to it.
-    pub fn take(&mut self, source: &str, scope: Scope, inventory: Inventory) -> Vec<Change> {
+    pub fn take(&mut self, source: &str, scope: Scope, inventory: Inventory) -> Taken {
+        let differs = self
+            .sources
+            .get(source)
+            .is_none_or(|known| !changes::between(&known.inventory, &inventory).is_empty());
         let known = self.sources.insert(source.into(), Known { scope, inventory, is_failing: false });
         let is_first = known.is_none();
         if let Some(known) = known {
@@ -80,7 +93,12 @@ impl World {
         if is_first {
             changes.retain(|change| !came(change));
         }
-        changes
+        Taken { changes, differs }
+    }
+
+    /// Names of the sources that something was read of.
+    pub fn sources(&self) -> impl Iterator<Item = &str> {
+        self.sources.keys().map(String::as_str)
     }
 
     /// Notes that a source was read and is as it was.
@@ -242,19 +260,18 @@ impl Merger {
     fn add_vm(&mut self, vm: &Vm) {
         let rank = |vm: &Vm| {
             let host = self.merged.hosts.iter().find(|host| host.name == vm.host);
-            let power = match vm.power {
-                Power::On => 3,
+            let answers = host.is_some_and(|host| host.state != HostState::NotResponding);
+            let power = match (vm.power, answers) {
+                (Power::On, true) => 5,
                 // A VM that is being received stands still until its source has stopped.
-                Power::Paused => 2,
-                Power::Unknown => 1,
-                Power::Off => 0,
+                (Power::Paused, true) => 4,
+                // Where it ran when the host was last heard of: that another one has it defined says nothing.
+                (Power::On | Power::Paused, false) => 3,
+                (Power::Unknown, _) => 2,
+                (Power::Off, true) => 1,
+                (Power::Off, false) => 0,
             };
-            (
-                vm.origin.source != FILE,
-                host.is_some_and(|host| host.state != HostState::NotResponding),
-                power,
-                self.hosts_before.get(&vm.uuid) == Some(&vm.host),
-            )
+            (vm.origin.source != FILE, power, self.hosts_before.get(&vm.uuid) == Some(&vm.host))
         };
         match self.vms.get(&vm.uuid) {
             Some(other) if rank(other) >= rank(vm) => {}
@@ -337,13 +354,17 @@ mod tests {
     fn world(h1: &[(u128, Power)], h2: &[(u128, Power)]) -> World {
         let mut world = World::default();
         for (name, vms) in [("h1", h1), ("h2", h2)] {
-            assert_eq!(world.take(name, Scope::Host, host(name, vms)), [], "a first reading tells no news");
+            assert_eq!(
+                world.take(name, Scope::Host, host(name, vms)).changes,
+                [],
+                "a first reading tells no news"
+            );
         }
         world
     }
 
     fn read(world: &mut World, name: &str, vms: &[(u128, Power)]) -> Vec<String> {
-        world.take(name, Scope::Host, host(name, vms)).iter().map(ToString::to_string).collect()
+        world.take(name, Scope::Host, host(name, vms)).changes.iter().map(ToString::to_string).collect()
     }
 
     #[test]
@@ -391,6 +412,11 @@ mod tests {
         let mut world = world(&[(1, Power::On)], &[]);
         world.fail("h1");
         assert_eq!(world.inventory().vms[0].host, "h1", "the last good reading stays in force");
+        assert_eq!(
+            read(&mut world, "h2", &[(1, Power::Off)]),
+            Vec::<String>::new(),
+            "it is only defined there"
+        );
         assert_eq!(read(&mut world, "h2", &[(1, Power::On)]), ["VM vm1 moved from host h1 to h2"]);
         let back = read(&mut world, "h1", &[(1, Power::Off)]);
         assert_eq!(back, ["host h1 went from not-responding to connected"]);

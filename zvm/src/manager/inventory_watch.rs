@@ -14,7 +14,7 @@ use vra::report::chain;
 use super::{Manager, OwnProblem};
 use crate::inventory::changes::Change;
 use crate::inventory::static_file::StaticFile;
-use crate::inventory::world::{FILE, Scope, World};
+use crate::inventory::world::{FILE, Scope, Taken, World};
 use crate::inventory::write_rates::WriteRates;
 use crate::inventory::{HostState, Inventory, InventoryError, Provider, Reading};
 use crate::model::event::{Entity, EventKind};
@@ -55,14 +55,6 @@ pub(super) struct SourceReading {
     pub(super) read_us: Option<TimeUs>,
     /// Why the newest reading failed.
     pub(super) error: Option<String>,
-}
-
-impl Known {
-    /// Whether a source was read well after a moment. One that is known no more has nothing to tell.
-    pub(super) fn is_read_since(&self, source: Option<&str>, since_us: TimeUs) -> bool {
-        let reading = source.and_then(|source| self.readings.get(source));
-        reading.is_none_or(|reading| reading.read_us.is_some_and(|read_us| read_us > since_us))
-    }
 }
 
 /// A task that reads a source.
@@ -133,7 +125,7 @@ impl Manager {
         tasks: &mut JoinSet<()>,
     ) {
         watchers.retain(|_, watcher| {
-            let stays = sources.contains(&watcher.stored);
+            let stays = sources.contains(&watcher.stored) && !watcher.task.is_finished();
             if !stays {
                 watcher.task.abort();
             }
@@ -165,8 +157,9 @@ impl Manager {
     /// Forgets what was read of sources that there are no more.
     fn forget_sources(&self, names: &BTreeSet<&str>) {
         let mut known = self.known();
-        let is_gone = |name: &&String| name.as_str() != FILE && !names.contains(name.as_str());
-        let gone: Vec<String> = known.readings.keys().filter(is_gone).cloned().collect();
+        let is_gone = |name: &&str| *name != FILE && !names.contains(name);
+        let read = known.readings.keys().map(String::as_str).chain(known.world.sources());
+        let gone: BTreeSet<String> = read.filter(is_gone).map(str::to_owned).collect();
         for name in gone {
             known.readings.remove(&name);
             known.wakers.remove(&name);
@@ -301,14 +294,15 @@ impl Manager {
 
     async fn take_inventory(&self, source: &str, scope: Scope, from: String, inventory: Inventory) {
         let now_us = self.now_us();
-        let (changes, is_news, to_read) = {
+        let (changes, is_told, differs, to_read) = {
             let mut known = self.known();
             let reading = known.readings.entry(source.into()).or_default();
-            let is_news = reading.read_us.is_none() || reading.error.is_some() || source == FILE;
+            let is_told = reading.read_us.is_none() || reading.error.is_some() || source == FILE;
             *reading = SourceReading { from: from.clone(), read_us: Some(now_us), error: None };
-            let changes = known.world.take(source, scope, inventory.clone());
-            known.rates.note(&inventory.vms, now_us.0);
+            let Taken { changes, differs } = known.world.take(source, scope, inventory.clone());
             let merged = known.world.inventory();
+            // Of a VM that other hosts have defined, too, where it runs counts.
+            known.rates.note(merged.vms.iter().filter(|vm| vm.origin.source == source), now_us.0);
             known.rates.keep(&merged);
             let to_read: Vec<Arc<Notify>> = known
                 .world
@@ -317,7 +311,7 @@ impl Manager {
                 .filter_map(|name| known.wakers.get(name))
                 .cloned()
                 .collect();
-            (changes, is_news, to_read)
+            (changes, is_told, differs, to_read)
         };
         for waker in to_read {
             waker.notify_one();
@@ -326,11 +320,11 @@ impl Manager {
         self.tell_conflicts();
         let (vms, hosts) = (inventory.vms.len(), inventory.hosts.len());
         let description =
-            is_news.then(|| format!("the inventory was read from {from}: {vms} VMs on {hosts} hosts"));
+            is_told.then(|| format!("the inventory was read from {from}: {vms} VMs on {hosts} hosts"));
         if description.is_some() {
             tracing::info!(from, vms, hosts, "the inventory was read");
         }
-        if is_news || !changes.is_empty() {
+        if is_told || differs || !changes.is_empty() {
             self.note_changes(source, Some((now_us, &inventory)), &changes, description).await;
         }
     }

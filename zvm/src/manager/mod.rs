@@ -63,6 +63,8 @@ pub struct Manager {
     inventory: Mutex<inventory_watch::Known>,
     /// Wakes who begins and ends the reading of sources.
     sources_changed: Notify,
+    /// Held by who changes which disks are served: two at once would undo each other's work.
+    attaching: tokio::sync::Mutex<()>,
     /// Wakes who ends the serving of volumes.
     volumes_leave: Notify,
     observed: Mutex<Observed>,
@@ -157,6 +159,7 @@ impl Manager {
             remote,
             inventory: Mutex::default(),
             sources_changed: Notify::new(),
+            attaching: tokio::sync::Mutex::default(),
             volumes_leave: Notify::new(),
             observed: Mutex::default(),
             passes: Mutex::default(),

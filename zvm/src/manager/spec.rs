@@ -298,7 +298,7 @@ fn volumes_of(
     let served = served.get(&source.id).into_iter().flatten();
     let at_source: Vec<&VolumeInfo> = served.filter(|volume| volume.vm == VmId(vm.uuid)).collect();
     let mut volumes = Vec::with_capacity(vm.disks.len());
-    let is_excluded = |disk: &&Disk| excluded.iter().any(|excluded| excluded.name == disk.name);
+    let is_excluded = |disk: &&Disk| excluded.iter().any(|excluded| excluded.is(disk));
     for disk in vm.disks.iter().filter(|disk| !is_excluded(disk)) {
         if disk.served == Some(false)
             && vm.power != Power::Off

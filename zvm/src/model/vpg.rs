@@ -171,8 +171,7 @@ impl Member {
     /// Whether a disk of its VM is neither protected nor excluded.
     pub fn is_new(&self, disk: &Disk) -> bool {
         let is_protected = |volume: &VolumeDefinition| volume.source_path == disk.path && !volume.left;
-        let is_excluded = |excluded: &ExcludedDisk| excluded.name == disk.name || excluded.path == disk.path;
-        !self.volumes.iter().any(is_protected) && !self.excluded.iter().any(is_excluded)
+        !self.volumes.iter().any(is_protected) && !self.excluded.iter().any(|excluded| excluded.is(disk))
     }
 
     /// Space for its journal, bytes.
@@ -180,6 +179,13 @@ impl Member {
         let disks_bytes =
             self.volumes.iter().fold(0_u64, |sum, volume| sum.saturating_add(volume.size_bytes));
         self.journal_size.limit_for(disks_bytes)
+    }
+}
+
+impl ExcludedDisk {
+    /// Whether it is this one: another disk may have got its name since.
+    pub fn is(&self, disk: &Disk) -> bool {
+        self.name == disk.name && self.path == disk.path
     }
 }
 

@@ -1,10 +1,8 @@
-//! Volumes that are no longer to be served once their guests use them no more.
+//! Volumes that are no longer to be served once no guest uses them any more.
 
-use std::path::{Path, PathBuf};
+use vra::api::{VmId, VolumeId, VraId};
 
-use vra::api::{TimeUs, VmId, VolumeId, VraId};
-
-use super::{Connection, Reader, StoreError, int};
+use super::{Connection, Reader, StoreError};
 
 /// One of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,18 +13,16 @@ pub struct LeavingVolume {
     pub volume: VolumeId,
     /// Its VM.
     pub vm: VmId,
-    /// The disk.
-    pub path: PathBuf,
-    /// Since when its VM's definition has the disk itself.
-    pub since_us: TimeUs,
+    /// Name of the source that tells whether a guest uses it.
+    pub source: String,
+    /// The served device, as definitions name it.
+    pub device: String,
 }
 
 /// All of them.
 pub async fn list(db: &mut Connection) -> Result<Vec<LeavingVolume>, StoreError> {
-    let rows =
-        sqlx::query("SELECT volume_id, vra_id, vm_id, path, since_us FROM leaving_volume ORDER BY volume_id")
-            .fetch_all(db)
-            .await?;
+    let query = "SELECT volume_id, vra_id, vm_id, source, device FROM leaving_volume ORDER BY volume_id";
+    let rows = sqlx::query(query).fetch_all(db).await?;
     rows.iter()
         .map(|row| {
             let read = Reader::new("leaving_volume", row);
@@ -34,31 +30,24 @@ pub async fn list(db: &mut Connection) -> Result<Vec<LeavingVolume>, StoreError>
                 vra: VraId(read.uuid("vra_id")?),
                 volume: VolumeId(read.uuid("volume_id")?),
                 vm: VmId(read.uuid("vm_id")?),
-                path: read.text("path")?.into(),
-                since_us: TimeUs(read.number("since_us")?),
+                source: read.text("source")?,
+                device: read.text("device")?,
             })
         })
         .collect()
 }
 
-/// Adds one, or has it wait anew.
-pub async fn insert(
-    db: &mut Connection,
-    vra: VraId,
-    volume: VolumeId,
-    vm: VmId,
-    path: &Path,
-    since_us: TimeUs,
-) -> Result<(), StoreError> {
-    delete(db, volume).await?;
+/// Adds one, if it isn't there.
+pub async fn insert(db: &mut Connection, leaving: &LeavingVolume) -> Result<(), StoreError> {
+    delete(db, leaving.volume).await?;
     sqlx::query(
-        "INSERT INTO leaving_volume (volume_id, vra_id, vm_id, path, since_us) VALUES ($1, $2, $3, $4, $5)",
+        "INSERT INTO leaving_volume (volume_id, vra_id, vm_id, source, device) VALUES ($1, $2, $3, $4, $5)",
     )
-    .bind(volume.to_string())
-    .bind(vra.to_string())
-    .bind(vm.to_string())
-    .bind(path.display().to_string())
-    .bind(int(since_us.0))
+    .bind(leaving.volume.to_string())
+    .bind(leaving.vra.to_string())
+    .bind(leaving.vm.to_string())
+    .bind(&leaving.source)
+    .bind(&leaving.device)
     .execute(db)
     .await?;
     Ok(())
@@ -70,5 +59,11 @@ pub async fn delete(db: &mut Connection, volume: VolumeId) -> Result<(), StoreEr
         .bind(volume.to_string())
         .execute(db)
         .await?;
+    Ok(())
+}
+
+/// Forgets those of a VM.
+pub async fn delete_of_vm(db: &mut Connection, vm: VmId) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM leaving_volume WHERE vm_id = $1").bind(vm.to_string()).execute(db).await?;
     Ok(())
 }

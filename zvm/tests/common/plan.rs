@@ -148,6 +148,7 @@ impl Site {
             logical_block_bytes: 512,
             vpg: None,
             door: None,
+            link: None,
             problem: None,
         }
     }

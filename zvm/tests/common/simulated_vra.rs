@@ -43,6 +43,7 @@ impl SimulatedVra {
             logical_block_bytes: 512,
             vpg: None,
             door: None,
+            link: None,
             problem: None,
         };
         let volumes = vms.iter().map(volume).collect();

@@ -35,6 +35,8 @@ mod flag {
     pub(super) const BLOCK_JOB_INFO_BANDWIDTH_BYTES: u32 = 1 << 0;
     /// `VIR_CONNECT_LIST_DOMAINS_PERSISTENT`.
     pub(super) const LIST_PERSISTENT: u32 = 1 << 2;
+    /// `VIR_CONNECT_LIST_DOMAINS_MANAGEDSAVE`.
+    pub(super) const LIST_SAVED: u32 = 1 << 8;
     /// `VIR_CONNECT_LIST_STORAGE_POOLS_ACTIVE`, `_DIR`, `_FS` and `_NETFS`.
     pub(super) const LIST_ACTIVE_FOLDER_POOLS: u32 = 1 << 1 | 1 << 6 | 1 << 7 | 1 << 8;
 }
@@ -151,6 +153,12 @@ impl Client {
     /// Those domains that have a definition, running or not: others are gone with their guest.
     pub async fn persistent_domains(&self) -> Result<Vec<DomainRef>, LibvirtError> {
         let arguments = Writer::default().i32(1).u32(flag::LIST_PERSISTENT);
+        self.ask(Procedure::ListAllDomains, arguments, reply::domains).await
+    }
+
+    /// Those domains that were put to sleep with their memory saved: they wake with the disks that they had.
+    pub async fn saved_domains(&self) -> Result<Vec<DomainRef>, LibvirtError> {
+        let arguments = Writer::default().i32(1).u32(flag::LIST_SAVED);
         self.ask(Procedure::ListAllDomains, arguments, reply::domains).await
     }
 

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use uuid::Uuid;
 
-use super::served;
+use super::served::{self, Original};
 use super::volume::Volume;
 use crate::inventory::xml::{Element, XmlError};
 use crate::inventory::{Disk, DiskKind, Nic, Origin, Power, Vm};
@@ -227,6 +227,10 @@ fn disk_of(disk: &Element) -> Result<Option<DomainDisk>, DomainError> {
         DiskKind::Shared
     } else if disk.child("readonly").is_some() {
         DiskKind::ReadOnly
+    } else if disk.child("transient").is_some() {
+        DiskKind::Transient
+    } else if disk.attribute("device") == Some("lun") {
+        DiskKind::Lun
     } else if is_image(disk) {
         DiskKind::Image
     } else {
@@ -236,14 +240,15 @@ fn disk_of(disk: &Element) -> Result<Option<DomainDisk>, DomainError> {
 }
 
 /// The disk that a VRA's device stands in for. What the metadata says of a disk that is itself again, is of no meaning.
-fn original_of(disk: DomainDisk, originals: &BTreeMap<String, String>) -> DomainDisk {
+fn original_of(disk: DomainDisk, originals: &BTreeMap<String, Original>) -> DomainDisk {
     let Some(original) = originals.get(&disk.name) else { return disk };
-    let original =
-        Element::parse(original, MAX_XML_BYTES).ok().and_then(|original| disk_of(&original).ok().flatten());
-    match original {
-        Some(original) if original.source != disk.source => {
-            DomainDisk { name: disk.name, served: true, ..original }
-        }
+    // A snapshot, a copy or another disk has taken the device's place.
+    if disk.source != DiskSource::Path(original.device.clone()) {
+        return disk;
+    }
+    let former = Element::parse(&original.xml, MAX_XML_BYTES).ok();
+    match former.and_then(|former| disk_of(&former).ok().flatten()) {
+        Some(former) if former.name == disk.name => DomainDisk { served: true, ..former },
         _ => disk,
     }
 }
@@ -264,7 +269,7 @@ fn format(disk: &Element) -> Option<&str> {
 }
 
 /// Where a disk is, and whether that is off the host (or nothing that a path leads to). None if it is empty.
-fn source_of(disk: &Element) -> Option<(DiskSource, bool)> {
+pub(super) fn source_of(disk: &Element) -> Option<(DiskSource, bool)> {
     let source = disk.child("source")?;
     let attribute = |name| source.attribute(name).filter(|value| !value.is_empty()).map(str::to_owned);
     let path = |path| (DiskSource::Path(path), false);

@@ -3,23 +3,26 @@
 //!
 //! ```xml
 //! <metadata>
-//!   <holdfast:served xmlns:holdfast="urn:holdfast:served:1">
-//!     <holdfast:disk target="vda">&lt;disk type='file' ...&gt;...&lt;/disk&gt;</holdfast:disk>
+//!   <holdfast:served xmlns:holdfast="urn:holdfast:served:1" domain="5d1f1f8e-...">
+//!     <holdfast:disk target="vda" device="/dev/holdfast/...">&lt;disk type='file' ...&gt;...&lt;/disk&gt;</holdfast:disk>
 //!   </holdfast:served>
 //! </metadata>
 //! ```
 //!
-//! The text of a `holdfast:disk` is the former `<disk>`, letter by letter. The rest of a definition is left as it is, letter by letter, too.
+//! The text of a `holdfast:disk` is the former `<disk>`, letter by letter. It counts only as long as the domain's disk of that target is still
+//! that device: after a snapshot, a block copy or another disk in its place it is history, and to go back to it would lose what was written
+//! since. That of a clone, which has another UUID, isn't the clone's. The rest of a definition is left as it is, letter by letter, too.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 use quick_xml::Reader;
 use quick_xml::escape::escape;
 use quick_xml::events::Event;
 use vra::api::DoorAddress;
 
-use super::domain::MAX_XML_BYTES;
+use super::domain::{DiskSource, Domain, DomainError, MAX_XML_BYTES, source_of};
 use crate::inventory::xml::{Element, MAX_DEPTH, XmlError};
 
 /// Namespace of what is ours in a definition's metadata.
@@ -40,31 +43,61 @@ pub enum Outage {
 /// Name of our element in the metadata; the only one of that name there, whatever prefix it has.
 const SERVED: &str = "served";
 
+/// What a disk was before a VRA served it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Original {
+    /// The served device that took its place, as [`DoorAddress`] shows it.
+    pub device: String,
+    /// The former `<disk>`.
+    pub xml: String,
+}
+
 /// Why a definition can't be changed.
 #[derive(Debug, thiserror::Error)]
 pub enum ServedError {
     /// It is no XML, or too much of it.
     #[error(transparent)]
     Xml(#[from] XmlError),
+    /// Something that each definition has is missing.
+    #[error(transparent)]
+    Domain(#[from] DomainError),
     /// It has no such disk.
     #[error("the definition has no disk {0}")]
     NoDisk(String),
     /// A disk is served already.
     #[error("disk {0} is served by a VRA already")]
     IsServed(String),
+    /// A disk isn't what the caller takes it for.
+    #[error("disk {disk} is {now} in the definition, not {expected}: has it changed since it was read?")]
+    Changed {
+        /// The disk.
+        disk: String,
+        /// What it is.
+        now: String,
+        /// What it should be.
+        expected: String,
+    },
+    /// What a disk was before isn't a disk of that name.
+    #[error("what the metadata says of the former disk {0} is no disk of that name")]
+    NoOriginal(String),
     /// A part that every definition has is missing.
     #[error("the definition has no <{0}>")]
     Missing(&'static str),
 }
 
-/// What disks were before a VRA served them: the former `<disk>` by target name.
-pub fn originals(domain: &Element) -> BTreeMap<String, String> {
-    let served = domain.child("metadata").and_then(|metadata| metadata.child(SERVED));
-    let disk = |disk: &Element| Some((disk.attribute("target")?.to_owned(), disk.text.clone()));
+/// What disks were before a VRA served them, by target name.
+pub fn originals(domain: &Element) -> BTreeMap<String, Original> {
+    let uuid = domain.text_at(&["uuid"]);
+    let is_its = |served: &&Element| is_ours(served) && served.attribute("domain") == uuid;
+    let served = domain.child("metadata").and_then(|metadata| metadata.children_named(SERVED).find(is_its));
+    let disk = |disk: &Element| {
+        let device = disk.attribute("device")?.to_owned();
+        Some((disk.attribute("target")?.to_owned(), Original { device, xml: disk.text.clone() }))
+    };
     served.into_iter().flat_map(|served| served.children_named("disk")).filter_map(disk).collect()
 }
 
-/// Points disks at the devices that serve them, by target name.
+/// Points disks at the devices that serve them, by target name. What the metadata says of disks that are others by now is forgotten.
 pub fn serve(
     xml: &str,
     doors: &BTreeMap<String, DoorAddress>,
@@ -75,18 +108,25 @@ pub fn serve(
     let mut edits = Vec::new();
     for (target, door) in doors {
         let span = definition.disk(target)?;
-        let original = &xml[span.clone()];
-        if originals.insert(target.clone(), original.to_owned()).is_some() {
+        let xml = &xml[span.clone()];
+        let now = current(xml)?;
+        let original = Original { device: door.to_string(), xml: xml.to_owned() };
+        if originals.insert(target.clone(), original).is_some_and(|former| Some(former.device) == now) {
             return Err(ServedError::IsServed(target.clone()));
         }
-        edits.push((span, served_disk(original, door, outage)?));
+        edits.push((span, served_disk(xml, door, outage)?));
     }
     edits.extend(definition.metadata_edit(&originals)?);
     Ok(apply(xml, edits))
 }
 
-/// Gives disks back what they were before, all of them or those named; says which.
-pub fn restore(xml: &str, only: Option<&[String]>) -> Result<(String, Vec<String>), ServedError> {
+/// Gives disks back what they were before, all of them or those named; says which. One that is another disk by now is left as it is, and
+/// what was there before forgotten, if `forget` says so; else that is an error.
+pub fn restore(
+    xml: &str,
+    only: Option<&[String]>,
+    forget: bool,
+) -> Result<(String, Vec<String>), ServedError> {
     let definition = Definition::parse(xml)?;
     let mut originals = originals(&definition.root);
     let (mut edits, mut restored) = (Vec::new(), Vec::new());
@@ -96,13 +136,64 @@ pub fn restore(xml: &str, only: Option<&[String]>) -> Result<(String, Vec<String
         }
         originals.remove(&target);
         // A disk that was taken out of the VM meanwhile is not brought back.
-        if let Ok(span) = definition.disk(&target) {
-            edits.push((span, original));
-            restored.push(target);
+        let Ok(span) = definition.disk(&target) else { continue };
+        let now = current(&xml[span.clone()])?.unwrap_or_default();
+        if now != original.device {
+            if forget {
+                continue;
+            }
+            return Err(ServedError::Changed { disk: target, now, expected: original.device });
         }
+        let former = Element::parse(&original.xml, MAX_XML_BYTES)?;
+        let former_target = former.child("target").and_then(|target| target.attribute("dev"));
+        if former.name != "disk" || former_target != Some(target.as_str()) {
+            return Err(ServedError::NoOriginal(target));
+        }
+        edits.push((span, original.xml));
+        restored.push(target);
     }
     edits.extend(definition.metadata_edit(&originals)?);
     Ok((apply(xml, edits), restored))
+}
+
+/// Checks that disks of a definition lie where the caller thinks, by target name. Where one in a storage pool lies, it doesn't tell.
+pub fn check_paths(xml: &str, expected: &BTreeMap<String, PathBuf>) -> Result<(), ServedError> {
+    let domain = Domain::parse(xml)?;
+    for (target, path) in expected {
+        let disk = domain.disks.iter().find(|disk| disk.name == *target);
+        match &disk.ok_or_else(|| ServedError::NoDisk(target.clone()))?.source {
+            DiskSource::Path(now) if Path::new(now) != path => {
+                let (disk, now) = (target.clone(), now.clone());
+                return Err(ServedError::Changed { disk, now, expected: path.display().to_string() });
+            }
+            DiskSource::Path(_) | DiskSource::Volume { .. } => {}
+        }
+    }
+    Ok(())
+}
+
+/// Whether a definition names a device for one of its disks.
+pub fn names_device(xml: &str, device: &str) -> Result<bool, ServedError> {
+    let root = Element::parse(xml, MAX_XML_BYTES)?;
+    let devices = root.child("devices");
+    let mut disks = devices.into_iter().flat_map(|devices| devices.children_named("disk"));
+    Ok(disks.any(|disk| device_of(disk).as_deref() == Some(device)))
+}
+
+/// Where a `<disk>` is, as a served device's address has it.
+fn current(xml: &str) -> Result<Option<String>, ServedError> {
+    Ok(device_of(&Element::parse(xml, MAX_XML_BYTES)?))
+}
+
+fn device_of(disk: &Element) -> Option<String> {
+    match source_of(disk)?.0 {
+        DiskSource::Path(path) => Some(path),
+        DiskSource::Volume { .. } => None,
+    }
+}
+
+fn is_ours(served: &Element) -> bool {
+    served.attributes.iter().any(|(_, value)| value == NAMESPACE)
 }
 
 /// A definition and where its parts are, in bytes.
@@ -176,7 +267,9 @@ impl Definition {
                 }
             }
             ["domain", "metadata"] => self.metadata = Some(span),
-            ["domain", "metadata", SERVED] => self.served = Some(span),
+            ["domain", "metadata", SERVED] if is_ours(&Element::parse(&xml[begin..end], MAX_XML_BYTES)?) => {
+                self.served = Some(span);
+            }
             _ => {}
         }
         open.pop();
@@ -191,16 +284,18 @@ impl Definition {
     /// What makes the metadata tell of these originals.
     fn metadata_edit(
         &self,
-        originals: &BTreeMap<String, String>,
+        originals: &BTreeMap<String, Original>,
     ) -> Result<Option<(Range<usize>, String)>, ServedError> {
         let mut ours = String::new();
         if !originals.is_empty() {
-            ours = format!("<holdfast:served xmlns:holdfast=\"{NAMESPACE}\">");
+            let uuid = self.root.text_at(&["uuid"]).ok_or(ServedError::Missing("uuid"))?;
+            ours = format!("<holdfast:served xmlns:holdfast=\"{NAMESPACE}\" domain=\"{}\">", escape(uuid));
             for (target, original) in originals {
                 ours += &format!(
-                    "\n      <holdfast:disk target=\"{}\">{}</holdfast:disk>",
+                    "\n      <holdfast:disk target=\"{}\" device=\"{}\">{}</holdfast:disk>",
                     escape(target.as_str()),
-                    escape(original.as_str())
+                    escape(original.device.as_str()),
+                    escape(original.xml.as_str())
                 );
             }
             ours += "\n    </holdfast:served>";
@@ -347,6 +442,7 @@ mod tests {
 
     const DOMAIN: &str = "<domain type='qemu' id='3'>
   <name>db &amp; co</name>
+  <uuid>5d1f1f8e-6a0e-4f0b-9a6e-0d6a4b1c2d3e</uuid>
   <metadata>
     <app:note xmlns:app='urn:x'>keep</app:note>
   </metadata>
@@ -401,15 +497,15 @@ mod tests {
         assert_eq!(domain.at(&["metadata", "note"]).unwrap().text, "keep");
         let originals = originals(&domain);
         assert_eq!(
-            parse(&originals["vda"]).child("source").unwrap().attribute("file"),
+            parse(&originals["vda"].xml).child("source").unwrap().attribute("file"),
             Some("/images/a & b.raw")
         );
 
         assert!(matches!(serve(&served, &doors(), Outage::Waits), Err(ServedError::IsServed(_))));
-        let (one, restored) = restore(&served, Some(&["vdb".into()])).unwrap();
+        let (one, restored) = restore(&served, Some(&["vdb".into()]), false).unwrap();
         assert_eq!(restored, ["vdb"]);
         assert_eq!(super::originals(&parse(&one)).keys().collect::<Vec<_>>(), ["vda"]);
-        let (back, restored) = restore(&served, None).unwrap();
+        let (back, restored) = restore(&served, None, false).unwrap();
         assert_eq!(restored, ["vda", "vdb"]);
         let blank = |text: &str| text.split_whitespace().collect::<Vec<_>>().join(" ");
         assert_eq!(blank(&back), blank(DOMAIN), "but for blank lines in the metadata");
@@ -426,7 +522,7 @@ mod tests {
             let served = serve(&xml, &BTreeMap::from([("vda".into(), nbd("e<1>"))]), Outage::Stops).unwrap();
             assert_eq!(originals(&parse(&served)).len(), 1, "{served}");
             assert_eq!(disk(&parse(&served), "vda").child("source").unwrap().attribute("name"), Some("e<1>"));
-            let (back, _) = restore(&served, None).unwrap();
+            let (back, _) = restore(&served, None, false).unwrap();
             assert!(
                 !back.contains("holdfast") && parse(&back).child("devices") == parse(&xml).child("devices")
             );
@@ -442,7 +538,43 @@ mod tests {
         let begin = served.find("<disk type='block'").unwrap();
         let end = begin + served[begin..].find("</disk>").unwrap() + "</disk>".len();
         let without = format!("{}{}", &served[..begin], &served[end..]);
-        assert_eq!(restore(&without, None).unwrap().1, ["vda"], "a disk that left the VM stays out");
-        assert_eq!(restore(DOMAIN, None).unwrap(), (DOMAIN.to_owned(), Vec::new()));
+        assert_eq!(restore(&without, None, false).unwrap().1, ["vda"], "a disk that left the VM stays out");
+        assert_eq!(restore(DOMAIN, None, false).unwrap(), (DOMAIN.to_owned(), Vec::new()));
+    }
+
+    #[test]
+    fn what_was_before_counts_only_for_the_very_device_and_domain() {
+        let served = serve(DOMAIN, &doors(), Outage::Waits).unwrap();
+        assert!(
+            names_device(&served, "/dev/ublkb7").unwrap() && !names_device(DOMAIN, "/dev/ublkb7").unwrap()
+        );
+        // A snapshot or another disk took its place: going back would lose what was written since.
+        let replaced = served.replace("<source dev='/dev/ublkb7'/>", "<source dev='/images/overlay'/>");
+        let refused = restore(&replaced, None, false);
+        assert!(matches!(&refused, Err(ServedError::Changed { disk, .. }) if disk == "vdb"), "{refused:?}");
+        let (kept, restored) = restore(&replaced, None, true).unwrap();
+        assert_eq!(restored, ["vda"]);
+        assert!(kept.contains("/images/overlay") && !kept.contains("holdfast:disk"));
+        let again = serve(&replaced, &BTreeMap::from([("vdb".into(), nbd("e9"))]), Outage::Stops).unwrap();
+        assert!(originals(&parse(&again))["vdb"].xml.contains("/images/overlay"));
+        // A clone's metadata is not the clone's, another tool's element not ours, and no text goes in that isn't that disk.
+        let clone = served.replace("<uuid>5d1f1f8e", "<uuid>6d1f1f8e");
+        assert!(originals(&parse(&clone)).is_empty());
+        let foreign =
+            DOMAIN.replace("<app:note xmlns:app='urn:x'>keep</app:note>", "<x:served xmlns:x='urn:x'/>");
+        assert!(serve(&foreign, &doors(), Outage::Stops).unwrap().contains("<x:served xmlns:x='urn:x'/>"));
+        let forged = served.replace("&lt;target dev=&apos;vda&apos;", "&lt;target dev=&apos;vdz&apos;");
+        assert!(matches!(restore(&forged, None, false), Err(ServedError::NoOriginal(_))), "{forged}");
+    }
+
+    #[test]
+    fn a_definition_that_changed_since_it_was_read_is_noticed() {
+        let expect = |path: &str| check_paths(DOMAIN, &BTreeMap::from([("vdb".into(), path.into())]));
+        expect("/dev/vg/db").unwrap();
+        let changed = expect("/dev/vg/old");
+        assert!(
+            matches!(&changed, Err(ServedError::Changed { now, .. }) if now == "/dev/vg/db"),
+            "{changed:?}"
+        );
     }
 }

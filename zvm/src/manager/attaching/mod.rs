@@ -7,9 +7,11 @@ mod choice;
 mod leaving;
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use vra::api::{
-    ApiError, Attach, Detach, DoorAddress, DoorRequest, ErrorCode, Request, Response, VmId, VolumeInfo,
+    ApiError, Attach, Detach, DoorAddress, DoorRequest, ErrorCode, Request, Response, VmId, VolumeId,
+    VolumeInfo,
 };
 use vra::report::chain;
 
@@ -20,10 +22,11 @@ use crate::inventory::libvirt::served::{self, Outage, ServedError};
 use crate::inventory::libvirt::{Client, LibvirtError};
 use crate::inventory::source::{LibvirtAccessError, libvirt_client};
 use crate::inventory::world::FILE;
-use crate::inventory::{Disk, Power, Vm};
+use crate::inventory::{Disk, Vm};
 use crate::model::event::{Entity, EventKind};
 use crate::model::source::Access;
 use crate::model::vra::{Vra, VraState};
+use crate::store::leaving_volumes::LeavingVolume;
 use crate::store::{self, StoreError};
 
 /// A VM that can be protected, where it is, and who serves disks there.
@@ -42,17 +45,21 @@ impl Manager {
         excluded: &[String],
         door: DoorChoice,
     ) -> Result<VmProtected, ApiError> {
+        let _alone = self.attaching.lock().await;
         let place = self.place_of(name).await?;
         let disks = choice::of(&place.vm, disks, excluded)?;
         let vra = &place.vra;
         let (client, domain) = place.domain().await?;
-        let request = self.door_request(vra, door);
+        let request = self.door_request(vra, door)?;
         let before = self.volumes_of(&place).await?;
+        let members = self.member_volumes(&place.vm).await?;
+        // First of all: what is served again must not be ended.
+        self.keep_volumes(&place.vm).await?;
         let mut doors = BTreeMap::new();
         let mut served = Vec::with_capacity(disks.len());
         let mut failed = None;
         for disk in &disks {
-            match self.attach(&place, disk, request.clone()).await {
+            match self.attach(&place, disk, request.clone(), &before, &members).await {
                 Ok((volume, door)) => {
                     doors.insert(disk.name.clone(), door.clone());
                     served.push(ServedDisk {
@@ -66,28 +73,32 @@ impl Manager {
             }
         }
         let names: Vec<String> = doors.keys().cloned().collect();
+        let paths = disks.iter().map(|disk| (disk.name.clone(), disk.path.clone())).collect();
         // One that is served already is pointed at its device anew: the VRA may have been set up afresh since.
         let edit = |outage| {
-            let (names, doors) = (&names, &doors);
-            move |xml: &str| served::serve(&served::restore(xml, Some(names))?.0, doors, outage)
+            let (names, doors, paths) = (&names, &doors, &paths);
+            move |xml: &str| {
+                let (own, _) = served::restore(xml, Some(names), true)?;
+                served::check_paths(&own, paths)?;
+                served::serve(&own, doors, outage)
+            }
         };
         let defined = match failed {
-            None => {
-                let defined = match redefine(&client, &domain, edit(Outage::Waits)).await {
-                    Err(Failed::Libvirt(error)) if error.is_schema() => {
-                        redefine(&client, &domain, edit(Outage::Stops)).await
-                    }
-                    defined => defined,
-                };
-                defined.map_err(|error| error.told(&place))
-            }
-            Some(error) => Err(error),
+            None => match redefine(&client, &domain, edit(Outage::Waits)).await {
+                Err(Failed::Libvirt(error)) if error.is_schema() => {
+                    redefine(&client, &domain, edit(Outage::Stops)).await
+                }
+                defined => defined,
+            },
+            Some(error) => Err(Failed::Vra(error)),
         };
         if let Err(error) = defined {
-            for disk in served.iter().filter(|disk| !before.iter().any(|known| known.volume == disk.volume)) {
+            // Without a definite answer the definition may name the devices: then they must stay.
+            let new = served.iter().filter(|disk| !before.iter().any(|known| known.volume == disk.volume));
+            for disk in new.filter(|_| error.is_definite()) {
                 self.detach(vra, Detach { volume: disk.volume, force: false }).await;
             }
-            return Err(error);
+            return Err(error.told(&place));
         }
         client.close().await;
         let is_running = domain.id >= 0;
@@ -105,6 +116,7 @@ impl Manager {
 
     /// Gives a VM's definition back what it had, and has its disks no longer served once the guest uses them no more.
     pub async fn unprotect_vm(&self, name: &str, disks: &[String]) -> Result<VmUnprotected, ApiError> {
+        let _alone = self.attaching.lock().await;
         let place = self.place_of(name).await?;
         self.check_not_in_vpg(&place.vm).await?;
         for disk in disks {
@@ -114,18 +126,25 @@ impl Manager {
         let mut restored = Vec::new();
         let only = (!disks.is_empty()).then_some(disks);
         let edit = |xml: &str| {
-            let (xml, names) = served::restore(xml, only)?;
+            let (xml, names) = served::restore(xml, only, false)?;
             restored = names;
             Ok(xml)
         };
         redefine(&client, &domain, edit).await.map_err(|error| error.told(&place))?;
         client.close().await;
-        let is_wanted = |path: &std::path::Path| {
+        let stays = |path: &std::path::Path| {
             let disk = place.vm.disks.iter().find(|disk| disk.path == path);
-            disk.is_some_and(|disk| disks.is_empty() || disks.contains(&disk.name))
+            disk.is_some_and(|disk| !disks.is_empty() && !disks.contains(&disk.name))
         };
-        let volumes: Vec<VolumeInfo> = self.volumes_of(&place).await?;
-        let leaving: Vec<&VolumeInfo> = volumes.iter().filter(|volume| is_wanted(&volume.path)).collect();
+        let volumes = self.volumes_of(&place).await?;
+        let leaving = volumes.iter().filter(|volume| !stays(&volume.path)).map(|volume| LeavingVolume {
+            vra: place.vra.id,
+            volume: volume.volume,
+            vm: volume.vm,
+            source: place.vm.origin.source.clone(),
+            device: volume.device().map_or_else(String::new, |device| device.to_string()),
+        });
+        let leaving: Vec<LeavingVolume> = leaving.collect();
         let is_running = domain.id >= 0;
         let description = format!(
             "disks {} of VM {} are its own again{}",
@@ -133,19 +152,10 @@ impl Manager {
             place.vm.name,
             if is_running { " from its next start on" } else { "" }
         );
-        let now_us = self.now_us();
         let save = async {
             let mut tx = self.store.begin().await?;
             for volume in &leaving {
-                store::leaving_volumes::insert(
-                    &mut tx,
-                    place.vra.id,
-                    volume.volume,
-                    volume.vm,
-                    &volume.path,
-                    now_us,
-                )
-                .await?;
+                store::leaving_volumes::insert(&mut tx, volume).await?;
             }
             let entity = Entity::vm(VmId(place.vm.uuid));
             self.note(&mut tx, EventKind::DetachVm, true, entity, description, None).await?;
@@ -198,15 +208,41 @@ impl Manager {
     }
 
     /// ublk where the host has it.
-    fn door_request(&self, vra: &Vra, choice: DoorChoice) -> DoorRequest {
+    fn door_request(&self, vra: &Vra, choice: DoorChoice) -> Result<DoorRequest, ApiError> {
         let observed = self.observed();
         let status = observed.get(&vra.id).and_then(|seen| seen.last.as_ref()).map(|last| &last.status);
-        let has_ublk = status.is_some_and(|status| status.host.ublk_features.is_some());
-        match choice {
-            DoorChoice::Nbd => DoorRequest::Nbd { listen: None },
-            DoorChoice::Auto if !has_ublk => DoorRequest::Nbd { listen: None },
-            DoorChoice::Auto | DoorChoice::Ublk => DoorRequest::Ublk { queues: None, depth: None },
+        let has_ublk = status.map(|status| status.host.ublk_features.is_some());
+        match (choice, has_ublk) {
+            (DoorChoice::Nbd, _) | (DoorChoice::Auto, Some(false)) => Ok(DoorRequest::Nbd { listen: None }),
+            (DoorChoice::Ublk, _) | (DoorChoice::Auto, Some(true)) => {
+                Ok(DoorRequest::Ublk { queues: None, depth: None })
+            }
+            (DoorChoice::Auto, None) => {
+                let message = format!("whether the host of VRA {} has ublk isn't known yet", vra.name);
+                Err(ApiError::new(ErrorCode::NotReady, message)
+                    .remedy("try again when the VRA answers, `zvm vra list`, or say --door"))
+            }
         }
+    }
+
+    /// The volumes of a VM that its group protects, by path.
+    async fn member_volumes(&self, vm: &Vm) -> Result<BTreeMap<PathBuf, (VolumeId, u16)>, ApiError> {
+        let mut db = self.store.read().await.map_err(internal)?;
+        let vpgs = store::vpgs::list(&mut db).await.map_err(internal)?;
+        let members =
+            vpgs.into_iter().flat_map(|vpg| vpg.settings.vms).filter(|member| member.vm.0 == vm.uuid);
+        let volumes = members.flat_map(|member| member.volumes).filter(|volume| !volume.left);
+        Ok(volumes.map(|volume| (volume.source_path, (volume.id, volume.number))).collect())
+    }
+
+    /// Volumes of a VM are not to leave any more.
+    async fn keep_volumes(&self, vm: &Vm) -> Result<(), ApiError> {
+        let save = async {
+            let mut tx = self.store.begin().await?;
+            store::leaving_volumes::delete_of_vm(&mut tx, VmId(vm.uuid)).await?;
+            Ok::<_, StoreError>(tx.commit().await?)
+        };
+        save.await.map_err(internal)
     }
 
     async fn attach(
@@ -214,26 +250,36 @@ impl Manager {
         place: &Place,
         disk: &Disk,
         door: DoorRequest,
+        before: &[VolumeInfo],
+        members: &BTreeMap<PathBuf, (VolumeId, u16)>,
     ) -> Result<(VolumeInfo, DoorAddress), ApiError> {
+        // The volume that it is; a new disk must not be taken for another one of the group's that isn't attached.
+        let known = before.iter().find(|volume| volume.path == disk.path);
+        let known =
+            known.map(|volume| (volume.volume, volume.number)).or_else(|| members.get(&disk.path).copied());
+        let (volume, number) = match known {
+            Some((volume, number)) => (volume, Some(number)),
+            None => (VolumeId::random(), None),
+        };
         let attach = Attach {
             vm: VmId(place.vm.uuid),
             vm_name: place.vm.name.clone(),
-            volume: None,
-            number: None,
+            volume: Some(volume),
+            number,
             path: disk.path.clone(),
             door,
             force_raw: false,
         };
         match self.ask_vra(&place.vra, Request::Attach(attach)).await? {
-            Response::Volume(volume) => match volume.door.clone() {
+            Response::Volume(volume) => match volume.device() {
                 Some(door) => Ok((volume, door)),
                 None => Err(ApiError::new(
                     ErrorCode::NotReady,
                     format!(
-                        "VRA {} can't serve {}: {}",
+                        "VRA {} can't serve {} at an address of its own: {}",
                         place.vra.name,
                         disk.path.display(),
-                        volume.problem.as_deref().unwrap_or("no reason was given")
+                        volume.problem.as_deref().unwrap_or("its log says why; --door nbd may do")
                     ),
                 )),
             },
@@ -284,28 +330,64 @@ impl Place {
                 "a transient VM ends with its guest: define it with `virsh define`, and start it from there",
             )
         })?;
+        let saved = client.saved_domains().await.map_err(|error| Failed::Libvirt(error).told(self))?;
+        if saved.iter().any(|saved| saved.uuid == domain.uuid) {
+            let message = format!(
+                "VM {:?} sleeps with its memory saved, and wakes with the disks that it had",
+                self.vm.name
+            );
+            return Err(ApiError::new(ErrorCode::Conflict, message).remedy(format!(
+                "start it and shut it down, or `virsh managedsave-remove {}`",
+                self.vm.name
+            )));
+        }
         Ok((client, domain))
     }
 }
 
 /// Why a definition was not changed.
+#[derive(Debug, thiserror::Error)]
 enum Failed {
-    Access(LibvirtAccessError),
-    Libvirt(LibvirtError),
-    Served(ServedError),
+    #[error(transparent)]
+    Access(#[from] LibvirtAccessError),
+    #[error(transparent)]
+    Libvirt(#[from] LibvirtError),
+    #[error(transparent)]
+    Served(#[from] ServedError),
+    #[error(transparent)]
+    Vra(#[from] ApiError),
 }
 
 impl Failed {
+    fn reason(&self) -> String {
+        chain(self)
+    }
+
+    /// Whether the definition is surely as it was.
+    fn is_definite(&self) -> bool {
+        match self {
+            Self::Access(_) | Self::Served(_) | Self::Vra(_) => true,
+            Self::Libvirt(error) => error.remote().is_some(),
+        }
+    }
+
     fn told(self, place: &Place) -> ApiError {
-        let (reason, remedy) = match &self {
-            Self::Access(error) => (chain(error), "check that the host's libvirt answers, `zvm source list`"),
-            Self::Libvirt(error) => {
-                (chain(error), "see libvirt's log on that host, and what this client may do there")
+        let remedy = match self {
+            Self::Vra(error) => return error,
+            Self::Access(_) => "check that the host's libvirt answers, `zvm source list`",
+            Self::Libvirt(_) => "see libvirt's log on that host, and what this client may do there",
+            Self::Served(_) => {
+                "look at it with `virsh dumpxml --inactive`, have it read again with `zvm source read`, and try again; the operator's guide tells how to change it by hand"
             }
-            Self::Served(error) => (chain(error), "look at it with `virsh dumpxml --inactive`"),
         };
+        let done = if self.is_definite() {
+            "was not changed"
+        } else {
+            "may have been changed or not, and its disks stay served"
+        };
+        let reason = self.reason();
         let message = format!(
-            "the definition of VM {:?} at {} was not changed: {reason}",
+            "the definition of VM {:?} at {} {done}: {reason}",
             place.vm.name,
             place.access.address()
         );
@@ -329,10 +411,4 @@ async fn redefine(
 
 fn wrong_answer(vra: &Vra) -> ApiError {
     ApiError::new(ErrorCode::Other, format!("VRA {} gave a wrong answer", vra.name))
-}
-
-/// Whether a guest writes to the served device of a disk, as far as the inventory tells.
-fn is_used(vm: &Vm, path: &std::path::Path) -> bool {
-    let disk = vm.disks.iter().find(|disk| disk.path == path);
-    vm.power != Power::Off && disk.is_some_and(|disk| disk.served != Some(false))
 }

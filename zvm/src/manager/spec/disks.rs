@@ -42,6 +42,11 @@ pub fn without_disks(vpg: &Vpg, disks: &[DiskName], inventory: &Inventory) -> Re
         for volume in member.volumes.iter_mut().filter(|volume| volume.source_path == path) {
             volume.left = true;
         }
+        if member.volumes.iter().all(|volume| volume.left || volume.swap) {
+            let message = format!("only swap disks of VM {:?} would be left", member.name);
+            return Err(ApiError::new(ErrorCode::Unsupported, message)
+                .remedy(format!("take the VM out: `zvm vpg remove-vm {} {}`", vpg.name, member.name)));
+        }
         if let Some(known) = in_inventory {
             member.excluded.push(ExcludedDisk { name: known.name.clone(), path });
         }

@@ -81,9 +81,8 @@ fn exclude(
             vpg.name, member.name, disk.name
         )));
     }
-    if !member.excluded.iter().any(|excluded| excluded.name == disk.name) {
-        member.excluded.push(disk);
-    }
+    member.excluded.retain(|excluded| excluded.name != disk.name);
+    member.excluded.push(disk);
     Ok(())
 }
 
