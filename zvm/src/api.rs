@@ -125,6 +125,9 @@ pub enum Request {
         vpg: String,
         /// Only of this VM, by name or id.
         vm: Option<String>,
+        /// Although older checkpoints may have to be given up for the full sync.
+        #[serde(default)]
+        give_up_history: bool,
     },
     /// Adds VMs to a group. Answer: [`Response::Task`].
     VpgAddVms {
@@ -139,6 +142,9 @@ pub enum Request {
         vpg: String,
         /// The VMs' names or ids.
         vms: Vec<String>,
+        /// Although older checkpoints may have to be given up for the full sync.
+        #[serde(default)]
+        give_up_history: bool,
     },
     /// Takes disks out of the protection of a group's VMs. Answer: [`Response::Task`].
     VpgRemoveDisks {
@@ -146,6 +152,9 @@ pub enum Request {
         vpg: String,
         /// The disks, as the inventory names them, or by their paths.
         disks: Vec<DiskName>,
+        /// Although older checkpoints may have to be given up for the full sync.
+        #[serde(default)]
+        give_up_history: bool,
     },
     /// Takes VMs out of a group. Answer: [`Response::Task`].
     VpgRemoveVms {

@@ -195,10 +195,16 @@ async fn answer(manager: &Manager, request: Request) -> Result<Response, ApiErro
         Request::VpgEdit { vpg, edit } => Response::Vpg(Box::new(manager.edit_vpg(&vpg, &edit).await?)),
         Request::VpgShow { vpg } => Response::Vpg(Box::new(manager.show_vpg(&vpg).await?)),
         Request::VpgPause { vpg, paused } => Response::Vpg(Box::new(manager.pause_vpg(&vpg, paused).await?)),
-        Request::VpgForceSync { vpg, vm } => Response::Task(manager.force_sync(&vpg, vm.as_deref()).await?),
+        Request::VpgForceSync { vpg, vm, give_up_history } => {
+            Response::Task(manager.force_sync(&vpg, vm.as_deref(), give_up_history).await?)
+        }
         Request::VpgAddVms { vpg, vms } => Response::Task(manager.add_vms(&vpg, &vms).await?),
-        Request::VpgAddDisks { vpg, vms } => Response::Task(manager.add_disks(&vpg, &vms).await?),
-        Request::VpgRemoveDisks { vpg, disks } => Response::Task(manager.remove_disks(&vpg, &disks).await?),
+        Request::VpgAddDisks { vpg, vms, give_up_history } => {
+            Response::Task(manager.add_disks(&vpg, &vms, give_up_history).await?)
+        }
+        Request::VpgRemoveDisks { vpg, disks, give_up_history } => {
+            Response::Task(manager.remove_disks(&vpg, &disks, give_up_history).await?)
+        }
         Request::VpgRemoveVms { vpg, vms, keep_disks } => {
             Response::Task(manager.remove_vms(&vpg, &vms, keep_disks).await?)
         }

@@ -441,6 +441,16 @@ pub struct TagCheckpoint {
     pub application: bool,
 }
 
+/// Shortest record that a full sync makes of data, in bytes: what its headers cost is estimated by it.
+const SYNC_RECORD_BYTES: u64 = 64 << 10;
+
+/// Room that a full sync of disks of so many bytes needs in a journal, in bytes. Besides headers and checksums, what the guest writes meanwhile
+/// needs room too: an eighth is set aside for all of it. A target that hasn't got it gives up older checkpoints, or refuses, as the group says.
+pub fn full_sync_bytes(data_bytes: u64) -> u64 {
+    let headers_bytes = data_bytes / SYNC_RECORD_BYTES * 128;
+    data_bytes.saturating_add(data_bytes / 8).saturating_add(headers_bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,9 +1,9 @@
 //! Where a new generation's full sync goes: decided before it begins (C5).
 
-use journal::batch::RecordHeader;
 use journal::writer::{RESERVED_SLOTS, Writer};
 
 use super::receiver_types::{Pins, ReceiverPolicy};
+use crate::api::vpg::full_sync_bytes;
 use crate::wire::VolumeShape;
 
 /// Where it goes.
@@ -16,9 +16,6 @@ pub(super) enum Admission {
     /// Nowhere: why, for people.
     Refuse(String),
 }
-
-/// Shortest record that a sync makes of data, in bytes: what its headers cost is estimated by it.
-const SYNC_RECORD_BYTES: u64 = 64 << 10;
 
 pub(super) fn of_full_sync(
     writer: &Writer,
@@ -38,9 +35,7 @@ pub(super) fn of_full_sync(
     }
     // One that has left takes next to nothing: it reads zeroes.
     let data_bytes: u64 = volumes.iter().filter(|volume| !volume.left).map(|volume| volume.size_bytes).sum();
-    // Besides headers and checksums, what the guest writes meanwhile needs room too: an eighth is set aside for all of it.
-    let headers_bytes = data_bytes / SYNC_RECORD_BYTES * (RecordHeader::LEN as u64 + 64);
-    let needed_bytes = data_bytes + data_bytes / 8 + headers_bytes;
+    let needed_bytes = full_sync_bytes(data_bytes);
     let growth_slots = match writer.lacks_space() {
         true => 0,
         false => u64::from(policy.limits.max_slots.saturating_sub(superblock.slot_count)),

@@ -93,6 +93,9 @@ pub struct VpgEdit {
     /// Those that aren't any more.
     #[serde(default)]
     pub no_swap: Vec<DiskName>,
+    /// Although older checkpoints may have to be given up for a full sync that follows.
+    #[serde(default)]
+    pub give_up_history: bool,
     /// How long history is wanted, seconds.
     #[serde(default)]
     pub history_s: Option<u64>,

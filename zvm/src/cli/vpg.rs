@@ -30,6 +30,9 @@ pub(super) enum VpgCommand {
         /// Name or UUID of a VM of the group; once for each.
         #[arg(required = true, value_name = "VM")]
         vms: Vec<String>,
+        /// Although older checkpoints, locked ones too, may have to be given up for the full sync.
+        #[arg(long)]
+        give_up_history: bool,
         #[command(flatten)]
         wait: Wait,
     },
@@ -40,6 +43,9 @@ pub(super) enum VpgCommand {
         /// A disk of a VM of the group, by its name in the inventory or its path; once for each.
         #[arg(required = true, value_name = "VM:DISK", value_parser = parse_disk)]
         disks: Vec<DiskName>,
+        /// Although older checkpoints, locked ones too, may have to be given up for the full sync.
+        #[arg(long)]
+        give_up_history: bool,
         #[command(flatten)]
         wait: Wait,
     },
@@ -73,6 +79,9 @@ pub(super) enum VpgCommand {
         /// Only those of this VM, by name or UUID.
         #[arg(long)]
         vm: Option<String>,
+        /// Although older checkpoints, locked ones too, may have to be given up for the full sync.
+        #[arg(long)]
+        give_up_history: bool,
     },
     /// Write definitions of groups to standard output, for `import`.
     Export {
@@ -145,6 +154,9 @@ pub(super) struct VpgEditArgs {
     /// A disk that isn't swap any more; once for each. A full sync follows.
     #[arg(long, value_name = "VM:DISK", value_parser = parse_disk)]
     no_swap: Vec<DiskName>,
+    /// Although older checkpoints, locked ones too, may have to be given up for a full sync that follows.
+    #[arg(long)]
+    give_up_history: bool,
     /// How long history is wanted.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     history: Option<Duration>,
@@ -256,6 +268,7 @@ impl Ask<'_> {
                     exclude: edit.exclude,
                     swap: edit.swap,
                     no_swap: edit.no_swap,
+                    give_up_history: edit.give_up_history,
                     history_s: edit.history.map(|history| history.as_secs()),
                     journal_limit: edit.journal_limit,
                     journal_warning: edit.journal_warning,
@@ -267,7 +280,9 @@ impl Ask<'_> {
             }
             VpgCommand::Pause { vpg } => self.print(Request::VpgPause { vpg, paused: true }).await,
             VpgCommand::Resume { vpg } => self.print(Request::VpgPause { vpg, paused: false }).await,
-            VpgCommand::ForceSync { vpg, vm } => self.print(Request::VpgForceSync { vpg, vm }).await,
+            VpgCommand::ForceSync { vpg, vm, give_up_history } => {
+                self.print(Request::VpgForceSync { vpg, vm, give_up_history }).await
+            }
             VpgCommand::Export { vpgs } => self.export(vpgs).await,
             VpgCommand::Import(import) => self.import(import).await,
             VpgCommand::Show { vpg } => self.print(Request::VpgShow { vpg }).await,
@@ -283,11 +298,11 @@ impl Ask<'_> {
                 let vms = add.specs().map_err(Failure::Usage)?;
                 self.task(Request::VpgAddVms { vpg: add.vpg, vms }, &add.wait).await
             }
-            VpgCommand::AddDisks { vpg, vms, wait } => {
-                self.task(Request::VpgAddDisks { vpg, vms }, &wait).await
+            VpgCommand::AddDisks { vpg, vms, give_up_history, wait } => {
+                self.task(Request::VpgAddDisks { vpg, vms, give_up_history }, &wait).await
             }
-            VpgCommand::RemoveDisks { vpg, disks, wait } => {
-                self.task(Request::VpgRemoveDisks { vpg, disks }, &wait).await
+            VpgCommand::RemoveDisks { vpg, disks, give_up_history, wait } => {
+                self.task(Request::VpgRemoveDisks { vpg, disks, give_up_history }, &wait).await
             }
             VpgCommand::RemoveVm { vpg, vms, keep_disks, wait } => {
                 self.task(Request::VpgRemoveVms { vpg, vms, keep_disks }, &wait).await

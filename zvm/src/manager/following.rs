@@ -89,7 +89,7 @@ impl Manager {
                 tracing::info!(vpg = wish.vpg, vm = served.vm, ?disks, "new disks are served");
             }
             Step::Join => {
-                self.add_disks(&wish.vpg, std::slice::from_ref(&vm)).await?;
+                self.add_disks(&wish.vpg, std::slice::from_ref(&vm), false).await?;
             }
         }
         Ok(())

@@ -52,13 +52,19 @@ impl Manager {
     }
 
     /// Protects disks that VMs of a group have got since; the engine takes its definition to the VRAs. What was recovered before is without them.
-    pub async fn add_disks(&self, name: &str, vms: &[String]) -> Result<Task, ApiError> {
+    pub async fn add_disks(
+        &self,
+        name: &str,
+        vms: &[String],
+        give_up_history: bool,
+    ) -> Result<Task, ApiError> {
         let (vpg, desired) = self.changeable(name).await?;
         let inventory = self.inventory();
         let context = spec::Context { inventory: &inventory, vras: &desired.vras, vpgs: &desired.vpgs };
         let growing = spec::grow(&vpg, vms, &context)?;
         let served = self.served_by(growing.sources()).await?;
         let (settings, added) = growing.into_settings(&served)?;
+        spec::full_sync::check_change(&vpg.name, &vpg.settings, &settings, give_up_history)?;
         let description =
             format!("{added} more disks of VM {} are protected in VPG {}", vms.join(", "), vpg.name);
         let told = Told { task: TaskKind::ChangeDisks, event: EventKind::EditProtectionGroup, description };
@@ -66,9 +72,15 @@ impl Manager {
     }
 
     /// Protects disks no more; the engine takes its definition to the VRAs, whose sources serve them on. What was recovered before has them.
-    pub async fn remove_disks(&self, name: &str, disks: &[DiskName]) -> Result<Task, ApiError> {
+    pub async fn remove_disks(
+        &self,
+        name: &str,
+        disks: &[DiskName],
+        give_up_history: bool,
+    ) -> Result<Task, ApiError> {
         let (vpg, desired) = self.changeable(name).await?;
         let settings = spec::without_disks(&vpg, disks, &self.inventory())?;
+        spec::full_sync::check_change(&vpg.name, &vpg.settings, &settings, give_up_history)?;
         let names: Vec<String> = disks.iter().map(|disk| format!("{}:{}", disk.vm, disk.disk)).collect();
         let description = format!("disk {} is protected no more in VPG {}", names.join(", "), vpg.name);
         let told = Told { task: TaskKind::ChangeDisks, event: EventKind::EditProtectionGroup, description };

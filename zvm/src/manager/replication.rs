@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use vra::api::{ApiError, ErrorCode, ForceSync, Request, VmId, VraId};
 
-use super::spec::find_member;
+use super::spec::{find_member, full_sync};
 use super::{Manager, internal};
 use crate::api::VpgDetails;
 use crate::model::event::{Entity, EventKind};
@@ -29,9 +29,15 @@ impl Manager {
     }
     /// Begins full syncs of a group's VMs, or of one of them, at their sources. Those of several sources begin one after the other: if one
     /// refuses, the error says where they have begun.
-    pub async fn force_sync(&self, name: &str, vm: Option<&str>) -> Result<Task, ApiError> {
+    pub async fn force_sync(
+        &self,
+        name: &str,
+        vm: Option<&str>,
+        give_up_history: bool,
+    ) -> Result<Task, ApiError> {
         let vpg = self.find_vpg(name).await?;
         let meant = meant(&vpg, vm)?;
+        full_sync::check(&vpg.name, &meant, &vpg.settings, give_up_history)?;
         let vras = self.desired().await.map_err(internal)?.vras;
         let mut begun: Vec<String> = Vec::new();
         let mut result = Ok(());

@@ -3,6 +3,7 @@
 mod described;
 mod disks;
 mod editing;
+pub mod full_sync;
 mod joining;
 mod recovery;
 

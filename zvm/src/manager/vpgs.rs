@@ -57,6 +57,7 @@ impl Manager {
         let inventory = self.inventory();
         let context = spec::Context { inventory: &inventory, vras: &desired.vras, vpgs: &desired.vpgs };
         let settings = spec::edited(&vpg, edit, &context)?;
+        spec::full_sync::check_change(&vpg.name, &vpg.settings, &settings, edit.give_up_history)?;
         let description = format!("VPG {} was changed", vpg.name);
         self.save_settings(&vpg, &settings, EventKind::EditProtectionGroup, description).await?;
         self.show_vpg(name).await
