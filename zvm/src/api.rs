@@ -1,11 +1,13 @@
 //! What the `zvm` command asks of `zvm serve`: JSON frames over a unix socket, as VRAs use them (`vra::control`).
 
 mod attaching;
+mod inventory;
 mod source;
 mod transfer;
 mod vpg;
 
 pub use attaching::{DoorChoice, ServedDisk, VmProtected, VmUnprotected};
+pub use inventory::{InventoryState, PlannedVm, SourceState};
 pub use source::{Secret, SettingsEdit, SourceEdit, SourceShown};
 pub use transfer::{ImportOutcome, ImportedVpg, VPG_EXPORT_VERSION, VpgExport};
 pub use vpg::{DiskName, RecoveryEdit, VmSpec, VpgEdit, VpgSpec, defaults};
@@ -17,8 +19,6 @@ use uuid::Uuid;
 use vra::api::view::ViewInfo;
 use vra::api::{ApiError, CheckpointId, CheckpointInfo, DoorRequest, TimeUs, VraStatus};
 
-use crate::inventory::Inventory;
-use crate::inventory::write_rates::{Demand, WriteRate};
 use crate::model::alert::Alert;
 use crate::model::event::Event;
 use crate::model::source::Source;
@@ -492,45 +492,6 @@ impl std::fmt::Debug for NewToken {
             .field("ends_us", &self.ends_us)
             .finish_non_exhaustive()
     }
-}
-
-/// The inventory in force.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct InventoryState {
-    /// Where it comes from.
-    pub sources: Vec<SourceState>,
-    /// What was read.
-    pub inventory: Inventory,
-}
-
-/// What protecting a VM would take.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PlannedVm {
-    /// Its name.
-    pub vm: String,
-    /// Its UUID.
-    pub uuid: Uuid,
-    /// Its host's name.
-    pub host: String,
-    /// Its disks together, as far as their sizes are known: what a first sync sends, and the recovery disks take.
-    pub disks_bytes: u64,
-    /// How much it writes; none if its source doesn't count that, or it wasn't watched for long enough.
-    pub rate: Option<WriteRate>,
-    /// What the history would take.
-    pub demand: Option<Demand>,
-}
-
-/// How the reading of one source goes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SourceState {
-    /// Its name; empty for the inventory file.
-    pub name: String,
-    /// What is read.
-    pub from: String,
-    /// When it was last read well.
-    pub read_us: Option<TimeUs>,
-    /// Why the newest reading failed; the one before stays in force.
-    pub error: Option<String>,
 }
 
 /// A test and its disks.
