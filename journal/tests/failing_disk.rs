@@ -289,8 +289,32 @@ fn an_erasure_that_was_cut_short_is_done_again() {
     site.disk.fence();
     let opened = site.open().expect("open");
     assert!(matches!(opened.superblock.state, JournalState::HistoryGivenUp { .. }));
+    assert_erased(&site, opened.superblock.slot_count);
+}
+
+/// Zeroes that are read after a failed sync aren't durable: an opening that left them alone would let the history come back while a sync writes to
+/// the recovery disks.
+#[test]
+fn an_erasure_whose_sync_failed_is_done_again() {
+    for seed in 0..20 {
+        let site = Site::seeded(6, seed);
+        let mut target = site.target();
+        sealed(&mut target);
+        site.disk.arm_error_at(&[(Purpose::Seal, "fdatasync")], 0);
+        target.writer.change(Change::GiveUpHistory { sync_id: 7 }).expect("allowed");
+        target.drive();
+        assert_eq!(target.writer.state(), State::Poisoned);
+        drop(target);
+        drop(site.open().expect("open"));
+        site.disk.crash(Crash::PowerCut);
+        assert_erased(&site, site.survey().superblock.slot_count);
+    }
+}
+
+/// No slot has a page by which it is recognised.
+fn assert_erased(site: &Site, slot_count: u32) {
     let contents = site.disk.contents(site.journal);
-    for slot in 0..opened.superblock.slot_count {
+    for slot in 0..slot_count {
         let begin = slot_offset_bytes(slot, SLOT_BYTES) as usize;
         let page =
             |at: usize| contents.get(at..at + 4096).is_none_or(|page| page.iter().all(|byte| *byte == 0));

@@ -7,7 +7,7 @@ use journal::format::bad_list::BadList;
 use journal::format::manifest::{MAX_MANIFEST_BYTES, Manifest, ManifestError};
 use journal::format::superblock::PairPlace;
 use journal::format::{
-    ChainPoint, JournalState, MAX_SLOT_BYTES, MAX_SLOTS, MIN_SLOT_BYTES, PAGE_BYTES, PageError,
+    ChainPoint, JournalState, LowWater, MAX_SLOT_BYTES, MAX_SLOTS, MIN_SLOT_BYTES, PAGE_BYTES, PageError,
     SegmentHeader, SegmentTrailer, Superblock, SuperblockError, VolumeState, page_crc,
 };
 use proptest::prelude::*;
@@ -101,10 +101,13 @@ prop_compose! {
         (number, slot, after) in (1..u64::MAX, any::<u32>(), any_point()),
         (open_count, begin_time_us) in any::<(u64, u64)>(),
         encryption in prop::option::of((any_key(), any::<[u8; 16]>()).prop_map(|(key, salt)| SegmentKey { key, salt })),
+        low_water in prop::option::of((1..=u64::MAX, any::<u64>())),
     ) -> SegmentHeader {
         let carried_end_bytes = carried_pages * PAGE;
+        let low_water = low_water
+            .map(|(segment, seq)| LowWater { segment: segment.min(number), seq: seq.min(after.seq) });
         SegmentHeader {
-            journal_id, number, slot, open_count, after, carried_end_bytes, begin_time_us, slot_len_bytes, encryption,
+            journal_id, number, slot, open_count, after, carried_end_bytes, begin_time_us, slot_len_bytes, encryption, low_water,
         }
     }
 }

@@ -4,7 +4,7 @@
 mod sim_target;
 
 use journal::format::{SUPERBLOCK_OFFSETS, slot_offset_bytes};
-use journal::recovery::{SurveyOptions, rebuild};
+use journal::recovery::{Rebuilt, SurveyOptions, rebuild};
 use journal::storage::{Blocking, Purpose};
 use journal::walk::walk;
 use journal::writer::Change;
@@ -193,4 +193,71 @@ fn a_copy_that_an_opening_passed_over_does_not_end_the_history() {
         let survey = rebuilt.survey(&mut site.disk.storage(), site.journal, &options).expect("readable");
         assert_eq!(survey.tail, tail);
     }
+}
+
+/// A journal of four segments, the last one open, without its superblocks. The first one is promoted while the given one is open, if any.
+/// Gives the slots of those that are sealed.
+fn of_four_segments(site: &Site, promoted_in: Option<u8>) -> Vec<u32> {
+    let mut target = site.target();
+    target.base_sync();
+    let mut slots = Vec::new();
+    for number in 1..=4 {
+        target.write(u64::from(number) * 4096, &[number]);
+        target.append();
+        if promoted_in == Some(number) {
+            target.promote(1);
+        }
+        if number < 4 {
+            target.change(Change::Seal);
+            slots.push(target.writer.closed_segments().last().expect("sealed").header.slot);
+        }
+    }
+    drop(target);
+    site.zero_pages(0, 1);
+    site.zero_pages(64 << 10, 1);
+    slots
+}
+
+/// What is left of a segment's slot when it is given back, or erased.
+fn erase(site: &Site, slot: u32) {
+    let begin = slot_offset_bytes(slot, SLOT_BYTES);
+    site.zero_pages(begin, 2);
+    site.zero_pages(begin + SLOT_BYTES - PAGE, 1);
+}
+
+fn rebuilt(site: &Site) -> Rebuilt {
+    rebuild(&mut site.disk.storage(), site.journal, None, Vec::new(), site.keys.site()).expect("readable")
+}
+
+/// Segments say where the history began when they did: one behind that which isn't there is lost, if nothing tells of a promotion since.
+#[test]
+fn a_lost_segment_that_nothing_promoted_is_noticed_without_superblocks() {
+    for lost in [&[0][..], &[1], &[0, 1], &[0, 1, 2]] {
+        let site = Site::new(8);
+        let slots = of_four_segments(&site, None);
+        let whole = rebuilt(&site);
+        assert_eq!((whole.gap, whole.is_unproven), (None, false));
+        lost.iter().for_each(|index| erase(&site, slots[*index]));
+        let gap = rebuilt(&site).gap.expect("a segment is missing");
+        assert!(gap.after_seq < gap.resumes_after_seq, "{gap:?}");
+    }
+}
+
+/// Nothing tells that a promotion has ended, until a segment begins after it.
+#[test]
+fn a_segment_that_was_promoted_is_not_missed_without_superblocks() {
+    let site = Site::new(8);
+    let slots = of_four_segments(&site, Some(4));
+    let whole = rebuilt(&site);
+    erase(&site, slots[0]);
+    let found = rebuilt(&site);
+    assert_eq!((whole.gap, found.gap), (None, None));
+    assert_eq!((whole.is_unproven, found.is_unproven), (false, true));
+    assert_eq!(whole.superblock.promotion_intent_seq, found.superblock.promotion_intent_seq);
+
+    let site = Site::new(8);
+    let slots = of_four_segments(&site, Some(3));
+    let found = rebuilt(&site);
+    assert_eq!((found.gap, found.is_unproven), (None, false), "the last one begins in slot {}", slots[0]);
+    assert_eq!(found.superblock.promotion_intent_seq, found.superblock.low_water.seq);
 }

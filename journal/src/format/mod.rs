@@ -11,7 +11,7 @@ mod gap;
 
 pub use footer::{ExtentEntry, Footer, FooterBuilder, FooterError, FooterEvent};
 pub use gap::Gap;
-pub use segment::{PageError, SegmentHeader, SegmentTrailer};
+pub use segment::{LowWater, PageError, SegmentHeader, SegmentTrailer};
 pub use superblock::{JournalState, Superblock, SuperblockError, VolumeState};
 
 /// Version of the file format.

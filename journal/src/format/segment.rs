@@ -40,6 +40,18 @@ pub struct SegmentHeader {
     pub slot_len_bytes: u64,
     /// What batches and footer are encrypted with, if they are.
     pub encryption: Option<SegmentKey>,
+    /// The superblock's low-water mark when this page was written: tells which segments count when no superblock is left. None where the
+    /// journal's first writers left it out.
+    pub low_water: Option<LowWater>,
+}
+
+/// Where a history begins: all before it is in the recovery disks, or was given up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LowWater {
+    /// Segments with a lower number don't count.
+    pub segment: u64,
+    /// Records up to this number are in the recovery disks.
+    pub seq: u64,
 }
 
 /// A sealed segment's last page, decoded: written only after all its batches were durable, so that its presence
@@ -204,8 +216,12 @@ struct SegmentPage {
     slot_len_bytes: U64,
     /// [`WrappedKey::bytes`]; zero without encryption.
     encryption_wrapped_key: [u8; WRAPPED_KEY_BYTES],
+    /// [`LowWater::segment`]; 0 where the journal's first writers left it out.
+    low_water_segment: U64,
+    /// [`LowWater::seq`].
+    low_water_seq: U64,
     /// Zero.
-    reserved: [u8; 3832],
+    reserved: [u8; 3816],
 }
 
 impl SegmentPage {
@@ -221,6 +237,10 @@ impl SegmentPage {
         self.carried_end_bytes = header.carried_end_bytes.into();
         self.begin_time_us = header.begin_time_us.into();
         self.slot_len_bytes = header.slot_len_bytes.into();
+        if let Some(low_water) = header.low_water {
+            self.low_water_segment = low_water.segment.into();
+            self.low_water_seq = low_water.seq.into();
+        }
         if let Some(SegmentKey { key, salt }) = &header.encryption {
             self.encryption = ENCRYPTION_XTS.into();
             self.encryption_key_id = *key.key_id.as_bytes();
@@ -275,6 +295,14 @@ impl SegmentPage {
         if ![0, slot_len_bytes].contains(&self.slot_len_bytes.get()) {
             return Err(PageError::Field("slot_len_bytes"));
         }
+        let low_water = LowWater { segment: self.low_water_segment.get(), seq: self.low_water_seq.get() };
+        let is_left_out = low_water.segment == 0;
+        if low_water.segment > self.number.get()
+            || low_water.seq > self.after_seq.get()
+            || is_left_out && low_water.seq != 0
+        {
+            return Err(PageError::Field("low_water"));
+        }
         Ok(SegmentHeader {
             slot_len_bytes,
             journal_id: Uuid::from_bytes(self.journal_id),
@@ -285,6 +313,7 @@ impl SegmentPage {
             carried_end_bytes,
             begin_time_us: self.begin_time_us.get(),
             encryption,
+            low_water: (!is_left_out).then_some(low_water),
         })
     }
 }
@@ -298,4 +327,5 @@ const _: () = {
     assert!(offset_of!(SegmentPage, encryption) == 120);
     assert!(offset_of!(SegmentPage, slot_len_bytes) == 160);
     assert!(offset_of!(SegmentPage, encryption_wrapped_key) == 168);
+    assert!(offset_of!(SegmentPage, low_water_segment) == 264);
 };

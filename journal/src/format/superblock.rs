@@ -7,7 +7,7 @@ use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{
-    ChainPoint, FIRST_SLOT_OFFSET_BYTES, FORMAT_VERSION, MANIFEST_OFFSETS, MANIFEST_SLOT_BYTES,
+    ChainPoint, FIRST_SLOT_OFFSET_BYTES, FORMAT_VERSION, LowWater, MANIFEST_OFFSETS, MANIFEST_SLOT_BYTES,
     MAX_SLOT_BYTES, MAX_SLOTS, MIN_SLOT_BYTES, PAGE_BYTES, page_crc,
 };
 use crate::batch::{MAX_VOLUME_BYTES, MAX_VOLUMES};
@@ -139,6 +139,11 @@ pub enum SuperblockError {
 }
 
 impl Superblock {
+    /// Where the history begins, as segments tell it.
+    pub fn low_water_mark(&self) -> LowWater {
+        LowWater { segment: self.low_water_segment, seq: self.low_water.seq }
+    }
+
     /// The page to write.
     ///
     /// # Panics

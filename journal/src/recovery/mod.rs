@@ -321,8 +321,8 @@ fn told_intent(segments: &[Segment]) -> Option<u64> {
     intents.map(|event| event.record.argument).max()
 }
 
-/// Zeroes the pages by which slots are recognised. Those that read zeroes are left alone: their space may have been given back, and a full
-/// datastore has none for them.
+/// Zeroes the pages by which slots are recognised. Those that read zeroes are punched: their space may have been given back, and a full
+/// datastore has none for them, but the zeroes may also be those of a writer whose sync failed, which no later sync makes durable.
 fn erase_segments<S: Storage>(io: &mut Blocking<'_, S>, superblock: &Superblock) -> Result<(), StorageError> {
     let slot_len_bytes = superblock.slot_len_bytes;
     let file_len_bytes = io.file_len_bytes()?;
@@ -335,12 +335,12 @@ fn erase_segments<S: Storage>(io: &mut Blocking<'_, S>, superblock: &Superblock)
         let found = io.purpose(Purpose::Survey).run_all(pages.iter().map(read).collect());
         // What can't be read may be mended by the write.
         let is_zero = |page: &Result<Option<AlignedBuf>, _>| matches!(page, Ok(Some(page)) if page.iter().all(|byte| *byte == 0));
-        let erased = pages.into_iter().zip(found).filter(|(_, page)| !is_zero(page));
-        let write = |(offset_bytes, _)| {
-            let pieces = vec![AlignedBuf::zeroed(PAGE_BYTES).into_bytes()];
-            Op::Write { offset_bytes, pieces }
+        let erase = |(offset_bytes, page)| match is_zero(&page) {
+            true => Op::Punch { offset_bytes, len_bytes: PAGE_BYTES as u64 },
+            false => Op::Write { offset_bytes, pieces: vec![AlignedBuf::zeroed(PAGE_BYTES).into_bytes()] },
         };
-        let written = io.purpose(Purpose::Seal).run_all(erased.map(write).collect());
+        let erased = pages.into_iter().zip(found).map(erase);
+        let written = io.purpose(Purpose::Seal).run_all(erased.collect());
         written.into_iter().try_for_each(|result| result.map(drop))?;
     }
     Ok(())
@@ -397,6 +397,7 @@ fn carry<S: Storage>(
         slot,
         open_count: superblock.open_count,
         carried_end_bytes: scan.end_bytes,
+        low_water: Some(superblock.low_water_mark()),
         ..segment.header.clone()
     };
     let from = slot_offset_bytes(segment.header.slot, slot_len_bytes);

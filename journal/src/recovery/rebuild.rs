@@ -98,7 +98,10 @@ pub fn rebuild<S: Storage>(
     // The one that was found may be in a slot that the file has a part of.
     let newest = headers.iter().max_by_key(|header| (header.number, header.open_count));
     let newest = newest.ok_or(OpenError::NoWholeSlot { slot_len_bytes: first.slot_len_bytes })?;
-    let mut chain = oldest_of_chain(&headers, newest);
+    // As each of them says it was, and never gets lower.
+    let low_water = headers.iter().filter_map(|header| header.low_water).max();
+    let first_number = low_water.map_or(1, |low_water| low_water.segment);
+    let mut chain = oldest_of_chain(&headers, newest, first_number);
     let file_len_bytes = io.file_len_bytes()?;
     let mut superblock = Superblock {
         sequence: 0,
@@ -170,16 +173,17 @@ pub fn rebuild<S: Storage>(
         let found = footer.events.iter().filter(|event| event.record.kind == RecordKind::PromotionIntent);
         intents.extend(found.map(|event| event.record.argument));
     }
-    let intent_seq = intents.pop_last().unwrap_or_default();
+    let low_water_seq = low_water.map_or(0, |low_water| low_water.seq);
+    let intent_seq = intents.pop_last().unwrap_or_default().max(low_water_seq);
     // Segments between the recovery disks and the oldest one found are lost, if a promotion ended before that one.
-    let lost = intent_seq > 0 && chain.after.seq > intent_seq;
+    let lost = (intent_seq > 0 || low_water.is_some()) && chain.after.seq > intent_seq;
     if lost {
         let (after_seq, resumes_after_seq) = (intent_seq, chain.after.seq);
         gap = gap.or(Some(Damage { after_seq, resumes_after_seq, stop: None }));
     }
     // A promotion is announced when the one before has ended: what that one promoted may still lie in slots that nobody has used since.
     // The last one may have ended or not: its segments are all there, or none of them is needed.
-    let ended_seq = intents.pop_last().unwrap_or_default();
+    let ended_seq = intents.pop_last().unwrap_or_default().max(low_water_seq);
     gap = gap.or(hole.filter(|hole| hole.resumes_after_seq > ended_seq));
     // What told of both intents came after the segments that they are about.
     gap = gap.or(gaps.into_iter().find(|(last_seq, _)| *last_seq > ended_seq).map(|(_, gap)| gap));
@@ -360,16 +364,21 @@ fn read_headers<S: Storage>(
     Ok(headers)
 }
 
-/// The oldest segment from which numbers without a gap lead to the newest one.
-fn oldest_of_chain<'a>(headers: &'a [SegmentHeader], newest: &'a SegmentHeader) -> &'a SegmentHeader {
+/// The oldest segment from which numbers without a gap lead to the newest one; those below `first_number` don't count.
+fn oldest_of_chain<'a>(
+    headers: &'a [SegmentHeader],
+    newest: &'a SegmentHeader,
+    first_number: u64,
+) -> &'a SegmentHeader {
     let mut oldest = newest;
-    loop {
+    while oldest.number > first_number {
         let before = headers
             .iter()
             .filter(|header| header.number + 1 == oldest.number && header.after.seq <= oldest.after.seq);
         match before.max_by_key(|header| header.open_count) {
             Some(before) => oldest = before,
-            None => return oldest,
+            None => break,
         }
     }
+    oldest
 }

@@ -242,6 +242,7 @@ pub(super) fn find_headless<S: Storage>(
                 begin_time_us: 0,
                 slot_len_bytes,
                 encryption: None,
+                low_water: None,
             };
             let end_bytes = slot_len_bytes - PAGE_BYTES as u64;
             if let Some((_, seq)) = resume(&slot_bytes, 0, end_bytes, &header, tail.seq) {

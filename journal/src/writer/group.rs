@@ -155,6 +155,7 @@ impl Writer {
             begin_time_us,
             slot_len_bytes: self.superblock.slot_len_bytes,
             encryption: segment_key(&self.superblock, self.salt, self.next_number),
+            low_water: Some(self.superblock.low_water_mark()),
         };
         let cipher = self.keyring.cipher(&header).expect("a key is opened before the superblock takes it");
         self.next_number += 1;

@@ -44,6 +44,7 @@ pub(super) fn make(path: &Path, record_count: u64, disk_bytes: u64) -> Result<u6
             begin_time_us: 1,
             slot_len_bytes: SLOT_BYTES,
             encryption: None,
+            low_water: None,
         };
         let mut extents: Vec<ExtentEntry> = (after_seq + 1..=last_seq)
             .map(|seq| {
