@@ -101,7 +101,13 @@ impl Folder {
         Self::within(&std::env::temp_dir(), name)
     }
 
-    pub fn within(parent: &std::path::Path, name: &str) -> Self {
+    /// One in memory if there is such a place: what a disk that stalls does isn't asked there.
+    pub fn in_memory(name: &str) -> Self {
+        let memory = std::path::Path::new("/dev/shm");
+        if memory.is_dir() { Self::within(memory, name) } else { Self::new(name) }
+    }
+
+    fn within(parent: &std::path::Path, name: &str) -> Self {
         let path = parent.join(format!("daemon-{name}-{:08x}", rand::random::<u32>()));
         std::fs::create_dir_all(&path).expect("temporary folder");
         Self(path)

@@ -30,28 +30,24 @@ pub struct Vra {
     child: Option<Child>,
 }
 
+fn any_port(ip: IpAddr) -> SocketAddr {
+    UdpSocket::bind((ip, 0)).and_then(|socket| socket.local_addr()).expect("port")
+}
+
 impl Vra {
     /// A daemon, enrolled at the CA if there is one.
     pub fn start(name: &str, ca: Option<&TestCa>) -> Self {
-        Self::start_at(name, ca, Ipv4Addr::LOCALHOST.into())
+        Self::start_with(Folder::new(name), name, ca, None, any_port(Ipv4Addr::LOCALHOST.into()))
     }
 
-    /// One that listens on an address of this network namespace.
-    pub fn start_at(name: &str, ca: Option<&TestCa>, ip: IpAddr) -> Self {
-        let listen = UdpSocket::bind((ip, 0)).and_then(|socket| socket.local_addr()).expect("port");
-        Self::start_in(name, ca, None, listen)
+    /// One whose files are in memory, see [`Folder::in_memory`], and that listens on an address of this network namespace.
+    pub fn start_in_memory(name: &str, ca: &TestCa, ip: IpAddr) -> Self {
+        Self::start_with(Folder::in_memory(name), name, Some(ca), None, any_port(ip))
     }
 
-    /// One whose files are below a folder.
-    pub fn start_below(parent: &Path, name: &str, ca: &TestCa) -> Self {
-        let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0));
-        let listen = socket.and_then(|socket| socket.local_addr()).expect("port");
-        Self::start_with(Folder::within(parent, name), name, Some(ca), None, listen)
-    }
-
-    /// One in a network namespace.
-    pub fn start_in(name: &str, ca: Option<&TestCa>, namespace: Option<PathBuf>, listen: SocketAddr) -> Self {
-        Self::start_with(Folder::new(name), name, ca, namespace, listen)
+    /// The same in another network namespace.
+    pub fn start_in(name: &str, ca: &TestCa, namespace: PathBuf, listen: SocketAddr) -> Self {
+        Self::start_with(Folder::in_memory(name), name, Some(ca), Some(namespace), listen)
     }
 
     fn start_with(
