@@ -79,7 +79,12 @@ pub const MODULES: &[&str] = &[
 ];
 
 /// Raised when the content of a base archive changes for the same inputs.
-const BASE_VERSION: u32 = 2;
+const BASE_VERSION: u32 = 3;
+
+/// Root, and whom Debian's libvirtd doesn't start without.
+const PASSWD: &[u8] =
+    b"root:x:0:0:root:/root:/bin/sh\nlibvirt-qemu:x:64055:64055::/var/lib/libvirt:/bin/false\n";
+const GROUP: &[u8] = b"root:x:0:\nlibvirt-qemu:x:64055:\n";
 
 const INIT: &str = include_str!("../guest/init");
 
@@ -92,6 +97,8 @@ pub struct Job {
     pub env: Vec<(String, String)>,
     /// Programs of this machine, brought into the machine's `PATH` under their own names, with their libraries.
     pub programs: Vec<PathBuf>,
+    /// Shared objects that programs load by themselves, and their places; with the libraries that they are linked with.
+    pub plugins: Vec<(PathBuf, String)>,
     /// The root of unpacked packages whose libraries programs may need.
     pub packages: Option<PathBuf>,
     /// Files and their places inside the machine. Permissions are kept.
@@ -124,6 +131,9 @@ fn job_part(cache: &Cache, job: &Job, root: &mut Root<BufWriter<File>>) -> Resul
     for program in &job.programs {
         let name = program.file_name().unwrap_or_default().to_string_lossy();
         root.program(&stripped(cache, program)?, &format!("bin/{name}"))?;
+    }
+    for (plugin, place) in &job.plugins {
+        root.program(plugin, place)?;
     }
     for (source, place) in &job.files {
         root.copy(source, place)?;
@@ -199,8 +209,8 @@ fn base_part(
     wrap(root.cpio.character_device("dev/console", 5, 1))?;
     wrap(root.cpio.character_device("dev/null", 1, 3))?;
     wrap(root.cpio.file("etc/hosts", 0o644, b"127.0.0.1 localhost rig\n::1 localhost rig\n"))?;
-    wrap(root.cpio.file("etc/passwd", 0o644, b"root:x:0:0:root:/root:/bin/sh\n"))?;
-    wrap(root.cpio.file("etc/group", 0o644, b"root:x:0:\n"))?;
+    wrap(root.cpio.file("etc/passwd", 0o644, PASSWD))?;
+    wrap(root.cpio.file("etc/group", 0o644, GROUP))?;
     let mke2fs = Path::new("/etc/mke2fs.conf");
     if mke2fs.exists() {
         root.copy(mke2fs, "etc/mke2fs.conf")?;

@@ -5,6 +5,7 @@ mod crash;
 mod durability;
 mod judged;
 mod machine;
+mod protect_guest;
 pub(crate) mod ram_disk;
 mod replicate;
 mod ublk;
@@ -22,6 +23,7 @@ pub fn all() -> Vec<Case> {
         ublk_library::CASES,
         crash::CASES,
         replicate::CASES,
+        protect_guest::CASES,
         durability::CASES,
         judged::CASES,
     ]

@@ -26,6 +26,8 @@ pub struct Case {
     pub needs: &'static [Need],
     /// Run only by `--long`, or when named.
     pub long: bool,
+    /// Without `--long` it is run on the first kernel alone: others hardly differ in what it shows.
+    pub once: bool,
     /// It fails when it takes longer: seconds, under emulation.
     pub limit_s: u64,
     /// The machine it wants. Cases that want the same one share it.
@@ -63,11 +65,13 @@ pub struct MachineNeeds {
     pub memory_mib: u64,
     /// Empty disks, `/dev/vda` first, of these sizes in MiB.
     pub disks_mib: &'static [u64],
+    /// libvirtd and QEMU are in it, if this machine has them.
+    pub runs_guests: bool,
 }
 
 impl MachineNeeds {
     /// 1500 MiB and no disk: what most cases want.
-    pub const USUAL: Self = Self { memory_mib: 1500, disks_mib: &[] };
+    pub const USUAL: Self = Self { memory_mib: 1500, disks_mib: &[], runs_guests: false };
 }
 
 impl Case {
@@ -78,6 +82,7 @@ impl Case {
             idea,
             needs: &[],
             long: false,
+            once: false,
             limit_s: 60,
             machine: MachineNeeds::USUAL,
             kernel_log_allowed: &[],
@@ -100,6 +105,12 @@ impl Case {
     /// The same for `--long` only.
     pub const fn long(mut self) -> Self {
         self.long = true;
+        self
+    }
+
+    /// The same, on the first kernel alone without `--long`.
+    pub const fn once(mut self) -> Self {
+        self.once = true;
         self
     }
 

@@ -11,6 +11,7 @@ use super::context::Skip;
 use super::report::{Event, Lines, Report, print_case};
 use super::{Body, Case, MachineNeeds, Verdict};
 use crate::cache::Cache;
+use crate::hypervisor;
 use crate::initramfs::Job;
 use crate::kernel::Kernel;
 use crate::machine::{Disk, DiskContent, Machine};
@@ -229,6 +230,9 @@ fn run_in_machine(
         Job { argv: vec!["rig".into(), "inside".into()], programs: programs.to_vec(), ..Job::default() };
     job.argv.extend(cases.iter().map(|case| case.name.to_owned()));
     job.modules = ["ublk_drv", "loop"].map(str::to_owned).to_vec();
+    if cases.first().is_some_and(|case| case.machine.runs_guests) {
+        hypervisor::add_to(&mut job)?;
+    }
     let mut lines = Lines::default();
     let finished = machine.run(&job, &mut |chunk| {
         for line in lines.feed(chunk) {

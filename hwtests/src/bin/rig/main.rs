@@ -230,7 +230,9 @@ fn test(cache: &Cache, args: TestArgs, whole_names: bool) -> Result<ExitCode> {
         report.add(runner.run(&chosen)?);
     } else {
         let qemu = Qemu::get(cache)?;
-        for series in args.kernel.0 {
+        for (number, series) in args.kernel.0.into_iter().enumerate() {
+            let chosen: Vec<&Case> =
+                chosen.iter().copied().filter(|case| number == 0 || args.long || !case.once).collect();
             let kernel = Kernel::get(cache, series, false)?;
             let accel = accel(args.mode, cache, &qemu, &kernel)?;
             println!("kernel {} under {} (QEMU {})", kernel.release, accel.name(), qemu.version);

@@ -10,7 +10,8 @@ mod view;
 use crate::suite::{Body, Case, MachineNeeds, Need};
 
 /// The first disk takes the site's files, with room for the journal's limit: less is an alert. The second is a raw disk to protect.
-const MACHINE: MachineNeeds = MachineNeeds { memory_mib: 2500, disks_mib: &[4000, 48] };
+const MACHINE: MachineNeeds =
+    MachineNeeds { memory_mib: 2500, disks_mib: &[4000, 48], ..MachineNeeds::USUAL };
 const NEEDS: &[Need] = &[Need::Tool("vra"), Need::Tool("zvm"), Need::Tool("vra-ublk")];
 const NEEDS_NBD: &[Need] =
     &[Need::Tool("vra"), Need::Tool("zvm"), Need::Tool("vra-ublk"), Need::Tool("nbdcopy")];
