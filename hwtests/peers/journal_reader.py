@@ -6,7 +6,7 @@
 
 FOLDER holds journal.hfj and disk-N.raw, which nobody writes meanwhile. `list` prints seq, cut, time in µs and tag of each checkpoint.
 """
-import bisect, functools, os, struct, sys, tempfile
+import bisect, functools, json, os, struct, sys, tempfile
 from collections import namedtuple
 
 PAGE, SECTOR, CHUNK, FOREVER, CONSISTENT, MAX_BATCH_BYTES, MAX_RECORDS, BAD_RANGES, ENCRYPTION = 4096, 512, 1 << 20, 1 << 64, 2, 4 << 20, 16384, 1, 2
@@ -23,18 +23,15 @@ class Layout:
         return self.tuple(*self.struct.unpack_from(data, at))
 
 
-SUPERBLOCK = Layout("8sI4xQ16s32xQQII8x4QI12xQ16s16xQQ12xI112xII680x3072s",
-    "magic version sequence journal_id slot_len first_slot_offset slot_count state required_features open_count low_water_segment"
-    " low_water_seq low_water_batch_crc promotion_intent_seq tail_generation generation_first_seq generation_fork_seq"
-    " volume_count bad_list_slot bad_list_crc volumes")
+SUPERBLOCK = Layout("8xI4xQ16s32xQQII8x4Q4IQ16s16xQQ12xI112xII680x3072s", "version sequence journal_id slot_len first_slot_offset slot_count state"
+    " required_features open_count low_water_segment low_water_seq low_water_batch_crc manifest_present manifest_slot manifest_crc"
+    " promotion_intent_seq tail_generation generation_first_seq generation_fork_seq volume_count bad_list_slot bad_list_crc volumes")
 VOLUME = Layout("16xQQ16x", "base_seq size")
-BAD_LIST = Layout("12sI16s8xI20x", "begin crc journal_id count")
+LISTED = Layout("12sI16s8xI20x", "begin crc journal_id count")  # a slot of the manifest, whose text has so many bytes, or of the bad list
 BAD_RANGE = Layout("3QH6x", "offset len seq volume")
-SEGMENT = Layout("12s4x16s3QII5QII8x",
-    "begin journal_id number open_count after_seq after_batch_crc slot carried_end begin_time_us data_end footer_len"
-    " last_seq last_batch_crc footer_crc")
-BATCH = Layout("12s5I16s16s3QII32x",
-    "begin flags total_len record_count crc_count payload_offset journal_id generation open_count first_seq last_seq prev_batch_crc crc")
+SEGMENT = Layout("12s4x16s3QII5QII8x", "begin journal_id number open_count after_seq after_batch_crc slot carried_end begin_time_us data_end"
+    " footer_len last_seq last_batch_crc footer_crc")
+BATCH = Layout("12s5I16s16s3QII32x", "begin flags total_len record_count crc_count payload_offset journal_id generation open_count first_seq last_seq prev_batch_crc crc")
 RECORD = Layout("Q8x3Q8x3IHBx", "seq offset len sync_id payload_offset payload_len first_crc volume kind")
 FOOTER = Layout("12x3IQ32x", "extent_count crc_count event_count base_seq")
 FOOTER_EXTENT = Layout("Q4IHB5x", "offset seq_delta len_sectors payload_sector crc volume kind")
@@ -85,14 +82,14 @@ class Journal:
     def __init__(self, folder):
         self.file = os.open(os.path.join(folder, "journal.hfj"), os.O_RDONLY)
         self.superblock, self.extents, self.events, self.damage = self.read_superblock(), [], [], ""
-        self.bad_ranges = self.read_bad_list() if self.superblock.required_features & BAD_RANGES else []
+        self.bad_ranges, self.left = self.read_bad_list() if self.superblock.required_features & BAD_RANGES else [], self.read_left()
         self.follow_segments()
 
     def read(self, place, length):
         return os.pread(self.file, length, place).ljust(length, b"\0")  # behind the file's end all is zero
 
     def read_superblock(self):
-        pages = [self.read(place, PAGE) for place in (0, 64 << 10)]
+        pages = map(self.read, (0, 64 << 10), (PAGE, PAGE))
         copies = [SUPERBLOCK.parse(page) for page in pages if page.startswith(b"HFJOURNL") and has_own_crc(page, 12)]
         if any(copy.version != 1 for copy in copies):
             raise Refused("the journal has a format version that this reader doesn't know")
@@ -106,17 +103,26 @@ class Journal:
             raise Refused("the journal has no history: a sync is writing its recovery disks")
         return block
 
+    def read_listed(self, begin, place, room, crc, unit):
+        """What is listed in a slot, if it is the one that the superblock names."""
+        found = LISTED.parse(data := self.read(place, room))
+        is_named = found[:3] == (begin, crc, self.superblock.journal_id) and (end := LISTED.size + unit * found.count) <= room
+        return data[LISTED.size : end] if is_named and has_own_crc(data[:end], 12) else None
+
     def read_bad_list(self):
-        block, data = self.superblock, self.read((896 << 10) + (self.superblock.bad_list_slot << 16), 64 << 10)
-        found = BAD_LIST.parse(data)
-        end, expected = BAD_LIST.size + BAD_RANGE.size * found.count, (b"HFBADRNG\1\0\0\0", block.bad_list_crc, block.journal_id)
-        if found[:3] != expected or end > len(data) or not has_own_crc(data[:end], 12):
+        place, crc = (896 + 64 * self.superblock.bad_list_slot) << 10, self.superblock.bad_list_crc
+        if (data := self.read_listed(b"HFBADRNG\1\0\0\0", place, 64 << 10, crc, BAD_RANGE.size)) is None:
             raise Refused("the list of what of the recovery disks is lost can't be read")
-        return [BAD_RANGE.parse(data, BAD_LIST.size + BAD_RANGE.size * index) for index in range(found.count)]
+        return [BAD_RANGE.parse(data, at) for at in range(0, len(data), BAD_RANGE.size)]
+
+    def read_left(self):
+        """Of each disk that left, by its number, the first record at which the VM didn't have it. Without the manifest nobody knows of any."""
+        place, crc = (128 + 384 * self.superblock.manifest_slot) << 10, self.superblock.manifest_crc
+        text = self.superblock.manifest_present and self.read_listed(b"HFMANIFS\1\0\0\0", place, 384 << 10, crc, 1)
+        return {int(disk): seq for disk, seq in json.loads(text or b"{}").get("left", {}).items()}
 
     def read_segment_page(self, slot, begin, place):
-        page = self.read(place, PAGE)
-        found = SEGMENT.parse(page)
+        found = SEGMENT.parse(page := self.read(place, PAGE))
         is_ours = (found.begin, found.journal_id, found.slot) == (begin, self.superblock.journal_id, slot)
         return found if is_ours and has_own_crc(page, 12) else None
 
@@ -144,9 +150,8 @@ class Journal:
                 break
             self.extents, self.events = self.extents + content.extents, self.events + content.events
             number, position = number + 1, (content.last_seq, content.last_batch_crc)
-        self.last_seq = position[0]
-        if is_hiding or any(segment.number >= number and segment.after_seq > self.last_seq for segment in slots):
-            self.damage = f"there are records behind record {self.last_seq} that can't be reached"
+        if is_hiding or any(segment.number >= number and segment.after_seq > position[0] for segment in slots):
+            self.damage = f"there are records behind record {position[0]} that can't be reached"
 
     def read_segment(self, segment):
         if segment.begin.startswith(b"HFSEGHDR"):
@@ -185,8 +190,7 @@ class Journal:
             is_local, is_tail = batch.flags & 1, batch.generation == block.tail_generation
             is_stale = batch.first_seq < block.generation_first_seq if is_tail else batch.last_seq > block.generation_fork_seq
             if (batch.journal_id != block.journal_id or batch.prev_batch_crc != last_crc or (is_stale and not is_local)
-                    or not last_open_count <= batch.open_count <= segment.open_count
-                    or at >= segment.carried_end and batch.open_count != segment.open_count
+                    or not last_open_count <= batch.open_count <= segment.open_count or at >= segment.carried_end and batch.open_count != segment.open_count
                     or (batch.first_seq != last_seq if is_local else batch.first_seq <= last_seq)):
                 break
             extents, events, last_open_count = extents + batch_extents, events + batch_events, batch.open_count
@@ -201,11 +205,9 @@ class Journal:
     def read_batch(self, place, room, is_sealed=False):
         """(header, extents, events) of the batch at a place of the file, or None if no valid one is there. Of a sealed one payloads may be damaged."""
         batch = BATCH.parse(self.read(place, BATCH.size))
-        records_end = BATCH.size + RECORD.size * batch.record_count
-        crcs_end = records_end + 4 * batch.crc_count
+        crcs_end = (records_end := BATCH.size + RECORD.size * batch.record_count) + 4 * batch.crc_count
         if (batch.begin != b"HFBATCH\0\1\0\x80\0" or batch.flags > 1 or not 1 <= batch.record_count <= MAX_RECORDS
-                or batch.payload_offset != units(crcs_end, SECTOR) * SECTOR
-                or not batch.payload_offset <= batch.total_len <= min(room, MAX_BATCH_BYTES)
+                or not units(crcs_end, SECTOR) * SECTOR == batch.payload_offset <= batch.total_len <= min(room, MAX_BATCH_BYTES)
                 or not has_own_crc((data := self.read(place, batch.total_len))[:crcs_end], 92)):
             return None
         extents, events, crcs = [], [], struct.unpack_from(f"<{batch.crc_count}I", data, records_end)
@@ -235,11 +237,10 @@ class Journal:
 
     def checkpoints(self):
         lowest, syncs = max(self.superblock.low_water_seq, self.superblock.promotion_intent_seq), self.syncs()
-        for seq, record, payload in self.events:
-            if record.kind == CHECKPOINT:
-                cut, time_us, tag_len = CHECKPOINT_PAYLOAD.parse(payload)
-                if lowest <= cut <= seq and not any(begin <= cut < end for begin, end in syncs):
-                    yield Checkpoint(cut, seq, time_us, payload[CHECKPOINT_PAYLOAD.size :][:tag_len].decode(errors="replace"))
+        for seq, _, payload in (event for event in self.events if event.record.kind == CHECKPOINT):
+            cut, time_us, tag_len = CHECKPOINT_PAYLOAD.parse(payload)
+            if lowest <= cut <= seq and not any(begin <= cut < end for begin, end in syncs):
+                yield Checkpoint(cut, seq, time_us, payload[CHECKPOINT_PAYLOAD.size :][:tag_len].decode(errors="replace"))
 
     def find(self, at):
         found = [found for found in sorted(self.checkpoints()) if at in ("latest", found.tag, str(found.seq))]
@@ -249,11 +250,10 @@ class Journal:
 
     def extract(self, cut, disk, recovery_disk, out):
         volumes = [VOLUME.parse(self.superblock.volumes, VOLUME.size * index) for index in range(self.superblock.volume_count)]
-        if disk >= len(volumes) or volumes[disk].base_seq > cut:
+        if disk >= len(volumes) or volumes[disk].base_seq > cut or self.left.get(disk, FOREVER) <= cut:
             raise Refused(f"there is no disk {disk} at record {cut}")
-        base_seq, size = volumes[disk]
-        resizes = [record.len for at, record, _ in self.events if record.kind == RESIZE and record.volume == disk and at <= cut]
-        gaps = [(0, size := resizes[-1] if resizes else size)]
+        sizes = [volumes[disk].size] + [record.len for at, record, _ in self.events if record.kind == RESIZE and record.volume == disk and at <= cut]
+        base_seq, gaps = volumes[disk].base_seq, [(0, sizes[-1])]
         for extent in sorted(self.extents, key=lambda extent: extent.seq, reverse=True):
             if extent.volume == disk and base_seq < extent.seq <= cut:
                 for start, end in take(gaps, extent.offset, extent.offset + extent.len):
@@ -265,7 +265,7 @@ class Journal:
             for place in range(start, end, CHUNK):
                 if (data := os.pread(recovery_disk, min(CHUNK, end - place), place)).strip(b"\0"):
                     os.pwrite(out, data, place)
-        os.truncate(out, size)
+        os.truncate(out, sizes[-1])
 
     def read_payload(self, extent, start, end):
         first, behind = start // PAGE, units(end)
@@ -295,5 +295,5 @@ def main(arguments):
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (Refused, OSError, OverflowError, MemoryError, struct.error) as error:
+    except (Refused, OSError, OverflowError, MemoryError, ValueError, struct.error) as error:
         sys.exit(f"journal_reader.py: {error}")

@@ -103,6 +103,39 @@ fn every_checkpoint_of_random_journals_is_read() -> Result<()> {
     Ok(())
 }
 
+/// The manifest tells from when on the VM didn't have a disk any more.
+#[test]
+fn a_disk_that_left_is_read_at_checkpoints_from_before() -> Result<()> {
+    if !peer::has_python() {
+        return Ok(());
+    }
+    let (folder, mut rng) = (SampleFolder::new()?, StdRng::seed_from_u64(60));
+    let disks = DISK_BYTES.iter().map(|len_bytes| random_bytes(&mut rng, *len_bytes)).collect();
+    let manifest = r#"{"vm":"sample","disks":["disk-0.raw","disk-1.raw"],"left":{"1":10}}"#;
+    let mut journal = SampleJournal::create_of(&folder, SLOT_LEN_BYTES, disks, manifest)?;
+    journal.write(1, 0, &random_bytes(&mut rng, 8192))?;
+    journal.checkpoint("before", 1)?;
+    while journal.seq() < 9 {
+        journal.void()?;
+    }
+    journal.checkpoint("the last with it", 2)?;
+    journal.zero(1, 0, DISK_BYTES[1])?;
+    journal.checkpoint("after", 3)?;
+    let model = journal.close()?;
+    for tag in ["before", "the last with it"] {
+        let cut = model.checkpoints.iter().find(|one| one.tag == tag).context("listed")?.cut;
+        assert!(peer::extract(&folder, tag, 1)? == model.image(1, cut), "{tag}");
+    }
+    let cut = model.checkpoints[2].cut;
+    assert!(cut >= 10 && model.checkpoints[1].cut == 9, "{:?}", model.checkpoints);
+    assert_eq!(
+        refusal(peer::extract(&folder, "after", 1)),
+        format!("journal_reader.py: there is no disk 1 at record {cut}")
+    );
+    assert!(peer::extract(&folder, "after", 0)? == model.image(0, cut));
+    Ok(())
+}
+
 #[test]
 fn a_torn_tail_ends_the_history_before_it() -> Result<()> {
     if !peer::has_python() {

@@ -3,7 +3,7 @@
 
 mod common;
 
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use ::vra::api::status::{SourceMode, TargetState};
@@ -13,7 +13,10 @@ use ::vra::api::{
     VmId, VraStatus,
 };
 use common::TestCa;
-use common::pair::{DISK_BYTES, apply, definition, door, open, open_view, pattern, tag, wait_for_checkpoint};
+use common::pair::{
+    DISK_BYTES, apply, checkpoints, definition, door, open, open_view, overrun, pattern, tag,
+    wait_for_checkpoint,
+};
 use common::vra::{Vra, nbdcopy, qemu_io};
 
 async fn shown(target: &Vra, open: &OpenView) -> (ViewInfo, Vec<Vec<u8>>) {
@@ -262,6 +265,50 @@ async fn a_disk_leaves_a_vm_and_older_checkpoints_keep_it() {
     lose_superblocks(&target);
     assert!(extract(&target, "before") == both);
     assert!(extract(&target, "after") == [first_after]);
+}
+
+#[tokio::test]
+async fn the_space_of_a_disk_that_left_is_given_back_with_the_last_checkpoint_that_shows_it() {
+    let ca = TestCa::new();
+    let source = Vra::start("space-a", Some(&ca));
+    let target = Vra::start("space-b", Some(&ca));
+    let vm = VmId::random();
+    let mut volumes = Vec::new();
+    for number in 0..2 {
+        volumes.push(source.attach(vm, "db", &source.disk(&format!("{number}.raw"), DISK_BYTES)).await);
+    }
+    if qemu_io(&door(&volumes[1]), &pattern(1, 64, 1024)).is_none() {
+        return;
+    }
+    let mut group = definition(&source, &target, &volumes);
+    group.vms[0].journal_limit_bytes = 256 << 20;
+    apply(&target, &group).await;
+    apply(&source, &group).await;
+    let streams = |status: &VraStatus| {
+        let vm = &status.source_vms[0];
+        vm.mode == SourceMode::Streaming && vm.connected && vm.sync.is_none()
+    };
+    source.wait_for("streaming", streams).await;
+    target.wait_for("journaling", |status| status.target_vms[0].state == TargetState::Journaling).await;
+    let before = tag(&source, group.id, "before").await;
+    wait_for_checkpoint(&target, group.id, before.id).await;
+    let disk = walk(&target.path("datastore")).find(|path| path.ends_with("disk-1.raw")).expect("the disk");
+    let taken_bytes = || disk.metadata().expect("the disk").blocks() * 512;
+    assert_eq!(taken_bytes(), DISK_BYTES);
+
+    group.vms[0].volumes[1].left = true;
+    (group.revision, group.member_set_version) = (2, 2);
+    apply(&target, &group).await;
+    apply(&source, &group).await;
+    source.wait_for("streaming again", streams).await;
+    let after = tag(&source, group.id, "after").await;
+    wait_for_checkpoint(&target, group.id, after.id).await;
+    let shows = async |id| checkpoints(&target, group.id).await.iter().any(|info| info.id == id);
+    assert!(shows(before.id).await);
+    assert_eq!(taken_bytes(), DISK_BYTES, "a checkpoint shows it");
+    overrun(&source, group.id, &door(&volumes[0])).await;
+    target.wait_for("space", |_| taken_bytes() == 0).await;
+    assert!(!shows(before.id).await);
 }
 
 #[tokio::test]

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ::vra::api::{Request, Response, VmId};
 use ::vra::config::Config;
-use ::vra::receive::{FolderError, VmFolder};
+use ::vra::receive::{FolderError, NewDisk, VmFolder};
 use common::vra::{PATIENCE, Vra};
 use common::{Folder, TestCa};
 
@@ -47,7 +47,7 @@ fn a_datastore_that_is_full_read_only_or_missing_is_named_and_left_clean() {
     let vpg = ("shop", ::vra::api::VpgId::random());
     let make = |datastore: &Path, disk_bytes: u64| {
         let vm = VmFolder::of(datastore, vpg, ("db", VmId::random()));
-        match vm.make(datastore, &[disk_bytes], 1 << 20) {
+        match vm.make(datastore, &[NewDisk { size_bytes: disk_bytes, stays_empty: false }], 1 << 20) {
             Ok(_) => panic!("files were made in {}", datastore.display()),
             Err(error) => error,
         }

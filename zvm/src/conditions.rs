@@ -208,7 +208,7 @@ impl Look<'_> {
             let (entity, what) = match subject {
                 Subject::Trust => (Entity::vra(*vra), "the list of revoked certificates".to_owned()),
                 Subject::SiteKeys => (Entity::vra(*vra), "the keys of encrypted journals".to_owned()),
-                Subject::Apply(vpg) => {
+                Subject::Check(vpg) | Subject::Apply(vpg) => {
                     (Entity::vpg(*vpg), format!("the definition of VPG {}", self.vpg_name(*vpg)))
                 }
                 Subject::Remove(vpg) => {

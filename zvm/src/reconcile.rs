@@ -4,6 +4,7 @@
 //! of the same in flight, and waits longer after each failure. What it remembers is only what saves work: a restarted
 //! manager begins with an empty memory and arrives at the same place.
 
+mod checking;
 mod leaving;
 mod plan;
 mod world;
@@ -39,6 +40,8 @@ pub struct Reconciler {
     failures: BTreeMap<(VraId, Subject), Failure>,
     /// Version of the trust list that each VRA's run has taken.
     trusted: HashMap<VraId, (u64, u64)>,
+    /// Revision that a VRA would take, as it said.
+    checked: HashMap<(VraId, VpgId), u64>,
     /// Revision that a VRA took, and when it said so.
     applied: HashMap<(VraId, VpgId), (u64, u64)>,
     removed: HashSet<(VraId, VpgId)>,
@@ -57,6 +60,7 @@ impl Reconciler {
             in_flight: HashSet::new(),
             failures: BTreeMap::new(),
             trusted: HashMap::new(),
+            checked: HashMap::new(),
             applied: HashMap::new(),
             removed: HashSet::new(),
             ended: BTreeMap::new(),
@@ -103,7 +107,11 @@ impl Reconciler {
         self.in_flight.remove(&key);
         let gone = matches!(&outcome, ActionOutcome::Refused(error) if error.code == ErrorCode::NotFound);
         let ends = matches!(action.kind, ActionKind::RemoveVpg { .. } | ActionKind::CloseView { .. });
-        if outcome == ActionOutcome::Done || gone && ends {
+        // An older VRA can't be asked.
+        let is_unknown =
+            matches!(&outcome, ActionOutcome::Refused(error) if error.code == ErrorCode::UnknownRequest);
+        let is_check = matches!(action.kind, ActionKind::CheckVpg(_));
+        if outcome == ActionOutcome::Done || gone && ends || is_unknown && is_check {
             self.failures.remove(&key);
             self.note_done(action, now_us);
             return Vec::new();
@@ -111,7 +119,10 @@ impl Reconciler {
         let count = self.failures.get(&key).map_or(0, |failure| failure.count) + 1;
         let wait_us = self.retry_min_us.saturating_mul(1 << (count - 1).min(20)).min(self.retry_max_us);
         let transitions = match (&action.kind, &outcome) {
-            (ActionKind::ApplyVpg(definition), ActionOutcome::Refused(error)) => {
+            (
+                ActionKind::CheckVpg(definition) | ActionKind::ApplyVpg(definition),
+                ActionOutcome::Refused(error),
+            ) => {
                 vec![Transition::VpgRefused { vpg: definition.id, vra: action.vra, error: error.clone() }]
             }
             (ActionKind::OpenView { test, .. }, ActionOutcome::Refused(error)) => {
@@ -140,7 +151,11 @@ impl Reconciler {
             }
             // The VRA's next status tells.
             ActionKind::SetSiteKeys(_) => {}
+            ActionKind::CheckVpg(definition) => {
+                self.checked.insert((action.vra, definition.id), definition.revision);
+            }
             ActionKind::ApplyVpg(definition) => {
+                self.failures.remove(&(action.vra, Subject::Check(definition.id)));
                 self.applied.insert((action.vra, definition.id), (definition.revision, now_us));
             }
             ActionKind::RemoveVpg { vpg, .. } => {
@@ -164,6 +179,7 @@ impl Reconciler {
             desired.leftovers.iter().any(|left| left.vra == *vra && left.vpg == *vpg)
         };
         self.applied.retain(|(vra, vpg), _| known(vra) && vpgs.contains(vpg));
+        self.checked.retain(|(vra, vpg), _| known(vra) && vpgs.contains(vpg));
         // A VRA that has let go may get a part in the group again.
         let is_ending = |vpg: &VpgId| {
             desired.vpgs.iter().any(|wanted| wanted.id == *vpg && wanted.state == VpgState::Deleting)
@@ -176,7 +192,7 @@ impl Reconciler {
             known(vra)
                 && match subject {
                     Subject::Trust | Subject::SiteKeys => true,
-                    Subject::Apply(vpg) => {
+                    Subject::Check(vpg) | Subject::Apply(vpg) => {
                         desired.vpgs.iter().any(|v| v.id == *vpg && v.state == VpgState::Active)
                     }
                     Subject::Remove(vpg) => vpgs.contains(vpg) || is_left(vra, vpg),
@@ -209,7 +225,11 @@ impl Reconciler {
             .collect();
         let targets = vpg.targets();
         let a_target_is_missing = missing.iter().any(|vra| targets.contains(vra));
-        for vra in &missing {
+        let unchecked = self.unchecked(vpg, &missing, &targets, observed);
+        for vra in &unchecked {
+            plan.actions.push(Action { vra: *vra, kind: ActionKind::CheckVpg(definition.clone()) });
+        }
+        for vra in missing.iter().filter(|_| unchecked.is_empty()) {
             // The keys go first.
             if vpg.settings.encrypt && targets.contains(vra) && !has_site_keys(vra, observed) {
                 continue;
@@ -230,8 +250,8 @@ impl Reconciler {
             plan.transitions.push(Transition::VpgApplied { vpg: vpg.id, revision: vpg.revision });
         } else {
             let all = vpg.vras().len();
-            let step =
-                self.waits_for(&missing, "to take the definition", Subject::Apply(vpg.id), desired, observed);
+            let subject = if unchecked.is_empty() { Subject::Apply(vpg.id) } else { Subject::Check(vpg.id) };
+            let step = self.waits_for(&missing, "to take the definition", subject, desired, observed);
             let percent = percent(all - missing.len(), all);
             for kind in TaskKind::OF_DEFINITIONS {
                 // Before the first definition is everywhere there is nothing to change.

@@ -187,9 +187,54 @@ fn a_disk_leaves_a_vms_protection() {
     });
     let shown = trio.site.zvm(&["vpg", "show", "shop"]).stdout;
     assert!(shown.contains("Left disk"), "{shown}");
+    let tasks = trio.site.json(&["task", "list"]);
+    let mut tasks = tasks.as_array().expect("a list").iter();
+    let task = tasks.find(|task| task["kind"] == "UpdateProtectionGroup").expect("that of the removal");
+    let step = task["step"].as_str().expect("a step");
+    assert!(step.contains("has a full sync now") && step.contains("keep the disks that they have"), "{task}");
     let last =
         trio.site.zvm(&["vpg", "remove-disks", "shop", &format!("db:{}/db.img", trio.a.dir.display())]);
     assert!(last.stderr.contains("zvm vpg remove-vm shop db"), "{last:?}");
+}
+
+#[test]
+fn a_disk_that_its_target_has_no_room_for_is_taken_back_without_a_trace() {
+    let trio = Trio::defined();
+    trio.tag("before");
+    let first = format!("path = \"{}/db.img\"\n", trio.a.dir.display());
+    let second = format!("[[vm.disk]]\nname = \"vdb\"\npath = \"{}/huge.img\"\n", trio.a.dir.display());
+    trio.site.write_inventory(&trio.inventory.replace(&first, &format!("{first}{second}")));
+    wait_for("the disk in the inventory", || !trio.second_disk().is_null());
+    let huge = std::fs::File::create(trio.a.dir.join("huge.img")).expect("disk");
+    huge.set_len(8 << 40).expect("a sparse disk");
+    trio.a.attach_file("db", &trio.vms[0], "huge.img");
+    let generation = || trio.b.json(&["status"])["target_vms"][0]["generation"].take();
+    let before = generation();
+
+    let refused = trio.site.zvm(&["vpg", "add-disks", "shop", "db", "--give-up-history"]);
+    assert_eq!(refused.code, 1, "{refused:?}");
+    for text in ["VM db", "free space", "`zvm vpg remove-disks shop VM:DISK` takes added disks back"] {
+        assert!(refused.stderr.contains(text), "{text}: {refused:?}");
+    }
+    trio.tag("meanwhile");
+    // No sync follows, for which history would have to go.
+    trio.done(&["vpg", "remove-disks", "shop", "db:vdb"]);
+    trio.tag("after");
+    let complete = trio.complete();
+    assert_eq!(complete, ["after", "meanwhile", "before"]);
+    assert_eq!(generation(), before, "no full sync");
+    let shown = trio.site.zvm(&["vpg", "show", "shop"]).stdout;
+    assert!(!shown.contains("Left disk"), "{shown}");
+    let [journal] = &journals(&trio.b.dir.join("datastore"))[..] else { panic!("one journal") };
+    assert!(!journal.join("disk-1.raw").exists());
+
+    // It can be asked for again, with the same result as long as there is no room.
+    let refused = trio.site.zvm(&["vpg", "add-disks", "shop", "db"]);
+    assert!(refused.stderr.contains("zvm vpg edit shop --no-exclude db:DISK"), "{refused:?}");
+    trio.done(&["vpg", "edit", "shop", "--no-exclude", "db:vdb"]);
+    assert_eq!(trio.site.zvm(&["vpg", "edit", "shop", "--no-exclude", "db:vdb"]).code, 3);
+    let refused = trio.site.zvm(&["vpg", "add-disks", "shop", "db", "--give-up-history"]);
+    assert!(refused.code == 1 && refused.stderr.contains("free space"), "{refused:?}");
 }
 
 #[test]

@@ -154,6 +154,59 @@ fn a_refused_definition_is_told_once_for_each_try_and_tried_again() {
 }
 
 #[test]
+fn a_change_that_one_of_several_targets_refuses_is_sent_to_none() {
+    let mut world = World::new();
+    let (source, one, other) = (world.add_vra("a"), world.add_vra("b"), world.add_vra("c"));
+    let vpg = world.add_vpg(source, one);
+    world.add_member(source, other);
+    world.settle();
+    let sorted = |mut vras: Vec<VraId>| {
+        vras.sort_unstable();
+        vras
+    };
+    let both = sorted(vec![one, other]);
+
+    world.desired.vpgs[0].revision = 2;
+    let plan = world.plan();
+    assert_eq!((sorted(checks(&plan)), applies(&plan)), (both.clone(), vec![]));
+    let error = ApiError::new(ErrorCode::Exhausted, "no space");
+    for action in &plan.actions {
+        let outcome = match action.vra == other {
+            true => ActionOutcome::Refused(error.clone()),
+            false => ActionOutcome::Done,
+        };
+        let refused = Transition::VpgRefused { vpg, vra: other, error: error.clone() };
+        let expected = if action.vra == other { vec![refused] } else { vec![] };
+        assert_eq!(world.finish(action, outcome), expected);
+    }
+    let plan = world.plan();
+    assert!(plan.actions.is_empty(), "{plan:?}");
+    assert!(plan.progress[0].step.contains("c (it answered: no space)"), "{}", plan.progress[0].step);
+    world.now_us += RETRY_MAX_US;
+    let plan = world.plan();
+    assert_eq!((checks(&plan), applies(&plan)), (vec![other], vec![]));
+    world.finish_all(&plan, ActionOutcome::Done);
+    assert!(world.core.failures().is_empty());
+    let plan = world.plan();
+    assert_eq!((checks(&plan), sorted(applies(&plan))), (vec![], both.clone()));
+    world.finish_all(&plan, ActionOutcome::Done);
+    world.settle();
+
+    // One that can't be reached is told when it can be, and an older one takes no such question.
+    world.desired.vpgs[0].revision = 3;
+    world.observed.get_mut(&other).unwrap().reachable = false;
+    assert_eq!(applies(&world.plan()), [one]);
+    let mut world = World { core: Reconciler::new(RETRY_MIN_US, RETRY_MAX_US), ..world };
+    world.observed.get_mut(&other).unwrap().reachable = true;
+    world.settle_trust();
+    let plan = world.plan();
+    assert_eq!(sorted(checks(&plan)), both);
+    let unknown = ApiError::new(ErrorCode::UnknownRequest, "no such operation");
+    assert_eq!(world.finish_all(&plan, ActionOutcome::Refused(unknown)), []);
+    assert_eq!(sorted(applies(&world.plan())), both);
+}
+
+#[test]
 fn a_vra_that_lost_its_state_gets_the_definition_again_but_an_old_answer_does_not_count() {
     let mut world = World::new();
     let (source, target) = (world.add_vra("a"), world.add_vra("b"));

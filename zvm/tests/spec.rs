@@ -3,11 +3,13 @@
 #[path = "common/plan.rs"]
 mod plan;
 
+use std::collections::BTreeSet;
+
 use plan::{Site, spec};
 use vra::api::vpg::{JournalSize, VmDefinition};
 use vra::api::*;
-use zvm::api::{VmSpec, VpgEdit, VpgSpec, defaults};
-use zvm::manager::spec::{Context, described, edited, join, without};
+use zvm::api::{DiskName, VmSpec, VpgEdit, VpgSpec, defaults};
+use zvm::manager::spec::{Context, described, edited, join, without, without_disks};
 use zvm::model::vpg::{Vpg, VpgSettings};
 
 #[test]
@@ -194,6 +196,51 @@ fn disks_must_be_served_as_the_inventory_has_them() {
     served[1].number = 2;
     let error = site.create(&spec(&["db"]), &served).unwrap_err();
     assert_eq!(error.code, ErrorCode::Conflict, "{error}");
+}
+
+#[test]
+fn disks_leave_and_those_that_no_journal_has_are_gone() {
+    let site = Site::new();
+    let vpg = site.create(&spec(&["db"]), &site.db_volumes()).unwrap();
+    let disk = |disk: &str| vec![DiskName { vm: "db".into(), disk: disk.into() }];
+    let volumes = |settings: &VpgSettings| -> Vec<(u16, bool)> {
+        settings.vms[0].volumes.iter().map(|volume| (volume.number, volume.left)).collect()
+    };
+    let [first, second] = [0, 1].map(|at| vpg.settings.vms[0].volumes[at].id);
+    let none = BTreeSet::new();
+    let left = without_disks(&vpg, &disk("vdb"), &site.inventory, &none).unwrap();
+    assert_eq!(volumes(&left), [(0, false), (1, true)]);
+    let in_no_journal = BTreeSet::from([first, second]);
+    let gone = without_disks(&vpg, &disk("vdb"), &site.inventory, &in_no_journal).unwrap();
+    assert_eq!(volumes(&gone), [(0, false)]);
+    assert_eq!(gone.vms[0].excluded.len(), 1);
+    // One whose number others follow keeps it.
+    let kept = without_disks(&vpg, &disk("vda"), &site.inventory, &in_no_journal).unwrap();
+    assert_eq!(volumes(&kept), [(0, true), (1, false)]);
+    // The one after it takes it along.
+    let vpg = Vpg { settings: kept, ..vpg };
+    let last = without_disks(&vpg, &disk("vdb"), &site.inventory, &in_no_journal);
+    assert!(last.unwrap_err().message.contains("is the only protected disk"));
+}
+
+#[test]
+fn numbers_with_a_gap_are_refused_with_the_way_to_close_it() {
+    let site = Site::new();
+    let group = site.create(&spec(&["db"]), &site.db_volumes()).unwrap();
+    let exported = described(&group, |_| "vra-b".into());
+    assert_eq!(site.create(&exported, &site.db_volumes()).unwrap().settings.vms.len(), 1);
+    let served = [site.volume("db", 0, "/images/db"), site.volume("db", 2, "/images/db-log")];
+    let error = site.create(&exported, &served).unwrap_err();
+    assert_eq!(error.code, ErrorCode::Conflict);
+    assert!(error.message.contains("\"db\" under the numbers 0, 2; a new journal"), "{error}");
+    let remedy = error.remedy.unwrap();
+    assert!(remedy.contains("`vra attach` again /images/db-log with `--number 1`"), "{remedy}");
+    // Served by others than the inventory has is another matter.
+    let mut more = site.db_volumes();
+    more[1].number = 2;
+    more.push(site.volume("db", 1, "/images/old"));
+    let error = site.create(&exported, &more).unwrap_err();
+    assert!(error.message.contains("serves other disks"), "{error}");
 }
 
 #[test]

@@ -97,6 +97,8 @@ pub enum Request {
     List,
     /// Takes a VPG's definition: source and target parts of it by the VRA's own id. Answer: [`Response::Vpg`].
     ApplyVpg(VpgDefinition),
+    /// Whether [`Request::ApplyVpg`] would be refused now; changes nothing. Answer: [`Response::Done`].
+    CheckVpg(VpgDefinition),
     /// Ends the protection of a VPG here. Answer: [`Response::Done`].
     RemoveVpg(RemoveVpg),
     /// Begins full syncs; to the source VRA. [`ErrorCode::Busy`] while one runs. Answer: [`Response::Done`].

@@ -24,6 +24,7 @@ impl Handler for Daemon {
             Request::Detach(detach) => self.detach(detach).await.map(|()| Response::Done),
             Request::List => Ok(Response::Volumes(self.volume_infos())),
             Request::ApplyVpg(definition) => self.apply_vpg(definition).await.map(Response::Vpg),
+            Request::CheckVpg(definition) => self.check_vpg(&definition).await.map(|()| Response::Done),
             Request::RemoveVpg(remove) => self.remove_vpg(remove).await.map(|()| Response::Done),
             Request::ForceSync(force) => self.force_sync(force).map(|()| Response::Done),
             Request::TagCheckpoint(tag) => self.tag_checkpoint(tag).await.map(Response::Checkpoint),

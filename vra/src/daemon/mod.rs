@@ -11,6 +11,7 @@ mod device_links;
 mod doors;
 mod error;
 mod force_sync;
+mod former_vms;
 mod group_checkpoints;
 mod guests;
 mod handler;
@@ -148,6 +149,8 @@ pub(crate) struct Daemon {
     targets: Arc<TargetHost>,
     /// Target VMs whose journals can't be opened, and why.
     target_problems: Mutex<BTreeMap<VmId, ApiError>>,
+    /// What keeps files of VMs that left their groups.
+    former_problems: Mutex<BTreeMap<VmId, ApiError>>,
     /// Those of them that a site key is missing for.
     awaiting_keys: Mutex<BTreeSet<VmId>>,
     checkpointer: Checkpointer,
@@ -202,6 +205,7 @@ impl Daemon {
             link: SharedLink::default(),
             targets: Arc::new(targets),
             target_problems: Mutex::default(),
+            former_problems: Mutex::default(),
             awaiting_keys: Mutex::default(),
             checkpointer,
             spanning,

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 use tokio::sync::MutexGuard;
 
-use crate::api::{DoorRequest, SetTrust, ViewId, ViewInfo, VmId, VolumeId, VpgDefinition, VpgId};
+use crate::api::{DoorRequest, FormerVm, SetTrust, ViewId, ViewInfo, VmId, VolumeId, VpgDefinition, VpgId};
 use crate::config::{Store, StoreError};
 
 const FORMAT: u32 = 1;
@@ -19,6 +19,9 @@ pub(super) struct State {
     pub volumes: BTreeMap<VolumeId, VolumeRecord>,
     /// Definitions of the VPGs that this VRA has a part in.
     pub vpgs: BTreeMap<VpgId, VpgDefinition>,
+    /// VMs that left their groups, whose files are still to go.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub letting_go: Vec<LettingGo>,
     /// The list of revoked certificates.
     pub trust: SetTrust,
     /// Views.
@@ -29,6 +32,17 @@ pub(super) struct State {
     pub guest_agents: BTreeMap<VmId, PathBuf>,
     /// Cookies of ublk devices that belong to no view any more: to be deleted at start. Releases whose views ended with the daemon left them.
     pub view_cookies: Vec<u32>,
+}
+
+/// A VM that left its group, and whose files are to go, or to be set aside.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct LettingGo {
+    /// The group.
+    pub vpg: VpgId,
+    /// Its name then.
+    pub vpg_name: String,
+    /// The VM.
+    pub former: FormerVm,
 }
 
 /// A view.

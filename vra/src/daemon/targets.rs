@@ -5,13 +5,12 @@ use std::sync::Arc;
 
 use journal::recovery::OpenError;
 
-use super::definition::is_in_datastore;
-use super::state::State;
+use super::state::{LettingGo, State};
 use super::{Daemon, Finding, lock};
 use crate::api::status::TargetVmStatus;
-use crate::api::{Alert, ApiError, ErrorCode, FormerVm, Severity, VmId, VpgDefinition};
+use crate::api::{Alert, ApiError, ErrorCode, Severity, VmId, VpgDefinition};
 use crate::link::Accepted;
-use crate::receive::{FolderError, FormerFiles, TargetError};
+use crate::receive::{FolderError, Prepared, TargetError};
 use crate::report::chain;
 
 impl Daemon {
@@ -40,9 +39,45 @@ impl Daemon {
         result
     }
 
+    /// Reserves what a definition takes for all VMs that this VRA is target of, and leaves everything as it is. What isn't used is given back.
+    ///
+    /// # Errors
+    /// What one VM can't have, with its name; then the definition must not come into force.
+    pub(super) async fn prepare_targets(
+        &self,
+        state: &State,
+        definition: &VpgDefinition,
+        leaving: &[LettingGo],
+    ) -> Result<Vec<Prepared>, ApiError> {
+        let mut prepared = Vec::new();
+        for vm in definition.vms.iter().filter(|vm| vm.target.id == self.vra) {
+            let awaits_former =
+                state.letting_go.iter().chain(leaving).any(|leaving| leaving.former.id == vm.id);
+            let one = self.targets.prepare(definition, vm.id, awaits_former).await;
+            prepared.push(one.map_err(|error| {
+                let mut error = ApiError::from(error);
+                error.message = format!("VM {}: {}", vm.name, error.message);
+                error
+            })?);
+        }
+        Ok(prepared)
+    }
+
+    /// Makes this VRA a VM's target with what was prepared, and notes what is in the way.
+    pub(super) async fn take_target(&self, vpg: &VpgDefinition, prepared: Prepared) {
+        let vm = prepared.vm();
+        let taken = self.targets.take(vpg, prepared).await;
+        // What is in the way was noted, and is tried again.
+        let _ = self.note_ensured(vm, taken.map(drop));
+    }
+
     /// Makes this VRA a VM's target, and notes what is in the way.
-    pub(super) async fn ensure_target(&self, vpg: &VpgDefinition, vm: VmId) -> Result<(), ApiError> {
+    async fn ensure_target(&self, vpg: &VpgDefinition, vm: VmId) -> Result<(), ApiError> {
         let ensured = self.targets.ensure(vpg, vm).await.map(drop);
+        self.note_ensured(vm, ensured)
+    }
+
+    fn note_ensured(&self, vm: VmId, ensured: Result<(), TargetError>) -> Result<(), ApiError> {
         let awaits_key = matches!(
             &ensured,
             Err(TargetError::NoSiteKey | TargetError::Journal { source: OpenError::Key(_), .. })
@@ -71,10 +106,11 @@ impl Daemon {
     /// Tries again what failed.
     pub(super) async fn retry_targets(&self) {
         let failed: Vec<VmId> = lock(&self.target_problems).keys().copied().collect();
-        if failed.is_empty() {
+        if failed.is_empty() && self.seen().letting_go.is_empty() {
             return;
         }
-        let change = self.state.change().await;
+        let mut change = self.state.change().await;
+        self.let_go_of_former(&mut change).await;
         for vm in failed {
             if let Some(vpg) = change.get().vpg_of(vm) {
                 // What is still in the way was noted.
@@ -99,45 +135,6 @@ impl Daemon {
                 }
                 Err(error) => return Err(error.into()),
             }
-        }
-        Ok(())
-    }
-
-    /// Ends this VRA's part as target of the VMs that a definition takes out of the one that is in force. To be called before it is: a VRA that
-    /// dies meanwhile is told again, and one that was told does nothing when it starts.
-    ///
-    /// # Errors
-    /// Views of such a VM are open, or its files can't be removed.
-    pub(super) async fn let_go_of_former(
-        &self,
-        in_force: Option<&VpgDefinition>,
-        definition: &VpgDefinition,
-    ) -> Result<(), ApiError> {
-        let known = in_force.map_or(0, |in_force| in_force.revision);
-        let is_new = |former: &&FormerVm| former.target == self.vra && former.revision > known;
-        let news: Vec<&FormerVm> = definition.former.iter().filter(is_new).collect();
-        let shown =
-            |former: &&&FormerVm| self.targets.has_open(former) && self.seen().has_views_of(former.id);
-        if let Some(former) = news.iter().find(shown) {
-            let message = format!(
-                "VM {} can't be taken out of VPG \"{}\": views of it are open",
-                former.name, definition.name
-            );
-            return Err(ApiError::new(ErrorCode::Busy, message).remedy("close them first"));
-        }
-        for former in news {
-            let datastore = former.datastore.display();
-            if !self.targets.has_open(former) && !is_in_datastore(former, &self.config.datastores) {
-                tracing::warn!(vm = former.name, %datastore, "not in a datastore of this VRA any more: the VM's files, if there are any, stay");
-                continue;
-            }
-            let files = self.targets.let_go(definition, former).await?;
-            let told = match files {
-                FormerFiles::Removed => "its files are removed",
-                FormerFiles::Kept => "its files are set aside",
-                FormerFiles::None => "it has no files here",
-            };
-            tracing::info!(vm = %former.id, name = former.name, vpg = definition.name, %datastore, "no longer a member: {told}");
         }
         Ok(())
     }
@@ -173,6 +170,7 @@ impl Daemon {
                 remedy: Some("the VRA tries again by itself once that is mended".to_owned()),
             });
         }
+        self.former_findings(found);
     }
 }
 
@@ -196,6 +194,7 @@ impl From<TargetError> for ApiError {
             | TargetError::DiskCut { .. } => ErrorCode::Corrupt,
             TargetError::JournalDiffers { .. }
             | TargetError::VolumesDiffer { .. }
+            | TargetError::VolumeLacking { .. }
             | TargetError::SiteKeyMissing { .. } => ErrorCode::Conflict,
             TargetError::JournalLimit { .. } | TargetError::Definition(_) => ErrorCode::BadRequest,
             TargetError::NotOpen { .. } | TargetError::NoCheckpoint { .. } => ErrorCode::NotReady,

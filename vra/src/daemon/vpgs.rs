@@ -4,17 +4,63 @@ use std::ops::Bound;
 
 use super::Daemon;
 use super::definition::check;
-use super::state::{Change, State};
+use super::state::{Change, LettingGo, State};
 use crate::api::vpg::{VmDefinition, VpgApplied};
 use crate::api::{
     ApiError, DefinitionPage, ErrorCode, ListDefinitions, MAX_VMS_PER_DEFINITION_PAGE, RemoveVpg, VolumeId,
     VpgDefinition, VpgId,
 };
+use crate::receive::Prepared;
+
+/// What a definition that isn't in force yet brings about here.
+struct Ready {
+    /// VMs that leave.
+    leaving: Vec<LettingGo>,
+    /// What its VMs take, reserved.
+    prepared: Vec<Prepared>,
+}
 
 impl Daemon {
-    /// Takes a definition, new or changed.
+    /// Takes a definition, new or changed, for all of the VPG's VMs here or for none.
+    ///
+    /// # Errors
+    /// Why it is refused, with the VM that it is refused for: all go on as they were.
     pub(super) async fn apply_vpg(&self, definition: VpgDefinition) -> Result<VpgApplied, ApiError> {
-        check(&definition, self.vra, &self.config.datastores)?;
+        let mut change = self.state.change().await;
+        if let Some(Ready { leaving, prepared }) = self.ready(change.get(), &definition).await? {
+            let (vpg, name, revision) = (definition.id, &definition.name, definition.revision);
+            change.update(|state| {
+                state.vpgs.insert(vpg, definition.clone());
+                state.letting_go.extend(leaving);
+            })?;
+            tracing::info!(%vpg, name, revision, "took a definition");
+            self.let_go_of_former(&mut change).await;
+            for prepared in prepared {
+                self.take_target(&definition, prepared).await;
+            }
+        }
+        // It is in force. What is in the way of targets is tried again by itself, and is an alert; sources are tried again with the next request.
+        let sources = self.follow_sources(change.get());
+        if let Err(error) = self.follow_targets(change.get()).await {
+            tracing::warn!(name = definition.name, %error, "can't follow all definitions yet");
+        }
+        sources?;
+        Ok(self.applied(change.get(), &definition))
+    }
+
+    /// Whether a definition would be taken now.
+    ///
+    /// # Errors
+    /// Why it would be refused.
+    pub(super) async fn check_vpg(&self, definition: &VpgDefinition) -> Result<(), ApiError> {
+        let change = self.state.change().await;
+        self.ready(change.get(), definition).await.map(drop)
+    }
+
+    /// All that can be refused of a definition is, and what it takes is reserved, before anything of it is in force for any VM. None if it is in
+    /// force.
+    async fn ready(&self, state: &State, definition: &VpgDefinition) -> Result<Option<Ready>, ApiError> {
+        check(definition, self.vra, &self.config.datastores)?;
         let has_left = definition.former.iter().any(|former| former.target == self.vra);
         if !definition.has_member_at(self.vra) && !has_left {
             return Err(ApiError::new(
@@ -22,23 +68,16 @@ impl Daemon {
                 format!("VRA {} has no part in VPG \"{}\"", self.vra, definition.name),
             ));
         }
-        let mut change = self.state.change().await;
-        check_against(change.get(), &definition)?;
+        check_against(state, definition)?;
         for vm in definition.vms.iter().filter(|vm| vm.source.id == self.vra) {
-            check_volumes(change.get(), vm)?;
+            check_volumes(state, vm)?;
         }
-        let id = definition.id;
-        if change.get().vpgs.get(&id) != Some(&definition) {
-            self.let_go_of_former(change.get().vpgs.get(&id), &definition).await?;
-            // First the journals: a definition whose datastore doesn't do is refused as a whole.
-            for vm in definition.vms.iter().filter(|vm| vm.target.id == self.vra) {
-                self.ensure_target(&definition, vm.id).await?;
-            }
-            change.update(|state| state.vpgs.insert(id, definition.clone()))?;
-            tracing::info!(vpg = %id, name = definition.name, revision = definition.revision, "took a definition");
+        if state.vpgs.get(&definition.id) == Some(definition) {
+            return Ok(None);
         }
-        self.follow_definitions(&mut change).await?;
-        Ok(self.applied(change.get(), &definition))
+        let leaving = self.leaving_with(state, definition)?;
+        let prepared = self.prepare_targets(state, definition, &leaving).await?;
+        Ok(Some(Ready { leaving, prepared }))
     }
 
     /// A page of the definitions in force.
@@ -77,6 +116,7 @@ impl Daemon {
 
     /// Makes sources and targets follow the definitions.
     pub(super) async fn follow_definitions(&self, change: &mut Change<'_>) -> Result<(), ApiError> {
+        self.let_go_of_former(change).await;
         let sources = self.follow_sources(change.get());
         self.follow_targets(change.get()).await.and(sources)
     }

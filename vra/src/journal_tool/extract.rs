@@ -316,9 +316,11 @@ fn warn_of_absent(journal: &Journal, disks: &[DiskAt]) {
     let count = journal.reader.survey.superblock.volumes.len() as u16;
     for number in (0..count).filter(|number| disks.iter().all(|disk| disk.number != *number)) {
         let vm = journal.vm_name();
-        told!(
-            "warning: disk {number} of {vm} is left out: it was added, or its first sync ended, after that moment"
-        );
+        let why = match disks.iter().any(|disk| journal.has_left(number, disk.seq)) {
+            true => "it was protected no more at that moment",
+            false => "it was added, or its first sync ended, after that moment",
+        };
+        told!("warning: disk {number} of {vm} is left out: {why}");
     }
 }
 

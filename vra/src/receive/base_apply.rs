@@ -96,6 +96,11 @@ impl BaseApply {
         }
     }
 
+    /// The space of a disk's image is given back from now on where it reads zeroes.
+    pub fn keep_no_space(&mut self, volume: u16) {
+        self.disks[usize::from(volume)].reserved = false;
+    }
+
     /// Adds a batch, which the intake has checked, to the next group. `view` is of `bytes`.
     pub fn gather(&mut self, bytes: &Bytes, view: &BatchView<'_>) {
         for record in view.records() {

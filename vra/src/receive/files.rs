@@ -9,7 +9,7 @@ use journal::storage::ring::{Access, DirectFile, RingStorage};
 use journal::storage::{Blocking, Purpose};
 use journal::writer::{Change, Event, Limits, Writer, drive};
 
-use super::folder::VmFolder;
+use super::folder::{AddedDisks, NewDisk, Unfinished, VmFolder};
 use super::manifest::Manifest;
 use super::receiver_types::VmIdentity;
 use super::target_error::TargetError;
@@ -98,14 +98,56 @@ pub(super) fn identity(definition: &VmDefinition) -> Result<VmIdentity, TargetEr
     Ok(VmIdentity { vm: definition.id, journal: definition.journal, volumes })
 }
 
-/// Makes a VM's files: recovery disks, journal, manifest.
-pub(super) fn make(
+/// The recovery disks of volumes that a journal gets. What one that has left before would show is in none of its checkpoints.
+pub(super) fn new_disks(volumes: &[VolumeShape]) -> Vec<NewDisk> {
+    let disk = |volume: &VolumeShape| NewDisk { size_bytes: volume.size_bytes, stays_empty: volume.left };
+    volumes.iter().map(disk).collect()
+}
+
+/// What a VM's files are to be when they are made.
+struct NewFiles {
+    identity: VmIdentity,
+    slot_len_bytes: u64,
+    slot_count: u32,
+    disks: Vec<NewDisk>,
+    /// Space for the journal, in bytes.
+    journal_bytes: u64,
+}
+
+fn new_files(definition: &VmDefinition) -> Result<NewFiles, TargetError> {
+    let identity = identity(definition)?;
+    let limit_bytes = definition.journal_limit();
+    let slot_len_bytes = slot_bytes(limit_bytes);
+    check_limit(limit_bytes, slot_len_bytes)?;
+    // The minimum is there from the start.
+    let slot_count = FIRST_SLOTS.max(limits(definition, slot_len_bytes).min_slots);
+    let journal_bytes = u64::from(slot_count) * slot_len_bytes + (1 << 20);
+    let disks = new_disks(&identity.volumes);
+    Ok(NewFiles { identity, slot_len_bytes, slot_count, disks, journal_bytes })
+}
+
+/// Whether a VM's files could be made.
+pub(super) fn check_new(
     folder: &VmFolder,
     vpg: &VpgDefinition,
     definition: &VmDefinition,
     keys: &Keys,
 ) -> Result<(), TargetError> {
-    let identity = identity(definition)?;
+    let new = new_files(definition)?;
+    if vpg.encrypt && keys.site().current().is_none() {
+        return Err(TargetError::NoSiteKey);
+    }
+    Ok(folder.check_space(&definition.datastore, &new.disks, new.journal_bytes)?)
+}
+
+/// Makes a VM's files: recovery disks, journal, manifest. They are the VM's once [`Unfinished::finish`] gives the journal its name.
+pub(super) fn make(
+    folder: &VmFolder,
+    vpg: &VpgDefinition,
+    definition: &VmDefinition,
+    keys: &Keys,
+) -> Result<Unfinished, TargetError> {
+    let NewFiles { identity, slot_len_bytes, slot_count, disks, journal_bytes } = new_files(definition)?;
     let encryption = match (vpg.encrypt, keys.site().current()) {
         (false, _) => Encryption::Never,
         (true, None) => return Err(TargetError::NoSiteKey),
@@ -114,15 +156,8 @@ pub(super) fn make(
             Encryption::On(key.wrap(definition.journal.0, site_key))
         }
     };
-    let limit_bytes = definition.journal_limit();
-    let slot_len_bytes = slot_bytes(limit_bytes);
-    check_limit(limit_bytes, slot_len_bytes)?;
-    // The minimum is there from the start.
-    let slot_count = FIRST_SLOTS.max(limits(definition, slot_len_bytes).min_slots);
-    let first_bytes = u64::from(slot_count) * slot_len_bytes;
-    let disk_bytes: Vec<u64> = identity.volumes.iter().map(|volume| volume.size_bytes).collect();
-    let made = folder.make(&definition.datastore, &disk_bytes, first_bytes + (1 << 20))?;
-    let mut manifest = Manifest::new(vpg, definition.id, disk_bytes.len(), made.is_reserved());
+    let made = folder.make(&definition.datastore, &disks, journal_bytes)?;
+    let mut manifest = Manifest::new(vpg, definition.id, disks.len(), made.is_reserved());
     // A disk that left before there was a journal is in none of its checkpoints.
     manifest.note_left(definition, 1);
     let new = NewJournal {
@@ -150,7 +185,7 @@ pub(super) fn make(
     journal::recovery::create(&mut storage, file, &new)
         .map_err(|source| TargetError::Journal { path, source })?;
     drop(storage);
-    Ok(made.finish()?)
+    Ok(made)
 }
 
 /// Opens a VM's files for writing. After a failure in this process `trusted_through` is the last number that was known to be durable.
@@ -226,26 +261,29 @@ pub(super) fn open(
     Ok(VmFiles { manifest, identity, opened, events, journal, disks, overlays })
 }
 
-/// Gives a VM's files the disks that a definition has and they don't, and opens them again. Journal and manifest know of them at one moment: a
-/// crash before that leaves recovery disks that the next attempt replaces.
+/// Gives a VM's files the disks that a definition has and they don't, and opens them again; their recovery disks may be there already. Journal
+/// and manifest know of them at one moment: a crash before that leaves recovery disks that the next opening removes.
 pub(super) fn add_volumes(
     folder: &VmFolder,
     vpg: &VpgDefinition,
     definition: &VmDefinition,
     files: VmFiles,
+    made: Option<AddedDisks>,
     keys: Keys,
 ) -> Result<VmFiles, TargetError> {
-    let VmFiles { mut manifest, identity: known, opened, journal, disks, .. } = files;
+    let VmFiles { manifest, identity: known, opened, journal, disks, .. } = files;
     drop(disks);
     let first = known.volumes.len();
     let added = &identity(definition)?.volumes[first..];
-    let sizes: Vec<u64> = added.iter().map(|volume| volume.size_bytes).collect();
-    let reserved = folder.add_disks(&definition.datastore, first as u16, &sizes)?;
-    let of_all = Manifest::new(vpg, definition.id, first + added.len(), manifest.disks_reserved && reserved);
+    let made = match made {
+        Some(made) => made,
+        None => folder.add_disks(&definition.datastore, first as u16, &new_disks(added))?,
+    };
     let base_seq = opened.tail.seq + 1;
+    let mut manifest = manifest.redefined(vpg);
     let bases = opened.superblock.volumes.iter().map(|volume| volume.base_seq);
-    let bases = bases.chain(added.iter().map(|_| base_seq)).collect();
-    manifest = Manifest { locked: manifest.locked, bases, left: manifest.left, ..of_all };
+    manifest.add_disks(bases, added.len(), base_seq);
+    manifest.disks_reserved &= made.is_reserved();
     manifest.note_left(definition, base_seq);
     let limits = limits(definition, opened.superblock.slot_len_bytes);
     let mut writer = Writer::new(opened, limits);
@@ -255,6 +293,8 @@ pub(super) fn add_volumes(
         .map_err(|error| host("adding disks to the journal", std::io::Error::other(error)))?;
     let mut storage = ring()?;
     let file = storage.add_file(journal);
+    // Whether or not the journal says so: it may have them from here on.
+    made.keep();
     let events = drive(&mut writer, &mut storage, file)
         .map_err(|errno| host("adding disks to the journal", errno.into()))?;
     if let Some(Event::Poisoned(error)) = events.into_iter().find(|event| matches!(event, Event::Poisoned(_)))

@@ -1,15 +1,16 @@
-//! A VM's folder in a datastore: where its files are, and how they come to be.
+//! A VM's folder in a datastore: where its files are.
+
+mod new_files;
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{FallocateFlags, fallocate};
-use nix::sys::statvfs::statvfs;
-
 use crate::api::{ViewId, VmId, VpgId};
+
+pub use new_files::{AddedDisks, NewDisk, Unfinished};
 
 /// Where a VM's files are. The journal's manifest says everything else, so the folder alone is enough for a recovery.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,9 +91,6 @@ const UNFINISHED_JOURNAL_FILE: &str = "journal.hfj.new";
 const FOLDER_MODE: u32 = 0o700;
 /// Mode of the files in it.
 const FILE_MODE: u32 = 0o600;
-
-/// Recovery disks are this long or a little longer, in whole pages, since all their I/O is direct.
-const DISK_UNIT_BYTES: u64 = 4096;
 
 impl VmFolder {
     /// A VM's folder in a datastore.
@@ -180,98 +178,6 @@ impl VmFolder {
         }
     }
 
-    /// Begins to make the VM's files in `datastore`: folder, recovery disks of the given sizes, with their space reserved. The journal is then
-    /// to be made at [`Unfinished::journal`].
-    ///
-    /// # Errors
-    /// What is missing, and what to do about it. What was made is gone again, as far as the datastore lets it.
-    pub fn make(
-        &self,
-        datastore: &Path,
-        disk_bytes: &[u64],
-        journal_bytes: u64,
-    ) -> Result<Unfinished, FolderError> {
-        self.check_space(datastore, disk_bytes, journal_bytes)?;
-        let mut made =
-            Unfinished { folder: self.clone(), disks: Vec::new(), reserved: true, finished: false };
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(FOLDER_MODE)
-            .create(&self.path)
-            .map_err(|error| self.explain("creating", &self.path, error))?;
-        self.clear_unfinished(disk_bytes.len())?;
-        let marker = self.path.join(UNFINISHED_JOURNAL_FILE);
-        let create = || OpenOptions::new().write(true).create_new(true).mode(FILE_MODE).open(&marker);
-        create().map_err(|error| self.explain("creating", &marker, error))?;
-        sync_folder(&self.path).map_err(|error| self.explain("syncing", &self.path, error))?;
-        for (volume, &bytes) in (0_u16..).zip(disk_bytes) {
-            let path = self.disk(volume);
-            made.disks.push(path.clone());
-            made.reserved &= self.make_disk(&path, bytes)?;
-        }
-        if !made.reserved {
-            self.warn_of_sparse_disks();
-        }
-        Ok(made)
-    }
-
-    /// Makes recovery disks of the given sizes for a VM that has others, from number `first` on; durable when this returns. No journal has
-    /// them yet: what an attempt that was cut short has left of them is replaced. Says whether their space is reserved.
-    ///
-    /// # Errors
-    /// As for [`VmFolder::make`]. What was made may stay.
-    pub fn add_disks(&self, datastore: &Path, first: u16, disk_bytes: &[u64]) -> Result<bool, FolderError> {
-        let mut reserved = true;
-        for path in (first..).zip(disk_bytes).map(|(volume, _)| self.disk(volume)) {
-            remove_file(&path).map_err(|error| self.explain("removing", &path, error))?;
-        }
-        self.check_space(datastore, disk_bytes, 0)?;
-        for (volume, &bytes) in (first..).zip(disk_bytes) {
-            reserved &= self.make_disk(&self.disk(volume), bytes)?;
-        }
-        sync_folder(&self.path).map_err(|error| self.explain("syncing", &self.path, error))?;
-        if !reserved {
-            self.warn_of_sparse_disks();
-        }
-        Ok(reserved)
-    }
-
-    fn make_disk(&self, path: &Path, bytes: u64) -> Result<bool, FolderError> {
-        make_disk(path, bytes.next_multiple_of(DISK_UNIT_BYTES))
-            .map_err(|error| self.explain("creating", path, error))
-    }
-
-    fn warn_of_sparse_disks(&self) {
-        tracing::warn!(
-            folder = %self.path.display(),
-            "the datastore's filesystem can't reserve space: the recovery disks are sparse, and can run out of it"
-        );
-    }
-
-    /// Whether the datastore has room for such disks and a journal.
-    ///
-    /// # Errors
-    /// It hasn't, or can't be looked at.
-    pub(super) fn check_space(
-        &self,
-        datastore: &Path,
-        disk_bytes: &[u64],
-        journal_bytes: u64,
-    ) -> Result<(), FolderError> {
-        let space =
-            statvfs(datastore).map_err(|errno| self.explain("looking at", datastore, errno.into()))?;
-        // Unsigned long is 64 bits wide on every host that Holdfast runs on, but not by its type.
-        #[allow(clippy::useless_conversion, reason = "see above")]
-        let free_bytes = u64::from(space.blocks_available()) * u64::from(space.fragment_size());
-        let needed_bytes =
-            disk_bytes.iter().map(|bytes| bytes.next_multiple_of(DISK_UNIT_BYTES)).sum::<u64>();
-        let needed_bytes = needed_bytes.saturating_add(journal_bytes);
-        if needed_bytes > free_bytes {
-            return Err(FolderError::NoSpace { path: datastore.into(), free_bytes, needed_bytes });
-        }
-        Ok(())
-    }
-
     /// Whether a path names a file of the VM, there or not, whose journal is in its folder: whoever else writes it takes away what is kept there.
     pub fn has_file(path: &Path) -> bool {
         let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -324,21 +230,6 @@ impl VmFolder {
         sync_folder(parent).map_err(|error| self.explain("syncing", parent, error))
     }
 
-    /// Removes what a making that was cut short has left.
-    fn clear_unfinished(&self, disk_count: usize) -> Result<(), FolderError> {
-        let unfinished = self.path.join(UNFINISHED_JOURNAL_FILE);
-        let disks = (0..disk_count as u16).map(|volume| self.disk(volume));
-        let mut disks: Vec<PathBuf> = disks.filter(|path| path.exists()).collect();
-        if !disks.is_empty() && !unfinished.exists() {
-            return Err(FolderError::OrphanDisks { path: self.path.clone() });
-        }
-        disks.push(unfinished);
-        for path in disks {
-            remove_file(&path).map_err(|error| self.explain("removing", &path, error))?;
-        }
-        Ok(())
-    }
-
     fn explain(&self, operation: &'static str, path: &Path, source: io::Error) -> FolderError {
         let datastore = || self.path.ancestors().nth(2).unwrap_or(&self.path).to_owned();
         match source.kind() {
@@ -353,73 +244,6 @@ impl VmFolder {
             _ => FolderError::Io { operation, path: path.into(), source },
         }
     }
-}
-
-/// Files that are being made: removed again when dropped before [`Unfinished::finish`].
-#[derive(Debug)]
-pub struct Unfinished {
-    folder: VmFolder,
-    disks: Vec<PathBuf>,
-    reserved: bool,
-    finished: bool,
-}
-
-impl Unfinished {
-    /// Where the journal is to be made. An empty file is there.
-    pub fn journal(&self) -> PathBuf {
-        self.folder.path.join(UNFINISHED_JOURNAL_FILE)
-    }
-
-    /// Whether the disks' space is reserved.
-    pub fn is_reserved(&self) -> bool {
-        self.reserved
-    }
-
-    /// Gives the journal, which must be durable, its name: from now on the files are the VM's.
-    ///
-    /// # Errors
-    /// The datastore's.
-    pub fn finish(mut self) -> Result<(), FolderError> {
-        let folder = &self.folder;
-        let rename = fs::rename(self.journal(), folder.journal()).and_then(|()| sync_folder(&folder.path));
-        rename.map_err(|error| folder.explain("renaming", &folder.journal(), error))?;
-        if let Some(parent) = folder.path.parent() {
-            sync_folder(parent).map_err(|error| folder.explain("syncing", parent, error))?;
-        }
-        self.finished = true;
-        Ok(())
-    }
-}
-
-impl Drop for Unfinished {
-    fn drop(&mut self) {
-        if self.finished {
-            return;
-        }
-        // As far as the datastore lets it: what stays is cleared by the next attempt.
-        for path in self.disks.iter().chain([&self.journal()]) {
-            let _ = fs::remove_file(path);
-        }
-        if fs::remove_dir(&self.folder.path).is_ok()
-            && let Some(parent) = self.folder.path.parent()
-        {
-            let _ = fs::remove_dir(parent);
-        }
-    }
-}
-
-/// Makes a disk that reads zeroes. Says whether its space is reserved.
-fn make_disk(path: &Path, len_bytes: u64) -> io::Result<bool> {
-    let file = OpenOptions::new().write(true).create_new(true).mode(FILE_MODE).open(path)?;
-    let len = i64::try_from(len_bytes).map_err(|_| io::ErrorKind::FileTooLarge)?;
-    let reserved = match fallocate(&file, FallocateFlags::empty(), 0, len) {
-        Ok(()) => true,
-        Err(nix::errno::Errno::EOPNOTSUPP) => false,
-        Err(errno) => return Err(errno.into()),
-    };
-    file.set_len(len_bytes)?;
-    file.sync_all()?;
-    Ok(reserved)
 }
 
 fn remove_file(path: &Path) -> io::Result<()> {
@@ -464,12 +288,16 @@ mod tests {
         VmFolder::of(datastore, ("web shop", VpgId::random()), ("../db 1", VmId::random()))
     }
 
+    fn disk(size_bytes: u64) -> NewDisk {
+        NewDisk { size_bytes, stays_empty: false }
+    }
+
     #[test]
     fn a_folder_is_made_finished_and_removed() {
         let datastore = scratch("make");
         let folder = folder(&datastore);
         assert_eq!(folder.path().parent().and_then(Path::parent), Some(&*datastore), "names can't climb");
-        let made = folder.make(&datastore, &[1 << 20, 513 * 512], 1 << 20).expect("made");
+        let made = folder.make(&datastore, &[disk(1 << 20), disk(513 * 512)], 1 << 20).expect("made");
         assert!(!folder.is_complete());
         fs::write(made.journal(), b"journal").expect("the journal");
         made.finish().expect("finished");
@@ -499,14 +327,14 @@ mod tests {
     fn a_making_that_fails_leaves_nothing_and_one_cut_short_is_made_again() {
         let datastore = scratch("again");
         let folder = folder(&datastore);
-        drop(folder.make(&datastore, &[1 << 20], 0).expect("made"));
+        drop(folder.make(&datastore, &[disk(1 << 20)], 0).expect("made"));
         assert_eq!(fs::read_dir(&datastore).expect("datastore").count(), 0);
         // The process ended before there was a disk.
         fs::create_dir_all(folder.path()).expect("the folder");
         fs::write(folder.path().join(UNFINISHED_JOURNAL_FILE), b"").expect("the marker");
-        let cut_short = folder.make(&datastore, &[1 << 20], 0).expect("made");
+        let cut_short = folder.make(&datastore, &[disk(1 << 20)], 0).expect("made");
         std::mem::forget(cut_short);
-        folder.make(&datastore, &[1 << 20], 0).expect("made again").finish().expect("finished");
+        folder.make(&datastore, &[disk(1 << 20)], 0).expect("made again").finish().expect("finished");
         fs::remove_dir_all(&datastore).expect("cleaned");
     }
 
@@ -514,9 +342,9 @@ mod tests {
     fn disks_without_their_journal_are_not_touched() {
         let datastore = scratch("orphan");
         let folder = folder(&datastore);
-        folder.make(&datastore, &[1 << 20], 0).expect("made").finish().expect("finished");
+        folder.make(&datastore, &[disk(1 << 20)], 0).expect("made").finish().expect("finished");
         fs::remove_file(folder.journal()).expect("lost");
-        let error = folder.make(&datastore, &[1 << 20], 0).expect_err("disks are there");
+        let error = folder.make(&datastore, &[disk(1 << 20)], 0).expect_err("disks are there");
         assert!(matches!(&error, FolderError::OrphanDisks { path } if path == folder.path()), "{error}");
         assert!(folder.disk(0).exists());
         fs::remove_dir_all(&datastore).expect("cleaned");
@@ -526,9 +354,9 @@ mod tests {
     fn what_is_missing_is_named_with_its_remedy() {
         let datastore = scratch("missing");
         let folder = folder(&datastore);
-        let error = folder.make(&datastore.join("nowhere"), &[1 << 20], 0).expect_err("no datastore");
+        let error = folder.make(&datastore.join("nowhere"), &[disk(1 << 20)], 0).expect_err("no datastore");
         assert!(error.to_string().contains("nowhere is not there: create"), "{error}");
-        let error = folder.make(&datastore, &[1 << 60], 0).expect_err("no disk is that large");
+        let error = folder.make(&datastore, &[disk(1 << 60)], 0).expect_err("no disk is that large");
         assert!(error.to_string().contains("MiB are needed: free space"), "{error}");
         assert_eq!(fs::read_dir(&datastore).expect("datastore").count(), 0);
         fs::remove_dir_all(&datastore).expect("cleaned");

@@ -1,6 +1,7 @@
 //! What a journal says of its VM.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::iter;
 
 use journal::format::Superblock;
 use serde::{Deserialize, Serialize};
@@ -85,7 +86,7 @@ impl Manifest {
             version: 1,
             written_by: env!("CARGO_PKG_VERSION").to_owned(),
             vm,
-            disks: (0..disk_count).map(|volume| format!("disk-{volume}.raw")).collect(),
+            disks: disk_names(disk_count),
             bases: Vec::new(),
             left: BTreeMap::new(),
             disks_reserved,
@@ -115,6 +116,17 @@ impl Manifest {
     /// Its text.
     pub fn to_text(&self) -> String {
         serde_json::to_string_pretty(self).expect("ids, names and numbers always have a JSON form")
+    }
+
+    /// The same under another definition of the group, written by this software.
+    pub fn redefined(&self, vpg: &VpgDefinition) -> Self {
+        Self { written_by: env!("CARGO_PKG_VERSION").to_owned(), vpg: vpg.clone(), ..self.clone() }
+    }
+
+    /// Notes that `count` disks join those whose history begins at `bases`; theirs does at `base_seq`.
+    pub fn add_disks(&mut self, bases: impl IntoIterator<Item = u64>, count: usize, base_seq: u64) {
+        self.bases = bases.into_iter().chain(iter::repeat_n(base_seq, count)).collect();
+        self.disks = disk_names(self.bases.len());
     }
 
     /// Notes which disks the definition has no more: those that it had until now are gone from number `from_seq` on.
@@ -148,4 +160,8 @@ impl Manifest {
     pub fn vm(&self) -> Result<&VmDefinition, ManifestError> {
         self.vpg.vms.iter().find(|vm| vm.id == self.vm).ok_or(ManifestError::NoVm(self.vm))
     }
+}
+
+fn disk_names(count: usize) -> Vec<String> {
+    (0..count).map(|volume| format!("disk-{volume}.raw")).collect()
 }

@@ -17,6 +17,7 @@ mod outbox;
 mod overlay;
 mod receiver;
 mod receiver_types;
+mod redefinition;
 mod scrub;
 mod shared_keys;
 mod stream;
@@ -33,7 +34,7 @@ pub(crate) mod test_pair;
 
 pub use base_apply::{BaseApply, DiskAction, DiskError};
 pub use checkpoint_list::{CheckpointKey, CheckpointList, ListedCheckpoint};
-pub use folder::{FolderError, JOURNAL_FILE, Unfinished, VmFolder};
+pub use folder::{AddedDisks, FolderError, JOURNAL_FILE, NewDisk, Unfinished, VmFolder};
 pub use forecast::Forecast;
 pub use history::History;
 pub use intake::{Intake, IntakeError};
@@ -47,7 +48,7 @@ pub use receiver_types::{
 pub use scrub::ScrubSettings;
 pub use shared_keys::SharedKeys;
 pub use target_error::TargetError;
-pub use target_host::{FormerFiles, TargetHost, TargetSettings};
+pub use target_host::{FormerFiles, Prepared, TargetHost, TargetSettings};
 pub use target_vm::{OpenedView, Pin, TargetVm};
 
 pub(crate) use crate::report::chain as error_chain;

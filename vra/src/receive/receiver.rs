@@ -290,6 +290,11 @@ impl Receiver {
         if self.identity.volumes == volumes || !self.identity.may_become(&volumes) {
             return;
         }
+        // Their space is given back as their history goes.
+        for volume in volumes.iter().filter(|volume| volume.left) {
+            self.base.keep_no_space(volume.volume);
+            self.promoting.keep_no_space(volume.volume);
+        }
         self.identity.volumes = volumes;
         let text = "disks have left the VM's protection";
         if let Some(candidate) = self.candidate.take() {

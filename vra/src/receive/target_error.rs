@@ -93,6 +93,19 @@ pub enum TargetError {
         /// Its journal's file.
         path: PathBuf,
     },
+    /// The journal has a volume that the definition doesn't.
+    #[error(
+        "the definition of VM {vm} is without disk {volume}, which its journal {} has: protect the disk again, then take it out",
+        path.display()
+    )]
+    VolumeLacking {
+        /// The VM.
+        vm: VmId,
+        /// The first one's number.
+        volume: u16,
+        /// Its journal's file.
+        path: PathBuf,
+    },
     /// A recovery disk is shorter than its volume.
     #[error("recovery disk {} has {found_bytes} bytes, its volume has {expected_bytes}: it was cut; protect the VM with a new journal", path.display())]
     DiskCut {

@@ -1,5 +1,6 @@
 //! All VMs that this VRA is target of.
 
+mod ensuring;
 mod former;
 
 use std::collections::HashMap;
@@ -24,12 +25,13 @@ use super::scrub::{ScrubSettings, ScrubThread, TargetVms};
 use super::shared_keys::SharedKeys;
 use super::stream;
 use super::target_error::TargetError;
-use super::target_vm::{HostParts, TargetVm};
+use super::target_vm::TargetVm;
 use super::view_memory::ViewMemory;
-use super::worker::{Input, VmKey, Worker, WorkerThread};
-use crate::api::{JournalId, VmId, VpgId, VraId, vpg::VpgDefinition};
+use super::worker::{Input, Worker, WorkerThread};
+use crate::api::{JournalId, VmId, VpgId, VraId};
 use crate::wire::{Refuse, RefuseCode};
 
+pub use ensuring::Prepared;
 pub use former::FormerFiles;
 
 /// How much a target may use.
@@ -149,74 +151,6 @@ impl TargetHost {
             next_worker: AtomicU64::new(0),
             threads,
         })
-    }
-
-    /// Makes this VRA the target of a VM, as its group's definition says: makes its files, or opens those that are there. Doing it again with
-    /// a newer definition takes that over.
-    ///
-    /// # Errors
-    /// What is wrong with the definition, the datastore or the files.
-    pub async fn ensure(&self, vpg: &VpgDefinition, vm: VmId) -> Result<Arc<TargetVm>, TargetError> {
-        let _changing = self.changing.lock().await;
-        if let Some(target) = self.vm(vm) {
-            // What can't be done as a whole isn't begun.
-            target.may_encrypt(vpg)?;
-            if !target.may_add_volumes_of(vpg)? {
-                target.redefine(vpg)?;
-                target.follow_encryption()?;
-                return Ok(target);
-            }
-            self.lock().remove(&vm);
-            target.close().await;
-        }
-        let Some(definition) = vpg.vms.iter().find(|candidate| candidate.id == vm) else {
-            return Err(TargetError::Definition("the VM is not in the group"));
-        };
-        let folder = find_folder(&definition.datastore, vpg.id, vm).unwrap_or_else(|| {
-            VmFolder::of(&definition.datastore, (&vpg.name, vpg.id), (&definition.name, vm))
-        });
-        let (making, owned, wanted) = (folder.clone(), vpg.clone(), definition.clone());
-        let keys = self.keys.keys();
-        let opening = tokio::task::spawn_blocking(move || {
-            if !making.is_complete() {
-                files::make(&making, &owned, &wanted, &keys)?;
-            }
-            let opened = files::open(&making, vm, None, keys.clone())?;
-            if !opened.identity.volumes_added_in(&files::identity(&wanted)?).is_empty() {
-                return files::add_volumes(&making, &owned, &wanted, opened, keys);
-            }
-            Ok(opened)
-        });
-        let opened = opening
-            .await
-            .unwrap_or_else(|error| Err(files::host("opening the files", std::io::Error::other(error))))?;
-        if opened.identity.journal != definition.journal {
-            let (found, expected) = (opened.identity.journal, definition.journal);
-            return Err(TargetError::JournalDiffers { path: folder.journal(), found, expected });
-        }
-        let awaited = self.lock_awaited().remove(&vm).unwrap_or_default();
-        let counter = self.next_key.clone();
-        let next_key = Box::new(move || VmKey(counter.fetch_add(1, Ordering::Relaxed)));
-        let target = TargetVm::attach(
-            folder,
-            opened,
-            self.next_worker().clone(),
-            HostParts {
-                settings: self.settings,
-                keys: self.keys.clone(),
-                view_memory: Arc::clone(&self.view_memory),
-            },
-            awaited.clone(),
-            next_key,
-        );
-        self.lock().insert(vm, target.clone());
-        if let Err(error) = target.redefine(vpg).and_then(|()| target.follow_encryption()) {
-            self.lock().remove(&vm);
-            target.close().await;
-            self.lock_awaited().insert(vm, awaited);
-            return Err(error);
-        }
-        Ok(target)
     }
 
     /// The site's keys.

@@ -1,5 +1,6 @@
 //! One VM at its target, for the daemon: its state, its checkpoints, its disks as they were.
 
+mod defining;
 mod events;
 mod file_watch;
 mod journal_size;
@@ -19,7 +20,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Instant;
 
 use journal::bad_ranges::BadRanges;
-use journal::format::manifest::MAX_MANIFEST_BYTES;
 use journal::promotion::TransferSizes;
 use journal::view::Promoted;
 use journal::walk::Finding;
@@ -313,106 +313,11 @@ impl TargetVm {
         checkpoints.await.map_err(|_| not_open())
     }
 
-    /// Whether a definition adds volumes. Then there is room for their recovery disks, and nobody has views open: they can be added while the
-    /// files are closed.
-    ///
-    /// # Errors
-    /// They can't be added now.
-    pub(super) fn may_add_volumes_of(&self, vpg: &VpgDefinition) -> Result<bool, TargetError> {
-        let Some(definition) = vpg.vms.iter().find(|vm| vm.id == self.vm) else {
-            return Err(TargetError::Definition("the VM is not in the group"));
-        };
-        let wanted = files::identity(definition)?;
-        let known = files::identity(&self.definition())?;
-        let added = known.volumes_added_in(&wanted);
-        if added.is_empty() {
-            return Ok(false);
-        }
-        let count = self.pin_count();
-        if count > 0 {
-            return Err(TargetError::InUse { vm: self.vm, count });
-        }
-        let sizes: Vec<u64> = added.iter().map(|volume| volume.size_bytes).collect();
-        self.folder.check_space(&definition.datastore, &sizes, 0)?;
-        Ok(true)
-    }
-
     /// Whether the VM had this volume at a number of its journal.
     pub fn has_volume_at(&self, volume: u16, seq: u64) -> bool {
         let inner = self.lock();
         let has_joined = inner.volume_bases.get(usize::from(volume)).is_some_and(|base_seq| *base_seq <= seq);
         has_joined && inner.manifest.left.get(&volume).is_none_or(|left_seq| seq < *left_seq)
-    }
-
-    /// Takes another definition of the same journal and volumes: limits and names. The journal keeps it.
-    ///
-    /// # Errors
-    /// The journal or the volumes are others.
-    pub fn redefine(&self, vpg: &VpgDefinition) -> Result<(), TargetError> {
-        let Some(definition) = vpg.vms.iter().find(|vm| vm.id == self.vm) else {
-            return Err(TargetError::Definition("the VM is not in the group"));
-        };
-        let mut inner = self.lock();
-        let path = self.folder.journal();
-        let current = inner.manifest.vm().expect("checked when the manifest was read or set");
-        if definition.journal != current.journal {
-            let (found, expected) = (current.journal, definition.journal);
-            return Err(TargetError::JournalDiffers { path, found, expected });
-        }
-        let volumes = files::identity(definition)?.volumes;
-        if !files::identity(current)?.may_become(&volumes) {
-            return Err(TargetError::VolumesDiffer { vm: self.vm, path });
-        }
-        if inner.manifest.vpg == *vpg {
-            return Ok(());
-        }
-        let slot_bytes = inner.status.lock().unwrap_or_else(PoisonError::into_inner).slot_bytes;
-        files::check_limit(definition.journal_limit(), slot_bytes)?;
-        // What of such a disk still comes until the source knows, nobody misses: a full sync of the VM follows.
-        let newest_seq = inner.status.lock().unwrap_or_else(PoisonError::into_inner).durable_through;
-        let mut manifest = inner.manifest.clone();
-        manifest.note_left(definition, newest_seq + 1);
-        manifest.vpg = vpg.clone();
-        // One that doesn't fit would be lost, and with it that a disk has left.
-        if manifest.to_text().len() > MAX_MANIFEST_BYTES {
-            return Err(TargetError::Definition(
-                "the group's definition is too long for the manifest of its journals",
-            ));
-        }
-        inner.manifest = manifest;
-        if let Some(vm) = inner.key {
-            self.worker.tell(Input::SetPolicy {
-                vm,
-                policy: policy(vpg, definition, slot_bytes, self.settings.window_bytes),
-            });
-            // Nobody waits for it: should it be lost with the files, it is written when they are open again.
-            self.write_manifest(&inner);
-            // After that, so that no stream without a disk begins before the journal knows that it has left.
-            self.worker.tell(Input::SetVolumes { vm, volumes });
-        }
-        Ok(())
-    }
-
-    /// Whether there is a key, if the group wants encryption.
-    ///
-    /// # Errors
-    /// There is none.
-    pub(super) fn may_encrypt(&self, vpg: &VpgDefinition) -> Result<(), TargetError> {
-        if vpg.encrypt && self.keys.site().is_empty() { Err(TargetError::NoSiteKey) } else { Ok(()) }
-    }
-
-    /// Makes the journal encrypt, or not, as the group's definition says, with the site keys as they are now.
-    ///
-    /// # Errors
-    /// Encryption is wanted, and there is no site key.
-    pub(super) fn follow_encryption(&self) -> Result<(), TargetError> {
-        let (inner, site) = (self.lock(), self.keys.site());
-        let wanted = inner.manifest.vpg.encrypt;
-        self.may_encrypt(&inner.manifest.vpg)?;
-        if let Some(vm) = inner.key {
-            self.worker.tell(Input::SetEncryption { vm, wanted, site });
-        }
-        Ok(())
     }
 
     /// Writes the manifest. None if the files are closed; what comes fails if they fail before it is durable.

@@ -87,6 +87,9 @@ pub struct VpgEdit {
     /// Disks that aren't protected and aren't meant to be.
     #[serde(default)]
     pub exclude: Vec<DiskName>,
+    /// Disks that may be protected again.
+    #[serde(default)]
+    pub no_exclude: Vec<DiskName>,
     /// Protected disks that are swap from now on.
     #[serde(default)]
     pub swap: Vec<DiskName>,

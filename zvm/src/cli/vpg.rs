@@ -148,6 +148,9 @@ pub(super) struct VpgEditArgs {
     /// A disk that isn't protected and isn't meant to be; once for each.
     #[arg(long, value_name = "VM:DISK", value_parser = parse_disk)]
     exclude: Vec<DiskName>,
+    /// A disk that was excluded, or taken out, and may be protected again; once for each. `zvm vpg add-disks` then does.
+    #[arg(long, value_name = "VM:DISK", value_parser = parse_disk)]
+    no_exclude: Vec<DiskName>,
     /// A protected disk that is swap: what is written to it after a full sync isn't captured; once for each. A full sync follows.
     #[arg(long, value_name = "VM:DISK", value_parser = parse_disk)]
     swap: Vec<DiskName>,
@@ -266,6 +269,7 @@ impl Ask<'_> {
                     new_disks: edit.new_disks,
                     recovery: file.map(VpgFile::into_recovery).transpose().map_err(Failure::Usage)?,
                     exclude: edit.exclude,
+                    no_exclude: edit.no_exclude,
                     swap: edit.swap,
                     no_swap: edit.no_swap,
                     give_up_history: edit.give_up_history,

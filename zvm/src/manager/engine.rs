@@ -113,6 +113,7 @@ impl Engine {
                 (Request::SetTrust(trust.clone()), self.manager.request_timeout())
             }
             ActionKind::SetSiteKeys(keys) => (Request::SetSiteKeys(keys.clone()), SLOW_ACTION_LIMIT),
+            ActionKind::CheckVpg(definition) => (Request::CheckVpg(definition.clone()), SLOW_ACTION_LIMIT),
             ActionKind::ApplyVpg(definition) => (Request::ApplyVpg(definition.clone()), SLOW_ACTION_LIMIT),
             ActionKind::RemoveVpg { vpg, keep_files } => {
                 (Request::RemoveVpg(RemoveVpg { vpg: *vpg, keep_files: *keep_files }), SLOW_ACTION_LIMIT)
@@ -183,6 +184,9 @@ impl Engine {
                     for task in store::tasks::open_of(&mut tx, vpg, kind).await? {
                         let step = match kind {
                             TaskKind::RemoveVm => "all VRAs have the definition",
+                            TaskKind::ChangeDisks => {
+                                "all VRAs have the definition; a VM whose journal got or lost disks has a full sync now, and checkpoints before its end keep the disks that they have"
+                            }
                             _ => "all VRAs have the definition; the first sync follows",
                         };
                         store::tasks::finish(&mut tx, task.id, TaskState::Completed, step, now_us).await?;
@@ -195,13 +199,27 @@ impl Engine {
             Transition::VpgRefused { vpg, vra, error } => {
                 let name = desired.vras.get(&vra).map_or_else(|| vra.to_string(), |vra| vra.name.clone());
                 let remedy = error.remedy.map(|remedy| format!("; {remedy}")).unwrap_or_default();
-                let step = format!(
-                    "VRA {name} refuses the definition: {}{remedy}. The manager tries again until that is mended, or until `zvm vpg delete {}` ends it",
-                    error.message,
-                    vpg_name(vpg)
-                );
-                let events = [EventKind::CreateProtectionGroup, EventKind::ProtectVm, EventKind::UnprotectVm];
-                for (kind, event) in TaskKind::OF_DEFINITIONS.into_iter().zip(events) {
+                for kind in TaskKind::OF_DEFINITIONS {
+                    let vpg_name = vpg_name(vpg);
+                    let (event, way_back) = match kind {
+                        TaskKind::AddVm => {
+                            (EventKind::ProtectVm, format!("`zvm vpg remove-vm {vpg_name} VM` takes it back"))
+                        }
+                        TaskKind::ChangeDisks => (
+                            EventKind::EditProtectionGroup,
+                            format!("`zvm vpg remove-disks {vpg_name} VM:DISK` takes added disks back"),
+                        ),
+                        TaskKind::RemoveVm => {
+                            (EventKind::UnprotectVm, format!("`zvm vpg delete {vpg_name}` ends the group"))
+                        }
+                        _ => {
+                            (EventKind::CreateProtectionGroup, format!("`zvm vpg delete {vpg_name}` ends it"))
+                        }
+                    };
+                    let step = format!(
+                        "VRA {name} refuses the definition: {}{remedy}. The manager tries again until that is mended, or until {way_back}",
+                        error.message
+                    );
                     for task in store::tasks::open_of(&mut tx, vpg, kind).await? {
                         store::tasks::finish(&mut tx, task.id, TaskState::Failed, &step, now_us).await?;
                         let entity = Entity::vpg(vpg);

@@ -1,15 +1,18 @@
 //! The members of a group that there is: VMs join it and leave it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use vra::api::volume::VolumeInfo;
-use vra::api::{ApiError, ErrorCode, Request, Response, VraId};
+use vra::api::vpg::VolumeDefinition;
+use vra::api::{
+    ApiError, ErrorCode, ListDefinitions, Request, Response, VolumeId, VpgDefinition, VpgId, VraId,
+};
 
 use super::{Manager, internal, spec};
 use crate::api::{DiskName, VmSpec};
 use crate::model::event::{Entity, EventKind};
 use crate::model::task::{Task, TaskKind};
-use crate::model::vpg::{Vpg, VpgSettings, VpgState};
+use crate::model::vpg::{Member, Vpg, VpgSettings, VpgState};
 use crate::model::vra::Vra;
 use crate::reconcile::{Desired, Leaving};
 use crate::store::{self, StoreError};
@@ -79,12 +82,52 @@ impl Manager {
         give_up_history: bool,
     ) -> Result<Task, ApiError> {
         let (vpg, desired) = self.changeable(name).await?;
-        let settings = spec::without_disks(&vpg, disks, &self.inventory())?;
+        let members = spec::members_of(&vpg, disks)?;
+        let in_no_journal = self.in_no_journal(&vpg, &members, &desired).await;
+        let settings = spec::without_disks(&vpg, disks, &self.inventory(), &in_no_journal)?;
         spec::full_sync::check_change(&vpg.name, &vpg.settings, &settings, give_up_history)?;
         let names: Vec<String> = disks.iter().map(|disk| format!("{}:{}", disk.vm, disk.disk)).collect();
         let description = format!("disk {} is protected no more in VPG {}", names.join(", "), vpg.name);
         let told = Told { task: TaskKind::ChangeDisks, event: EventKind::EditProtectionGroup, description };
         self.change_members(&vpg, settings, &desired, told).await
+    }
+
+    /// Disks of these members that their targets never had: those refused every definition with them. What a target that doesn't answer has
+    /// nobody knows.
+    async fn in_no_journal(&self, vpg: &Vpg, members: &[&Member], desired: &Desired) -> BTreeSet<VolumeId> {
+        let mut in_no_journal = BTreeSet::new();
+        for member in members {
+            let Some(target) = desired.vras.get(&member.target) else { continue };
+            let Ok(definition) = self.definition_at(target, vpg.id).await else { continue };
+            let known = definition.and_then(|known| known.vms.into_iter().find(|vm| vm.id == member.vm));
+            let known = known.map(|vm| vm.volumes).unwrap_or_default();
+            let is_unknown = |volume: &&VolumeDefinition| !known.iter().any(|known| known.id == volume.id);
+            in_no_journal.extend(member.volumes.iter().filter(is_unknown).map(|volume| volume.id));
+        }
+        in_no_journal
+    }
+
+    /// The definition of a group that is in force at a VRA.
+    async fn definition_at(&self, vra: &Vra, vpg: VpgId) -> Result<Option<VpgDefinition>, ApiError> {
+        let mut after = None;
+        loop {
+            let request = Request::ListDefinitions(ListDefinitions { after });
+            let endpoint = vra.endpoint();
+            let asked = self.remote.call(&endpoint, request, self.request_timeout());
+            let page = match asked.await {
+                Ok(Response::Definitions(page)) => page,
+                Ok(_) => return Err(wrong_answer(vra)),
+                Err(error) => return Err(error.into_api_error(&vra.name)),
+            };
+            if let Some(found) = page.vpgs.into_iter().find(|known| known.id == vpg) {
+                return Ok(Some(found));
+            }
+            // A VRA that gave no later one would be asked for ever.
+            after = page.next.filter(|next| Some(*next) > after);
+            if after.is_none() {
+                return Ok(None);
+            }
+        }
     }
 
     /// Takes VMs out of a group; the engine takes its definition to the VRAs, whose sources serve the disks on, and whose targets remove the
@@ -112,12 +155,7 @@ impl Manager {
             let asked = self.remote.call(&endpoint, Request::List, self.request_timeout());
             let volumes = match asked.await {
                 Ok(Response::Volumes(volumes)) => volumes,
-                Ok(_) => {
-                    return Err(ApiError::new(
-                        ErrorCode::Other,
-                        format!("VRA {} gave a wrong answer", source.name),
-                    ));
-                }
+                Ok(_) => return Err(wrong_answer(source)),
                 Err(error) => return Err(error.into_api_error(&source.name)),
             };
             served.insert(id, volumes);
@@ -177,4 +215,8 @@ impl Manager {
         self.wake.notify_one();
         Ok(task)
     }
+}
+
+fn wrong_answer(vra: &Vra) -> ApiError {
+    ApiError::new(ErrorCode::Other, format!("VRA {} gave a wrong answer", vra.name))
 }

@@ -27,6 +27,8 @@ pub enum ActionKind {
     },
     /// Take the keys for encrypted journals.
     SetSiteKeys(SetSiteKeys),
+    /// Say whether it would take a group's definition.
+    CheckVpg(VpgDefinition),
     /// Take a group's definition.
     ApplyVpg(VpgDefinition),
     /// End a group.
@@ -146,6 +148,8 @@ pub enum Subject {
     Trust,
     /// The keys for encrypted journals.
     SiteKeys,
+    /// Whether a group's definition would be taken.
+    Check(VpgId),
     /// A group's definition.
     Apply(VpgId),
     /// A group's end.
@@ -173,6 +177,7 @@ impl ActionKind {
         match self {
             Self::SetTrust { .. } => Subject::Trust,
             Self::SetSiteKeys(_) => Subject::SiteKeys,
+            Self::CheckVpg(definition) => Subject::Check(definition.id),
             Self::ApplyVpg(definition) => Subject::Apply(definition.id),
             Self::RemoveVpg { vpg, .. } => Subject::Remove(*vpg),
             Self::OpenView { open, .. } => Subject::Open(open.view.unwrap_or(ViewId(Uuid::nil()))),

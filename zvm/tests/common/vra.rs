@@ -79,8 +79,13 @@ impl Vra {
 
     /// Makes a disk of `bytes` of `byte` and serves it by NBD; gives its URI.
     pub(crate) fn attach(&self, vm_name: &str, vm: &str, disk: &str, byte: u8, bytes: usize) -> String {
+        std::fs::write(self.dir.join(disk), vec![byte; bytes]).expect("disk");
+        self.attach_file(vm_name, vm, disk)
+    }
+
+    /// Serves a disk by NBD; gives its URI.
+    pub(crate) fn attach_file(&self, vm_name: &str, vm: &str, disk: &str) -> String {
         let path = self.dir.join(disk);
-        std::fs::write(&path, vec![byte; bytes]).expect("disk");
         let socket = self.dir.join(format!("{disk}.sock")).display().to_string();
         let path = path.display().to_string();
         let args =

@@ -216,6 +216,10 @@ pub(crate) fn applies(plan: &Plan) -> Vec<VraId> {
     pick(plan, |action| matches!(action.kind, ActionKind::ApplyVpg(_)).then_some(action.vra))
 }
 
+pub(crate) fn checks(plan: &Plan) -> Vec<VraId> {
+    pick(plan, |action| matches!(action.kind, ActionKind::CheckVpg(_)).then_some(action.vra))
+}
+
 pub(crate) fn removes(plan: &Plan) -> Vec<VraId> {
     pick(plan, |action| matches!(action.kind, ActionKind::RemoveVpg { .. }).then_some(action.vra))
 }

@@ -107,6 +107,11 @@ impl Promoting {
         Self { recovery_disks_reserved: recovery_disks_reserved.to_vec(), ..Self::default() }
     }
 
+    /// The space of a recovery disk is given back from the next promotion on where it reads zeroes.
+    pub(super) fn keep_no_space(&mut self, volume: u16) {
+        self.recovery_disks_reserved[usize::from(volume)] = false;
+    }
+
     pub(super) fn is_idle(&self) -> bool {
         matches!(self.stage, Stage::Idle)
     }

@@ -1,7 +1,7 @@
 //! VMs that were taken out of their groups: their files go, or are set aside.
 
 use super::{TargetHost, TargetVm, journal_id_in, own_folders};
-use crate::api::{FormerVm, VpgDefinition};
+use crate::api::{FormerVm, VpgId};
 use crate::receive::files;
 use crate::receive::folder::VmFolder;
 use crate::receive::target_error::TargetError;
@@ -23,12 +23,12 @@ impl TargetHost {
         self.open_former(former).is_some()
     }
 
-    /// Ends this VRA's part as target of a VM that was taken out of its group. What was done already is done again without harm, also when it
+    /// Ends this VRA's part as target of a VM that was taken out of its group, of which name and id are given. What was done already is done again without harm, also when it
     /// was cut short.
     ///
     /// # Errors
     /// Views of it are open, or the datastore's.
-    pub async fn let_go(&self, vpg: &VpgDefinition, former: &FormerVm) -> Result<FormerFiles, TargetError> {
+    pub async fn let_go(&self, vpg: (&str, VpgId), former: &FormerVm) -> Result<FormerFiles, TargetError> {
         let folder = match self.open_former(former) {
             Some(_) => Some(self.close(former.id).await?),
             None => self.folder_of_former(vpg, former),
@@ -50,10 +50,10 @@ impl TargetHost {
     }
 
     /// Its folder: where its journal is, or where a removal was cut short, which takes the journal first.
-    fn folder_of_former(&self, vpg: &VpgDefinition, former: &FormerVm) -> Option<VmFolder> {
-        let mut folders = own_folders(&former.datastore, vpg.id, former.id);
+    fn folder_of_former(&self, vpg: (&str, VpgId), former: &FormerVm) -> Option<VmFolder> {
+        let mut folders = own_folders(&former.datastore, vpg.1, former.id);
         let with_journal = folders.find(|folder| journal_id_in(folder) == Some(former.journal));
-        let standard = VmFolder::of(&former.datastore, (&vpg.name, vpg.id), (&former.name, former.id));
+        let standard = VmFolder::of(&former.datastore, vpg, (&former.name, former.id));
         let is_cut_short = || {
             !former.keep_files
                 && self.vm(former.id).is_none()
@@ -69,7 +69,7 @@ mod tests {
     use std::path::PathBuf;
 
     use super::*;
-    use crate::api::JournalId;
+    use crate::api::{JournalId, VpgDefinition};
     use crate::receive::test_pair::{SETTINGS, definition};
 
     fn scratch(name: &str) -> PathBuf {
@@ -77,6 +77,10 @@ mod tests {
         let _ = std::fs::remove_dir_all(&path);
         std::fs::create_dir_all(&path).expect("a scratch folder");
         path
+    }
+
+    fn group(vpg: &VpgDefinition) -> (&str, VpgId) {
+        (&vpg.name, vpg.id)
     }
 
     fn former(vpg: &VpgDefinition, keep_files: bool) -> FormerVm {
@@ -106,20 +110,20 @@ mod tests {
         let vm = host.ensure(&vpg, vpg.vms[0].id).await.expect("made");
         let former = former(&vpg, false);
         let pin = vm.pin();
-        let busy = host.let_go(&vpg, &former).await.expect_err("a view of it may be open");
+        let busy = host.let_go(group(&vpg), &former).await.expect_err("a view of it may be open");
         assert!(matches!(busy, TargetError::InUse { .. }), "{busy}");
         drop(pin);
         drop(vm);
-        assert_eq!(host.let_go(&vpg, &former).await.expect("removed"), FormerFiles::Removed);
+        assert_eq!(host.let_go(group(&vpg), &former).await.expect("removed"), FormerFiles::Removed);
         assert_eq!(std::fs::read_dir(&datastore).expect("the datastore").count(), 0);
-        assert_eq!(host.let_go(&vpg, &former).await.expect("again"), FormerFiles::None);
+        assert_eq!(host.let_go(group(&vpg), &former).await.expect("again"), FormerFiles::None);
         // It came back: its new journal is not meant, open or not.
         let again = with_new_journal(&vpg);
         let vm = host.ensure(&again, again.vms[0].id).await.expect("made anew");
-        assert_eq!(host.let_go(&again, &former).await.expect("not it"), FormerFiles::None);
+        assert_eq!(host.let_go(group(&again), &former).await.expect("not it"), FormerFiles::None);
         assert!(vm.folder().is_complete());
         let folder = host.close(again.vms[0].id).await.expect("closed");
-        assert_eq!(host.let_go(&again, &former).await.expect("not it"), FormerFiles::None);
+        assert_eq!(host.let_go(group(&again), &former).await.expect("not it"), FormerFiles::None);
         assert!(folder.is_complete() && folder.disk(1).exists());
         std::fs::remove_dir_all(&datastore).expect("removed");
     }
@@ -138,9 +142,12 @@ mod tests {
             Err(TargetError::Folder(crate::receive::FolderError::OrphanDisks { .. }))
         ));
         let kept = FormerVm { keep_files: true, ..former(&vpg, true) };
-        assert_eq!(host.let_go(&vpg, &kept).await.expect("nothing to set aside"), FormerFiles::None);
+        assert_eq!(host.let_go(group(&vpg), &kept).await.expect("nothing to set aside"), FormerFiles::None);
         assert!(folder.disk(0).exists());
-        assert_eq!(host.let_go(&vpg, &former(&vpg, false)).await.expect("removed"), FormerFiles::Removed);
+        assert_eq!(
+            host.let_go(group(&vpg), &former(&vpg, false)).await.expect("removed"),
+            FormerFiles::Removed
+        );
         assert_eq!(std::fs::read_dir(&datastore).expect("the datastore").count(), 0);
         std::fs::remove_dir_all(&datastore).expect("removed");
     }
@@ -156,8 +163,8 @@ mod tests {
             let folder = vm.folder().path().to_owned();
             drop(vm);
             let former = former(&vpg, true);
-            assert_eq!(host.let_go(&vpg, &former).await.expect("kept"), FormerFiles::Kept);
-            assert_eq!(host.let_go(&vpg, &former).await.expect("again"), FormerFiles::None);
+            assert_eq!(host.let_go(group(&vpg), &former).await.expect("kept"), FormerFiles::Kept);
+            assert_eq!(host.let_go(group(&vpg), &former).await.expect("again"), FormerFiles::None);
             assert!(!folder.exists());
             let mut name = folder.file_name().expect("a name").to_owned();
             name.push(format!("-kept-{}", former.journal.short()));

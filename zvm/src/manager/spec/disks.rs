@@ -1,11 +1,11 @@
 //! Disks that join or leave the protection of a group's VMs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use vra::api::volume::VolumeInfo;
 use vra::api::vpg::VolumeDefinition;
-use vra::api::{ApiError, ErrorCode, VraId};
+use vra::api::{ApiError, ErrorCode, VolumeId, VraId};
 
 use super::editing::find_vm;
 use super::joining::with_next_member_set;
@@ -15,8 +15,14 @@ use crate::inventory::{Inventory, Vm};
 use crate::model::vpg::{ExcludedDisk, Member, Vpg, VpgSettings};
 use crate::model::vra::Vra;
 
-/// The group's settings without these disks, which the inventory may have or not.
-pub fn without_disks(vpg: &Vpg, disks: &[DiskName], inventory: &Inventory) -> Result<VpgSettings, ApiError> {
+/// The group's settings without these disks, which the inventory may have or not. Those that are `in_no_journal`, and that no other disk was
+/// numbered after, are gone then; the others have left.
+pub fn without_disks(
+    vpg: &Vpg,
+    disks: &[DiskName],
+    inventory: &Inventory,
+    in_no_journal: &BTreeSet<VolumeId>,
+) -> Result<VpgSettings, ApiError> {
     let mut settings = with_next_member_set(vpg)?;
     for DiskName { vm, disk } in disks {
         let id = find_member(vpg, vm)?.vm;
@@ -47,11 +53,18 @@ pub fn without_disks(vpg: &Vpg, disks: &[DiskName], inventory: &Inventory) -> Re
             return Err(ApiError::new(ErrorCode::Unsupported, message)
                 .remedy(format!("take the VM out: `zvm vpg remove-vm {} {}`", vpg.name, member.name)));
         }
+        while member.volumes.pop_if(|last| last.left && in_no_journal.contains(&last.id)).is_some() {}
         if let Some(known) = in_inventory {
+            member.excluded.retain(|excluded| excluded.name != known.name);
             member.excluded.push(ExcludedDisk { name: known.name.clone(), path });
         }
     }
     Ok(settings)
+}
+
+/// The members whose disks these are.
+pub fn members_of<'a>(vpg: &'a Vpg, disks: &[DiskName]) -> Result<Vec<&'a Member>, ApiError> {
+    disks.iter().map(|disk| find_member(vpg, &disk.vm)).collect()
 }
 
 /// Members whose VMs may have more disks than are protected, still without those.
@@ -111,7 +124,10 @@ impl Growing<'_> {
                     "VM {:?} has no disk in the inventory that isn't protected or excluded",
                     member.name
                 ))
-                .remedy("add the disk to the inventory, and attach it with `vra attach` on its host"));
+                .remedy(format!(
+                    "add the disk to the inventory, and attach it with `vra attach` on its host; for one that is excluded `zvm vpg edit {} --no-exclude {}:DISK`",
+                    self.vpg.name, member.name
+                )));
             }
             added += volumes.len() - member.volumes.len();
             check_journal(&member.name, &member.journal_size, Some(&volumes))?;

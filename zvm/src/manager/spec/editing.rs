@@ -50,6 +50,9 @@ pub fn edited(vpg: &Vpg, edit: &VpgEdit, context: &Context<'_>) -> Result<VpgSet
     for disk in &edit.exclude {
         exclude(vpg, &mut settings, disk, context.inventory)?;
     }
+    for disk in &edit.no_exclude {
+        include(vpg, &mut settings, disk)?;
+    }
     for (disks, swap) in [(&edit.swap, true), (&edit.no_swap, false)] {
         for DiskName { vm, disk } in disks {
             let id = find_member(vpg, vm)?.vm;
@@ -83,6 +86,22 @@ fn exclude(
     }
     member.excluded.retain(|excluded| excluded.name != disk.name);
     member.excluded.push(disk);
+    Ok(())
+}
+
+/// Forgets that a disk isn't meant to be protected. It needn't be in the inventory any more.
+fn include(vpg: &Vpg, settings: &mut VpgSettings, name: &DiskName) -> Result<(), ApiError> {
+    let id = find_member(vpg, &name.vm)?.vm;
+    let Some(member) = settings.vms.iter_mut().find(|member| member.vm == id) else { return Ok(()) };
+    let before = member.excluded.len();
+    member
+        .excluded
+        .retain(|excluded| excluded.name != name.disk && excluded.path.as_os_str() != name.disk.as_str());
+    if member.excluded.len() == before {
+        let message = format!("VM {:?} has no excluded disk {:?}", member.name, name.disk);
+        return Err(ApiError::new(ErrorCode::NotFound, message)
+            .remedy(format!("`zvm vpg show {}` lists what isn't protected", vpg.name)));
+    }
     Ok(())
 }
 
