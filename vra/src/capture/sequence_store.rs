@@ -45,6 +45,35 @@ impl SequenceState {
     }
 }
 
+/// Has a VM's next generation continue another VRA's (A5), whose numbers are below `first_seq`. To be called before the VM is protected;
+/// again is harmless.
+///
+/// # Errors
+/// The state can't be read or saved.
+pub fn take_over(
+    store: &dyn SequenceStore,
+    generation: GenerationId,
+    first_seq: u64,
+) -> Result<(), SequenceStoreError> {
+    let state = match store.load()? {
+        None => SequenceState { generation, ancestors: Vec::new(), first_seq, ceiling_seq: first_seq },
+        Some(last) => {
+            let mut state = last.clone();
+            state.ceiling_seq = state.ceiling_seq.max(first_seq);
+            if state.generation != generation && !state.ancestors.contains(&generation) {
+                // The oldest is the last one granted, which this one is now.
+                state.ancestors.truncate(MAX_ANCESTORS - 1);
+                state.ancestors.push(generation);
+            }
+            if state == last {
+                return Ok(());
+            }
+            state
+        }
+    };
+    store.save(&state)
+}
+
 /// Keeps a VM's [`SequenceState`] across restarts.
 pub trait SequenceStore: Send + Sync {
     /// What was saved last, or nothing for a new VM.
@@ -191,6 +220,31 @@ mod tests {
         let store = FileSequenceStore::new("/nonexistent/holdfast/sequence.json");
         let error = store.save(&SequenceState::first(GenerationId::random())).expect_err("no directory");
         assert!(error.to_string().contains("/nonexistent/holdfast/sequence.json"));
+    }
+
+    #[test]
+    fn a_source_continues_what_another_one_wrote_and_what_it_wrote_itself() {
+        let (store, directory) = store("taken");
+        let (others, own, third) = (GenerationId::random(), GenerationId::random(), GenerationId::random());
+        take_over(&store, others, 5000).expect("saved");
+        let first = store.load().expect("readable").expect("saved").next(own, 5000);
+        assert_eq!((first.ancestors.as_slice(), first.first_seq), (&[others][..], 5000));
+        store.save(&first).expect("saved");
+        // A restart with the same definition.
+        take_over(&store, others, 5000).expect("saved");
+        assert_eq!(store.load().expect("readable").as_ref(), Some(&first));
+        // The VM went away and came back.
+        take_over(&store, third, 1 << 40).expect("saved");
+        let back = store.load().expect("readable").expect("saved");
+        let next = back.next(GenerationId::random(), back.ceiling_seq);
+        assert_eq!((next.ancestors.as_slice(), next.first_seq), (&[own, others, third][..], 1 << 40));
+        let mut long = first;
+        (0..100).for_each(|_| long = long.next(GenerationId::random(), long.ceiling_seq));
+        store.save(&long).expect("saved");
+        take_over(&store, third, 1 << 41).expect("saved");
+        let full = store.load().expect("readable").expect("saved");
+        assert_eq!((full.ancestors.len(), full.ancestors.last()), (MAX_ANCESTORS, Some(&third)));
+        fs::remove_dir_all(directory).expect("removed");
     }
 
     #[test]

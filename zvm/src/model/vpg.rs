@@ -270,6 +270,7 @@ impl Vpg {
                     member_since: member.member_since,
                     volumes: member.volumes.clone(),
                     source: vra_of(member.source)?.endpoint(),
+                    takeover: None,
                     target: vra_of(member.target)?.endpoint(),
                     datastore: member.datastore.clone(),
                     journal_limit_bytes: member.journal_size.limit_bytes,

@@ -269,6 +269,7 @@ impl Manager {
             path: disk.path.clone(),
             door,
             force_raw: false,
+            shared: None,
         };
         match self.ask_vra(&place.vra, Request::Attach(attach)).await? {
             Response::Volume(volume) => match volume.device() {
