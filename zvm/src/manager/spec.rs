@@ -265,6 +265,7 @@ fn member(
         journal: JournalId::random(),
         member_since,
         source: place.source.id,
+        takeover: None,
         target: place.target.id,
         datastore: place.datastore.clone(),
         journal_size: place.journal_size,
