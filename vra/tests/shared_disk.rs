@@ -7,7 +7,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ::vra::api::door::NbdListen;
 use ::vra::api::status::{SourceMode, TargetState};
@@ -20,7 +20,7 @@ use ::vra::api::{
 use common::TestCa;
 use common::nbd::NbdClient;
 use common::pair::{DISK_BYTES, apply, definition, door, open, open_view, tag, wait_for_checkpoint};
-use common::vra::{Vra, nbdcopy};
+use common::vra::{PATIENCE, Vra, nbdcopy};
 
 const BLOCK_BYTES: usize = 4096;
 
@@ -187,6 +187,21 @@ async fn killed_daemons_leave_the_disk_to_the_other_one_and_come_back_as_standby
     write(&mut runs, 1, 7);
     assert_eq!((shared.block(0), shared.block(1)), (6, 7));
     shared.b.wait_for("standby", is(SharedState::Standby)).await;
+
+    // After restarts nobody has it until somebody writes, or it is attached where its guest is.
+    drop(runs);
+    shared.a.kill();
+    shared.a.serve();
+    shared.a.wait_for("standby", is(SharedState::Standby)).await;
+    let owner = request(&shared.b, shared.vm, &shared.path, SharedRole::Owner, Some(&shared.at_a));
+    // The kernel may still be closing what the killed one had open, and locked.
+    let deadline = Instant::now() + PATIENCE;
+    while attach(&shared.b, owner.clone()).await.shared != Some(SharedState::Owner) {
+        assert!(Instant::now() < deadline, "nobody has the disk, and it can't be had");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let owner = request(&shared.a, shared.vm, &shared.path, SharedRole::Owner, Some(&shared.at_a));
+    assert_eq!(attach(&shared.a, owner).await.shared, Some(SharedState::Standby), "one at a time");
 }
 
 #[tokio::test]

@@ -254,7 +254,7 @@ pub const MAX_TAKEOVER_SEQ: u64 = 1 << 62;
 
 /// How far above what the target had the numbers of a new source begin: more than a source can have given and sent since the target told,
 /// and less than the 2^32 that the numbers of one journal segment may span.
-const TAKEOVER_GAP: u64 = 1 << 24;
+const TAKEOVER_GAP: u64 = 1 << 22;
 
 impl Takeover {
     /// Of a journal that has everything of this generation through a number.

@@ -123,6 +123,20 @@ impl Share {
         }
     }
 
+    /// Takes the disk if nobody has it: its guest is here.
+    ///
+    /// # Errors
+    /// The filesystem can't say.
+    pub(super) fn claim(&self) -> Result<(), ApiError> {
+        let mut at_work = lock(&self.at_work);
+        if at_work.ownership.standing() == Standing::Standby && self.backing.try_lock()? {
+            at_work.ownership = Ownership::new(true);
+            self.gate.open();
+            self.owned.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
     /// Ends this VRA's part before the door closes: writes that wait fail.
     pub(super) fn end(&self) {
         let was = lock(&self.at_work).ownership.end();

@@ -48,8 +48,15 @@ impl Daemon {
         check_shared(&attach)?;
         let mut change = self.state.change().await;
         if let Some((id, record)) = find_same(change.get(), &attach)? {
-            let is_served = matches!(lock(&self.volumes).get(&id), Some(LiveVolume::Served { .. }));
-            if is_served {
+            let served = match lock(&self.volumes).get(&id) {
+                Some(LiveVolume::Served { share, .. }) => Some(share.clone()),
+                _ => None,
+            };
+            if let Some(share) = served {
+                if let Some(share) = share.filter(|_| attach.shared == Some(SharedRole::Owner)) {
+                    tokio::task::block_in_place(|| share.claim())?;
+                    self.follow_sources(change.get())?;
+                }
                 return self.volume_info(id, &record).ok_or_else(|| gone(id));
             }
             tokio::task::block_in_place(|| self.restore_volume(id, &record, BackingSettings::RECOVERY));
@@ -93,10 +100,21 @@ impl Daemon {
         // First the record: a device that a crash leaves must be known by its cookie.
         change.update(|state| state.volumes.insert(id, record.clone()))?;
         let opened = tokio::task::block_in_place(|| {
-            let disk = disk_over(&backing, share.as_deref())?;
-            let served = Arc::clone(&disk) as Arc<dyn Disk>;
-            let door = self.doors.open_door(served, &record.door, &id.to_string(), record.cookie, None)?;
-            Ok(LiveVolume::Served { _backing: backing, disk, door, share })
+            let opened = disk_over(&backing, share.as_deref()).and_then(|disk| {
+                let served = Arc::clone(&disk) as Arc<dyn Disk>;
+                let door =
+                    self.doors.open_door(served, &record.door, &id.to_string(), record.cookie, None)?;
+                Ok((disk, door))
+            });
+            match opened {
+                Ok((disk, door)) => Ok(LiveVolume::Served { _backing: backing, disk, door, share }),
+                Err(error) => {
+                    if let Some(share) = share {
+                        share.clear();
+                    }
+                    Err(error)
+                }
+            }
         });
         let live = match opened {
             Ok(live) => live,

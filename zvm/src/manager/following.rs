@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
+use vra::api::status::TargetVmStatus;
+use vra::api::vpg::Takeover;
 use vra::api::{ApiError, VmId, VraId};
 use vra::report::chain;
 
@@ -164,8 +166,8 @@ fn moves(desired: &Desired, inventory: &Inventory, observed: &Observed) -> Vec<W
     found
 }
 
-/// VMs whose former source began another generation before the target had the definition that moved them: what the new one continues is to be
-/// said again. Once the target has that definition, it takes no more from the former one. Forgets those whose new source was granted.
+/// VMs whose former source began another generation, or sent more than anybody could think, before the target had the definition that moved them:
+/// what the new one continues is to be said again. Once the target has that definition, it takes no more from the former one. Forgets those whose new source was granted.
 fn missed(moved: &mut Moved, desired: &Desired, observed: &Observed) -> Vec<Wish> {
     let mut found = Vec::new();
     moved.retain(|vm, revision| {
@@ -180,12 +182,17 @@ fn missed(moved: &mut Moved, desired: &Desired, observed: &Observed) -> Vec<Wish
         if !target.vpgs.iter().any(|seen| seen.vpg == vpg.id && seen.revision >= *revision) {
             return true;
         }
-        let tail = target.target_vms.iter().find(|seen| seen.vm == *vm).and_then(|seen| seen.generation);
+        let at_target = target.target_vms.iter().find(|seen| seen.vm == *vm);
+        let tail = at_target.and_then(|seen| seen.generation);
         let own = source.source_vms.iter().find(|seen| seen.vm == *vm).map(|seen| seen.generation);
         if tail.is_some() && tail == own {
             return false;
         }
-        if tail.is_some() && tail != member.takeover.map(|takeover| takeover.generation) {
+        let continues = |takeover: Takeover| {
+            let is_below = |seen: &TargetVmStatus| seen.durable_through < takeover.first_seq;
+            tail == Some(takeover.generation) && at_target.is_some_and(is_below)
+        };
+        if tail.is_some() && !member.takeover.is_some_and(continues) {
             let step = Step::Move(member.source);
             found.push(Wish { vpg: vpg.name.clone(), vm: *vm, step });
         }
@@ -223,3 +230,6 @@ fn wishes(vpgs: &[Vpg], inventory: &Inventory, served: &Served) -> Vec<Wish> {
     }
     found
 }
+
+#[cfg(test)]
+mod tests;
