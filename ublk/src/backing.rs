@@ -25,17 +25,26 @@ pub struct BackingSettings {
     /// Refuses files that begin as an image format does. To be off where the guest's own first block has been the
     /// beginning before: it may look like anything.
     pub refuse_image_formats: bool,
+    /// The lock is taken later, by [`Backing::try_lock`], and nothing may be written before: for a file that several hosts have open, of which
+    /// one at a time writes. Locks on block devices don't reach other hosts, so those are refused.
+    pub lock_later: bool,
 }
 
 impl BackingSettings {
     /// For a disk that is attached for the first time.
     pub const FIRST_ATTACH: Self =
-        Self { read_only: false, lock_wait: Duration::ZERO, refuse_image_formats: true };
+        Self { read_only: false, lock_wait: Duration::ZERO, refuse_image_formats: true, lock_later: false };
     /// For a disk that could not be opened before: the next try comes soon.
     pub const RETRY: Self = Self { lock_wait: Duration::ZERO, ..Self::RECOVERY };
     /// For a disk that a daemon before us had.
-    pub const RECOVERY: Self =
-        Self { read_only: false, lock_wait: Duration::from_secs(30), refuse_image_formats: false };
+    pub const RECOVERY: Self = Self {
+        read_only: false,
+        lock_wait: Duration::from_secs(30),
+        refuse_image_formats: false,
+        lock_later: false,
+    };
+    /// For a file that another host may be writing to.
+    pub const SHARED: Self = Self { lock_later: true, ..Self::RETRY };
 }
 
 /// What the path names.
@@ -97,6 +106,16 @@ pub enum BackingError {
         path: PathBuf,
         /// Who has it, as far as is known, and the remedy.
         holder: String,
+    },
+    /// A device, where hosts are to share a file.
+    #[error(
+        "{} is a block device, whose locks other hosts don't see: a disk that hosts share must be a file on a filesystem \
+         with locks across them, such as NFS",
+        path.display()
+    )]
+    NotShareable {
+        /// The path.
+        path: PathBuf,
     },
     /// The filesystem has no direct I/O.
     #[error(
@@ -166,7 +185,7 @@ impl Backing {
     pub fn open(path: &Path, settings: BackingSettings) -> Result<Self, BackingError> {
         let deadline = Instant::now() + settings.lock_wait;
         let (file, kind) = loop {
-            match open_and_lock(path, settings.read_only) {
+            match open_and_lock(path, settings) {
                 Err(BackingError::Busy { .. }) if Instant::now() < deadline => {
                     std::thread::sleep(Duration::from_millis(20));
                 }
@@ -203,9 +222,31 @@ impl Backing {
     pub fn geometry(&self) -> &Geometry {
         &self.geometry
     }
+
+    /// Takes the lock for writing, if nobody else has it; again is harmless. Of a file that was opened with [`BackingSettings::lock_later`].
+    ///
+    /// # Errors
+    /// The filesystem can't say.
+    pub fn try_lock(&self) -> Result<bool, BackingError> {
+        let locked = lock::try_lock(&self.file, LockMode::Exclusive);
+        locked.map_err(|source| BackingError::Io { action: "lock", path: self.path.clone(), source })
+    }
+
+    /// Gives the lock up. Nothing may be being written by then.
+    ///
+    /// # Errors
+    /// The filesystem refused: then it is to be taken as still held.
+    pub fn unlock(&self) -> Result<(), BackingError> {
+        lock::unlock(&self.file).map_err(|source| BackingError::Io {
+            action: "unlock",
+            path: self.path.clone(),
+            source,
+        })
+    }
 }
 
-fn open_and_lock(path: &Path, read_only: bool) -> Result<(File, BackingKind), BackingError> {
+fn open_and_lock(path: &Path, settings: BackingSettings) -> Result<(File, BackingKind), BackingError> {
+    let BackingSettings { read_only, lock_later, .. } = settings;
     let owned = || path.to_owned();
     let file_type = match std::fs::metadata(path) {
         Ok(metadata) => metadata.file_type(),
@@ -224,6 +265,9 @@ fn open_and_lock(path: &Path, read_only: bool) -> Result<(File, BackingKind), Ba
     } else {
         return Err(BackingError::NotADisk { path: owned() });
     };
+    if lock_later && kind == BackingKind::BlockDevice {
+        return Err(BackingError::NotShareable { path: owned() });
+    }
     let mut flags = libc::O_DIRECT;
     if kind == BackingKind::BlockDevice && !read_only {
         flags |= libc::O_EXCL;
@@ -243,6 +287,9 @@ fn open_and_lock(path: &Path, read_only: bool) -> Result<(File, BackingKind), Ba
         Some(libc::EACCES | libc::EPERM) => BackingError::Denied { path: owned() },
         _ => BackingError::Io { action: "open", path: owned(), source },
     })?;
+    if lock_later {
+        return Ok((file, kind));
+    }
     let mode = if read_only { LockMode::Shared } else { LockMode::Exclusive };
     match lock::try_lock(&file, mode) {
         Ok(true) => Ok((file, kind)),

@@ -23,6 +23,7 @@ pub mod pki;
 pub mod planted;
 pub mod receive;
 pub mod report;
+pub mod sharing;
 pub mod ship;
 pub mod sync;
 pub mod view;

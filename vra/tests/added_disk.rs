@@ -253,6 +253,7 @@ async fn a_disk_leaves_a_vm_and_older_checkpoints_keep_it() {
         path: second.path.clone(),
         door: DoorRequest::Nbd { listen: None },
         force_raw: false,
+        shared: None,
     };
     let refused = source.refusal(Request::Attach(again)).await;
     assert!(refused.code == ErrorCode::Conflict && refused.message.contains("has left"), "{refused:?}");

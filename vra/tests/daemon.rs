@@ -115,6 +115,7 @@ async fn requests_that_contradict_are_refused() {
         path: vra.disk("b.raw", 1 << 20),
         door: DoorRequest::Nbd { listen: None },
         force_raw: false,
+        shared: None,
     };
     let cases = [
         (Attach { number: Some(0), ..attach.clone() }, ErrorCode::Conflict, "number 0 already"),

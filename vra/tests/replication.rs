@@ -127,6 +127,7 @@ async fn a_disk_detached_by_force_goes_on_as_the_same_volume_when_it_is_attached
             path: path.to_owned(),
             door: DoorRequest::Nbd { listen: None },
             force_raw: false,
+            shared: None,
         })
     };
     let error = source.refusal(attach(&volumes[0].path, None)).await;

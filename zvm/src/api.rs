@@ -280,6 +280,9 @@ pub enum Request {
         exclude: Vec<String>,
         /// How the guest gets them.
         door: DoorChoice,
+        /// Other hosts, or their VRAs, that are to serve them, too.
+        #[serde(default)]
+        also_on: Vec<String>,
     },
     /// Gives a VM its own disks back. Answer: [`Response::VmUnprotected`].
     VmUnprotect {

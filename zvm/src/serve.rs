@@ -234,8 +234,8 @@ async fn answer(manager: &Manager, request: Request) -> Result<Response, ApiErro
         Request::SiteKeyList => Response::SiteKeys(manager.list_site_keys()),
         Request::SiteKeyRotate => Response::SiteKeys(manager.rotate_site_key().await?),
         Request::Plan { vms, history_s } => Response::Plan(manager.plan(&vms, history_s)?),
-        Request::VmProtect { vm, disks, exclude, door } => {
-            Response::VmProtected(manager.protect_vm(&vm, &disks, &exclude, door).await?)
+        Request::VmProtect { vm, disks, exclude, door, also_on } => {
+            Response::VmProtected(manager.protect_vm(&vm, &disks, &exclude, door, &also_on).await?)
         }
         Request::VmUnprotect { vm, disks } => {
             Response::VmUnprotected(manager.unprotect_vm(&vm, &disks).await?)

@@ -448,7 +448,11 @@ async fn over_tcp_and_tls_certificates_decide() {
          key_file = \"{server}/serverkey.pem\"\ncert_file = \"{server}/servercert.pem\"\nca_file = \"{server}/cacert.pem\"\n",
         server = server.display()
     );
-    let host = TestHost::start_with(&folder, "kvm-a", &HostOptions { in_tests_network: true, config });
+    let host = TestHost::start_with(
+        &folder,
+        "kvm-a",
+        &HostOptions { in_tests_network: true, config, ..HostOptions::default() },
+    );
     let mut tcp =
         Watched { provider: provider("qemu+tcp://127.0.0.1/system"), last: Inventory::default(), host };
     tcp.read().await;

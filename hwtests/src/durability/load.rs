@@ -189,6 +189,7 @@ impl Load {
             member_since: MemberSince::default(),
             volumes: (0_u16..).zip(DISKS).map(volume).collect(),
             source,
+            takeover: None,
             target,
             datastore: datastore.to_owned(),
             journal_limit_bytes: self.journal_limit_bytes,

@@ -25,6 +25,15 @@ pub(super) fn try_lock(file: &File, mode: LockMode) -> io::Result<bool> {
     if error.raw_os_error() == Some(libc::EWOULDBLOCK) { Ok(false) } else { Err(error) }
 }
 
+/// Gives a `flock` up.
+pub(super) fn unlock(file: &File) -> io::Result<()> {
+    // SAFETY: the descriptor is open; no memory is involved.
+    match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_UN) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Words for whoever has the lock that was not had.
 pub(super) fn describe_holder(file: &File) -> String {
     let holder = file.metadata().ok().and_then(|metadata| {

@@ -64,6 +64,26 @@ fn what_is_no_disk_is_refused_with_the_remedy() {
 }
 
 #[test]
+fn a_shared_file_is_opened_by_all_and_locked_by_one_at_a_time() {
+    let scratch = Scratch::with_len("handed", 8192);
+    let open = || Backing::open(&scratch.0, BackingSettings::SHARED).expect("open");
+    let (one, other) = (open(), open());
+    assert!(one.try_lock().expect("lock") && one.try_lock().expect("again"));
+    assert!(!other.try_lock().expect("lock"));
+    assert!(error_of(&scratch.0).contains("is busy"), "one that is locked at once");
+    // As a request in flight pins the file: the lock goes when it is given up, whoever has a descriptor.
+    let pinned = one.file().try_clone().expect("clone");
+    one.unlock().expect("unlock");
+    assert!(other.try_lock().expect("lock") && !one.try_lock().expect("lock"));
+    drop(other);
+    assert!(one.try_lock().expect("lock"));
+    drop(one);
+    assert!(!open().try_lock().expect("lock"), "what is in flight has it still");
+    drop(pinned);
+    assert!(open().try_lock().expect("lock"));
+}
+
+#[test]
 fn an_image_format_is_refused_unless_a_guest_may_have_written_it() {
     let scratch = Scratch::with_len("qcow2", 1 << 20);
     let file = File::options().write(true).open(&scratch.0).expect("open");

@@ -164,6 +164,12 @@ impl NbdServer {
         Ok(bound)
     }
 
+    /// How many sockets clients have open now that may write to an export. One that the client has closed doesn't count, even if its
+    /// requests aren't done.
+    pub fn live_writers(&self, name: &str) -> usize {
+        self.exports.read().by_name.get(name).map_or(0, |export| export.sessions.live_count())
+    }
+
     /// All exports.
     pub fn status(&self) -> Vec<ExportStatus> {
         let table = self.exports.read();

@@ -87,6 +87,12 @@ impl Sessions {
         let state = self.shared.lock();
         state.members.len() + state.readers.len()
     }
+
+    /// How many sockets the present session has whose peers have not closed them.
+    pub(super) fn live_count(&self) -> usize {
+        let state = self.shared.lock();
+        state.members.iter().filter(|place| !place.socket.closed_by_peer()).count()
+    }
 }
 
 /// A socket's place in a session. Dropping it says that all its requests are done and none will come.
@@ -300,6 +306,17 @@ mod tests {
         drop(second);
         assert!(first.hand_over(socket.as_ref(), || handed += 1), "alone, nobody can have resent");
         assert_eq!(handed, 2);
+    }
+
+    #[test]
+    fn a_socket_that_its_peer_has_closed_is_no_client_any_more() {
+        let sessions = Sessions::default();
+        let (_first, socket) = join(&sessions, CLIENT);
+        assert_eq!(sessions.live_count(), 1);
+        socket.closed.store(true, Ordering::Relaxed);
+        assert_eq!((sessions.live_count(), sessions.socket_count()), (0, 1));
+        let (_next, _) = join(&sessions, OTHER);
+        assert_eq!(sessions.live_count(), 0, "it waits until the first one's requests are done");
     }
 
     #[test]

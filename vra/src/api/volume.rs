@@ -37,6 +37,34 @@ pub struct Attach {
     /// Take a disk whose first bytes look like an image format as raw.
     #[serde(default)]
     pub force_raw: bool,
+    /// Several VRAs serve the disk, of which one at a time lets its guest write: for a file that their hosts share. With the NBD door.
+    #[serde(default)]
+    pub shared: Option<SharedRole>,
+}
+
+/// What a VRA is to a disk that several serve, when it is attached. Later the disk goes to whoever's guest writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SharedRole {
+    /// It owns the disk.
+    Owner,
+    /// Another VRA owns it, and its volume's id and number are these.
+    Standby,
+}
+
+/// What a VRA is to a disk that several serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SharedState {
+    /// Its guest may write.
+    Owner,
+    /// Its guest may read.
+    Standby,
+    /// Its guest's writes wait until another VRA lets go of the disk.
+    Waiting,
+    /// A state of a newer VRA.
+    #[serde(other)]
+    Other,
 }
 
 /// Stops serving a volume.
@@ -75,6 +103,9 @@ pub struct VolumeInfo {
     pub link: Option<PathBuf>,
     /// Why it isn't served, for people.
     pub problem: Option<String>,
+    /// What this VRA is to it, if several serve it.
+    #[serde(default)]
+    pub shared: Option<SharedState>,
 }
 
 impl VolumeInfo {

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{CheckpointId, FormerVm, JournalId, MemberSince, SetTrust, TimeUs, VmId, VolumeId, VpgId, VraId};
+use super::{
+    CheckpointId, FormerVm, GenerationId, JournalId, MemberSince, SetTrust, TimeUs, VmId, VolumeId, VpgId,
+    VraId,
+};
 
 /// Most VMs of one VPG.
 pub const MAX_VMS_PER_VPG: usize = 256;
@@ -212,6 +215,9 @@ pub struct VmDefinition {
     pub volumes: Vec<VolumeDefinition>,
     /// Where it runs.
     pub source: VraEndpoint,
+    /// Source: what it continues, if another VRA was the source before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub takeover: Option<Takeover>,
     /// Where its journal lies.
     pub target: VraEndpoint,
     /// Target: absolute path of the datastore folder.
@@ -232,6 +238,29 @@ pub struct VmDefinition {
     /// Target: when a full sync doesn't fit into the journal, give up the older checkpoints (with an alert) rather than stop
     /// replicating.
     pub give_up_history: bool,
+}
+
+/// What a new source of a VM continues (A5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Takeover {
+    /// The generation at the journal's tail, another source's: it becomes an ancestor of the new source's.
+    pub generation: GenerationId,
+    /// No number of the former source is as high; up to [`MAX_TAKEOVER_SEQ`]. The new one's begin here or above.
+    pub first_seq: u64,
+}
+
+/// The highest number that a new source may begin with.
+pub const MAX_TAKEOVER_SEQ: u64 = 1 << 62;
+
+/// How far above what the target had the numbers of a new source begin: more than a source can have given and sent since the target told,
+/// and less than the 2^32 that the numbers of one journal segment may span.
+const TAKEOVER_GAP: u64 = 1 << 22;
+
+impl Takeover {
+    /// Of a journal that has everything of this generation through a number.
+    pub fn after(generation: GenerationId, durable_through: u64) -> Self {
+        Self { generation, first_seq: durable_through.saturating_add(TAKEOVER_GAP).min(MAX_TAKEOVER_SEQ) }
+    }
 }
 
 impl VmDefinition {

@@ -10,14 +10,16 @@ mod protected_disk;
 mod protected_lane;
 mod sequence_store;
 mod source_vm;
+mod write_gate;
 
 pub use protected_disk::{Home, ProtectedDisk, WallClock};
 pub use sequence_store::{
-    FileSequenceStore, SEQUENCE_BLOCK, SequenceState, SequenceStore, SequenceStoreError,
+    FileSequenceStore, SEQUENCE_BLOCK, SequenceState, SequenceStore, SequenceStoreError, take_over,
 };
 pub use source_vm::{
     CaptureLimits, ProtectError, RetainedEntries, SourceAction, SourceAlert, SourceSnapshot, SourceVm,
 };
+pub use write_gate::WriteGate;
 
 #[cfg(test)]
 mod interleavings;

@@ -13,6 +13,7 @@ use ublk::serve::{Disk, Geometry, Lane, Waker};
 
 use super::numbering::{CoreLimits, VmCore, ring};
 use super::protected_lane::ProtectedLane;
+use super::write_gate::WriteGate;
 
 /// The system's clock, as µs since the Unix epoch. Called on the guest's path.
 pub type WallClock = Arc<dyn Fn() -> u64 + Send + Sync>;
@@ -49,6 +50,8 @@ pub struct ProtectedDisk {
     file: [File; 1],
     geometry: Geometry,
     clock: WallClock,
+    /// Of a disk that several hosts share.
+    gate: Option<Arc<WriteGate>>,
     homes: Mutex<Homes>,
     /// Counts the moves, so that lanes notice one without the lock.
     moves: AtomicU64,
@@ -58,7 +61,13 @@ impl ProtectedDisk {
     /// A disk over an open file or block device, opened with `O_DIRECT` and locked as A4 says, with what it really can.
     pub fn new(file: File, geometry: Geometry, clock: WallClock) -> Self {
         let homes = Homes { current: Home::alone(), earlier: Vec::new() };
-        Self { file: [file], geometry, clock, homes: Mutex::new(homes), moves: AtomicU64::new(1) }
+        Self { file: [file], geometry, clock, gate: None, homes: Mutex::new(homes), moves: AtomicU64::new(1) }
+    }
+
+    /// The same, with guests' writes behind a gate.
+    #[must_use]
+    pub fn behind(self, gate: Arc<WriteGate>) -> Self {
+        Self { gate: Some(gate), ..self }
     }
 
     /// The same file as another disk, which nobody serves: a sync reads it, and what guests write to this one isn't captured there.
@@ -101,6 +110,10 @@ impl ProtectedDisk {
     /// How often the disk has moved.
     pub(super) fn moves(&self) -> u64 {
         self.moves.load(Ordering::Acquire)
+    }
+
+    pub(super) fn gate(&self) -> Option<&Arc<WriteGate>> {
+        self.gate.as_ref()
     }
 
     pub(super) fn now_us(&self) -> u64 {

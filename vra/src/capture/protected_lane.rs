@@ -11,12 +11,13 @@ use ublk::serve::{
 use super::numbering::{ByteRange, Drained, NewWrite, Offer, Received, Ticket, Wakeups};
 use super::payload::{DENSE_MAX_BYTES, DenseWriter, Piece};
 use super::protected_disk::{Home, ProtectedDisk};
+use super::write_gate::WriteGate;
 
 /// A lane of a [`ProtectedDisk`].
 ///
-/// Requests wait in `pending`, whose index is the token to the port and to the core. A write goes: offered to the core
-/// (`deferred` if the core doesn't take it now), issued at once or when the core says so, landed, and completed, or `held`
-/// first.
+/// Requests wait in `pending`, whose index is the token to the port and to the core. A write goes: through the gate of a
+/// shared disk, offered to the core (`deferred` if the core doesn't take it now), issued at once or when the core says so,
+/// landed, and completed, or `held` first.
 pub(super) struct ProtectedLane {
     disk: Arc<ProtectedDisk>,
     waker: Waker,
@@ -27,6 +28,7 @@ pub(super) struct ProtectedLane {
     moves: u64,
     pending: Vec<Option<Pending>>,
     free: Vec<usize>,
+    gate: Option<LaneGate>,
     deferred: VecDeque<usize>,
     held: Vec<usize>,
     wakeups: Wakeups,
@@ -37,7 +39,9 @@ impl ProtectedLane {
     pub(super) fn new(disk: Arc<ProtectedDisk>, waker: Waker) -> Self {
         let (home, moves) = disk.home();
         let first = LaneHome::enter(home, &waker);
+        let gate = disk.gate().map(|gate| LaneGate::join(Arc::clone(gate), &waker));
         Self {
+            gate,
             disk,
             waker,
             homes: vec![Some(first)],
@@ -49,6 +53,29 @@ impl ProtectedLane {
             held: Vec::with_capacity(EXPECTED_DEPTH),
             wakeups: Wakeups::with_room(),
             drained: Drained::default(),
+        }
+    }
+
+    /// Takes a write of the guest: into the core, or to the gate.
+    fn admit(&mut self, index: usize, port: &mut dyn Port) {
+        if let Some(gate) = &mut self.gate
+            && !gate.enter(index)
+        {
+            return;
+        }
+        self.offer(index, port);
+    }
+
+    /// The gate may have opened, or turned away what waits.
+    fn pass_gate(&mut self, port: &mut dyn Port) {
+        while let Some((index, passed)) = self.gate.as_mut().and_then(LaneGate::next) {
+            if passed {
+                self.offer(index, port);
+                continue;
+            }
+            let pending = self.pending[index].as_mut().expect("a request at the gate is kept");
+            pending.result = Err(Errno(libc::EIO));
+            self.answer(index, port);
         }
     }
 
@@ -154,6 +181,14 @@ impl ProtectedLane {
     }
 
     fn complete(&mut self, index: usize, port: &mut dyn Port) {
+        let op = self.pending[index].as_ref().map(|pending| pending.op);
+        if let (Some(gate), Some(Op::Write | Op::Discard | Op::WriteZeroes { .. })) = (&self.gate, op) {
+            gate.gate.leave();
+        }
+        self.answer(index, port);
+    }
+
+    fn answer(&mut self, index: usize, port: &mut dyn Port) {
         let pending = self.pending[index].take().expect("a request is completed once");
         self.free.push(index);
         let slot = pending.slot.or(pending.replacement);
@@ -267,7 +302,7 @@ impl Lane for ProtectedLane {
     fn request(&mut self, request: Request, port: &mut dyn Port) {
         let index = self.keep(request);
         match self.pending[index].as_ref().map(|pending| pending.op) {
-            Some(Op::Write | Op::Discard | Op::WriteZeroes { .. }) => self.offer(index, port),
+            Some(Op::Write | Op::Discard | Op::WriteZeroes { .. }) => self.admit(index, port),
             _ => self.issue(index, port),
         }
     }
@@ -300,6 +335,7 @@ impl Lane for ProtectedLane {
     }
 
     fn wake(&mut self, port: &mut dyn Port) {
+        self.pass_gate(port);
         for at in 0..self.homes.len() {
             self.drain(at, port);
         }
@@ -339,6 +375,52 @@ impl LaneHome {
 
     fn leave(self) {
         self.home.core.with(|core, _| core.remove_lane(self.lane));
+    }
+}
+
+/// This lane at the gate of its disk.
+struct LaneGate {
+    gate: Arc<WriteGate>,
+    /// The lane's number there.
+    lane: u64,
+    /// Writes that wait, and the gate's count of turning away when they came.
+    waiting: VecDeque<(usize, u64)>,
+}
+
+impl LaneGate {
+    fn join(gate: Arc<WriteGate>, waker: &Waker) -> Self {
+        let lane = gate.join(waker.clone());
+        Self { gate, lane, waiting: VecDeque::with_capacity(EXPECTED_DEPTH) }
+    }
+
+    /// Whether a write may go on; if not, it waits here.
+    fn enter(&mut self, index: usize) -> bool {
+        // Those that wait go first: an overlapping one must not land before them.
+        let entered = match self.waiting.is_empty() {
+            true => self.gate.enter(self.lane),
+            false => Err(self.gate.queue(self.lane)),
+        };
+        if let Err(count) = entered {
+            self.waiting.push_back((index, count));
+        }
+        entered.is_ok()
+    }
+
+    /// The next write that need not wait any longer, and whether it may go on.
+    fn next(&mut self) -> Option<(usize, bool)> {
+        let (index, count) = self.waiting.pop_front()?;
+        let turned_away = self.gate.turned_away() > count;
+        if !turned_away && self.gate.enter(self.lane).is_err() {
+            self.waiting.push_front((index, count));
+            return None;
+        }
+        Some((index, !turned_away))
+    }
+}
+
+impl Drop for LaneGate {
+    fn drop(&mut self) {
+        self.gate.part(self.lane);
     }
 }
 

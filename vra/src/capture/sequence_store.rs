@@ -24,12 +24,21 @@ pub struct SequenceState {
     pub first_seq: u64,
     /// The first number that isn't reserved: a later generation begins there or above.
     pub ceiling_seq: u64,
+    /// Another VRA's generation that was continued last, so that a definition is followed in this once.
+    #[serde(default)]
+    pub taken_over: Option<GenerationId>,
 }
 
 impl SequenceState {
     /// A VM's first generation.
     pub fn first(generation: GenerationId) -> Self {
-        Self { generation, ancestors: Vec::new(), first_seq: 1, ceiling_seq: 1 + SEQUENCE_BLOCK }
+        Self {
+            generation,
+            ancestors: Vec::new(),
+            first_seq: 1,
+            ceiling_seq: 1 + SEQUENCE_BLOCK,
+            taken_over: None,
+        }
     }
 
     /// The generation after this one, beginning at `first_seq` or above.
@@ -41,8 +50,42 @@ impl SequenceState {
         }
         ancestors.insert(0, self.generation);
         let ceiling_seq = self.ceiling_seq.max(first_seq + SEQUENCE_BLOCK);
-        Self { generation, ancestors, first_seq, ceiling_seq }
+        Self { generation, ancestors, first_seq, ceiling_seq, taken_over: self.taken_over }
     }
+}
+
+/// Has a VM's next generation continue another VRA's (A5), whose numbers are below `first_seq`. To be called before the VM is protected;
+/// again is harmless.
+///
+/// # Errors
+/// The state can't be read or saved.
+pub fn take_over(
+    store: &dyn SequenceStore,
+    generation: GenerationId,
+    first_seq: u64,
+) -> Result<(), SequenceStoreError> {
+    let taken_over = Some(generation);
+    let state = match store.load()? {
+        None => {
+            SequenceState { generation, ancestors: Vec::new(), first_seq, ceiling_seq: first_seq, taken_over }
+        }
+        Some(mut state) => {
+            // The same definition as at an earlier start. Since then a generation of this VRA's may have been granted, which is what the next
+            // ones continue.
+            if state.taken_over == taken_over && state.ceiling_seq >= first_seq {
+                return Ok(());
+            }
+            let is_new = state.taken_over != taken_over;
+            (state.ceiling_seq, state.taken_over) = (state.ceiling_seq.max(first_seq), taken_over);
+            if is_new && state.generation != generation && !state.ancestors.contains(&generation) {
+                // The oldest is the last one granted, which this one is now.
+                state.ancestors.truncate(MAX_ANCESTORS - 1);
+                state.ancestors.push(generation);
+            }
+            state
+        }
+    };
+    store.save(&state)
 }
 
 /// Keeps a VM's [`SequenceState`] across restarts.
@@ -191,6 +234,36 @@ mod tests {
         let store = FileSequenceStore::new("/nonexistent/holdfast/sequence.json");
         let error = store.save(&SequenceState::first(GenerationId::random())).expect_err("no directory");
         assert!(error.to_string().contains("/nonexistent/holdfast/sequence.json"));
+    }
+
+    #[test]
+    fn a_source_continues_what_another_one_wrote_and_what_it_wrote_itself() {
+        let (store, directory) = store("taken");
+        let (others, own, third) = (GenerationId::random(), GenerationId::random(), GenerationId::random());
+        take_over(&store, others, 5000).expect("saved");
+        let first = store.load().expect("readable").expect("saved").next(own, 5000);
+        assert_eq!((first.ancestors.as_slice(), first.first_seq), (&[others][..], 5000));
+        store.save(&first).expect("saved");
+        // A restart with the same definition.
+        take_over(&store, others, 5000).expect("saved");
+        assert_eq!(store.load().expect("readable").as_ref(), Some(&first));
+        // That generation was granted, and is the last one granted from then on.
+        let granted = SequenceState { ancestors: Vec::new(), ..first.clone() };
+        store.save(&granted).expect("saved");
+        take_over(&store, others, 5000).expect("saved");
+        assert_eq!(store.load().expect("readable"), Some(granted));
+        // The VM went away and came back.
+        take_over(&store, third, 1 << 40).expect("saved");
+        let back = store.load().expect("readable").expect("saved");
+        let next = back.next(GenerationId::random(), back.ceiling_seq);
+        assert_eq!((next.ancestors.as_slice(), next.first_seq), (&[own, others, third][..], 1 << 40));
+        let mut long = first;
+        (0..100).for_each(|_| long = long.next(GenerationId::random(), long.ceiling_seq));
+        store.save(&long).expect("saved");
+        take_over(&store, third, 1 << 41).expect("saved");
+        let full = store.load().expect("readable").expect("saved");
+        assert_eq!((full.ancestors.len(), full.ancestors.last()), (MAX_ANCESTORS, Some(&third)));
+        fs::remove_dir_all(directory).expect("removed");
     }
 
     #[test]

@@ -5,7 +5,8 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::api::volume::{MAX_NAME_BYTES, MAX_VOLUMES_PER_VM, is_text};
 use crate::api::vpg::{
-    JOURNAL_LIMIT_BYTES, JOURNAL_PERCENT, JournalSize, MAX_SOURCES_PER_VPG, MAX_VMS_PER_VPG, VmDefinition,
+    JOURNAL_LIMIT_BYTES, JOURNAL_PERCENT, JournalSize, MAX_SOURCES_PER_VPG, MAX_TAKEOVER_SEQ,
+    MAX_VMS_PER_VPG, VmDefinition,
 };
 use crate::api::{ApiError, ErrorCode, FormerVm, MAX_FORMER_VMS, VpgDefinition, VraId};
 
@@ -36,6 +37,9 @@ pub fn check(definition: &VpgDefinition, own: VraId, datastores: &[PathBuf]) -> 
                 "VM {} is a member since the member set {}, but that of VPG \"{}\" is {}",
                 vm.name, vm.member_since.0, definition.name, definition.member_set_version
             )));
+        }
+        if let Some(takeover) = vm.takeover {
+            limits("takeover.first_seq", takeover.first_seq, 1, MAX_TAKEOVER_SEQ)?;
         }
         if vm.target.id == own {
             check_datastore(vm, datastores)?;
@@ -239,6 +243,7 @@ mod tests {
             member_since: MemberSince::default(),
             volumes: vec![volume],
             source: VraEndpoint { id: VraId::random(), address: "a:9710".to_owned() },
+            takeover: None,
             target: VraEndpoint { id: target, address: "[::1]:9710".to_owned() },
             datastore: "/data/x".into(),
             journal_limit_bytes: *JOURNAL_LIMIT_BYTES.start(),

@@ -177,6 +177,15 @@ impl Doors {
         .remedy("look at the local disk: does it answer?"))
     }
 
+    /// Whether clients have a door open that may write through it. Of NBD doors only; a ublk device doesn't tell.
+    pub(super) fn has_writers(&self, door: &Door) -> bool {
+        match door {
+            Door::Ublk(_) => true,
+            Door::Shared { export, .. } => self.nbd.live_writers(export) > 0,
+            Door::Own { export, server, .. } => server.live_writers(export) > 0,
+        }
+    }
+
     /// Hangs up on all clients of the common NBD server.
     pub(super) fn stop_nbd(&self) {
         self.nbd.stop(STOP_LIMIT);

@@ -82,7 +82,9 @@ impl From<ublk::backing::BackingError> for ApiError {
             Backing::Denied { .. } | Backing::ReadOnly { .. } => ErrorCode::PermissionDenied,
             Backing::ImageFormat { .. } => ErrorCode::ImageFormat,
             Backing::NotADisk { .. } | Backing::Empty { .. } | Backing::Size { .. } => ErrorCode::BadRequest,
-            Backing::NoDirectIo { .. } | Backing::Alignment { .. } => ErrorCode::Unsupported,
+            Backing::NoDirectIo { .. } | Backing::Alignment { .. } | Backing::NotShareable { .. } => {
+                ErrorCode::Unsupported
+            }
             Backing::Io { .. } => ErrorCode::Io,
         };
         let api = Self::new(code, chain(&error));

@@ -19,6 +19,7 @@ mod identity;
 mod linking;
 mod readiness;
 mod restore;
+mod shares;
 mod source_groups;
 mod source_status;
 mod sources;
@@ -47,6 +48,7 @@ use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
 use ublk::arena::Arena;
 use ublk::process::ProcessSettings;
 use ublk::reactor::{ReactorSettings, Reactors};
@@ -114,6 +116,8 @@ async fn serve(config: &Config) -> Result<(), DaemonError> {
     tasks.spawn(look_for_wrong(Arc::clone(&daemon)));
     tasks.spawn(Arc::clone(&daemon).tick_sources());
     tasks.spawn(Arc::clone(&daemon).keep_serving());
+    tasks.spawn(Arc::clone(&daemon).drive_shares());
+    tasks.spawn(Arc::clone(&daemon).follow_owners());
     tasks.spawn(Arc::clone(&daemon).drive_spanning());
     tasks.spawn(Arc::clone(&daemon).keep_thawed());
     let handler = Arc::clone(&daemon);
@@ -141,6 +145,8 @@ pub(crate) struct Daemon {
     doors: Doors,
     links: DeviceLinks,
     volumes: Mutex<BTreeMap<VolumeId, LiveVolume>>,
+    /// Another VRA took a shared disk over, or let go of it.
+    owners_changed: Notify,
     /// The ublk devices of former daemons were looked through.
     swept: AtomicBool,
     views: Mutex<BTreeMap<ViewId, LiveView>>,
@@ -215,6 +221,7 @@ impl Daemon {
             doors,
             links: DeviceLinks::fresh(),
             volumes: Mutex::default(),
+            owners_changed: Notify::new(),
             swept: AtomicBool::new(false),
             views: Mutex::default(),
             orphans: Mutex::default(),

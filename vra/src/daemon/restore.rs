@@ -10,6 +10,7 @@ use ublk::serve::Disk;
 use ublk::sweep::{Verdict, sweep};
 
 use super::doors::deleted;
+use super::shares::Share;
 use super::state::{Change, ViewStage, VolumeRecord};
 use super::volumes::{LiveVolume, disk_over};
 use super::{Daemon, lock};
@@ -92,7 +93,8 @@ impl Daemon {
         record: &VolumeRecord,
         settings: BackingSettings,
     ) -> Result<LiveVolume, ApiError> {
-        let backing = Backing::open(&record.path, settings)?;
+        let settings = if record.shared { BackingSettings::SHARED } else { settings };
+        let backing = Arc::new(Backing::open(&record.path, settings)?);
         let geometry = backing.geometry();
         if (geometry.size_bytes, geometry.logical_block_bytes)
             != (record.size_bytes, record.logical_block_bytes)
@@ -110,7 +112,8 @@ impl Daemon {
             )
             .remedy("if this is the right disk, detach the volume and attach it again"));
         }
-        let disk = disk_over(&backing)?;
+        let share = record.shared.then(|| Share::resume(&backing, id)).transpose()?.map(Arc::new);
+        let disk = disk_over(&backing, share.as_deref())?;
         let served = Arc::clone(&disk) as Arc<dyn Disk>;
         let left = match record.door {
             DoorRequest::Ublk { .. } => self.left_device(record.cookie)?,
@@ -122,7 +125,7 @@ impl Daemon {
                 self.doors.open_door(served, &record.door, &id.to_string(), record.cookie, record.device)?
             }
         };
-        Ok(LiveVolume::Served { _backing: backing, disk, door })
+        Ok(LiveVolume::Served { _backing: backing, disk, door, share })
     }
 
     /// Looks through the devices that former daemons left. Those of volumes and views wait to be recovered, others of ours are deleted.

@@ -13,6 +13,7 @@ use uuid::Uuid;
 
 use super::linking::SharedLink;
 use super::state::State;
+use super::volumes::LiveVolume;
 use super::vpgs::missing_volumes;
 use super::{Daemon, lock};
 use crate::api::status::SyncProgress;
@@ -21,6 +22,7 @@ use crate::api::{ApiError, ErrorCode, GenerationId, TimeUs, VmId, VpgDefinition,
 use crate::capture::modes::OverflowReason;
 use crate::capture::{
     CaptureLimits, FileSequenceStore, ProtectedDisk, RetainedEntries, SourceAction, SourceAlert, SourceVm,
+    take_over,
 };
 use crate::checkpoint::{Freeze, Member};
 use crate::clock::Clock;
@@ -201,6 +203,10 @@ impl Daemon {
         let folder = self.config.state_dir.join("numbers");
         super::identity::make_folder(&folder)?;
         let store = FileSequenceStore::new(folder.join(format!("{}.json", definition.id)));
+        if let Some(takeover) = definition.takeover {
+            take_over(&store, takeover.generation, takeover.first_seq)
+                .map_err(|error| ApiError::new(ErrorCode::Io, chain(&error)))?;
+        }
         let retained_bytes = u64::from(self.config.memory.retained_per_vm_mib) << 20;
         let standard = CaptureLimits::STANDARD;
         let limits = CaptureLimits {
@@ -248,18 +254,18 @@ impl Daemon {
         })
     }
 
-    /// Whether all of a VM's disks are served.
+    /// Whether all of a VM's disks are served, and none of them is another VRA's now.
     fn serves_all(&self, state: &State, vm: &VmDefinition) -> bool {
         let volumes = lock(&self.volumes);
         let is_served =
-            |volume: &VolumeDefinition| volumes.get(&volume.id).is_some_and(|live| live.problem().is_none());
+            |volume: &VolumeDefinition| volumes.get(&volume.id).is_some_and(LiveVolume::is_writable);
         missing_volumes(state, vm).is_empty()
             && vm.volumes.iter().filter(|volume| !volume.left).all(is_served)
     }
 
-    /// A VM's disks by number, if all are served.
+    /// A VM's disks by number, if all are served here.
     fn disks_of(&self, state: &State, vm: &VmDefinition) -> Option<Vec<Arc<ProtectedDisk>>> {
-        if !missing_volumes(state, vm).is_empty() {
+        if !self.serves_all(state, vm) {
             return None;
         }
         let volumes = lock(&self.volumes);
@@ -281,7 +287,7 @@ impl Daemon {
 
 impl LiveSource {
     /// Ends the capture. Noted before, so that whoever sees its end sees why.
-    fn leave(&self) {
+    pub(super) fn leave(&self) {
         self.left.store(true, Ordering::Release);
         self.vm.unprotect();
     }
@@ -425,7 +431,10 @@ fn stream_priority(priority: Priority) -> i32 {
 
 /// Whether a changed definition lets the stream go on as it is.
 fn is_same_stream(one: &VmDefinition, other: &VmDefinition) -> bool {
-    one.journal == other.journal && one.volumes == other.volumes && one.target == other.target
+    one.journal == other.journal
+        && one.volumes == other.volumes
+        && one.target == other.target
+        && one.takeover == other.takeover
 }
 
 /// A random id for the checkpointer's run (D1).

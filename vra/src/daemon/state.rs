@@ -106,6 +106,9 @@ pub(super) struct VolumeRecord {
     pub size_bytes: u64,
     /// Logical block size when it was attached.
     pub logical_block_bytes: u32,
+    /// Several VRAs serve it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shared: bool,
 }
 
 impl State {

@@ -9,9 +9,10 @@ use ublk::serve::{Disk, Geometry};
 
 use super::definition::check_name;
 use super::doors::Door;
+use super::shares::Share;
 use super::state::{State, VolumeRecord};
 use super::{Daemon, Finding, lock};
-use crate::api::volume::MAX_VOLUMES_PER_VM;
+use crate::api::volume::{MAX_VOLUMES_PER_VM, SharedRole, SharedState};
 use crate::api::vpg::VolumeDefinition;
 use crate::api::{
     ApiError, Attach, Detach, DoorAddress, DoorRequest, ErrorCode, Severity, TimeUs, VmId, VolumeId,
@@ -24,11 +25,13 @@ pub(super) enum LiveVolume {
     /// Its disk is open, its door too.
     Served {
         /// Keeps the local disk open and locked.
-        _backing: Backing,
+        _backing: Arc<Backing>,
         /// The disk.
         disk: Arc<ProtectedDisk>,
         /// The door.
         door: Door,
+        /// This VRA's part in it, if several serve it.
+        share: Option<Arc<Share>>,
     },
     /// It should be served and can't be.
     Failed(ApiError),
@@ -42,10 +45,18 @@ impl Daemon {
             let message = format!("the path {} is not absolute", attach.path.display());
             return Err(ApiError::new(ErrorCode::BadRequest, message));
         }
+        check_shared(&attach)?;
         let mut change = self.state.change().await;
         if let Some((id, record)) = find_same(change.get(), &attach)? {
-            let is_served = matches!(lock(&self.volumes).get(&id), Some(LiveVolume::Served { .. }));
-            if is_served {
+            let served = match lock(&self.volumes).get(&id) {
+                Some(LiveVolume::Served { share, .. }) => Some(share.clone()),
+                _ => None,
+            };
+            if let Some(share) = served {
+                if let Some(share) = share.filter(|_| attach.shared == Some(SharedRole::Owner)) {
+                    tokio::task::block_in_place(|| share.claim())?;
+                    self.follow_sources(change.get())?;
+                }
                 return self.volume_info(id, &record).ok_or_else(|| gone(id));
             }
             tokio::task::block_in_place(|| self.restore_volume(id, &record, BackingSettings::RECOVERY));
@@ -59,12 +70,21 @@ impl Daemon {
         let id = attach.volume.or(awaited.map(|volume| volume.id)).unwrap_or_else(VolumeId::random);
         let wanted = attach.number.or(awaited.map(|volume| volume.number));
         let number = free_number(change.get(), &attach, id, wanted)?;
-        let settings =
-            BackingSettings { refuse_image_formats: !attach.force_raw, ..BackingSettings::FIRST_ATTACH };
-        let backing = tokio::task::block_in_place(|| Backing::open(&attach.path, settings))?;
+        let settings = BackingSettings {
+            refuse_image_formats: !attach.force_raw,
+            lock_later: attach.shared == Some(SharedRole::Standby),
+            ..BackingSettings::FIRST_ATTACH
+        };
+        let backing = tokio::task::block_in_place(|| Backing::open(&attach.path, settings)).map(Arc::new)?;
         if let Some(volume) = awaited {
             check_awaited(volume, &attach, backing.geometry())?;
         }
+        let share = tokio::task::block_in_place(|| match attach.shared {
+            None => Ok(None),
+            Some(SharedRole::Owner) => Share::begin(&backing, id).map(Some),
+            Some(SharedRole::Standby) => Share::join(&backing, id).map(Some),
+        })?;
+        let share = share.map(Arc::new);
         let record = VolumeRecord {
             vm: attach.vm,
             vm_name: attach.vm_name,
@@ -75,14 +95,26 @@ impl Daemon {
             device: None,
             size_bytes: backing.geometry().size_bytes,
             logical_block_bytes: backing.geometry().logical_block_bytes,
+            shared: share.is_some(),
         };
         // First the record: a device that a crash leaves must be known by its cookie.
         change.update(|state| state.volumes.insert(id, record.clone()))?;
         let opened = tokio::task::block_in_place(|| {
-            let disk = disk_over(&backing)?;
-            let served = Arc::clone(&disk) as Arc<dyn Disk>;
-            let door = self.doors.open_door(served, &record.door, &id.to_string(), record.cookie, None)?;
-            Ok(LiveVolume::Served { _backing: backing, disk, door })
+            let opened = disk_over(&backing, share.as_deref()).and_then(|disk| {
+                let served = Arc::clone(&disk) as Arc<dyn Disk>;
+                let door =
+                    self.doors.open_door(served, &record.door, &id.to_string(), record.cookie, None)?;
+                Ok((disk, door))
+            });
+            match opened {
+                Ok((disk, door)) => Ok(LiveVolume::Served { _backing: backing, disk, door, share }),
+                Err(error) => {
+                    if let Some(share) = share {
+                        share.clear();
+                    }
+                    Err(error)
+                }
+            }
         });
         let live = match opened {
             Ok(live) => live,
@@ -125,11 +157,17 @@ impl Daemon {
         let live = lock(&self.volumes).remove(&id);
         self.links.remove(id);
         self.follow_sources(change.get())?;
-        if let Some(LiveVolume::Served { door, .. }) = live {
+        if let Some(LiveVolume::Served { door, share, .. }) = live {
+            if let Some(share) = &share {
+                share.end();
+            }
             let closed = tokio::task::block_in_place(|| self.doors.close(door));
             if let Err(error) = closed {
                 lock(&self.volumes).insert(id, LiveVolume::Failed(error.clone()));
                 return Err(error);
+            }
+            if let Some(share) = &share {
+                tokio::task::block_in_place(|| share.clear());
             }
         } else if matches!(record.door, DoorRequest::Ublk { .. }) {
             // Once the record is gone nobody knows the device that a former daemon left, and its guest waits for ever.
@@ -202,9 +240,13 @@ impl Daemon {
         let seen = self.seen();
         let vpg = seen.vpg_of(record.vm).filter(|vpg| protects(vpg, id));
         let volumes = lock(&self.volumes);
-        let (door, problem) = match volumes.get(&id)? {
-            LiveVolume::Served { door, .. } => (Some(door.address()), None),
-            LiveVolume::Failed(error) => (None, Some(error.message.clone())),
+        let (door, shared, problem) = match volumes.get(&id)? {
+            LiveVolume::Served { door, share, .. } => {
+                (Some(door.address()), share.as_ref().map(|share| share.state()), None)
+            }
+            LiveVolume::Failed(error) => {
+                (None, record.shared.then_some(SharedState::Standby), Some(error.message.clone()))
+            }
         };
         let link = match &door {
             Some(DoorAddress::Ublk { path, .. }) => self.links.of(id, path),
@@ -222,6 +264,7 @@ impl Daemon {
             door,
             link,
             problem,
+            shared,
         })
     }
 }
@@ -232,6 +275,14 @@ impl LiveVolume {
         match self {
             Self::Served { disk, .. } => Some(Arc::clone(disk)),
             Self::Failed(_) => None,
+        }
+    }
+
+    /// Whether it is served, and what its guest writes goes to the disk: no other VRA owns it.
+    pub(super) fn is_writable(&self) -> bool {
+        match self {
+            Self::Served { share, .. } => share.as_ref().is_none_or(|share| share.is_owned()),
+            Self::Failed(_) => false,
         }
     }
 
@@ -251,14 +302,36 @@ impl LiveVolume {
     }
 }
 
-/// The disk that captures, over the very open file that has the lock (A4).
-pub(super) fn disk_over(backing: &Backing) -> Result<Arc<ProtectedDisk>, ApiError> {
+/// The disk that captures, over the very open file that has the lock (A4), or gets it.
+pub(super) fn disk_over(backing: &Backing, share: Option<&Share>) -> Result<Arc<ProtectedDisk>, ApiError> {
     let file = backing.file().try_clone().map_err(|error| {
         ApiError::new(ErrorCode::Exhausted, format!("cannot duplicate a file descriptor: {error}"))
             .remedy("raise LimitNOFILE")
     })?;
     let clock = Arc::new(|| TimeUs::now().0);
-    Ok(Arc::new(ProtectedDisk::new(file, backing.geometry().clone(), clock)))
+    let disk = ProtectedDisk::new(file, backing.geometry().clone(), clock);
+    Ok(Arc::new(match share {
+        Some(share) => disk.behind(Arc::clone(share.gate())),
+        None => disk,
+    }))
+}
+
+/// Whether a disk can be attached as one that several VRAs serve.
+fn check_shared(attach: &Attach) -> Result<(), ApiError> {
+    let bad = |message: &str| Err(ApiError::new(ErrorCode::BadRequest, message));
+    match (attach.shared, &attach.door) {
+        (Some(_), DoorRequest::Ublk { .. }) => {
+            let refused = bad(
+                "a disk that several VRAs serve needs the NBD door: a ublk device doesn't tell when its guest has gone",
+            );
+            refused.map_err(|error| error.remedy("use the NBD door (--door nbd)"))
+        }
+        (Some(SharedRole::Standby), _) if attach.volume.is_none() || attach.number.is_none() => {
+            let refused = bad("a standby needs the id and the number that the volume has at its owner");
+            refused.map_err(|error| error.remedy("`vra --json list` there shows them (--volume, --number)"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The volume that an attachment would repeat.
@@ -269,7 +342,8 @@ fn find_same(state: &State, attach: &Attach) -> Result<Option<(VolumeId, VolumeR
         && record.vm == attach.vm
         && attach.volume.is_none_or(|volume| volume == *id)
         && attach.number.is_none_or(|number| number == record.number)
-        && is_same_door(&record.door, &attach.door);
+        && is_same_door(&record.door, &attach.door)
+        && record.shared == attach.shared.is_some();
     if same {
         return Ok(Some((*id, record.clone())));
     }
@@ -280,12 +354,13 @@ fn find_same(state: &State, attach: &Attach) -> Result<Option<(VolumeId, VolumeR
     Err(ApiError::new(
         ErrorCode::Conflict,
         format!(
-            "{} is attached already: {} is volume {} ({id}) of VM {} ({}) with a door of kind {door}",
+            "{} is attached already: {} is volume {} ({id}) of VM {} ({}) with a door of kind {door}, {}",
             attach.path.display(),
             record.path.display(),
             record.number,
             record.vm_name,
-            record.vm
+            record.vm,
+            if record.shared { "shared with other VRAs" } else { "not shared with other VRAs" }
         ),
     )
     .remedy(format!("use it as it is, or detach it first: `vra detach {id}`")))

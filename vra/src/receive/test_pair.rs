@@ -83,6 +83,7 @@ pub(super) fn definition(datastore: &std::path::Path, volumes: u16) -> VpgDefini
             member_since: MemberSince::default(),
             volumes: (0..volumes).map(volume).collect(),
             source: endpoint(),
+            takeover: None,
             target: endpoint(),
             datastore: datastore.to_owned(),
             journal_limit_bytes: 256 << 20,

@@ -39,10 +39,15 @@ impl NbdClient {
 
     /// Writes, and waits for the answer.
     pub fn write(&mut self, offset_bytes: u64, data: &[u8]) -> io::Result<()> {
+        self.send_write(offset_bytes, data)?;
+        self.answer()
+    }
+
+    /// Sends a write, and waits for nothing.
+    pub fn send_write(&mut self, offset_bytes: u64, data: &[u8]) -> io::Result<()> {
         let mut request = self.header(WRITE, offset_bytes, data.len());
         request.extend_from_slice(data);
-        self.stream.write_all(&request)?;
-        self.answer()
+        self.stream.write_all(&request)
     }
 
     /// Reads.

@@ -35,6 +35,7 @@ pub fn definition(source: &Vra, target: &Vra, volumes: &[VolumeInfo]) -> VpgDefi
             })
             .collect(),
         source: source.endpoint.clone(),
+        takeover: None,
         target: target.endpoint.clone(),
         datastore: target.path("datastore"),
         journal_limit_bytes: 512 << 20,

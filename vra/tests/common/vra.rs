@@ -194,6 +194,7 @@ impl Vra {
             path: path.to_owned(),
             door: DoorRequest::Nbd { listen: Some(NbdListen::Unix { path: socket }) },
             force_raw: false,
+            shared: None,
         };
         match self.ask(Request::Attach(attach)).await {
             Response::Volume(volume) => volume,

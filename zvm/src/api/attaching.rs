@@ -26,6 +26,9 @@ pub struct VmProtected {
     pub disks: Vec<ServedDisk>,
     /// The guest runs, and uses them from its next start on.
     pub at_next_start: bool,
+    /// Names of the VRAs that serve them, too.
+    #[serde(default)]
+    pub also_on: Vec<String>,
 }
 
 /// A disk that is served.

@@ -249,8 +249,8 @@ impl<'a> Ask<'a> {
             Command::Plan { vms, history } => {
                 self.print(Request::Plan { vms, history_s: history.as_secs() }).await
             }
-            Command::Protect { vm, disks, exclude, door } => {
-                self.print(Request::VmProtect { vm, disks, exclude, door: door.choice() }).await
+            Command::Protect { vm, disks, exclude, door, also_on } => {
+                self.print(Request::VmProtect { vm, disks, exclude, door: door.choice(), also_on }).await
             }
             Command::Unprotect { vm, disks } => self.print(Request::VmUnprotect { vm, disks }).await,
             Command::Source(command) => self.source(*command).await,

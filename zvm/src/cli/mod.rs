@@ -104,6 +104,9 @@ enum Command {
         /// How the guest gets them.
         #[arg(long, value_enum, default_value_t = ask::GuestDoor::Auto)]
         door: ask::GuestDoor,
+        /// Another host whose VRA serves the disks, too, so that the guest can be migrated there live; the disks must be files there, too. Can be repeated.
+        #[arg(long, value_name = "HOST")]
+        also_on: Vec<String>,
     },
     /// Give a VM its own disks back, from its next start on, with all that was written to them.
     Unprotect {

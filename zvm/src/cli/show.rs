@@ -315,6 +315,9 @@ fn protected_text(vm: &VmProtected) -> String {
         table.row([disk.disk.clone(), disk.path.display().to_string(), disk.device.clone()]);
     }
     let mut text = table.render();
+    if !vm.also_on.is_empty() {
+        let _ = writeln!(text, "Also served by VRA {}: it can be migrated there.", vm.also_on.join(", "));
+    }
     if vm.at_next_start {
         let _ = writeln!(text, "VM {} runs: shut it down and start it again, then it uses them.", vm.vm);
         text += "A reboot from within the guest is not enough.\n";

@@ -38,18 +38,31 @@ impl Look<'_> {
         if let Some(host) = host
             && Some(host.vra.as_str()) != source
         {
+            let vra = self.desired.vras.values().find(|vra| vra.name == host.vra);
+            let is_prepared = vra
+                .and_then(|vra| self.observed.get(&vra.id))
+                .is_some_and(|seen| seen.shares_disks_of(member));
+            let why = match (vra, is_prepared) {
+                (None, _) => "which is not enrolled",
+                (Some(_), false) => "which doesn't serve all of its disks as shared ones",
+                (Some(_), true) => "to which its protection is on the way",
+            };
+            let remedy = match is_prepared {
+                true => "the manager sees to it by itself as soon as the target's VRA answers; `zvm event list` tells what is in its way".to_owned(),
+                false => format!(
+                    "move it back, and prepare hosts that it may move to with `zvm protect {1} --also-on HOST`; or, to protect it there: `zvm vpg remove-vm {0} {1}`, `vra detach` of its disks at the former VRA, `zvm protect {1}`, restart it, `zvm vpg add-vm {0} {1}`",
+                    vpg.name, member.name
+                ),
+            };
             found.push(condition(
                 "vm-moved",
                 Entity::vm(member.vm),
                 Level::Error,
                 format!(
-                    "VM {} of VPG {} now runs on host {}, where VRA {} is: its writes are not replicated",
+                    "VM {} of VPG {} now runs on host {}, at VRA {}, {why}: its writes are not replicated",
                     member.name, vpg.name, vm.host, host.vra
                 ),
-                &format!(
-                    "move it back; or, to protect it there: `zvm vpg remove-vm {0} {1}`, `vra detach` of its disks at the former VRA, `zvm protect {1}`, restart it, `zvm vpg add-vm {0} {1}`",
-                    vpg.name, member.name
-                ),
+                &remedy,
             ));
             return;
         }

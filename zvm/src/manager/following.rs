@@ -1,4 +1,5 @@
-//! What the manager does by itself when VMs of groups change: new disks join, where their group wants that.
+//! What the manager does by itself when VMs of groups change: protection follows a VM to a host whose VRA serves its disks, and new disks
+//! join, where their group wants that.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
@@ -6,15 +7,17 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
-use vra::api::{ApiError, VmId};
+use vra::api::status::TargetVmStatus;
+use vra::api::vpg::Takeover;
+use vra::api::{ApiError, VmId, VraId};
 use vra::report::chain;
 
 use super::{Manager, internal};
 use crate::api::DoorChoice;
-use crate::inventory::{Disk, Inventory};
+use crate::inventory::{Disk, Inventory, Power};
 use crate::model::event::{Entity, EventKind};
 use crate::model::vpg::{NewDisks, Vpg, VpgState};
-use crate::reconcile::Observed;
+use crate::reconcile::{Desired, Observed};
 use crate::store::StoreError;
 
 /// Time between two looks.
@@ -22,6 +25,9 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 
 /// What failed is tried again after this.
 const RETRY_AFTER: Duration = Duration::from_secs(60);
+
+/// The same of a VM that nobody protects meanwhile.
+const RETRY_MOVE_AFTER: Duration = Duration::from_secs(4);
 
 /// Something to do for a VM of a group.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,13 +37,24 @@ struct Wish {
     step: Step,
 }
 
-/// A new disk is served first, and joins once the guest uses the served device.
+/// A VM that moved is followed at once. A new disk is served first, and joins once the guest uses the served device.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 enum Step {
+    /// Have this VRA be its source.
+    Move(VraId),
     /// Have these disks served, by name.
     Serve(Vec<String>),
     /// Have all disks that aren't in the group yet join it.
     Join,
+}
+
+impl Step {
+    fn retry_after(&self) -> Duration {
+        match self {
+            Self::Move(_) => RETRY_MOVE_AFTER,
+            Self::Serve(_) | Self::Join => RETRY_AFTER,
+        }
+    }
 }
 
 /// Disks that VRAs serve, whoever uses them.
@@ -47,16 +64,18 @@ impl Manager {
     /// Follows changes until cancelled.
     pub async fn follow_changes(self: Arc<Self>) {
         let mut failed: BTreeMap<Wish, (Instant, String)> = BTreeMap::new();
+        let mut moved = self.moved_before().await;
         loop {
-            match self.wishes().await {
+            match self.wishes(&mut moved).await {
                 Ok(wishes) => {
                     failed.retain(|wish, _| wishes.contains(wish));
                     for wish in wishes {
-                        let waits = |(since, _): &(Instant, String)| since.elapsed() < RETRY_AFTER;
+                        let waits =
+                            |(since, _): &(Instant, String)| since.elapsed() < wish.step.retry_after();
                         if failed.get(&wish).is_some_and(waits) {
                             continue;
                         }
-                        match self.fulfil(&wish).await {
+                        match self.fulfil(&wish, &mut moved).await {
                             Ok(()) => _ = failed.remove(&wish),
                             Err(error) => {
                                 let reason = error.to_string();
@@ -76,16 +95,37 @@ impl Manager {
         }
     }
 
-    async fn wishes(&self) -> Result<Vec<Wish>, StoreError> {
-        let desired = self.desired().await?;
-        Ok(wishes(&desired.vpgs, &self.inventory(), &served(&self.observed())))
+    /// Those that may have been followed just before the manager ended.
+    async fn moved_before(&self) -> Moved {
+        loop {
+            match self.desired().await {
+                Ok(desired) => return moved_in(&desired.vpgs),
+                Err(error) => {
+                    tracing::error!(error = chain(&error), "the database failed; the manager tries again");
+                    tokio::time::sleep(LOOK_EVERY).await;
+                }
+            }
+        }
     }
 
-    async fn fulfil(&self, wish: &Wish) -> Result<(), ApiError> {
+    async fn wishes(&self, moved: &mut Moved) -> Result<Vec<Wish>, StoreError> {
+        let desired = self.desired().await?;
+        let (inventory, observed) = (self.inventory(), self.observed());
+        let mut wishes = wishes(&desired.vpgs, &inventory, &served(&observed));
+        wishes.extend(moves(&desired, &inventory, &observed));
+        wishes.extend(missed(moved, &desired, &observed));
+        Ok(wishes)
+    }
+
+    async fn fulfil(&self, wish: &Wish, moved: &mut Moved) -> Result<(), ApiError> {
         let vm = wish.vm.to_string();
         match &wish.step {
+            Step::Move(vra) => {
+                let revision = self.move_source(&wish.vpg, wish.vm, *vra).await?;
+                moved.insert(wish.vm, revision);
+            }
             Step::Serve(disks) => {
-                let served = self.protect_vm(&vm, disks, &[], DoorChoice::Auto).await?;
+                let served = self.protect_vm(&vm, disks, &[], DoorChoice::Auto, &[]).await?;
                 tracing::info!(vpg = wish.vpg, vm = served.vm, ?disks, "new disks are served");
             }
             Step::Join => {
@@ -97,11 +137,12 @@ impl Manager {
 
     async fn note_failed(&self, wish: &Wish, reason: &str) {
         let what = match &wish.step {
+            Step::Move(_) => "protection can't follow it to where it runs".to_owned(),
             Step::Serve(disks) => format!("new disks {} can't be served", disks.join(", ")),
             Step::Join => "new disks can't join".to_owned(),
         };
         let description = format!("VPG {}: {what}: {reason}", wish.vpg);
-        tracing::warn!(vpg = wish.vpg, vm = %wish.vm, reason, "{what}; it is tried again every minute");
+        tracing::warn!(vpg = wish.vpg, vm = %wish.vm, reason, "{what}; it is tried again");
         let save = async {
             let mut tx = self.store.begin().await?;
             let kind = EventKind::EditProtectionGroup;
@@ -112,10 +153,73 @@ impl Manager {
     }
 }
 
+/// VMs that were followed and whose new source wasn't granted yet, and the revision that moved them.
+type Moved = BTreeMap<VmId, u64>;
+
+/// All members that continue what another source wrote; most were granted long ago.
+fn moved_in(vpgs: &[Vpg]) -> Moved {
+    let members = vpgs.iter().flat_map(|vpg| vpg.settings.vms.iter().map(|member| (vpg.revision, member)));
+    members.filter_map(|(revision, member)| Some((member.takeover.map(|_| member.vm)?, revision))).collect()
+}
+
 fn served(observed: &Observed) -> Served {
     let seen = observed.values().filter_map(|seen| seen.last.as_ref());
     let volumes = seen.flat_map(|last| &last.status.volumes);
     volumes.map(|volume| (volume.vm, volume.path.clone())).collect()
+}
+
+/// VMs that run where another VRA serves all of their disks than the one that protects them.
+fn moves(desired: &Desired, inventory: &Inventory, observed: &Observed) -> Vec<Wish> {
+    let mut found = Vec::new();
+    for vpg in desired.vpgs.iter().filter(|vpg| vpg.state == VpgState::Active) {
+        for member in &vpg.settings.vms {
+            let vm = inventory.vms.iter().find(|vm| vm.uuid == member.vm.0);
+            // One that is paused may be on its way: it runs at the host that it leaves.
+            let vm = vm.filter(|vm| vm.power == Power::On);
+            let Some(host) = vm.and_then(|vm| inventory.host(&vm.host)) else { continue };
+            let vra = desired.vras.values().find(|vra| vra.name == host.vra);
+            let Some(vra) = vra.filter(|vra| vra.id != member.source) else { continue };
+            if observed.get(&vra.id).is_some_and(|seen| seen.shares_disks_of(member)) {
+                found.push(Wish { vpg: vpg.name.clone(), vm: member.vm, step: Step::Move(vra.id) });
+            }
+        }
+    }
+    found
+}
+
+/// VMs whose former source began another generation, or sent more than anybody could think, before the target had the definition that moved them:
+/// what the new one continues is to be said again. Once the target has that definition, it takes no more from the former one. Forgets those whose new source was granted.
+fn missed(moved: &mut Moved, desired: &Desired, observed: &Observed) -> Vec<Wish> {
+    let mut found = Vec::new();
+    moved.retain(|vm, revision| {
+        let member = |vpg: &Vpg| vpg.settings.vms.iter().find(|member| member.vm == *vm).cloned();
+        let Some((vpg, member)) = desired.vpgs.iter().find_map(|vpg| Some((vpg, member(vpg)?))) else {
+            return false;
+        };
+        let status = |vra| observed.get(&vra).and_then(|seen| seen.last.as_ref()).map(|last| &last.status);
+        let (Some(target), Some(source)) = (status(member.target), status(member.source)) else {
+            return true;
+        };
+        if !target.vpgs.iter().any(|seen| seen.vpg == vpg.id && seen.revision >= *revision) {
+            return true;
+        }
+        let at_target = target.target_vms.iter().find(|seen| seen.vm == *vm);
+        let tail = at_target.and_then(|seen| seen.generation);
+        let own = source.source_vms.iter().find(|seen| seen.vm == *vm).map(|seen| seen.generation);
+        if tail.is_some() && tail == own {
+            return false;
+        }
+        let continues = |takeover: Takeover| {
+            let is_below = |seen: &TargetVmStatus| seen.durable_through < takeover.first_seq;
+            tail == Some(takeover.generation) && at_target.is_some_and(is_below)
+        };
+        if tail.is_some() && !member.takeover.is_some_and(continues) {
+            let step = Step::Move(member.source);
+            found.push(Wish { vpg: vpg.name.clone(), vm: *vm, step });
+        }
+        true
+    });
+    found
 }
 
 /// What is to be done now.
@@ -147,3 +251,6 @@ fn wishes(vpgs: &[Vpg], inventory: &Inventory, served: &Served) -> Vec<Wish> {
     }
     found
 }
+
+#[cfg(test)]
+mod tests;

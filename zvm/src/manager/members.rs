@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use vra::api::volume::VolumeInfo;
-use vra::api::vpg::VolumeDefinition;
+use vra::api::vpg::{Takeover, VolumeDefinition};
 use vra::api::{
-    ApiError, ErrorCode, ListDefinitions, Request, Response, VolumeId, VpgDefinition, VpgId, VraId,
+    ApiError, ErrorCode, ListDefinitions, Request, Response, VmId, VolumeId, VpgDefinition, VpgId, VraId,
 };
 
 use super::{Manager, internal, spec};
@@ -172,6 +172,46 @@ impl Manager {
         Ok((vpg, self.desired().await.map_err(internal)?))
     }
 
+    /// Has a VM's protection follow it to the VRA of the host that it runs on now, which serves its disks: the engine takes the definition to the
+    /// VRAs. It goes on in the same journal; a test of the group goes on, too. Gives the group's new revision.
+    pub(super) async fn move_source(&self, name: &str, vm: VmId, to: VraId) -> Result<u64, ApiError> {
+        let (vpg, desired) = self.changeable(name).await?;
+        let vra_of = |id: VraId| {
+            desired.vras.get(&id).ok_or_else(|| {
+                ApiError::new(ErrorCode::NotReady, format!("VRA {id} of VPG {} is revoked", vpg.name))
+            })
+        };
+        let member = vpg.settings.vms.iter().find(|member| member.vm == vm);
+        let member = member.ok_or_else(|| {
+            ApiError::new(ErrorCode::NotFound, format!("VM {vm} is not in VPG {} any more", vpg.name))
+        })?;
+        let (source, target) = (vra_of(to)?, vra_of(member.target)?);
+        spec::check_moved(&vpg.settings, &vpg.name, vm, to)?;
+        let former = desired.vras.get(&member.source).map_or("one that is revoked", |vra| vra.name.as_str());
+        // What the target has of the former source's, which alone the new one may continue (A5).
+        let asked = self.remote.call(&target.endpoint(), Request::Status, self.request_timeout()).await;
+        let tail = match asked.map_err(|error| error.into_api_error(&target.name))? {
+            Response::Status(status) => status.target_vms.into_iter().find(|status| status.vm == vm),
+            _ => None,
+        };
+        let tail = tail.ok_or_else(|| {
+            let message = format!("VRA {} doesn't tell how far VM {} is", target.name, member.name);
+            ApiError::new(ErrorCode::NotReady, message).remedy("`zvm vra show` tells what is wrong there")
+        })?;
+        let takeover = tail.generation.map(|generation| Takeover::after(generation, tail.durable_through));
+        let description = format!(
+            "VM {} of VPG {} is protected by VRA {} now, where it runs; it was by VRA {former}",
+            member.name, vpg.name, source.name
+        );
+        let mut settings = vpg.settings.clone();
+        for member in settings.vms.iter_mut().filter(|member| member.vm == vm) {
+            (member.source, member.takeover) = (to, takeover);
+        }
+        let told = Told { task: TaskKind::ChangeDisks, event: EventKind::EditProtectionGroup, description };
+        self.save_members(&vpg, settings, &desired, told, true).await?;
+        Ok(vpg.revision + 1)
+    }
+
     async fn change_members(
         &self,
         vpg: &Vpg,
@@ -179,11 +219,23 @@ impl Manager {
         desired: &Desired,
         told: Told,
     ) -> Result<Task, ApiError> {
+        self.save_members(vpg, settings, desired, told, false).await
+    }
+
+    async fn save_members(
+        &self,
+        vpg: &Vpg,
+        settings: VpgSettings,
+        desired: &Desired,
+        told: Told,
+        also_while_tested: bool,
+    ) -> Result<Task, ApiError> {
         let Told { task, event, description } = told;
         let task = self.new_task(task, &vpg.name, Some(vpg.id), "defined");
         let save = async {
             let mut tx = self.store.begin().await?;
-            if store::test_runs::list(&mut tx).await?.iter().any(|test| test.vpg == vpg.id) {
+            let tests = store::test_runs::list(&mut tx).await?;
+            if !also_while_tested && tests.iter().any(|test| test.vpg == vpg.id) {
                 return Err(Unsaved::Tested);
             }
             let mut after = Vpg { settings, ..vpg.clone() };

@@ -88,7 +88,8 @@ pub fn resolve<'a>(spec: &'a VpgSpec, context: &Context<'a>) -> Result<Resolved<
     let members = spec.vms.iter().map(|vm_spec| place(spec, vm_spec, context));
     let members = members.collect::<Result<Vec<_>, _>>()?;
     twice(&members)?;
-    check_sources(spec, &members.iter().map(|place| place.source.id).collect())?;
+    let sources = members.iter().map(|place| place.source.id).collect();
+    check_sources(&spec.name, (spec.checkpoint_interval_ms, spec.hold_deadline_ms), &sources)?;
     Ok(Resolved { spec, members })
 }
 
@@ -102,24 +103,39 @@ fn twice(places: &[Place<'_>]) -> Result<(), ApiError> {
 }
 
 /// Checks the VRAs that are to have checkpoints together.
-fn check_sources(spec: &VpgSpec, sources: &HashSet<VraId>) -> Result<(), ApiError> {
+fn check_sources(
+    vpg: &str,
+    (checkpoint_interval_ms, hold_deadline_ms): (u32, u32),
+    sources: &HashSet<VraId>,
+) -> Result<(), ApiError> {
     if sources.len() > MAX_SOURCES_PER_VPG {
         let message = format!(
-            "the VMs of {:?} run at {} different VRAs; a group may have {MAX_SOURCES_PER_VPG}",
-            spec.name,
+            "the VMs of {vpg:?} run at {} different VRAs; a group may have {MAX_SOURCES_PER_VPG}",
             sources.len()
         );
         return Err(ApiError::new(ErrorCode::Unsupported, message).remedy("make several groups of them"));
     }
     // As the VRAs check it: across hosts a hold that fails lasts for the whole deadline.
-    if sources.len() > 1 && spec.hold_deadline_ms > spec.checkpoint_interval_ms / 2 {
+    if sources.len() > 1 && hold_deadline_ms > checkpoint_interval_ms / 2 {
         let message = format!(
-            "the hold deadline of {:?}, whose VMs run at several VRAs, is {} ms; it must be at most half of the checkpoint interval, {} ms",
-            spec.name, spec.hold_deadline_ms, spec.checkpoint_interval_ms
+            "the hold deadline of {vpg:?}, whose VMs run at several VRAs, is {hold_deadline_ms} ms; it must be at most half of the checkpoint interval, {checkpoint_interval_ms} ms"
         );
         return Err(bad(message).remedy("give it a shorter hold deadline or a longer checkpoint interval"));
     }
     Ok(())
+}
+
+/// Whether a member may have another VRA as its source.
+pub fn check_moved(settings: &VpgSettings, vpg: &str, vm: VmId, to: VraId) -> Result<(), ApiError> {
+    let source = |member: &Member| if member.vm == vm { to } else { member.source };
+    if let Some(member) = settings.vms.iter().find(|member| member.vm == vm && member.target == to) {
+        let message = format!("VM {:?} runs where its journal is, which must be elsewhere", member.name);
+        return Err(ApiError::new(ErrorCode::Unsupported, message).remedy(
+            "migrate it to another host, or take it out of the group and protect it to another VRA",
+        ));
+    }
+    let timing = (settings.checkpoint_interval_ms, settings.hold_deadline_ms);
+    check_sources(vpg, timing, &settings.vms.iter().map(source).collect())
 }
 
 fn sources_of<'a>(places: &[Place<'a>]) -> BTreeMap<VraId, &'a Vra> {
@@ -267,6 +283,7 @@ fn member(
         journal: JournalId::random(),
         member_since,
         source: place.source.id,
+        takeover: None,
         target: place.target.id,
         datastore: place.datastore.clone(),
         journal_size: place.journal_size,

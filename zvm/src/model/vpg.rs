@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use vra::api::vpg::{
-    JOURNAL_LIMIT_BYTES, JournalSize, Priority, VmDefinition, VolumeDefinition, VpgDefinition,
+    JOURNAL_LIMIT_BYTES, JournalSize, Priority, Takeover, VmDefinition, VolumeDefinition, VpgDefinition,
 };
 use vra::api::{FormerVm, JournalId, MemberSince, TimeUs, VmId, VpgId, VpgNotes, VraId};
 
@@ -93,6 +93,9 @@ pub struct Member {
     pub member_since: MemberSince,
     /// VRA of the host that it runs on.
     pub source: VraId,
+    /// What its source continues, if it has come from another host.
+    #[serde(default)]
+    pub takeover: Option<Takeover>,
     /// VRA that keeps its journal.
     pub target: VraId,
     /// The target's folder.
@@ -270,6 +273,7 @@ impl Vpg {
                     member_since: member.member_since,
                     volumes: member.volumes.clone(),
                     source: vra_of(member.source)?.endpoint(),
+                    takeover: member.takeover,
                     target: vra_of(member.target)?.endpoint(),
                     datastore: member.datastore.clone(),
                     journal_limit_bytes: member.journal_size.limit_bytes,

@@ -198,6 +198,7 @@ fn vpg_of(
         journal: vm.journal,
         member_since: vm.member_since,
         source: vm.source.id,
+        takeover: vm.takeover,
         target: vm.target.id,
         datastore: vm.datastore.clone(),
         journal_size: JournalBounds {

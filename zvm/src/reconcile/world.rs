@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use vra::api::{SetSiteKeys, SetTrust, VpgId, VraId, VraStatus};
+use vra::api::{SetSiteKeys, SetTrust, VolumeInfo, VpgId, VraId, VraStatus};
 
 use crate::model::test_run::TestRun;
-use crate::model::vpg::Vpg;
+use crate::model::vpg::{Member, Vpg};
 use crate::model::vra::Vra;
 
 /// What should be.
@@ -63,6 +63,19 @@ pub struct Seen {
     pub since_us: u64,
     /// Its last answer.
     pub last: Option<LastStatus>,
+}
+
+impl Seen {
+    /// Whether a VRA serves all protected disks of a VM, as volumes that it shares with others: the VM's guest can be migrated there, and
+    /// protected from there.
+    pub fn shares_disks_of(&self, member: &Member) -> bool {
+        let Some(last) = &self.last else { return false };
+        let mut volumes = member.volumes.iter().filter(|volume| !volume.left);
+        volumes.all(|volume| {
+            let is_it = |served: &VolumeInfo| served.volume == volume.id && served.door.is_some();
+            last.status.volumes.iter().any(|served| is_it(served) && served.shared.is_some())
+        })
+    }
 }
 
 /// A VRA's answer and when it was asked.

@@ -21,7 +21,8 @@ pub struct LeavingVolume {
 
 /// All of them.
 pub async fn list(db: &mut Connection) -> Result<Vec<LeavingVolume>, StoreError> {
-    let query = "SELECT volume_id, vra_id, vm_id, source, device FROM leaving_volume ORDER BY volume_id";
+    let query =
+        "SELECT volume_id, vra_id, vm_id, source, device FROM leaving_volume ORDER BY volume_id, vra_id";
     let rows = sqlx::query(query).fetch_all(db).await?;
     rows.iter()
         .map(|row| {
@@ -39,7 +40,7 @@ pub async fn list(db: &mut Connection) -> Result<Vec<LeavingVolume>, StoreError>
 
 /// Adds one, if it isn't there.
 pub async fn insert(db: &mut Connection, leaving: &LeavingVolume) -> Result<(), StoreError> {
-    delete(db, leaving.volume).await?;
+    delete(db, leaving.volume, leaving.vra).await?;
     sqlx::query(
         "INSERT INTO leaving_volume (volume_id, vra_id, vm_id, source, device) VALUES ($1, $2, $3, $4, $5)",
     )
@@ -54,9 +55,10 @@ pub async fn insert(db: &mut Connection, leaving: &LeavingVolume) -> Result<(), 
 }
 
 /// Forgets one.
-pub async fn delete(db: &mut Connection, volume: VolumeId) -> Result<(), StoreError> {
-    sqlx::query("DELETE FROM leaving_volume WHERE volume_id = $1")
+pub async fn delete(db: &mut Connection, volume: VolumeId, vra: VraId) -> Result<(), StoreError> {
+    sqlx::query("DELETE FROM leaving_volume WHERE volume_id = $1 AND vra_id = $2")
         .bind(volume.to_string())
+        .bind(vra.to_string())
         .execute(db)
         .await?;
     Ok(())

@@ -148,6 +148,7 @@ fn migrator() -> Migrator {
         step(2, "site_keys", include_str!("../../migrations/0002_site_keys.sql")),
         step(3, "last_test", include_str!("../../migrations/0003_last_test.sql")),
         step(4, "sources", include_str!("../../migrations/0004_sources.sql")),
+        step(5, "leaving_standbys", include_str!("../../migrations/0005_leaving_standbys.sql")),
     ])
 }
 

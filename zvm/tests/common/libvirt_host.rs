@@ -14,12 +14,16 @@ use super::{Answer, wait_for};
 /// with the test's process. It is bash, as that takes leave of orphans that have ended, which libvirtd waits for.
 const HOST: &str = r#"
 set -eu
-name=$1 dir=$2 options=$3
+name=$1 dir=$2 options=$3 mounts=$4
 ip link set lo up
 hostname "$name"
 for place in etc:/etc/libvirt lib:/var/lib/libvirt run:/run/libvirt cache:/var/cache/libvirt log:/var/log/libvirt; do
     mkdir -p "${place#*:}"
     mount --bind "$dir/${place%%:*}" "${place#*:}"
+done
+for place in $mounts; do
+    mkdir -p "${place#*:}"
+    mount --bind "${place%%:*}" "${place#*:}"
 done
 start() {
     # shellcheck disable=SC2086
@@ -61,6 +65,8 @@ pub(crate) struct TestHost {
 pub(crate) struct HostOptions {
     /// Whether it shares the test's network, which then should be in a namespace of its own: libvirt sets up a firewall.
     pub(crate) in_tests_network: bool,
+    /// Folders that the host has at other places, too: what is where.
+    pub(crate) mounts: Vec<(PathBuf, PathBuf)>,
     /// More lines of `libvirtd.conf`. Those that listen have it listen.
     pub(crate) config: String,
 }
@@ -126,6 +132,8 @@ impl TestHost {
         }
         let listen = if options.config.contains("listen_") { "--listen" } else { "" };
         command.args(["bash", "-c", HOST, "host", name]).arg(&dir).arg(listen);
+        let mounts = options.mounts.iter().map(|(what, at)| format!("{}:{}", what.display(), at.display()));
+        command.arg(mounts.collect::<Vec<_>>().join(" "));
         let mut holder = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("unshare");
         let host = Self {
             name: name.into(),

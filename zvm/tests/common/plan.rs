@@ -150,6 +150,7 @@ impl Site {
             door: None,
             link: None,
             problem: None,
+            shared: None,
         }
     }
 }

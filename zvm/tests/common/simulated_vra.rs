@@ -45,6 +45,7 @@ impl SimulatedVra {
             door: None,
             link: None,
             problem: None,
+            shared: None,
         };
         let volumes = vms.iter().map(volume).collect();
         Arc::new(Self { id, name: name.to_owned(), volumes, vpgs: Mutex::default() })

@@ -16,23 +16,37 @@ pub(crate) struct Vra {
     pub(crate) dir: PathBuf,
     pub(crate) name: String,
     pub(crate) port: u16,
+    /// Where it believes its `run` folder to be, as on a host of its own.
+    run_at: Option<PathBuf>,
     serve: Option<Child>,
 }
 
 impl Vra {
     /// Starts a VRA and enrols it under `name`.
     pub(crate) fn start(site: &Site, name: &str) -> Self {
+        Self::start_with(site, name, None)
+    }
+
+    /// One that sees its `run` folder at another place: several can have the same one, as on hosts of their own. It takes root.
+    pub(crate) fn start_at(site: &Site, name: &str, run_at: &Path) -> Self {
+        Self::start_with(site, name, Some(run_at.to_owned()))
+    }
+
+    fn start_with(site: &Site, name: &str, run_at: Option<PathBuf>) -> Self {
         let dir = site.dir.join(name);
         std::fs::create_dir_all(dir.join("datastore")).expect("folder");
+        std::fs::create_dir_all(dir.join("run")).expect("folder");
+        let run_dir = run_at.clone().unwrap_or_else(|| dir.join("run"));
         let port = free_udp_port();
         let config = format!(
             "name = \"{name}\"\nlisten = \"127.0.0.1:{port}\"\nadvertise = \"127.0.0.1:{port}\"\n\
-             state_dir = \"{dir}/state\"\nrun_dir = \"{dir}/run\"\ndatastores = [\"{dir}/datastore\"]\n\
+             state_dir = \"{dir}/state\"\nrun_dir = \"{run_dir}\"\ndatastores = [\"{dir}/datastore\"]\n\
              [memory]\nlock = false\narena_mib = 64\nretained_per_vm_mib = 32\n",
-            dir = dir.display()
+            dir = dir.display(),
+            run_dir = run_dir.display(),
         );
         std::fs::write(dir.join("vra.toml"), config).expect("configuration");
-        let mut vra = Self { dir, name: name.into(), port, serve: None };
+        let mut vra = Self { dir, name: name.into(), port, run_at, serve: None };
         let token = vra.dir.join("token");
         std::fs::write(&token, site.token(name).reveal()).expect("token");
         let enrolled = vra.run(&[
@@ -50,7 +64,16 @@ impl Vra {
     /// Starts the process and waits until it answers.
     pub(crate) fn serve(&mut self) {
         let log = File::options().create(true).append(true).open(self.dir.join("log")).expect("log");
-        let mut command = self.command(&["serve"]);
+        let mut command = match &self.run_at {
+            None => self.command(&["serve"]),
+            Some(run_at) => {
+                let mount = "mkdir -p \"$2\"; mount --bind \"$1\" \"$2\"; shift 2; exec \"$@\"";
+                let mut command = Command::new("unshare");
+                command.args(["--mount", "bash", "-ec", mount, "vra"]).args([&self.dir.join("run"), run_at]);
+                command.arg(vra_program()).arg("--config").arg(self.dir.join("vra.toml")).arg("serve");
+                command
+            }
+        };
         let child =
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().expect("vra serve");
         self.serve = Some(child);
@@ -101,7 +124,8 @@ impl Vra {
 
     fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(vra_program());
-        command.arg("--config").arg(self.dir.join("vra.toml")).args(args);
+        command.arg("--config").arg(self.dir.join("vra.toml"));
+        command.arg("--socket").arg(self.dir.join("run/vra.sock")).args(args);
         command
     }
 }

@@ -94,6 +94,7 @@ impl World {
             journal: JournalId::random(),
             member_since: since,
             source,
+            takeover: None,
             target,
             datastore: "/srv".into(),
             journal_size: JournalBounds {

@@ -262,6 +262,7 @@ fn definition(folder: &Path, source: VraId, target: VraEndpoint) -> VpgDefinitio
         member_since: MemberSince::default(),
         volumes: vec![volume],
         source: VraEndpoint { id: source, address: "127.0.0.1:1".into() },
+        takeover: None,
         target,
         datastore: folder.to_owned(),
         journal_limit_bytes: 4 * RUN_BYTES,

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 use vra::api::door::NbdListen;
+use vra::api::volume::SharedRole;
 use vra::api::{CheckpointId, DoorRequest, PointInTime, TimeUs, ViewId, VmId, VolumeId};
 
 /// Holdfast's daemon on a host, and the command that talks to it.
@@ -131,6 +132,26 @@ pub(crate) struct AttachArgs {
     /// Take a disk whose first bytes look like an image format as raw
     #[arg(long)]
     pub force_raw: bool,
+    /// Several VRAs serve the disk, and this one is so to it (NBD door)
+    #[arg(long, value_enum, value_name = "ROLE")]
+    pub shared: Option<Role>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Role {
+    /// Its guest runs here
+    Owner,
+    /// Its guest may come here: attach it at the owner first, and give the same --volume and --number
+    Standby,
+}
+
+impl From<Role> for SharedRole {
+    fn from(role: Role) -> Self {
+        match role {
+            Role::Owner => Self::Owner,
+            Role::Standby => Self::Standby,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

@@ -130,6 +130,7 @@ impl Daemon<'_> {
             path,
             door: args.door.request(),
             force_raw: args.force_raw,
+            shared: args.shared.map(Into::into),
         };
         let Response::Volume(volume) = client.call(Request::Attach(attach)).await? else {
             bail!(ClientError::Unexpected)

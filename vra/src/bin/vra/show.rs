@@ -1,6 +1,7 @@
 //! Answers as tables.
 
 use vra::api::status::{CheckState, SourceVmStatus, TargetVmStatus};
+use vra::api::volume::SharedState;
 use vra::api::{CheckpointPage, DoctorReport, TimeUs, ViewInfo, VolumeInfo, VraStatus};
 
 use crate::table::{bytes, duration, print, word};
@@ -16,7 +17,10 @@ pub(crate) fn volumes(volumes: &[VolumeInfo]) {
                 bytes(volume.size_bytes),
                 volume.path.display().to_string(),
                 match (&volume.door, &volume.problem) {
-                    (Some(door), _) => door.to_string(),
+                    (Some(door), _) => match volume.shared {
+                        Some(state) => format!("{door} ({})", shared(state)),
+                        None => door.to_string(),
+                    },
                     (None, Some(problem)) => format!("NOT SERVED: {problem}"),
                     (None, None) => "-".to_owned(),
                 },
@@ -25,6 +29,15 @@ pub(crate) fn volumes(volumes: &[VolumeInfo]) {
         })
         .collect();
     print(&["VM", "NO", "VOLUME", "SIZE", "DISK", "DOOR", "PROTECTED"], &rows);
+}
+
+fn shared(state: SharedState) -> &'static str {
+    match state {
+        SharedState::Owner => "shared, owned here",
+        SharedState::Standby => "shared, standby",
+        SharedState::Waiting => "shared, writes wait",
+        SharedState::Other => "shared",
+    }
 }
 
 pub(crate) fn status(status: &VraStatus) {

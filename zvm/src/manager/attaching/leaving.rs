@@ -50,7 +50,7 @@ impl Manager {
             };
             if is_over {
                 let mut tx = self.store.begin().await?;
-                store::leaving_volumes::delete(&mut tx, leaving.volume).await?;
+                store::leaving_volumes::delete(&mut tx, leaving.volume, leaving.vra).await?;
                 tx.commit().await?;
             }
         }

@@ -5,10 +5,12 @@
 
 mod choice;
 mod leaving;
+mod standbys;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use vra::api::volume::SharedRole;
 use vra::api::{
     ApiError, Attach, Detach, DoorAddress, DoorRequest, ErrorCode, Request, Response, VmId, VolumeId,
     VolumeInfo,
@@ -44,23 +46,33 @@ impl Manager {
         disks: &[String],
         excluded: &[String],
         door: DoorChoice,
+        also_on: &[String],
     ) -> Result<VmProtected, ApiError> {
         let _alone = self.attaching.lock().await;
         let place = self.place_of(name).await?;
         let disks = choice::of(&place.vm, disks, excluded)?;
         let vra = &place.vra;
         let (client, domain) = place.domain().await?;
-        let request = self.door_request(vra, door)?;
         let before = self.volumes_of(&place).await?;
+        let standbys = self.standbys_of(&place, also_on).await?;
+        let (request, shared) = self.shared_door(
+            &place,
+            &standbys,
+            self.door_request(vra, door)?,
+            door == DoorChoice::Ublk,
+            &before,
+        )?;
         let members = self.member_volumes(&place.vm).await?;
         // First of all: what is served again must not be ended.
         self.keep_volumes(&place.vm).await?;
         let mut doors = BTreeMap::new();
         let mut served = Vec::with_capacity(disks.len());
+        let mut owned = Vec::with_capacity(disks.len());
         let mut failed = None;
         for disk in &disks {
-            match self.attach(&place, disk, request.clone(), &before, &members).await {
+            match self.attach(&place, disk, (request.clone(), shared), &before, &members).await {
                 Ok((volume, door)) => {
+                    owned.push((volume.clone(), door.clone()));
                     doors.insert(disk.name.clone(), door.clone());
                     served.push(ServedDisk {
                         disk: disk.name.clone(),
@@ -71,6 +83,11 @@ impl Manager {
                 }
                 Err(error) => failed = Some(error),
             }
+        }
+        let mut new_standbys = Vec::new();
+        if failed.is_none() {
+            let (new, attached) = self.attach_standbys(&place, &standbys, &owned).await;
+            (new_standbys, failed) = (new, attached.err());
         }
         let names: Vec<String> = doors.keys().cloned().collect();
         let paths = disks.iter().map(|disk| (disk.name.clone(), disk.path.clone())).collect();
@@ -95,23 +112,28 @@ impl Manager {
         if let Err(error) = defined {
             // Without a definite answer the definition may name the devices: then they must stay.
             let new = served.iter().filter(|disk| !before.iter().any(|known| known.volume == disk.volume));
-            for disk in new.filter(|_| error.is_definite()) {
-                self.detach(vra, Detach { volume: disk.volume, force: false }).await;
+            if error.is_definite() {
+                self.detach_standbys(&new_standbys).await;
+                for disk in new {
+                    self.detach(vra, Detach { volume: disk.volume, force: false }).await;
+                }
             }
             return Err(error.told(&place));
         }
         client.close().await;
         let is_running = domain.id >= 0;
         let description = format!(
-            "disks {} of VM {} are served by VRA {}{}",
+            "disks {} of VM {} are served by VRA {}{}{}",
             names.join(", "),
             place.vm.name,
             vra.name,
+            standbys.iter().map(|vra| format!(", also by VRA {}", vra.name)).collect::<String>(),
             if is_running { "; its guest uses them from its next start on" } else { "" }
         );
         self.note_vm(EventKind::AttachVm, &place.vm, description).await?;
         self.wake_source(&place.vm.origin.source);
-        Ok(VmProtected { vm: place.vm.name, disks: served, at_next_start: is_running })
+        let also_on = standbys.into_iter().map(|vra| vra.name).collect();
+        Ok(VmProtected { vm: place.vm.name, disks: served, at_next_start: is_running, also_on })
     }
 
     /// Gives a VM's definition back what it had, and has its disks no longer served once the guest uses them no more.
@@ -144,7 +166,8 @@ impl Manager {
             source: place.vm.origin.source.clone(),
             device: volume.device().map_or_else(String::new, |device| device.to_string()),
         });
-        let leaving: Vec<LeavingVolume> = leaving.collect();
+        let mut leaving: Vec<LeavingVolume> = leaving.collect();
+        leaving.extend(self.leaving_standbys(&place, |volume| !stays(&volume.path)).await?);
         let is_running = domain.id >= 0;
         let description = format!(
             "disks {} of VM {} are its own again{}",
@@ -249,7 +272,7 @@ impl Manager {
         &self,
         place: &Place,
         disk: &Disk,
-        door: DoorRequest,
+        (door, shared): (DoorRequest, Option<SharedRole>),
         before: &[VolumeInfo],
         members: &BTreeMap<PathBuf, (VolumeId, u16)>,
     ) -> Result<(VolumeInfo, DoorAddress), ApiError> {
@@ -269,6 +292,7 @@ impl Manager {
             path: disk.path.clone(),
             door,
             force_raw: false,
+            shared,
         };
         match self.ask_vra(&place.vra, Request::Attach(attach)).await? {
             Response::Volume(volume) => match volume.device() {
@@ -289,11 +313,13 @@ impl Manager {
 
     /// The volumes of a VM that its VRA serves, or should.
     async fn volumes_of(&self, place: &Place) -> Result<Vec<VolumeInfo>, ApiError> {
-        match self.ask_vra(&place.vra, Request::List).await? {
-            Response::Volumes(volumes) => {
-                Ok(volumes.into_iter().filter(|volume| volume.vm.0 == place.vm.uuid).collect())
-            }
-            _ => Err(wrong_answer(&place.vra)),
+        self.volumes_at(&place.vra, VmId(place.vm.uuid)).await
+    }
+
+    async fn volumes_at(&self, vra: &Vra, vm: VmId) -> Result<Vec<VolumeInfo>, ApiError> {
+        match self.ask_vra(vra, Request::List).await? {
+            Response::Volumes(volumes) => Ok(volumes.into_iter().filter(|volume| volume.vm == vm).collect()),
+            _ => Err(wrong_answer(vra)),
         }
     }
 

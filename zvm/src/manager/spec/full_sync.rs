@@ -82,6 +82,7 @@ mod tests {
             journal: vra::api::JournalId::random(),
             member_since: vra::api::MemberSince::default(),
             source: vra::api::VraId::random(),
+            takeover: None,
             target: vra::api::VraId::random(),
             datastore: "/d".into(),
             journal_size: JournalBounds {

@@ -34,7 +34,7 @@ pub fn join<'a>(vpg: &'a Vpg, vms: &[VmSpec], context: &Context<'a>) -> Result<J
     let places = vms.iter().map(|vm| place(&group, vm, context)).collect::<Result<Vec<_>, _>>()?;
     twice(&places)?;
     let sources = vpg.sources().into_iter().chain(places.iter().map(|place| place.source.id)).collect();
-    check_sources(&group, &sources)?;
+    check_sources(&vpg.name, (group.checkpoint_interval_ms, group.hold_deadline_ms), &sources)?;
     Ok(Joining { vpg, places })
 }
 

@@ -1,0 +1,332 @@
+//! Shared disks at work: follows [`Ownership`] for each, with the locks, the gate and the capture.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use ublk::backing::{Backing, BackingError};
+
+use super::volumes::LiveVolume;
+use super::{Daemon, Finding, lock};
+use crate::api::volume::SharedState;
+use crate::api::{ApiError, ErrorCode, Severity, VmId, VolumeId};
+use crate::capture::WriteGate;
+use crate::report::chain;
+use crate::sharing::{Facts, Mark, MarkError, Ownership, Standing, Step};
+
+/// Time between two looks: a guest that was migrated waits for so long, a few times over.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+/// Time between two looks of an owner for whoever asks: each is a lock and an unlock on the storage.
+const LOOK_FOR_ASKERS_EVERY: Duration = Duration::from_millis(100);
+
+/// Writes that wait for longer are an alert.
+const LONG_WAIT: Duration = Duration::from_secs(10);
+
+/// This VRA's part in a shared disk.
+pub(super) struct Share {
+    gate: Arc<WriteGate>,
+    backing: Arc<Backing>,
+    mark: Mark,
+    /// As `at_work` says, for those who must not wait for it.
+    owned: AtomicBool,
+    at_work: Mutex<AtWork>,
+}
+
+struct AtWork {
+    ownership: Ownership,
+    looked_at: Option<Instant>,
+    /// The failure that was told of.
+    told: Option<String>,
+}
+
+/// Why a step failed.
+#[derive(Debug, thiserror::Error)]
+enum ShareError {
+    #[error(transparent)]
+    Backing(#[from] BackingError),
+    #[error("cannot lock or unlock the mark beside the disk")]
+    Mark(#[source] std::io::Error),
+    #[error("cannot sync the disk before it is given up")]
+    Sync(#[source] std::io::Error),
+}
+
+/// What a step needs to know of the volume.
+struct Around {
+    volume: VolumeId,
+    vm: VmId,
+    has_clients: bool,
+    is_source: bool,
+}
+
+impl Share {
+    /// Makes a disk that is locked a shared one, owned here.
+    pub(super) fn begin(backing: &Arc<Backing>, volume: VolumeId) -> Result<Self, ApiError> {
+        let mark = Mark::make(backing.path(), volume).map_err(|error| unmarked(&error))?;
+        let share = Self::new(backing, mark, true);
+        share.gate.open();
+        Ok(share)
+    }
+
+    /// Has a part in a disk that another VRA owns now.
+    ///
+    /// # Errors
+    /// It can't be told for sure that it is the owner's disk, and that locks hold from there to here.
+    pub(super) fn join(backing: &Arc<Backing>, volume: VolumeId) -> Result<Self, ApiError> {
+        let mark = Mark::open(backing.path(), volume).map_err(|error| unmarked(&error))?;
+        if backing.try_lock()? {
+            backing.unlock()?;
+            return Err(ApiError::new(
+                ErrorCode::Conflict,
+                format!("{} has no owner whose lock is seen here", backing.path().display()),
+            )
+            .remedy(
+                "attach it at its owner first; on NFS, locks must go through the server: mount without `nolock` and `local_lock`",
+            ));
+        }
+        Ok(Self::new(backing, mark, false))
+    }
+
+    /// Goes on with a share after a start of the daemon: as a standby, whatever it was.
+    pub(super) fn resume(backing: &Arc<Backing>, volume: VolumeId) -> Result<Self, ApiError> {
+        let mark = Mark::open(backing.path(), volume).map_err(|error| unmarked(&error))?;
+        Ok(Self::new(backing, mark, false))
+    }
+
+    fn new(backing: &Arc<Backing>, mark: Mark, owner: bool) -> Self {
+        let at_work = AtWork { ownership: Ownership::new(owner), looked_at: None, told: None };
+        Self {
+            gate: Arc::default(),
+            backing: Arc::clone(backing),
+            mark,
+            owned: AtomicBool::new(owner),
+            at_work: Mutex::new(at_work),
+        }
+    }
+
+    /// The gate of its writes.
+    pub(super) fn gate(&self) -> &Arc<WriteGate> {
+        &self.gate
+    }
+
+    /// Whether this VRA may write.
+    pub(super) fn is_owned(&self) -> bool {
+        self.owned.load(Ordering::Acquire)
+    }
+
+    /// As it is told.
+    pub(super) fn state(&self) -> SharedState {
+        match (self.is_owned(), self.gate.waiting_since()) {
+            (true, _) => SharedState::Owner,
+            (false, Some(_)) => SharedState::Waiting,
+            (false, None) => SharedState::Standby,
+        }
+    }
+
+    /// Takes the disk if nobody has it: its guest is here.
+    ///
+    /// # Errors
+    /// The filesystem can't say.
+    pub(super) fn claim(&self) -> Result<(), ApiError> {
+        let mut at_work = lock(&self.at_work);
+        if at_work.ownership.standing() == Standing::Standby && self.backing.try_lock()? {
+            at_work.ownership = Ownership::new(true);
+            self.gate.open();
+            self.owned.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Ends this VRA's part before the door closes: writes that wait fail.
+    pub(super) fn end(&self) {
+        let was = lock(&self.at_work).ownership.end();
+        self.owned.store(false, Ordering::Release);
+        self.gate.close();
+        self.gate.turn_away();
+        if was == Standing::Asking {
+            // The lock goes with the file otherwise.
+            let _ = self.mark.stop_asking();
+        }
+    }
+
+    /// Takes the mark away, if nobody else owns the disk. After the door has closed.
+    pub(super) fn clear(&self) {
+        if matches!(self.backing.try_lock(), Ok(true))
+            && let Err(error) = self.mark.remove()
+        {
+            tracing::warn!(disk = %self.backing.path().display(), %error, "the mark of a disk that was shared stays");
+        }
+    }
+}
+
+impl Daemon {
+    /// Follows the ownership of shared disks. Ends only when cancelled.
+    pub(super) async fn drive_shares(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            let shares = self.shares();
+            if shares.is_empty() {
+                continue;
+            }
+            let changed = tokio::task::block_in_place(|| {
+                shares.iter().filter(|(around, share)| self.step_share(around, share)).count()
+            });
+            if changed > 0 {
+                self.owners_changed.notify_one();
+            }
+        }
+    }
+
+    /// Starts and stops source VMs as shared disks come and go. Ends only when cancelled.
+    pub(super) async fn follow_owners(self: Arc<Self>) {
+        loop {
+            self.owners_changed.notified().await;
+            let change = self.state.change().await;
+            if let Err(error) = self.follow_sources(change.get()) {
+                tracing::error!(%error, "can't protect all VMs");
+            }
+        }
+    }
+
+    /// Shared disks whose guests' writes have waited for long.
+    pub(super) fn share_findings(&self, found: &mut Vec<Finding>) {
+        let seen = self.seen();
+        for (around, share) in self.shares() {
+            let waited = share.gate.waiting_since().map(|since| since.elapsed());
+            let (Some(waited), Some(record)) =
+                (waited.filter(|waited| *waited >= LONG_WAIT), seen.volumes.get(&around.volume))
+            else {
+                continue;
+            };
+            let failed = lock(&share.at_work).told.clone();
+            found.push(Finding {
+                code: "volume-waits-for-owner",
+                severity: Severity::Critical,
+                vm: Some(record.vm),
+                vpg: None,
+                message: format!(
+                    "writes of VM {} to volume {} have waited for {} s: {}",
+                    record.vm_name,
+                    record.number,
+                    waited.as_secs(),
+                    failed.as_deref().unwrap_or("another host owns the disk")
+                ),
+                remedy: Some(
+                    "see at the VM's other hosts (`vra list`) which one owns it, and whether a guest of the VM still runs there: it must be stopped; the VRA there lets go by itself then"
+                        .to_owned(),
+                ),
+            });
+        }
+    }
+
+    fn shares(&self) -> Vec<(Around, Arc<Share>)> {
+        let seen = self.seen();
+        let volumes = lock(&self.volumes);
+        let shares = volumes.iter().filter_map(|(id, live)| {
+            let LiveVolume::Served { share: Some(share), door, .. } = live else { return None };
+            let vm = seen.volumes.get(id)?.vm;
+            let is_source = seen.vpg_of(vm).is_some_and(|vpg| {
+                vpg.vms.iter().any(|member| {
+                    member.id == vm
+                        && member.source.id == self.vra
+                        && member.volumes.iter().any(|volume| volume.id == *id)
+                })
+            });
+            let around = Around { volume: *id, vm, has_clients: self.doors.has_writers(door), is_source };
+            Some((around, Arc::clone(share)))
+        });
+        shares.collect()
+    }
+
+    /// Takes the next step with a shared disk. Whether a source VM may have to follow.
+    fn step_share(&self, around: &Around, share: &Share) -> bool {
+        let mut at_work = lock(&share.at_work);
+        let facts = Facts {
+            has_clients: around.has_clients,
+            writes_wait: share.gate.waiting_since().is_some(),
+            was_written: share.gate.was_used(),
+            is_source: around.is_source,
+        };
+        let step = at_work.ownership.next(&facts);
+        if step == Step::LookForAsker {
+            if at_work.looked_at.is_some_and(|looked| looked.elapsed() < LOOK_FOR_ASKERS_EVERY) {
+                return false;
+            }
+            at_work.looked_at = Some(Instant::now());
+        }
+        match self.take_step(step, around, share) {
+            Ok(so) => {
+                at_work.ownership.done(step, so);
+                let is_owner = at_work.ownership.standing() == Standing::Owner;
+                share.owned.store(is_owner, Ordering::Release);
+                if step != Step::Rest {
+                    at_work.told = None;
+                }
+                so && step == Step::TakeLock
+            }
+            Err(error) => {
+                let error = chain(&error);
+                if at_work.told.as_ref() != Some(&error) {
+                    tracing::error!(volume = %around.volume, disk = %share.backing.path().display(), error, "who owns a shared disk can't be settled");
+                    at_work.told = Some(error);
+                }
+                false
+            }
+        }
+    }
+
+    fn take_step(&self, step: Step, around: &Around, share: &Share) -> Result<bool, ShareError> {
+        let Around { volume, vm, .. } = around;
+        match step {
+            Step::Rest => Ok(false),
+            Step::TurnAway => {
+                tracing::info!(%volume, %vm, "writes that waited for a shared disk failed: their client has gone");
+                share.gate.turn_away();
+                Ok(true)
+            }
+            Step::Ask => share.mark.ask().map_err(ShareError::Mark),
+            Step::StopAsking => share.mark.stop_asking().map(|()| true).map_err(ShareError::Mark),
+            Step::TakeLock => {
+                if !share.backing.try_lock()? {
+                    return Ok(false);
+                }
+                tracing::info!(%volume, %vm, disk = %share.backing.path().display(), "owns a shared disk");
+                share.gate.open();
+                // It is the owner in any case; a mark that stays locked goes with the file.
+                share.mark.stop_asking().map(|()| true).map_err(ShareError::Mark)
+            }
+            Step::LookForAsker => {
+                let asked = share.mark.is_asked_for().map_err(ShareError::Mark)?;
+                if asked {
+                    share.gate.close();
+                }
+                Ok(asked)
+            }
+            Step::GiveUp => {
+                if !share.gate.close() {
+                    return Ok(false);
+                }
+                let source = lock(&self.sources).remove(vm);
+                if let Some(source) = source {
+                    source.leave();
+                    tracing::info!(%vm, name = source.definition().name, "no longer a source: another host asks for its disk");
+                }
+                share.backing.file().sync_data().map_err(ShareError::Sync)?;
+                share.backing.unlock()?;
+                tracing::info!(%volume, %vm, disk = %share.backing.path().display(), "gave a shared disk up");
+                Ok(true)
+            }
+        }
+    }
+}
+
+fn unmarked(error: &MarkError) -> ApiError {
+    let code = match error {
+        MarkError::Missing { .. } => ErrorCode::NotFound,
+        MarkError::Differs { .. } => ErrorCode::Conflict,
+        MarkError::Io { .. } => ErrorCode::Io,
+    };
+    ApiError::new(code, chain(error)).remedy(
+        "attach the disk at its owner first; its path must lead to the same file at all hosts, whose VRAs may write to its folder",
+    )
+}
