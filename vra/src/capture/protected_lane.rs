@@ -11,7 +11,7 @@ use ublk::serve::{
 use super::numbering::{ByteRange, Drained, NewWrite, Offer, Received, Ticket, Wakeups};
 use super::payload::{DENSE_MAX_BYTES, DenseWriter, Piece};
 use super::protected_disk::{Home, ProtectedDisk};
-use super::write_gate::WriteGate;
+use super::write_gate::LaneGate;
 
 /// A lane of a [`ProtectedDisk`].
 ///
@@ -183,7 +183,7 @@ impl ProtectedLane {
     fn complete(&mut self, index: usize, port: &mut dyn Port) {
         let op = self.pending[index].as_ref().map(|pending| pending.op);
         if let (Some(gate), Some(Op::Write | Op::Discard | Op::WriteZeroes { .. })) = (&self.gate, op) {
-            gate.gate.leave();
+            gate.leave();
         }
         self.answer(index, port);
     }
@@ -375,52 +375,6 @@ impl LaneHome {
 
     fn leave(self) {
         self.home.core.with(|core, _| core.remove_lane(self.lane));
-    }
-}
-
-/// This lane at the gate of its disk.
-struct LaneGate {
-    gate: Arc<WriteGate>,
-    /// The lane's number there.
-    lane: u64,
-    /// Writes that wait, and the gate's count of turning away when they came.
-    waiting: VecDeque<(usize, u64)>,
-}
-
-impl LaneGate {
-    fn join(gate: Arc<WriteGate>, waker: &Waker) -> Self {
-        let lane = gate.join(waker.clone());
-        Self { gate, lane, waiting: VecDeque::with_capacity(EXPECTED_DEPTH) }
-    }
-
-    /// Whether a write may go on; if not, it waits here.
-    fn enter(&mut self, index: usize) -> bool {
-        // Those that wait go first: an overlapping one must not land before them.
-        let entered = match self.waiting.is_empty() {
-            true => self.gate.enter(self.lane),
-            false => Err(self.gate.queue(self.lane)),
-        };
-        if let Err(count) = entered {
-            self.waiting.push_back((index, count));
-        }
-        entered.is_ok()
-    }
-
-    /// The next write that need not wait any longer, and whether it may go on.
-    fn next(&mut self) -> Option<(usize, bool)> {
-        let (index, count) = self.waiting.pop_front()?;
-        let turned_away = self.gate.turned_away() > count;
-        if !turned_away && self.gate.enter(self.lane).is_err() {
-            self.waiting.push_front((index, count));
-            return None;
-        }
-        Some((index, !turned_away))
-    }
-}
-
-impl Drop for LaneGate {
-    fn drop(&mut self) {
-        self.gate.part(self.lane);
     }
 }
 

@@ -3,8 +3,8 @@
 //! Lanes ask before a write enters the core, and tell when it is over. Closing the gate lets the writes that are inside end; those that come
 //! later wait, until it opens or they are turned away. The guest's path takes one lock, and only on disks that are shared.
 
-use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use ublk::serve::Waker;
@@ -37,7 +37,7 @@ struct LaneAtGate {
 
 impl WriteGate {
     /// A lane comes; it is woken when what it waits for may have come.
-    pub(super) fn join(&self, waker: Waker) -> u64 {
+    fn join(&self, waker: Waker) -> u64 {
         let mut state = self.lock();
         let lane = state.next_lane;
         state.next_lane += 1;
@@ -46,7 +46,7 @@ impl WriteGate {
     }
 
     /// A lane goes.
-    pub(super) fn part(&self, lane: u64) {
+    fn part(&self, lane: u64) {
         let mut state = self.lock();
         state.lanes.remove(&lane);
         state.note_whether_any_waits();
@@ -56,28 +56,31 @@ impl WriteGate {
     ///
     /// # Errors
     /// It has to wait, and the lane is woken. The number is how often was turned away before: once it is higher, the write is, too.
-    pub(super) fn enter(&self, lane: u64) -> Result<(), u64> {
+    fn enter(&self, lane: u64) -> Result<(), u64> {
         let mut state = self.lock();
         if state.is_open {
             state.inside += 1;
             state.was_used = true;
+            if state.waiting_since.is_some() {
+                state.goes_on(lane);
+            }
             return Ok(());
         }
         Err(state.wait(lane))
     }
 
     /// A write of a lane waits behind others.
-    pub(super) fn queue(&self, lane: u64) -> u64 {
+    fn queue(&self, lane: u64) -> u64 {
         self.lock().wait(lane)
     }
 
     /// A write that went in is over.
-    pub(super) fn leave(&self) {
+    fn leave(&self) {
         self.lock().inside -= 1;
     }
 
     /// How often those that waited were turned away.
-    pub(super) fn turned_away(&self) -> u64 {
+    fn turned_away(&self) -> u64 {
         self.lock().turned_away
     }
 
@@ -118,6 +121,60 @@ impl WriteGate {
     }
 }
 
+/// A lane at the gate of its disk, with its writes that wait.
+pub(super) struct LaneGate {
+    gate: Arc<WriteGate>,
+    /// The lane's number there.
+    lane: u64,
+    /// Writes that wait, and the gate's count of turning away when they came.
+    waiting: VecDeque<(usize, u64)>,
+}
+
+impl LaneGate {
+    pub(super) fn join(gate: Arc<WriteGate>, waker: &Waker) -> Self {
+        let lane = gate.join(waker.clone());
+        Self { gate, lane, waiting: VecDeque::with_capacity(EXPECTED_WAITING) }
+    }
+
+    /// Whether a write may go on; if not, it waits here.
+    pub(super) fn enter(&mut self, index: usize) -> bool {
+        // Those that wait go first: an overlapping one must not land before them.
+        let entered = match self.waiting.is_empty() {
+            true => self.gate.enter(self.lane),
+            false => Err(self.gate.queue(self.lane)),
+        };
+        if let Err(count) = entered {
+            self.waiting.push_back((index, count));
+        }
+        entered.is_ok()
+    }
+
+    /// A write that went in is over.
+    pub(super) fn leave(&self) {
+        self.gate.leave();
+    }
+
+    /// The next write that need not wait any longer, and whether it may go on.
+    pub(super) fn next(&mut self) -> Option<(usize, bool)> {
+        let (index, count) = self.waiting.pop_front()?;
+        let turned_away = self.gate.turned_away() > count;
+        if !turned_away && self.gate.enter(self.lane).is_err() {
+            self.waiting.push_front((index, count));
+            return None;
+        }
+        Some((index, !turned_away))
+    }
+}
+
+impl Drop for LaneGate {
+    fn drop(&mut self) {
+        self.gate.part(self.lane);
+    }
+}
+
+/// Writes of a lane that wait for which there is room without allocating.
+const EXPECTED_WAITING: usize = 256;
+
 impl State {
     fn wait(&mut self, lane: u64) -> u64 {
         if let Some(lane) = self.lanes.get_mut(&lane) {
@@ -139,6 +196,14 @@ impl State {
         self.waiting_since = None;
     }
 
+    /// What a lane queued after the gate had opened doesn't wait.
+    fn goes_on(&mut self, lane: u64) {
+        if let Some(lane) = self.lanes.get_mut(&lane) {
+            lane.waits = false;
+        }
+        self.note_whether_any_waits();
+    }
+
     fn note_whether_any_waits(&mut self) {
         if !self.lanes.values().any(|lane| lane.waits) {
             self.waiting_since = None;
@@ -153,5 +218,78 @@ impl std::fmt::Debug for WriteGate {
             .field("is_open", &state.is_open)
             .field("inside", &state.inside)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use ublk::serve::Wake;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Count(AtomicU32);
+
+    impl Wake for Count {
+        fn wake(&self) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn lane(gate: &Arc<WriteGate>) -> (LaneGate, Arc<Count>) {
+        let count = Arc::new(Count::default());
+        let waker: Waker = count.clone();
+        (LaneGate::join(Arc::clone(gate), &waker), count)
+    }
+
+    #[test]
+    fn what_waits_goes_on_in_its_order_and_before_what_comes_later() {
+        let gate = Arc::new(WriteGate::default());
+        let ((mut lane, woken), (mut other, _)) = (lane(&gate), lane(&gate));
+        assert!(!lane.enter(1) && !lane.enter(2) && gate.waiting_since().is_some());
+        assert_eq!(lane.next(), None);
+        gate.open();
+        assert_eq!((woken.0.load(Ordering::Relaxed), gate.was_used()), (1, false));
+        assert!(!lane.enter(3), "it must not pass those that wait");
+        assert!(other.enter(9), "another lane's");
+        assert_eq!(
+            [lane.next(), lane.next(), lane.next()],
+            [Some((1, true)), Some((2, true)), Some((3, true))]
+        );
+        assert!(lane.next().is_none() && gate.waiting_since().is_none() && gate.was_used());
+        // Four are inside.
+        for _ in 0..3 {
+            assert!(!gate.close());
+            lane.leave();
+        }
+        assert!(!gate.close() && !other.enter(10));
+        other.leave();
+        assert!(gate.close());
+    }
+
+    #[test]
+    fn who_is_turned_away_does_not_come_back_and_who_comes_later_is_not_meant() {
+        let gate = Arc::new(WriteGate::default());
+        let (mut lane, woken) = lane(&gate);
+        assert!(!lane.enter(1));
+        gate.turn_away();
+        assert!(woken.0.load(Ordering::Relaxed) == 1 && gate.waiting_since().is_none());
+        assert!(!lane.enter(2) && gate.waiting_since().is_some());
+        gate.open();
+        assert_eq!([lane.next(), lane.next()], [Some((1, false)), Some((2, true))]);
+        assert!(!gate.close(), "one is inside");
+        lane.leave();
+        assert!(gate.close());
+    }
+
+    #[test]
+    fn a_lane_that_goes_waits_no_more() {
+        let gate = Arc::new(WriteGate::default());
+        let (mut lane, _) = lane(&gate);
+        assert!(!lane.enter(1));
+        drop(lane);
+        assert!(gate.waiting_since().is_none());
     }
 }
