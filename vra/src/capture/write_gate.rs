@@ -18,11 +18,13 @@ pub struct WriteGate {
 #[derive(Default)]
 struct State {
     is_open: bool,
+    /// Nothing goes in any more, and nothing waits.
+    is_ended: bool,
     /// Writes that went in and aren't over.
     inside: u64,
     /// Something went in since it was opened.
     was_used: bool,
-    /// Since when writes wait.
+    /// Since when writes wait for the gate to open.
     waiting_since: Option<Instant>,
     /// How often those that waited were turned away.
     turned_away: u64,
@@ -32,7 +34,11 @@ struct State {
 
 struct LaneAtGate {
     waker: Waker,
+    /// It has writes that wait.
     waits: bool,
+    /// It had some when the gate opened, and still has: an overlapping write of another lane, which may be the same client's on another socket,
+    /// must not land before them.
+    goes_first: bool,
 }
 
 impl WriteGate {
@@ -41,7 +47,7 @@ impl WriteGate {
         let mut state = self.lock();
         let lane = state.next_lane;
         state.next_lane += 1;
-        state.lanes.insert(lane, LaneAtGate { waker, waits: false });
+        state.lanes.insert(lane, LaneAtGate { waker, waits: false, goes_first: false });
         lane
     }
 
@@ -49,7 +55,7 @@ impl WriteGate {
     fn part(&self, lane: u64) {
         let mut state = self.lock();
         state.lanes.remove(&lane);
-        state.note_whether_any_waits();
+        state.lane_waits_no_more();
     }
 
     /// A write of a lane wants in.
@@ -58,12 +64,9 @@ impl WriteGate {
     /// It has to wait, and the lane is woken. The number is how often was turned away before: once it is higher, the write is, too.
     fn enter(&self, lane: u64) -> Result<(), u64> {
         let mut state = self.lock();
-        if state.is_open {
+        if state.lets_in(lane) {
             state.inside += 1;
             state.was_used = true;
-            if state.waiting_since.is_some() {
-                state.goes_on(lane);
-            }
             return Ok(());
         }
         Err(state.wait(lane))
@@ -72,6 +75,15 @@ impl WriteGate {
     /// A write of a lane waits behind others.
     fn queue(&self, lane: u64) -> u64 {
         self.lock().wait(lane)
+    }
+
+    /// None of a lane's writes waits any more.
+    fn drained(&self, lane: u64) {
+        let mut state = self.lock();
+        if let Some(lane) = state.lanes.get_mut(&lane) {
+            (lane.waits, lane.goes_first) = (false, false);
+        }
+        state.lane_waits_no_more();
     }
 
     /// A write that went in is over.
@@ -84,26 +96,42 @@ impl WriteGate {
         self.lock().turned_away
     }
 
-    /// From now on writes go in.
+    /// From now on writes go in, those that wait first.
     pub fn open(&self) {
         let mut state = self.lock();
-        state.is_open = true;
-        state.was_used = false;
-        state.wake_all();
+        if state.is_ended {
+            return;
+        }
+        (state.is_open, state.was_used, state.waiting_since) = (true, false, None);
+        state.lanes.values_mut().for_each(|lane| lane.goes_first = lane.waits);
+        state.wake_waiting();
     }
 
     /// From now on writes wait. Whether none is inside any more.
     pub fn close(&self) -> bool {
         let mut state = self.lock();
         state.is_open = false;
+        state.lanes.values_mut().for_each(|lane| lane.goes_first = false);
+        if state.lanes.values().any(|lane| lane.waits) {
+            state.waiting_since.get_or_insert_with(Instant::now);
+        }
         state.inside == 0
     }
 
     /// Fails the writes that wait.
     pub fn turn_away(&self) {
         let mut state = self.lock();
-        state.turned_away += 1;
-        state.wake_all();
+        state.turned_away = state.turned_away.saturating_add(1);
+        state.waiting_since = None;
+        state.wake_waiting();
+    }
+
+    /// Fails the writes that wait, and all that come later.
+    pub fn end(&self) {
+        let mut state = self.lock();
+        (state.is_open, state.is_ended, state.turned_away) = (false, true, u64::MAX);
+        state.waiting_since = None;
+        state.wake_waiting();
     }
 
     /// Since when writes wait, if any do.
@@ -162,6 +190,9 @@ impl LaneGate {
             self.waiting.push_front((index, count));
             return None;
         }
+        if self.waiting.is_empty() {
+            self.gate.drained(self.lane);
+        }
         Some((index, !turned_away))
     }
 }
@@ -176,37 +207,39 @@ impl Drop for LaneGate {
 const EXPECTED_WAITING: usize = 256;
 
 impl State {
+    fn lets_in(&self, lane: u64) -> bool {
+        self.is_open && self.lanes.iter().all(|(other, at_gate)| *other == lane || !at_gate.goes_first)
+    }
+
     fn wait(&mut self, lane: u64) -> u64 {
+        let goes_on = self.is_ended || self.lets_in(lane);
         if let Some(lane) = self.lanes.get_mut(&lane) {
             lane.waits = true;
-            // What waits behind others may have come after the wake-up for them.
-            if self.is_open {
+            // What it waits behind may go on already, and the wake-up for that be over.
+            if goes_on {
                 lane.waker.wake();
             }
         }
-        self.waiting_since.get_or_insert_with(Instant::now);
+        if self.is_ended {
+            return 0;
+        }
+        if !self.is_open {
+            self.waiting_since.get_or_insert_with(Instant::now);
+        }
         self.turned_away
     }
 
-    fn wake_all(&mut self) {
-        for lane in self.lanes.values_mut().filter(|lane| lane.waits) {
-            lane.waits = false;
-            lane.waker.wake();
-        }
-        self.waiting_since = None;
+    fn wake_waiting(&self) {
+        self.lanes.values().filter(|lane| lane.waits).for_each(|lane| lane.waker.wake());
     }
 
-    /// What a lane queued after the gate had opened doesn't wait.
-    fn goes_on(&mut self, lane: u64) {
-        if let Some(lane) = self.lanes.get_mut(&lane) {
-            lane.waits = false;
-        }
-        self.note_whether_any_waits();
-    }
-
-    fn note_whether_any_waits(&mut self) {
+    /// Others may have waited for it.
+    fn lane_waits_no_more(&mut self) {
         if !self.lanes.values().any(|lane| lane.waits) {
             self.waiting_since = None;
+        }
+        if self.is_open && !self.lanes.values().any(|lane| lane.goes_first) {
+            self.wake_waiting();
         }
     }
 }
@@ -247,18 +280,20 @@ mod tests {
     #[test]
     fn what_waits_goes_on_in_its_order_and_before_what_comes_later() {
         let gate = Arc::new(WriteGate::default());
-        let ((mut lane, woken), (mut other, _)) = (lane(&gate), lane(&gate));
+        let ((mut lane, woken), (mut other, other_woken)) = (lane(&gate), lane(&gate));
         assert!(!lane.enter(1) && !lane.enter(2) && gate.waiting_since().is_some());
         assert_eq!(lane.next(), None);
         gate.open();
         assert_eq!((woken.0.load(Ordering::Relaxed), gate.was_used()), (1, false));
         assert!(!lane.enter(3), "it must not pass those that wait");
-        assert!(other.enter(9), "another lane's");
+        assert!(!other.enter(9), "nor must another lane's, which may be of the same client");
+        assert_eq!((other.next(), other_woken.0.load(Ordering::Relaxed)), (None, 0));
         assert_eq!(
             [lane.next(), lane.next(), lane.next()],
             [Some((1, true)), Some((2, true)), Some((3, true))]
         );
         assert!(lane.next().is_none() && gate.waiting_since().is_none() && gate.was_used());
+        assert_eq!((other_woken.0.load(Ordering::Relaxed), other.next()), (1, Some((9, true))));
         // Four are inside.
         for _ in 0..3 {
             assert!(!gate.close());
@@ -282,6 +317,20 @@ mod tests {
         assert!(!gate.close(), "one is inside");
         lane.leave();
         assert!(gate.close());
+    }
+
+    #[test]
+    fn once_it_has_ended_nothing_waits_and_nothing_goes_in() {
+        let gate = Arc::new(WriteGate::default());
+        let (mut lane, woken) = lane(&gate);
+        assert!(!lane.enter(1));
+        gate.end();
+        assert!(!lane.enter(2), "one that was handed over meanwhile");
+        gate.open();
+        assert_eq!([lane.next(), lane.next(), lane.next()], [Some((1, false)), Some((2, false)), None]);
+        assert!(!lane.enter(3) && woken.0.load(Ordering::Relaxed) == 3 && gate.waiting_since().is_none());
+        assert_eq!(lane.next(), Some((3, false)));
+        assert!(gate.close(), "none is inside");
     }
 
     #[test]

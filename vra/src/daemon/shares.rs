@@ -20,6 +20,12 @@ const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Time between two looks of an owner for whoever asks: each is a lock and an unlock on the storage.
 const LOOK_FOR_ASKERS_EVERY: Duration = Duration::from_millis(100);
 
+/// Time between two looks of an owner whether it has the lock still: storage that hosts share can take it away.
+const LOOK_FOR_LOCK_EVERY: Duration = Duration::from_secs(1);
+
+/// What failed to follow is tried again after this.
+const RETRY_AFTER: Duration = Duration::from_secs(2);
+
 /// Writes that wait for longer are an alert.
 const LONG_WAIT: Duration = Duration::from_secs(10);
 
@@ -36,6 +42,8 @@ pub(super) struct Share {
 struct AtWork {
     ownership: Ownership,
     looked_at: Option<Instant>,
+    /// When the lock was found to be there.
+    locked_at: Option<Instant>,
     /// The failure that was told of.
     told: Option<String>,
 }
@@ -49,14 +57,16 @@ enum ShareError {
     Mark(#[source] std::io::Error),
     #[error("cannot sync the disk before it is given up")]
     Sync(#[source] std::io::Error),
+    #[error("the storage has given the disk's lock to another host: its guest's writes wait here")]
+    LockLost,
 }
 
 /// What a step needs to know of the volume.
 struct Around {
     volume: VolumeId,
     vm: VmId,
-    has_clients: bool,
-    is_source: bool,
+    /// The revision of the definition that says that the VM's source is here, if one does.
+    source_by: Option<u64>,
 }
 
 impl Share {
@@ -87,14 +97,24 @@ impl Share {
         Ok(Self::new(backing, mark, false))
     }
 
-    /// Goes on with a share after a start of the daemon: as a standby, whatever it was.
+    /// Goes on with a share after a start of the daemon: as a standby, whatever it was. An owner that let go of the disk for good has taken the
+    /// mark away; whoever has the lock then makes it again.
     pub(super) fn resume(backing: &Arc<Backing>, volume: VolumeId) -> Result<Self, ApiError> {
-        let mark = Mark::open(backing.path(), volume).map_err(|error| unmarked(&error))?;
+        let mark = match Mark::open(backing.path(), volume) {
+            Err(MarkError::Missing { .. }) if backing.try_lock()? => {
+                let made = Mark::make(backing.path(), volume);
+                backing.unlock()?;
+                made
+            }
+            opened => opened,
+        };
+        let mark = mark.map_err(|error| unmarked(&error))?;
         Ok(Self::new(backing, mark, false))
     }
 
     fn new(backing: &Arc<Backing>, mark: Mark, owner: bool) -> Self {
-        let at_work = AtWork { ownership: Ownership::new(owner), looked_at: None, told: None };
+        let at_work =
+            AtWork { ownership: Ownership::new(owner), looked_at: None, locked_at: None, told: None };
         Self {
             gate: Arc::default(),
             backing: Arc::clone(backing),
@@ -127,22 +147,30 @@ impl Share {
     ///
     /// # Errors
     /// The filesystem can't say.
-    pub(super) fn claim(&self) -> Result<(), ApiError> {
+    pub(super) fn claim(&self, has_clients: impl FnOnce() -> bool) -> Result<(), ApiError> {
         let mut at_work = lock(&self.at_work);
         if at_work.ownership.standing() == Standing::Standby && self.backing.try_lock()? {
             at_work.ownership = Ownership::new(true);
-            self.gate.open();
+            self.open_gate(has_clients);
             self.owned.store(true, Ordering::Release);
         }
         Ok(())
+    }
+
+    /// With the lock: lets in what waits, if its client is there. Taking the lock may have lasted, and what a client wanted that has gone would be
+    /// an old write over new ones.
+    fn open_gate(&self, has_clients: impl FnOnce() -> bool) {
+        if self.gate.waiting_since().is_some() && !has_clients() {
+            self.gate.turn_away();
+        }
+        self.gate.open();
     }
 
     /// Ends this VRA's part before the door closes: writes that wait fail.
     pub(super) fn end(&self) {
         let was = lock(&self.at_work).ownership.end();
         self.owned.store(false, Ordering::Release);
-        self.gate.close();
-        self.gate.turn_away();
+        self.gate.end();
         if was == Standing::Asking {
             // The lock goes with the file otherwise.
             let _ = self.mark.stop_asking();
@@ -182,8 +210,12 @@ impl Daemon {
         loop {
             self.owners_changed.notified().await;
             let change = self.state.change().await;
-            if let Err(error) = self.follow_sources(change.get()) {
-                tracing::error!(%error, "can't protect all VMs");
+            let followed = self.follow_sources(change.get());
+            drop(change);
+            if let Err(error) = followed {
+                tracing::error!(%error, "can't protect all VMs: trying again");
+                tokio::time::sleep(RETRY_AFTER).await;
+                self.owners_changed.notify_one();
             }
         }
     }
@@ -223,29 +255,45 @@ impl Daemon {
         let seen = self.seen();
         let volumes = lock(&self.volumes);
         let shares = volumes.iter().filter_map(|(id, live)| {
-            let LiveVolume::Served { share: Some(share), door, .. } = live else { return None };
+            let LiveVolume::Served { share: Some(share), .. } = live else { return None };
             let vm = seen.volumes.get(id)?.vm;
-            let is_source = seen.vpg_of(vm).is_some_and(|vpg| {
+            let source_by = seen.vpg_of(vm).filter(|vpg| {
                 vpg.vms.iter().any(|member| {
                     member.id == vm
                         && member.source.id == self.vra
                         && member.volumes.iter().any(|volume| volume.id == *id)
                 })
             });
-            let around = Around { volume: *id, vm, has_clients: self.doors.has_writers(door), is_source };
+            let around = Around { volume: *id, vm, source_by: source_by.map(|vpg| vpg.revision) };
             Some((around, Arc::clone(share)))
         });
         shares.collect()
     }
 
+    /// Whether clients that may write have a volume open now.
+    pub(super) fn has_writers(&self, volume: VolumeId) -> bool {
+        match lock(&self.volumes).get(&volume) {
+            Some(LiveVolume::Served { door, .. }) => self.doors.has_writers(door),
+            _ => false,
+        }
+    }
+
     /// Takes the next step with a shared disk. Whether a source VM may have to follow.
     fn step_share(&self, around: &Around, share: &Share) -> bool {
         let mut at_work = lock(&share.at_work);
+        if at_work.ownership.standing() == Standing::Owner
+            && let Err(error) = self.check_lock(&mut at_work, around, share)
+        {
+            at_work.tell(around, share, &error);
+            return false;
+        }
+        // Before the clients: one that comes in between has not written by then.
+        let writes_wait = share.gate.waiting_since().is_some();
         let facts = Facts {
-            has_clients: around.has_clients,
-            writes_wait: share.gate.waiting_since().is_some(),
+            has_clients: self.has_writers(around.volume),
+            writes_wait,
             was_written: share.gate.was_used(),
-            is_source: around.is_source,
+            source_by: around.source_by,
         };
         let step = at_work.ownership.next(&facts);
         if step == Step::LookForAsker {
@@ -256,7 +304,7 @@ impl Daemon {
         }
         match self.take_step(step, around, share) {
             Ok(so) => {
-                at_work.ownership.done(step, so);
+                at_work.ownership.done(step, so, &facts);
                 let is_owner = at_work.ownership.standing() == Standing::Owner;
                 share.owned.store(is_owner, Ordering::Release);
                 if step != Step::Rest {
@@ -265,13 +313,34 @@ impl Daemon {
                 so && step == Step::TakeLock
             }
             Err(error) => {
-                let error = chain(&error);
-                if at_work.told.as_ref() != Some(&error) {
-                    tracing::error!(volume = %around.volume, disk = %share.backing.path().display(), error, "who owns a shared disk can't be settled");
-                    at_work.told = Some(error);
-                }
+                at_work.tell(around, share, &error);
                 false
             }
+        }
+    }
+
+    /// Sees now and then to it that an owner has the lock still. Without it the disk is another host's: the capture ends, and no checkpoint is
+    /// taken of it here.
+    fn check_lock(&self, at_work: &mut AtWork, around: &Around, share: &Share) -> Result<(), ShareError> {
+        if at_work.locked_at.is_some_and(|looked| looked.elapsed() < LOOK_FOR_LOCK_EVERY) {
+            return Ok(());
+        }
+        at_work.locked_at = Some(Instant::now());
+        if share.backing.try_lock()? {
+            return Ok(());
+        }
+        share.gate.close();
+        share.owned.store(false, Ordering::Release);
+        at_work.ownership = Ownership::new(false);
+        self.end_source(around.vm);
+        Err(ShareError::LockLost)
+    }
+
+    fn end_source(&self, vm: VmId) {
+        let source = lock(&self.sources).remove(&vm);
+        if let Some(source) = source {
+            source.leave();
+            tracing::info!(%vm, name = source.definition().name, "no longer a source: its disk is another host's");
         }
     }
 
@@ -284,16 +353,22 @@ impl Daemon {
                 share.gate.turn_away();
                 Ok(true)
             }
-            Step::Ask => share.mark.ask().map_err(ShareError::Mark),
+            // If somebody else asks, the owner gives up to whoever takes the lock.
+            Step::Ask => share.mark.ask().map(|_| true).map_err(ShareError::Mark),
             Step::StopAsking => share.mark.stop_asking().map(|()| true).map_err(ShareError::Mark),
             Step::TakeLock => {
                 if !share.backing.try_lock()? {
+                    // Who had locked the mark may have the disk now, and must see that it is asked for.
+                    share.mark.ask().map_err(ShareError::Mark)?;
                     return Ok(false);
                 }
                 tracing::info!(%volume, %vm, disk = %share.backing.path().display(), "owns a shared disk");
-                share.gate.open();
-                // It is the owner in any case; a mark that stays locked goes with the file.
-                share.mark.stop_asking().map(|()| true).map_err(ShareError::Mark)
+                share.open_gate(|| self.has_writers(*volume));
+                if let Err(error) = share.mark.stop_asking() {
+                    // It is the owner all the same, and finds its own lock there when it looks for others.
+                    tracing::warn!(%volume, %error, "the mark of a shared disk stays locked");
+                }
+                Ok(true)
             }
             Step::LookForAsker => {
                 let asked = share.mark.is_asked_for().map_err(ShareError::Mark)?;
@@ -306,16 +381,23 @@ impl Daemon {
                 if !share.gate.close() {
                     return Ok(false);
                 }
-                let source = lock(&self.sources).remove(vm);
-                if let Some(source) = source {
-                    source.leave();
-                    tracing::info!(%vm, name = source.definition().name, "no longer a source: another host asks for its disk");
-                }
+                self.end_source(*vm);
                 share.backing.file().sync_data().map_err(ShareError::Sync)?;
                 share.backing.unlock()?;
                 tracing::info!(%volume, %vm, disk = %share.backing.path().display(), "gave a shared disk up");
                 Ok(true)
             }
+        }
+    }
+}
+
+impl AtWork {
+    /// Tells a failure, once as long as it is the same.
+    fn tell(&mut self, around: &Around, share: &Share, error: &ShareError) {
+        let error = chain(error);
+        if self.told.as_ref() != Some(&error) {
+            tracing::error!(volume = %around.volume, disk = %share.backing.path().display(), error, "who owns a shared disk can't be settled");
+            self.told = Some(error);
         }
     }
 }

@@ -54,7 +54,7 @@ impl Daemon {
             };
             if let Some(share) = served {
                 if let Some(share) = share.filter(|_| attach.shared == Some(SharedRole::Owner)) {
-                    tokio::task::block_in_place(|| share.claim())?;
+                    tokio::task::block_in_place(|| share.claim(|| self.has_writers(id)))?;
                     self.follow_sources(change.get())?;
                 }
                 return self.volume_info(id, &record).ok_or_else(|| gone(id));
@@ -109,7 +109,7 @@ impl Daemon {
             match opened {
                 Ok((disk, door)) => Ok(LiveVolume::Served { _backing: backing, disk, door, share }),
                 Err(error) => {
-                    if let Some(share) = share {
+                    if let Some(share) = share.filter(|share| share.is_owned()) {
                         share.clear();
                     }
                     Err(error)

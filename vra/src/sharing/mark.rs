@@ -3,7 +3,9 @@
 
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::api::VolumeId;
 
@@ -13,7 +15,7 @@ const MAX_BYTES: u64 = 256;
 /// A disk's mark, open.
 #[derive(Debug)]
 pub struct Mark {
-    file: File,
+    file: Mutex<File>,
     path: PathBuf,
 }
 
@@ -65,7 +67,7 @@ impl Mark {
             Ok(file)
         })();
         match made {
-            Ok(file) => Ok(Self { file, path }),
+            Ok(file) => Ok(Self { file: Mutex::new(file), path }),
             Err(source) => Err(MarkError::Io { action: "write", path, source }),
         }
     }
@@ -93,15 +95,22 @@ impl Mark {
         if found != volume.to_string() {
             return Err(MarkError::Differs { path, found, expected: volume });
         }
-        Ok(Self { file, path })
+        Ok(Self { file: Mutex::new(file), path })
     }
 
-    /// Asks for the disk, unless somebody else does. Whether it is asked for now.
+    /// Asks for the disk, unless somebody else does. Whether it is asked for now. A mark that was taken away and made again is asked by its new
+    /// file, which the owner looks at.
     ///
     /// # Errors
     /// The filesystem can't say.
     pub fn ask(&self) -> io::Result<bool> {
-        match self.file.try_lock() {
+        let mut file = self.lock();
+        if let Ok(there) = fs::metadata(&self.path)
+            && (there.dev(), there.ino()) != file.metadata().map(|open| (open.dev(), open.ino()))?
+        {
+            *file = File::options().read(true).write(true).open(&self.path)?;
+        }
+        match file.try_lock() {
             Ok(()) => Ok(true),
             Err(TryLockError::WouldBlock) => Ok(false),
             Err(TryLockError::Error(error)) => Err(error),
@@ -113,7 +122,7 @@ impl Mark {
     /// # Errors
     /// The filesystem can't say.
     pub fn stop_asking(&self) -> io::Result<()> {
-        self.file.unlock()
+        self.lock().unlock()
     }
 
     /// Whether somebody else asks for the disk. Not to be called by who asks.
@@ -126,6 +135,10 @@ impl Mark {
             self.stop_asking()?;
         }
         Ok(!is_free)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, File> {
+        self.file.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes the mark away: the disk is shared no more.
@@ -167,8 +180,13 @@ mod tests {
         assert!(owner.is_asked_for().expect("lock"));
         let error = Mark::open(&disk, volume).expect_err("another volume").to_string();
         assert!(error.contains(&again.to_string()) && error.contains(&volume.to_string()), "{error}");
+        // Taken away and made once more, it is another file: who asks comes to that one.
+        assert!(other.stop_asking().is_ok());
         owner.remove().expect("removed");
         assert!(matches!(Mark::open(&disk, again), Err(MarkError::Missing { .. })));
+        assert!(other.ask().expect("nobody sees it") && other.stop_asking().is_ok());
+        let owner = Mark::make(&disk, again).expect("made");
+        assert!(other.ask().expect("lock") && owner.is_asked_for().expect("lock"));
         fs::remove_dir_all(&folder).expect("removed");
     }
 }

@@ -5,7 +5,7 @@
 pub enum Standing {
     /// It only reads.
     Standby,
-    /// It has locked the mark, and waits for the disk's lock.
+    /// It has locked the mark, or found it locked, and waits for the disk's lock.
     Asking,
     /// It has the lock: writes go through.
     Owner,
@@ -24,8 +24,8 @@ pub struct Facts {
     pub writes_wait: bool,
     /// Writes went through the gate since it was opened last.
     pub was_written: bool,
-    /// The VM's definition says that its source is here.
-    pub is_source: bool,
+    /// The revision of the VM's definition that says that its source is here, if it does.
+    pub source_by: Option<u64>,
 }
 
 /// What to do next.
@@ -39,7 +39,7 @@ pub enum Step {
     Ask,
     /// Unlock the mark.
     StopAsking,
-    /// Try for the disk's lock; with it, unlock the mark and open the gate.
+    /// Try for the disk's lock; with it, unlock the mark and open the gate; without it, lock the mark if it is free now.
     TakeLock,
     /// See whether somebody else has locked the mark; if so, close the gate.
     LookForAsker,
@@ -51,12 +51,15 @@ pub enum Step {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ownership {
     standing: Standing,
+    /// The revision by which the source was here when the disk was given up last. Two VRAs that have different definitions may both be told that
+    /// they are the source: they must not take the disk from each other by turns.
+    given_up_by: Option<u64>,
 }
 
 impl Ownership {
     /// Of a VRA that has the lock and whose gate is open, or of one that hasn't.
     pub fn new(owner: bool) -> Self {
-        Self { standing: if owner { Standing::Owner } else { Standing::Standby } }
+        Self { standing: if owner { Standing::Owner } else { Standing::Standby }, given_up_by: None }
     }
 
     /// What it is.
@@ -70,7 +73,8 @@ impl Ownership {
     /// elsewhere. A client that has only read may be a guest on its way to this host, and doesn't count.
     pub fn next(&self, facts: &Facts) -> Step {
         let abandoned = facts.writes_wait && !facts.has_clients;
-        let wants = facts.writes_wait || facts.is_source;
+        let is_source = facts.source_by.is_some() && facts.source_by != self.given_up_by;
+        let wants = facts.writes_wait || is_source;
         match self.standing {
             Standing::Standby | Standing::Asking if abandoned => Step::TurnAway,
             Standing::Standby if wants => Step::Ask,
@@ -82,8 +86,12 @@ impl Ownership {
         }
     }
 
-    /// A step was taken; `so` says whether it came to what it is for: the mark or the disk was locked, somebody asks, the lock was given up.
-    pub fn done(&mut self, step: Step, so: bool) {
+    /// A step was taken with these facts; `so` says whether it came to what it is for: the disk is asked for, it was locked, somebody asks, the lock
+    /// was given up.
+    pub fn done(&mut self, step: Step, so: bool, facts: &Facts) {
+        if (step, so) == (Step::GiveUp, true) {
+            self.given_up_by = facts.source_by;
+        }
         self.standing = match (step, so) {
             (Step::Ask, true) => Standing::Asking,
             (Step::StopAsking, true) => Standing::Standby,
@@ -131,14 +139,15 @@ mod tests {
         Land(usize),
         /// The VRA is killed and starts again; its client reconnects.
         Kill(usize),
-        /// The definition moves the source here.
+        /// A definition moves the source here; the former one may not know.
         Source(usize),
+        NoSource(usize),
     }
 
     const HOSTS: usize = 3;
 
-    fn new_host(is_source: bool, has_clients: bool) -> Host {
-        let facts = Facts { has_clients, writes_wait: false, was_written: false, is_source };
+    fn new_host(source_by: Option<u64>, has_clients: bool) -> Host {
+        let facts = Facts { has_clients, writes_wait: false, was_written: false, source_by };
         Host { own: Ownership::new(false), facts, gate_open: false, inside: 0 }
     }
 
@@ -158,18 +167,23 @@ mod tests {
                 host.facts.writes_wait = false;
                 true
             }
-            Step::Ask => take(|storage| &mut storage.mark),
+            Step::Ask => {
+                take(|storage| &mut storage.mark);
+                true
+            }
             Step::StopAsking => {
-                storage.mark = None;
+                storage.mark = storage.mark.filter(|asker| *asker != at);
                 true
             }
             Step::TakeLock => {
                 let locked = take(|storage| &mut storage.disk);
                 if locked {
-                    storage.mark = None;
+                    storage.mark = storage.mark.filter(|asker| *asker != at);
                     host.gate_open = true;
                     host.facts.was_written = std::mem::take(&mut host.facts.writes_wait);
                     host.inside += u32::from(host.facts.was_written);
+                } else {
+                    take(|storage| &mut storage.mark);
                 }
                 locked
             }
@@ -185,7 +199,8 @@ mod tests {
                 host.inside == 0
             }
         };
-        host.own.done(step, so);
+        let facts = host.facts;
+        host.own.done(step, so, &facts);
     }
 
     fn happen(hosts: &mut [Host], storage: &mut Storage, event: Event) {
@@ -203,16 +218,16 @@ mod tests {
             }
             Event::Land(at) => hosts[at].inside = hosts[at].inside.saturating_sub(1),
             Event::Kill(at) => {
-                hosts[at] = new_host(hosts[at].facts.is_source, hosts[at].facts.has_clients);
+                hosts[at] = new_host(hosts[at].facts.source_by, hosts[at].facts.has_clients);
                 for place in [&mut storage.disk, &mut storage.mark] {
                     *place = place.filter(|owner| *owner != at);
                 }
             }
             Event::Source(at) => {
-                for (index, host) in hosts.iter_mut().enumerate() {
-                    host.facts.is_source = index == at;
-                }
+                let newest = hosts.iter().filter_map(|host| host.facts.source_by).max();
+                hosts[at].facts.source_by = Some(newest.unwrap_or_default() + 1);
             }
+            Event::NoSource(at) => hosts[at].facts.source_by = None,
         }
     }
 
@@ -225,7 +240,8 @@ mod tests {
             1 => host.clone().prop_map(Event::Connect),
             1 => host.clone().prop_map(Event::Hangup),
             1 => host.clone().prop_map(Event::Kill),
-            1 => host.prop_map(Event::Source),
+            1 => host.clone().prop_map(Event::Source),
+            1 => host.prop_map(Event::NoSource),
         ];
         proptest::collection::vec(event, 0..200)
     }
@@ -233,13 +249,23 @@ mod tests {
     proptest! {
         #[test]
         fn one_at_a_time_writes_and_a_guest_that_is_alone_gets_through(events in events(), guest in 0..HOSTS) {
-            let (mut hosts, mut storage) = ((0..HOSTS).map(|at| new_host(at == 0, false)).collect::<Vec<_>>(), Storage::default());
+            let (mut hosts, mut storage) = ((0..HOSTS).map(|at| new_host((at == 0).then_some(1), false)).collect::<Vec<_>>(), Storage::default());
             for event in events {
                 happen(&mut hosts, &mut storage, event);
                 let writing: Vec<usize> = (0..HOSTS).filter(|at| hosts[*at].gate_open || hosts[*at].inside > 0).collect();
                 prop_assert!(writing.len() <= 1, "{event:?} lets {writing:?} write");
                 prop_assert!(writing.iter().all(|at| storage.disk == Some(*at)), "{event:?}: without the lock");
             }
+            // By themselves they come to rest, whoever believes to be the source.
+            let mut rounds = (0..60).map(|_| {
+                for at in 0..HOSTS {
+                    (0..64).for_each(|_| happen(&mut hosts, &mut storage, Event::Land(at)));
+                    happen(&mut hosts, &mut storage, Event::Tick(at));
+                }
+                storage.disk
+            });
+            let owner = rounds.by_ref().nth(40).expect("a round");
+            prop_assert!(rounds.all(|now| now == owner), "the disk goes to and fro");
             // Everybody else's guest has gone; what was in flight lands.
             for at in (0..HOSTS).filter(|at| *at != guest) {
                 happen(&mut hosts, &mut storage, Event::Hangup(at));
@@ -259,13 +285,13 @@ mod tests {
     #[test]
     fn a_guest_on_its_way_does_not_keep_the_disk_from_the_one_that_runs() {
         // This VRA has the lock; the guest that waits at it has only read.
-        let incoming = Facts { has_clients: true, writes_wait: false, was_written: false, is_source: false };
+        let incoming = Facts { has_clients: true, writes_wait: false, was_written: false, source_by: None };
         assert_eq!(Ownership::new(true).next(&incoming), Step::LookForAsker);
         // A guest that has written keeps it, whoever asks.
         let running = Facts { was_written: true, ..incoming };
         assert_eq!(Ownership::new(true).next(&running), Step::Rest);
         // What a client that is gone wanted to write never lands later.
-        let gone = Facts { has_clients: false, writes_wait: true, was_written: false, is_source: true };
+        let gone = Facts { has_clients: false, writes_wait: true, was_written: false, source_by: Some(1) };
         assert_eq!(Ownership::new(false).next(&gone), Step::TurnAway);
     }
 }
