@@ -314,3 +314,17 @@ async fn replication_goes_on_from_the_host_that_the_guest_came_to() {
         assert!(found == expected, "{checkpoint:?}");
     }
 }
+
+#[tokio::test]
+async fn a_stream_of_a_former_source_ends_when_its_target_hears_of_another() {
+    let ca = TestCa::new();
+    let shared = Shared::new("former", Some(&ca)).await;
+    let target = Vra::start("former-t", Some(&ca));
+    let first = definition(&shared.a, &target, std::slice::from_ref(&shared.at_a));
+    apply(&target, &first).await;
+    apply(&shared.a, &first).await;
+    shared.a.wait_for("streaming", |status| status.source_vms[0].mode == SourceMode::Streaming).await;
+    let second = moved(&shared, &target, &first, 2).await;
+    apply(&target, &second).await;
+    shared.a.wait_for("refused", |status| status.source_vms[0].mode == SourceMode::Refused).await;
+}

@@ -233,8 +233,16 @@ impl TargetHost {
         let take = |bytes| {
             worker.tell(Input::Batch { vm: key, stream: id, bytes });
         };
-        if let Err(error) = stream::run(send, recv, &memory, outbox, take).await {
-            tracing::info!(vm = %vm.id(), error = %super::error_chain(&error), "a data stream ended");
+        tokio::select! {
+            ended = stream::run(send, recv, &memory, outbox, take) => {
+                if let Err(error) = ended {
+                    tracing::info!(vm = %vm.id(), error = %super::error_chain(&error), "a data stream ended");
+                }
+            }
+            // It is refused when it comes again.
+            () = vm.moved_from(source) => {
+                tracing::info!(vm = %vm.id(), %source, "ended a data stream: the VM's source is another VRA now");
+            }
         }
         worker.tell(Input::Closed { vm: key, stream: id });
     }

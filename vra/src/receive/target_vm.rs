@@ -71,6 +71,8 @@ pub struct TargetVm {
     promoted: Promoted,
     /// Rung when a lock is told to be in the way.
     lock_told: Notify,
+    /// Rung when it follows another definition.
+    redefined: Notify,
     /// The process ends.
     is_leaving: Arc<AtomicBool>,
     /// Held while locks change: who takes one back must not take back what another request was promised.
@@ -177,7 +179,7 @@ impl TargetVm {
             };
             let promoted = Promoted::new(&bad_ranges);
             let (locking, inner) = (tokio::sync::Mutex::default(), Mutex::new(inner));
-            let lock_told = Notify::new();
+            let (lock_told, redefined) = (Notify::new(), Notify::new());
             let is_leaving = Arc::default();
             Self {
                 vm,
@@ -190,6 +192,7 @@ impl TargetVm {
                 promoted,
                 locking,
                 lock_told,
+                redefined,
                 is_leaving,
                 inner,
             }
@@ -223,6 +226,17 @@ impl TargetVm {
     /// The VRA that may write to it.
     pub fn source(&self) -> VraId {
         self.definition().source.id
+    }
+
+    /// Waits until another VRA than this one may write to it.
+    pub(super) async fn moved_from(&self, source: VraId) {
+        loop {
+            let redefined = self.redefined.notified();
+            if self.source() != source {
+                return;
+            }
+            redefined.await;
+        }
     }
 
     /// Its definition.

@@ -75,6 +75,8 @@ impl TargetVm {
             // After that, so that no stream without a disk begins before the journal knows that it has left.
             self.worker.tell(Input::SetVolumes { vm, volumes });
         }
+        drop(inner);
+        self.redefined.notify_waiters();
         Ok(())
     }
 
