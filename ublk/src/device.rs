@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -206,6 +206,7 @@ impl Driver {
         }
         let char_file = Arc::new(open_char_device(dev_id)?);
         for queue in 0..nr_hw_queues {
+            let at_rest = Arc::new(AtomicBool::new(false));
             let config = QueueConfig {
                 char_file: Arc::clone(&char_file),
                 queue,
@@ -213,10 +214,11 @@ impl Driver {
                 arena: arena.clone(),
                 disk: Arc::clone(disk),
                 fault: Arc::clone(&device.fault),
+                at_rest: Arc::clone(&at_rest),
             };
             let attached = self.reactors.attach(config.builder());
-            let handle = attached.map_err(|source| DeviceError::Reactor { device: dev_id, source })?;
-            device.queues.push(handle);
+            let source = attached.map_err(|source| DeviceError::Reactor { device: dev_id, source })?;
+            device.queues.push(Queue { source, at_rest });
         }
         Ok(())
     }
@@ -242,8 +244,23 @@ impl Driver {
 pub struct Device {
     info: CtrlDevInfo,
     control: Control,
-    queues: Vec<SourceHandle>,
+    queues: Vec<Queue>,
     fault: Arc<AtomicI32>,
+}
+
+/// The outside's hold on a queue.
+#[derive(Debug)]
+struct Queue {
+    source: SourceHandle,
+    /// See [`QueueConfig::at_rest`].
+    at_rest: Arc<AtomicBool>,
+}
+
+impl Queue {
+    /// Whether no request is with it, and none will be: the driver gives out no more.
+    fn is_left(&self) -> bool {
+        self.at_rest.load(Ordering::Acquire) || self.source.has_ended()
+    }
 }
 
 impl Device {
@@ -264,7 +281,7 @@ impl Device {
 
     /// Whether all queues have ended, because somebody stopped or deleted the device.
     pub fn has_ended(&self) -> bool {
-        self.queues.iter().all(SourceHandle::has_ended)
+        self.queues.iter().all(|queue| queue.source.has_ended())
     }
 
     /// Writes back the page cache of `/dev/ublkbN`, stops the device and deletes it. Whoever has it open gets errors.
@@ -276,14 +293,30 @@ impl Device {
         self.remove()
     }
 
-    /// Lets go of the device, which stays with its requests waiting, so that another process can [`Driver::recover`] it
-    /// without reissued requests. Needs the driver's QUIESCE (6.16).
+    /// Lets go of the device, whose new requests wait from now on; those that are under way are answered first. Once this
+    /// process has ended, another can [`Driver::recover`] it without reissued requests.
+    ///
+    /// Before 6.16 the driver has no QUIESCE: this does nothing then, and the successor may get requests again.
     ///
     /// # Errors
     /// A failed command: after EBUSY the device takes no I/O until this is tried again or it is stopped.
-    pub fn quiesce(&mut self, timeout: Duration) -> Result<(), DeviceError> {
+    /// [`DeviceError::Busy`] when requests are still under way after another `timeout`; the successor gets them again.
+    pub fn leave(&mut self, timeout: Duration) -> Result<(), DeviceError> {
+        if self.info.flags & uapi::F_QUIESCE == 0 {
+            return Ok(());
+        }
         self.control.quiesce(self.id(), timeout)?;
-        self.wait_ended()
+        for queue in &self.queues {
+            queue.source.stop();
+        }
+        let deadline = Instant::now() + timeout;
+        while !self.queues.iter().all(Queue::is_left) {
+            if Instant::now() >= deadline {
+                return Err(DeviceError::Busy { device: self.id(), waited_ms: timeout.as_millis() as u64 });
+            }
+            std::thread::sleep(POLL);
+        }
+        Ok(())
     }
 
     fn remove(&mut self) -> Result<(), DeviceError> {
@@ -294,7 +327,7 @@ impl Device {
 
     fn wait_ended(&self) -> Result<(), DeviceError> {
         let deadline = Instant::now() + PATIENCE;
-        let ended = |queue: &SourceHandle| queue.wait(deadline.saturating_duration_since(Instant::now()));
+        let ended = |queue: &Queue| queue.source.wait(deadline.saturating_duration_since(Instant::now()));
         if self.queues.iter().all(ended) {
             Ok(())
         } else {

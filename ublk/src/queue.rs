@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use io_uring::{opcode, types};
 use zerocopy::IntoBytes;
@@ -42,6 +42,8 @@ pub(crate) struct QueueConfig {
     pub(crate) disk: Arc<dyn Disk>,
     /// First unexpected errno of any queue of the device, or zero.
     pub(crate) fault: Arc<AtomicI32>,
+    /// Set once the queue has been stopped and every request that it had is answered.
+    pub(crate) at_rest: Arc<AtomicBool>,
 }
 
 impl QueueConfig {
@@ -59,12 +61,14 @@ struct QueueSource {
     commands: CommandFile,
     queue: u16,
     fault: Arc<AtomicI32>,
+    stopped: bool,
+    at_rest: Arc<AtomicBool>,
     _char_file: Arc<File>,
 }
 
 impl QueueSource {
     fn start(config: QueueConfig, ring: &mut SourceRing<'_>) -> io::Result<Self> {
-        let QueueConfig { char_file, queue, depth, arena, disk, fault } = config;
+        let QueueConfig { char_file, queue, depth, arena, disk, fault, at_rest } = config;
         let tags = Tags::new(depth, &disk.geometry(), &arena)
             .ok_or_else(|| io::Error::other("the arena has fewer free slots than the queue has tags"))?;
         // In the table even where commands do not use that place: the ring then holds the device open until its last backing
@@ -77,7 +81,9 @@ impl QueueSource {
         };
         let descriptors = Descriptors::map(&char_file, queue, depth)?;
         let host = LaneHost::open(disk, arena, ring)?;
-        let source = Self { descriptors, tags, host, commands, queue, fault, _char_file: char_file };
+        let stopped = false;
+        let source =
+            Self { descriptors, tags, host, commands, queue, fault, stopped, at_rest, _char_file: char_file };
         for tag in 0..depth {
             let fetch = source.tags.fetch(tag);
             source.push(uapi::IO_FETCH_REQ, fetch, ring);
@@ -114,6 +120,12 @@ impl QueueSource {
             push(commands, queue, uapi::IO_COMMIT_AND_FETCH_REQ, commit, ring);
         }
     }
+
+    fn look_for_rest(&self) {
+        if self.stopped && self.tags.none_with_lane() && self.host.transfer_count() == 0 {
+            self.at_rest.store(true, Ordering::Release);
+        }
+    }
 }
 
 impl Source for QueueSource {
@@ -124,15 +136,22 @@ impl Source for QueueSource {
             self.host.file_completed(token.key, result, ring);
             self.commit_answers(ring);
         }
+        self.look_for_rest();
     }
 
     fn woken(&mut self, ring: &mut SourceRing<'_>) {
         self.host.wake(ring);
         self.commit_answers(ring);
+        self.look_for_rest();
     }
 
-    /// Only the driver can end a queue: by STOP_DEV or QUIESCE_DEV it gives back every tag.
-    fn stopping(&mut self, _ring: &mut SourceRing<'_>) {}
+    /// Only the driver can end a queue, by giving back every tag. STOP_DEV does; QUIESCE_DEV gives back those that were
+    /// idle when it came, and the others stay armed after their commit until the process ends (seen up to 7.0; a
+    /// fix was sent to linux-block in October 2026). So a stopped queue says when it has no request any more.
+    fn stopping(&mut self, _ring: &mut SourceRing<'_>) {
+        self.stopped = true;
+        self.look_for_rest();
+    }
 
     fn finished(&self) -> bool {
         self.tags.all_ended() && self.host.transfer_count() == 0

@@ -162,7 +162,6 @@ impl Drop for Reactors {
 
 /// The outside's hold on an attached source. Dropping it leaves the source where it is.
 #[derive(Clone, Debug)]
-#[allow(dead_code, reason = "queues end by the driver, connections are stopped")]
 pub(crate) struct SourceHandle {
     shared: Arc<Shared>,
     index: u32,
@@ -171,7 +170,6 @@ pub(crate) struct SourceHandle {
 
 impl SourceHandle {
     /// Asks the source to end: it gets [`Source::stopping`].
-    #[allow(dead_code, reason = "queues end by the driver, connections are stopped")]
     pub(crate) fn stop(&self) {
         if !self.has_ended() {
             self.shared.post(Message::Stop { index: self.index, ended: Arc::clone(&self.ended) });
@@ -253,15 +251,8 @@ pub(crate) fn source_waker(shared: &Arc<Shared>, index: u32) -> Waker {
 }
 
 enum Message {
-    Attach {
-        build: SourceBuilder,
-        reply: SyncSender<Result<(u32, Arc<Ended>), AttachFailure>>,
-    },
-    #[allow(dead_code, reason = "queues end by the driver, connections are stopped")]
-    Stop {
-        index: u32,
-        ended: Arc<Ended>,
-    },
+    Attach { build: SourceBuilder, reply: SyncSender<Result<(u32, Arc<Ended>), AttachFailure>> },
+    Stop { index: u32, ended: Arc<Ended> },
     Shutdown,
 }
 

@@ -16,18 +16,25 @@ pub(super) const CASES: &[Case] = &[
     Case::new(
         "crash-under-load-recover",
         "kill -9 of the server under load, three times, each time recovered: the load sees no error and finds its data.",
-        Body::Inside(|context| under_load(context, 3)),
+        Body::Inside(|context| under_load(context, End::Crash, 3)),
     )
     .needs(BRD)
     .limit_s(150),
     Case::new(
         "crash-under-load-recover-often",
         "The same, fifty times.",
-        Body::Inside(|context| under_load(context, 50)),
+        Body::Inside(|context| under_load(context, End::Crash, 50)),
     )
     .needs(BRD)
     .limit_s(900)
     .long(),
+    Case::new(
+        "leave-under-load-recover",
+        "A server leaves a device all of whose tags are busy, four times, each time within 5 s, and another recovers it: the load sees no error and finds its data.",
+        Body::Inside(|context| under_load(context, End::Leave, 4)),
+    )
+    .needs(&[Need::Tool("vra-ublk"), Need::Module("brd"), Need::UblkFeature("QUIESCE")])
+    .limit_s(150),
     Case::new(
         "crash-then-delete",
         "A device whose server died can be deleted, with I/O waiting on it too.",
@@ -57,11 +64,22 @@ pub(super) const CASES: &[Case] = &[
     .needs(&[Need::Tool("vra-ublk"), Need::Tool("rublk")]),
 ];
 
-fn under_load(context: &mut Context, crashes: u32) -> Result<()> {
+/// How a server ends.
+#[derive(Clone, Copy)]
+enum End {
+    Crash,
+    Leave,
+}
+
+fn under_load(context: &mut Context, end: End, times: u32) -> Result<()> {
     let ram = RamDisk::new(context, 16)?;
-    let mut server = UblkServer::add(context, &["loop", ram.device(), "--queues", "2", "--depth", "32"])?;
+    let depth = match end {
+        End::Crash => "32",
+        End::Leave => "8",
+    };
+    let mut server = UblkServer::add(context, &["loop", ram.device(), "--queues", "2", "--depth", depth])?;
     let device = server.device();
-    let runtime = format!("--runtime={}", 4 + crashes * 3);
+    let runtime = format!("--runtime={}", 4 + times * 3);
     // Each pass writes a range once and reads it back, over and over until the time is up.
     let mut load = context.spawn(&[
         "fio",
@@ -81,10 +99,13 @@ fn under_load(context: &mut Context, crashes: u32) -> Result<()> {
         &runtime,
         "--error_dump=1",
     ])?;
-    for crash in 0..crashes {
-        std::thread::sleep(Duration::from_millis(700 + u64::from(crash) * 37 % 400));
-        ensure!(load.ended()?.is_none(), "the load ended before crash {crash}:\n{}", load.output());
-        let id = server.crash(context)?;
+    for round in 0..times {
+        std::thread::sleep(Duration::from_millis(700 + u64::from(round) * 37 % 400));
+        ensure!(load.ended()?.is_none(), "the load ended before round {round}:\n{}", load.output());
+        let id = match end {
+            End::Crash => server.crash(context)?,
+            End::Leave => server.leave(context, 5)?,
+        };
         server = UblkServer::recover(context, id, &["loop", ram.device()])?;
         ensure!(state(id)?.as_deref() == Some("live"), "the device is not live after its recovery");
     }

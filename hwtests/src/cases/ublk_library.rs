@@ -1,7 +1,9 @@
 //! The library as a daemon uses it: many devices on one thread, sweeps, quiescing.
 
+use std::collections::VecDeque;
+use std::fs::File;
 use std::io::{Read, Write};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
@@ -11,7 +13,7 @@ use ublk::cookie::Cookie;
 use ublk::device::{DeviceSettings, DeviceState, Driver};
 use ublk::process::{self, ProcessSettings};
 use ublk::reactor::{ReactorSettings, Reactors};
-use ublk::serve::Disk;
+use ublk::serve::{Completion, Disk, Errno, Geometry, IoBuffer, Lane, Port, Request, Waker};
 use ublk::sweep::{self, Verdict};
 use ublk::targets::NullDisk;
 
@@ -34,6 +36,13 @@ pub(super) const CASES: &[Case] = &[
         Body::Inside(quiesce_recover),
     )
     .needs(&[Need::UblkFeature("QUIESCE")]),
+    Case::new(
+        "ublk-leave-busy",
+        "A device all of whose tags are busy is left once they are answered: nobody waits for tags that the driver keeps.",
+        Body::Inside(leave_busy),
+    )
+    .needs(&[Need::UblkFeature("QUIESCE")])
+    .kernel_log_allowed(&["I/O error, dev ublkb", "Buffer I/O error"]),
     Case::new(
         "ublk-sweep",
         "A sweep asks about orphans alone: what a living process serves stays.",
@@ -100,7 +109,7 @@ fn quiesce_recover(context: &mut Context) -> Result<()> {
     let mut device = driver.add(disk(), &arena, settings(5))?;
     let path = device.block_path();
     write_block(&path)?;
-    device.quiesce(Duration::from_secs(5))?;
+    device.leave(Duration::from_secs(5))?;
     let id = device.id();
     drop(device);
     ensure!(arena.free_count() == 64, "a quiesced device holds slots");
@@ -120,6 +129,85 @@ fn quiesce_recover(context: &mut Context) -> Result<()> {
     reader.join().ok().context("the reader panicked")??;
     device.delete()?;
     Ok(())
+}
+
+fn leave_busy(context: &mut Context) -> Result<()> {
+    let driver = driver(1)?;
+    let arena = Arena::new(SLOT_BYTES, 64)?;
+    let slow: Arc<dyn Disk> = Arc::new(SlowDisk(NullDisk::new(16 << 20)));
+    let mut device = driver.add(slow, &arena, settings(6))?;
+    let mut load = context.spawn(&[
+        "fio",
+        "--name=load",
+        &format!("--filename={}", device.block_path().display()),
+        "--rw=randwrite",
+        "--bs=4k",
+        "--ioengine=libaio",
+        "--direct=1",
+        "--iodepth=16",
+        "--time_based",
+        "--runtime=60",
+    ])?;
+    // All tags are busy nearly all of the time.
+    std::thread::sleep(Duration::from_secs(3));
+    ensure!(load.ended()?.is_none(), "the load ended:\n{}", load.output());
+    let started = Instant::now();
+    device.leave(Duration::from_secs(10))?;
+    context.note(format_args!("left after {} ms", started.elapsed().as_millis()));
+    std::thread::sleep(ANSWER_AFTER * 4);
+    ensure!(load.ended()?.is_none(), "a left device failed a request:\n{}", load.output());
+    device.delete()?;
+    context.wait_for("the load to end with its device", 20, || load.ended())?;
+    ensure!(arena.free_count() == 64, "not all slots came back");
+    Ok(())
+}
+
+/// How old a request of a [`SlowDisk`] is when it is answered.
+const ANSWER_AFTER: Duration = Duration::from_millis(300);
+
+/// Forgets writes, late.
+struct SlowDisk(NullDisk);
+
+struct SlowLane {
+    waiting: VecDeque<(Instant, Request)>,
+    /// The thread that wakes this lane goes on as long as this is there.
+    _alive: Arc<()>,
+}
+
+impl Disk for SlowDisk {
+    fn geometry(&self) -> Geometry {
+        self.0.geometry()
+    }
+
+    fn files(&self) -> &[File] {
+        &[]
+    }
+
+    fn lane(self: Arc<Self>, waker: Waker) -> Box<dyn Lane> {
+        let alive = Arc::new(());
+        let lives: Weak<()> = Arc::downgrade(&alive);
+        std::thread::spawn(move || {
+            while lives.strong_count() > 0 {
+                std::thread::sleep(Duration::from_millis(20));
+                waker.wake();
+            }
+        });
+        Box::new(SlowLane { waiting: VecDeque::new(), _alive: alive })
+    }
+}
+
+impl Lane for SlowLane {
+    fn request(&mut self, request: Request, _port: &mut dyn Port) {
+        self.waiting.push_back((Instant::now(), request));
+    }
+
+    fn file_done(&mut self, _: u64, _: Result<(), Errno>, _: IoBuffer, _: &mut dyn Port) {}
+
+    fn wake(&mut self, port: &mut dyn Port) {
+        while let Some((_, request)) = self.waiting.pop_front_if(|(came, _)| came.elapsed() >= ANSWER_AFTER) {
+            port.complete(Completion { tag: request.tag, result: Ok(()), slot: request.slot });
+        }
+    }
 }
 
 fn sweep_orphans(context: &mut Context) -> Result<()> {

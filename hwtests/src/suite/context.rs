@@ -7,6 +7,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use nix::sys::signal::Signal;
 
 /// The surroundings of one running case. What it hands out is gone when it is dropped.
 #[derive(Debug)]
@@ -196,9 +197,13 @@ impl Background {
 
     /// Sends SIGTERM.
     pub fn terminate(&self) -> Result<()> {
+        self.signal(Signal::SIGTERM)
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
         let pid = nix::unistd::Pid::from_raw(self.child.id().cast_signed());
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM)?;
-        Ok(())
+        Ok(nix::sys::signal::kill(pid, signal)?)
     }
 
     /// Waits for its end; fails when it takes longer than `limit_s` seconds or ends badly.

@@ -1,6 +1,7 @@
 //! Devices of `vra-ublk` for cases and benchmarks.
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::signal::Signal;
 
 use super::context::{Background, Context};
 
@@ -43,15 +44,25 @@ impl UblkServer {
     }
 
     /// Kills the serving process as a crash would, and waits until the driver has noticed. Gives the device's number.
-    ///
-    /// The driver of 6.12 sometimes keeps its control commands waiting for half a minute after such a death, so a list that
-    /// can't be had counts as "not yet".
     pub fn crash(mut self, context: &Context) -> Result<u32> {
         self.process.kill()?;
+        self.await_left(context)
+    }
+
+    /// Lets the serving process leave the device, and waits until the driver has noticed. Gives the device's number.
+    pub fn leave(mut self, context: &Context, limit_s: u64) -> Result<u32> {
+        self.process.signal(Signal::SIGHUP)?;
+        self.process.finish(limit_s)?;
+        self.await_left(context)
+    }
+
+    /// The driver of 6.12 sometimes keeps its control commands waiting for half a minute after such a death, so a list that
+    /// can't be had counts as "not yet".
+    fn await_left(mut self, context: &Context) -> Result<u32> {
         self.deleted = true;
         let id = self.id;
         let died = std::time::Instant::now();
-        context.wait_for("the driver to notice that the server died", 60, || match state(id) {
+        context.wait_for("the driver to notice that the server is gone", 60, || match state(id) {
             Ok(state) => Ok((state.as_deref() == Some("quiesced")).then_some(())),
             Err(error) => {
                 context

@@ -74,6 +74,17 @@ pub enum DeviceError {
         /// Its daemon.
         pid: i32,
     },
+    /// Requests that don't end while a device is let go.
+    #[error(
+        "requests of ublk device {device} have not ended within {waited_ms} ms: does its disk answer? A successor gets \
+         them again"
+    )]
+    Busy {
+        /// The device.
+        device: u32,
+        /// How long was waited, in milliseconds.
+        waited_ms: u64,
+    },
     /// Recovery with a disk that is not what the device was made for.
     #[error("ublk device {device} cannot be recovered with this disk: {difference}")]
     Changed {

@@ -152,6 +152,11 @@ impl Tags {
         self.ended == self.tags.len()
     }
 
+    /// Whether the lane owes no answer.
+    pub(super) fn none_with_lane(&self) -> bool {
+        !self.tags.iter().any(|tag| matches!(tag, Tag::Lane { .. }))
+    }
+
     fn answer(&mut self, tag: u16, slot: Slot, errno: i32) -> Arrival {
         let address = slot.as_ptr() as u64;
         self.tags[usize::from(tag)] = Tag::Driver(slot);
@@ -197,11 +202,13 @@ mod tests {
         assert!(request.fua);
         let kept = request.slot.expect("a write brings its slot");
         assert_eq!(kept.as_ptr() as u64, lent);
+        assert!(!tags.none_with_lane());
         let fresh = arena.take().expect("the third slot");
         let address = fresh.as_ptr() as u64;
         let commit = tags.complete(Completion { tag: request.tag, result: Ok(()), slot: Some(fresh) });
         assert_eq!(commit, Some(Commit { tag: 1, result: 8192, address }));
         assert_ne!(address, lent);
+        assert!(tags.none_with_lane());
         drop(kept);
         assert_eq!(arena.free_count(), 1, "the lane's slot is free, both tags hold theirs");
     }

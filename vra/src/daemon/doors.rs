@@ -218,21 +218,21 @@ impl Door {
     }
 
     /// Lets go of the disk at the daemon's end: a ublk device stays for the next daemon, its requests wait.
-    pub(super) fn leave(self, quiesce: bool) {
+    pub(super) fn leave(self) {
         match self {
-            Self::Ublk(mut device) if quiesce => {
-                if let Err(error) = device.quiesce(STOP_LIMIT) {
+            Self::Ublk(mut device) => {
+                if let Err(error) = device.leave(STOP_LIMIT) {
                     tracing::warn!(
                         device = device.id(),
                         error = chain(&error),
-                        "could not quiesce a device: the next daemon recovers it with reissued requests"
+                        "could not let go of a device: the next daemon recovers it with reissued requests"
                     );
                 }
             }
             Self::Own { server, .. } => {
                 server.stop(STOP_LIMIT);
             }
-            Self::Ublk(_) | Self::Shared { .. } => {}
+            Self::Shared { .. } => {}
         }
     }
 }

@@ -237,11 +237,11 @@ impl Daemon {
 
     /// Lets go of all views at the daemon's end, for the next start.
     pub(super) fn leave_views(&self) {
-        let quiesce = self.doors.ublk_features().is_some_and(|features| features.has(ublk::uapi::F_QUIESCE));
-        for (view, live) in std::mem::take(&mut *lock(&self.views)) {
+        let views = std::mem::take(&mut *lock(&self.views));
+        for (view, live) in views {
             for disk in live.disks {
                 let LiveDisk::Served { door, disk } = disk else { continue };
-                door.leave(quiesce);
+                door.leave();
                 match disk.close_scratch() {
                     Ok(true) => {}
                     // What a device that is still served has answered is in memory that outlives this process.

@@ -194,11 +194,11 @@ impl Daemon {
 
     /// Lets go of all volumes at the daemon's end; ublk devices stay, their guests wait.
     pub(super) fn leave_volumes(&self) {
-        let quiesce = self.doors.ublk_features().is_some_and(|features| features.has(ublk::uapi::F_QUIESCE));
         self.doors.stop_nbd();
-        for (_, live) in std::mem::take(&mut *lock(&self.volumes)) {
+        let volumes = std::mem::take(&mut *lock(&self.volumes));
+        for live in volumes.into_values() {
             if let LiveVolume::Served { door, .. } = live {
-                door.leave(quiesce);
+                door.leave();
             }
         }
     }

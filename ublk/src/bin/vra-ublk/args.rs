@@ -14,7 +14,8 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Make a device and serve it until it is deleted, or until SIGINT or SIGTERM, which delete it
+    /// Make a device and serve it until it is deleted, or until SIGINT or SIGTERM, which delete it, or SIGHUP, which leaves
+    /// it for `vra-ublk recover`
     Add {
         #[command(subcommand)]
         target: Target,

@@ -14,6 +14,8 @@ use crate::{Served, prepare_process};
 
 /// How often a serving process looks whether its device is still there.
 const LOOK_PERIOD: Duration = Duration::from_millis(200);
+/// How long requests under way get to end before the device is left to a successor.
+const LEAVE_LIMIT: Duration = Duration::from_secs(5);
 
 /// Makes a device and serves it to its end.
 pub(crate) fn serve(
@@ -61,25 +63,28 @@ fn serve_here(
     let mut signals = SigSet::empty();
     signals.add(Signal::SIGINT);
     signals.add(Signal::SIGTERM);
+    signals.add(Signal::SIGHUP);
     // Before any thread is made, so that the signals wait for `wait_for_signal`.
     signals.thread_block().context("cannot block signals")?;
-    let device = make()?;
+    let mut device = make()?;
     started(&device)?;
     while !device.has_ended() {
-        if wait_for_signal(&signals) {
-            device.delete()?;
-            return Ok(());
+        match wait_for_signal(&signals) {
+            Some(libc::SIGHUP) => return Ok(device.leave(LEAVE_LIMIT)?),
+            Some(_) => return Ok(device.delete()?),
+            None => {}
         }
     }
     tracing::info!(device = device.id(), "the device was deleted");
     Ok(())
 }
 
-/// Waits one period; true if a signal came.
-fn wait_for_signal(signals: &SigSet) -> bool {
+/// Waits one period for a signal.
+fn wait_for_signal(signals: &SigSet) -> Option<libc::c_int> {
     let period = libc::timespec { tv_sec: 0, tv_nsec: LOOK_PERIOD.as_nanos() as libc::c_long };
     // SAFETY: both pointers are to live values; no information about the signal is wanted.
-    unsafe { libc::sigtimedwait(signals.as_ref(), std::ptr::null_mut(), &raw const period) > 0 }
+    let signal = unsafe { libc::sigtimedwait(signals.as_ref(), std::ptr::null_mut(), &raw const period) };
+    (signal > 0).then_some(signal)
 }
 
 fn start_log(options: &ServeOptions) -> anyhow::Result<()> {
