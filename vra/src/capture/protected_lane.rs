@@ -26,6 +26,8 @@ pub(super) struct ProtectedLane {
     current: usize,
     /// The disk's count of moves when `current` was set.
     moves: u64,
+    /// It has moved since what waits was last looked at.
+    has_moved: bool,
     pending: Vec<Option<Pending>>,
     free: Vec<usize>,
     gate: Option<LaneGate>,
@@ -47,6 +49,7 @@ impl ProtectedLane {
             homes: vec![Some(first)],
             current: 0,
             moves,
+            has_moved: false,
             pending: Vec::with_capacity(EXPECTED_DEPTH),
             free: Vec::with_capacity(EXPECTED_DEPTH),
             deferred: VecDeque::with_capacity(EXPECTED_DEPTH),
@@ -205,16 +208,20 @@ impl ProtectedLane {
             self.issue(token as usize, port);
         }
         if std::mem::take(&mut drained.retry) {
-            for _ in 0..self.deferred.len() {
-                if let Some(index) = self.deferred.pop_front() {
-                    self.offer(index, port);
-                }
-            }
+            self.retry_deferred(port);
         }
         if std::mem::take(&mut drained.recheck_held) {
             self.recheck_held(port);
         }
         self.drained = drained;
+    }
+
+    fn retry_deferred(&mut self, port: &mut dyn Port) {
+        for _ in 0..self.deferred.len() {
+            if let Some(index) = self.deferred.pop_front() {
+                self.offer(index, port);
+            }
+        }
     }
 
     fn recheck_held(&mut self, port: &mut dyn Port) {
@@ -258,6 +265,11 @@ impl ProtectedLane {
             }
         };
         self.moves = moves;
+        // The core that was left would have told when they may go on, and may be forgotten before it does.
+        if !self.deferred.is_empty() || !self.held.is_empty() {
+            self.has_moved = true;
+            self.waker.wake();
+        }
         self.forget_home(left);
     }
 
@@ -338,6 +350,10 @@ impl Lane for ProtectedLane {
         self.pass_gate(port);
         for at in 0..self.homes.len() {
             self.drain(at, port);
+        }
+        if std::mem::take(&mut self.has_moved) {
+            self.retry_deferred(port);
+            self.recheck_held(port);
         }
     }
 }
