@@ -1,7 +1,7 @@
 //! Shared disks at work: follows [`Ownership`] for each, with the locks, the gate and the capture.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, Instant};
 
 use ublk::backing::{Backing, BackingError};
@@ -36,6 +36,8 @@ pub(super) struct Share {
     mark: Mark,
     /// As `at_work` says, for those who must not wait for it.
     owned: AtomicBool,
+    /// A thread takes a step: its storage may hang.
+    is_stepping: AtomicBool,
     at_work: Mutex<AtWork>,
 }
 
@@ -120,6 +122,7 @@ impl Share {
             backing: Arc::clone(backing),
             mark,
             owned: AtomicBool::new(owner),
+            is_stepping: AtomicBool::new(false),
             at_work: Mutex::new(at_work),
         }
     }
@@ -140,6 +143,15 @@ impl Share {
             (true, _) => SharedState::Owner,
             (false, Some(_)) => SharedState::Waiting,
             (false, None) => SharedState::Standby,
+        }
+    }
+
+    /// What is known of the ownership, unless a step with the storage is under way.
+    fn try_at_work(&self) -> Option<MutexGuard<'_, AtWork>> {
+        match self.at_work.try_lock() {
+            Ok(at_work) => Some(at_work),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
         }
     }
 
@@ -188,20 +200,50 @@ impl Share {
 }
 
 impl Daemon {
-    /// Follows the ownership of shared disks. Ends only when cancelled.
+    /// Follows the ownership of shared disks, each on its own: storage that hangs holds up its own disks alone. Ends only when cancelled.
     pub(super) async fn drive_shares(self: Arc<Self>) {
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
-            let shares = self.shares();
-            if shares.is_empty() {
-                continue;
+            for (around, share) in self.shares() {
+                if share.is_stepping.load(Ordering::Acquire) || !self.has_to_step(&around, &share) {
+                    continue;
+                }
+                share.is_stepping.store(true, Ordering::Release);
+                let daemon = Arc::clone(&self);
+                tokio::task::spawn_blocking(move || {
+                    let changed = daemon.step_share(&around, &share);
+                    share.is_stepping.store(false, Ordering::Release);
+                    if changed {
+                        daemon.owners_changed.notify_one();
+                    }
+                });
             }
-            let changed = tokio::task::block_in_place(|| {
-                shares.iter().filter(|(around, share)| self.step_share(around, share)).count()
-            });
-            if changed > 0 {
-                self.owners_changed.notify_one();
-            }
+        }
+    }
+
+    /// Whether there is more to do with a shared disk than to rest. Doesn't touch its storage.
+    fn has_to_step(&self, around: &Around, share: &Share) -> bool {
+        // Whoever has the lock otherwise is claiming or ending it, and may wait for the storage.
+        let Some(at_work) = share.try_at_work() else { return false };
+        let is_due = |last: Option<Instant>, every| last.is_none_or(|last| last.elapsed() >= every);
+        if at_work.ownership.standing() == Standing::Owner && is_due(at_work.locked_at, LOOK_FOR_LOCK_EVERY) {
+            return true;
+        }
+        match at_work.ownership.next(&self.facts_of(around, share)) {
+            Step::Rest => false,
+            Step::LookForAsker => is_due(at_work.looked_at, LOOK_FOR_ASKERS_EVERY),
+            Step::TurnAway | Step::Ask | Step::StopAsking | Step::TakeLock | Step::GiveUp => true,
+        }
+    }
+
+    fn facts_of(&self, around: &Around, share: &Share) -> Facts {
+        // Before the clients: one that comes in between has not written by then.
+        let writes_wait = share.gate.waiting_since().is_some();
+        Facts {
+            has_clients: self.has_writers(around.volume),
+            writes_wait,
+            was_written: share.gate.was_used(),
+            source_by: around.source_by,
         }
     }
 
@@ -230,7 +272,10 @@ impl Daemon {
             else {
                 continue;
             };
-            let failed = lock(&share.at_work).told.clone();
+            let failed = match share.try_at_work() {
+                Some(at_work) => at_work.told.clone(),
+                None => Some("the storage has not answered yet".to_owned()),
+            };
             found.push(Finding {
                 code: "volume-waits-for-owner",
                 severity: Severity::Critical,
@@ -287,14 +332,7 @@ impl Daemon {
             at_work.tell(around, share, &error);
             return false;
         }
-        // Before the clients: one that comes in between has not written by then.
-        let writes_wait = share.gate.waiting_since().is_some();
-        let facts = Facts {
-            has_clients: self.has_writers(around.volume),
-            writes_wait,
-            was_written: share.gate.was_used(),
-            source_by: around.source_by,
-        };
+        let facts = self.facts_of(around, share);
         let step = at_work.ownership.next(&facts);
         if step == Step::LookForAsker {
             if at_work.looked_at.is_some_and(|looked| looked.elapsed() < LOOK_FOR_ASKERS_EVERY) {
