@@ -223,6 +223,16 @@ impl Backing {
         &self.geometry
     }
 
+    /// How large the file or device is now, in bytes: in whole logical blocks.
+    ///
+    /// # Errors
+    /// The system doesn't say.
+    pub fn size_now(&self) -> io::Result<u64> {
+        let size_bytes = probe::size_bytes(&self.file, self.kind)?;
+        let block_bytes = u64::from(self.geometry.logical_block_bytes);
+        Ok(size_bytes - size_bytes % block_bytes)
+    }
+
     /// Takes the lock for writing, if nobody else has it; again is harmless. Of a file that was opened with [`BackingSettings::lock_later`].
     ///
     /// # Errors

@@ -166,6 +166,12 @@ impl Control {
         self.run(command.data(u64::from(std::process::id())))
     }
 
+    /// Gives a device another size, in sectors.
+    pub(crate) fn update_size(&self, device: u32, sectors: u64) -> Result<(), ControlError> {
+        let command = Command::new("UPDATE_SIZE", uapi::CMD_UPDATE_SIZE, device);
+        self.run(command.data(sectors))
+    }
+
     /// The driver waits up to `timeout` for an idle tag in each queue.
     pub(crate) fn quiesce(&self, device: u32, timeout: Duration) -> Result<(), ControlError> {
         // Zero would mean for ever, and the driver keeps 32 bits.

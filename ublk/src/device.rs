@@ -8,7 +8,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -101,8 +101,7 @@ impl Driver {
             ublksrv_flags: cookie.to_flags(),
             ..CtrlDevInfo::default()
         })?;
-        let mut device =
-            Device { info, control: self.control.clone(), queues: Vec::new(), fault: Arc::default() };
+        let mut device = Device::new(info, self.control.clone(), disk.geometry().size_bytes);
         let started = self
             .control
             .set_params(info.dev_id, &params)
@@ -134,10 +133,15 @@ impl Driver {
             return Err(DeviceError::Changed { device: id, difference });
         }
         self.start_recovery(&info)?;
-        let mut device =
-            Device { info, control: self.control.clone(), queues: Vec::new(), fault: Arc::default() };
+        let device_bytes = made_with.basic.dev_sectors * params::SECTOR_BYTES;
+        let mut device = Device::new(info, self.control.clone(), device_bytes);
         self.serve(&mut device, &disk, arena)?;
         self.control.end_recovery(id).map_err(|error| device.fault_or(error))?;
+        // The former daemon may have died before it gave the device what its disk has grown by.
+        let size = device.size();
+        if let Err(error) = size.grow(disk.geometry().size_bytes) {
+            tracing::warn!(device = id, error = %error, "a recovered device is smaller than its disk");
+        }
         Ok(device)
     }
 
@@ -213,6 +217,7 @@ impl Driver {
                 depth: queue_depth,
                 arena: arena.clone(),
                 disk: Arc::clone(disk),
+                size_bytes: Arc::clone(&device.size_bytes),
                 fault: Arc::clone(&device.fault),
                 at_rest: Arc::clone(&at_rest),
             };
@@ -246,6 +251,45 @@ pub struct Device {
     control: Control,
     queues: Vec<Queue>,
     fault: Arc<AtomicI32>,
+    /// What the device has, in bytes.
+    size_bytes: Arc<AtomicU64>,
+}
+
+/// The size of a device that is served. Cheap to clone; outlives the device, whose number may be another's then.
+#[derive(Clone, Debug)]
+pub struct DeviceSize {
+    id: u32,
+    flags: u64,
+    control: Control,
+    size_bytes: Arc<AtomicU64>,
+}
+
+impl DeviceSize {
+    /// The device's size, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.size_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Gives the device so many bytes, a multiple of 512, which its disk must have; fewer than it has change nothing. Blocks for as long as
+    /// the driver takes. Needs its UPDATE_SIZE (6.16).
+    ///
+    /// # Errors
+    /// [`DeviceError::CannotGrow`] on an older kernel, or a failed command: the device is as it was.
+    pub fn grow(&self, size_bytes: u64) -> Result<(), DeviceError> {
+        let former_bytes = self.bytes();
+        if size_bytes <= former_bytes {
+            return Ok(());
+        }
+        if self.flags & uapi::F_UPDATE_SIZE == 0 {
+            return Err(DeviceError::CannotGrow { device: self.id, former_bytes, size_bytes });
+        }
+        // First our own bound: requests come as soon as the driver knows.
+        self.size_bytes.fetch_max(size_bytes, Ordering::Relaxed);
+        self.control.update_size(self.id, size_bytes / params::SECTOR_BYTES).inspect_err(|_| {
+            self.size_bytes.store(former_bytes, Ordering::Relaxed);
+        })?;
+        Ok(())
+    }
 }
 
 /// The outside's hold on a queue.
@@ -264,6 +308,17 @@ impl Queue {
 }
 
 impl Device {
+    fn new(info: CtrlDevInfo, control: Control, size_bytes: u64) -> Self {
+        let size_bytes = Arc::new(AtomicU64::new(size_bytes));
+        Self { info, control, queues: Vec::new(), fault: Arc::default(), size_bytes }
+    }
+
+    /// Its size, which can grow.
+    pub fn size(&self) -> DeviceSize {
+        let (control, size_bytes) = (self.control.clone(), Arc::clone(&self.size_bytes));
+        DeviceSize { id: self.id(), flags: self.info.flags, control, size_bytes }
+    }
+
     /// Its number.
     pub fn id(&self) -> u32 {
         self.info.dev_id

@@ -17,7 +17,7 @@ impl Features {
 
     /// The flags of a device that we make: recovery with reissue always, whatever else helps where it is offered.
     pub fn for_new_device(self) -> u64 {
-        let wished = uapi::F_QUIESCE | uapi::F_NO_AUTO_PART_SCAN;
+        let wished = uapi::F_UPDATE_SIZE | uapi::F_QUIESCE | uapi::F_NO_AUTO_PART_SCAN;
         uapi::F_USER_RECOVERY | uapi::F_USER_RECOVERY_REISSUE | uapi::F_CMD_IOCTL_ENCODE | (self.0 & wished)
     }
 

@@ -3,7 +3,7 @@
 use crate::serve::Geometry;
 use crate::uapi::{self, ParamBasic, ParamDiscard, Params};
 
-const SECTOR_BYTES: u64 = 512;
+pub(crate) const SECTOR_BYTES: u64 = 512;
 
 /// Why a disk's geometry cannot be a ublk device's.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -88,10 +88,10 @@ pub fn params_of(geometry: &Geometry, io_bytes_max: u32) -> Result<Params, Geome
     Ok(params)
 }
 
-/// What a recovered device was made with and its disk no longer has, in words, or none if both agree.
+/// What a recovered device was made with and its disk no longer has, in words, or none if all of it is there. The disk may be larger.
 pub fn difference(made_with: &Params, now: &Params) -> Option<String> {
     let bytes = |params: &Params| params.basic.dev_sectors * SECTOR_BYTES;
-    if bytes(made_with) != bytes(now) {
+    if bytes(made_with) > bytes(now) {
         return Some(format!("its size was {} bytes and is {} bytes", bytes(made_with), bytes(now)));
     }
     let basic = (made_with.basic, now.basic);
@@ -177,7 +177,8 @@ mod tests {
         let made_with = params_of(&geometry(), 1 << 16).expect("params");
         assert_eq!(difference(&made_with, &made_with), None);
         let grown = params_of(&Geometry { size_bytes: 2 << 30, ..geometry() }, 1 << 16).expect("params");
-        assert!(difference(&made_with, &grown).is_some_and(|text| text.contains("2147483648")));
+        assert_eq!(difference(&made_with, &grown), None, "the device can grow, too");
+        assert!(difference(&grown, &made_with).is_some_and(|text| text.contains("2147483648")));
         let plain = params_of(&Geometry { discard: None, ..geometry() }, 1 << 16).expect("params");
         assert!(difference(&made_with, &plain).is_some());
         assert_eq!(difference(&plain, &made_with), None);

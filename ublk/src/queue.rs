@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 
 use io_uring::{opcode, types};
 use zerocopy::IntoBytes;
@@ -40,6 +40,8 @@ pub(crate) struct QueueConfig {
     pub(crate) arena: Arena,
     /// What is served.
     pub(crate) disk: Arc<dyn Disk>,
+    /// How much of the disk the device has, in bytes. Grows.
+    pub(crate) size_bytes: Arc<AtomicU64>,
     /// First unexpected errno of any queue of the device, or zero.
     pub(crate) fault: Arc<AtomicI32>,
     /// Set once the queue has been stopped and every request that it had is answered.
@@ -68,8 +70,8 @@ struct QueueSource {
 
 impl QueueSource {
     fn start(config: QueueConfig, ring: &mut SourceRing<'_>) -> io::Result<Self> {
-        let QueueConfig { char_file, queue, depth, arena, disk, fault, at_rest } = config;
-        let tags = Tags::new(depth, &disk.geometry(), &arena)
+        let QueueConfig { char_file, queue, depth, arena, disk, size_bytes, fault, at_rest } = config;
+        let tags = Tags::new(depth, size_bytes, disk.geometry().logical_block_bytes, &arena)
             .ok_or_else(|| io::Error::other("the arena has fewer free slots than the queue has tags"))?;
         // In the table even where commands do not use that place: the ring then holds the device open until its last backing
         // I/O is done, and no successor can take the device over before (A4).

@@ -228,6 +228,8 @@ pub const CMD_END_USER_RECOVERY: u32 = ioctl_rw(0x11);
 pub const CMD_GET_FEATURES: u32 = ioctl_r(0x13);
 /// Deletes a device without waiting for those who hold it open.
 pub const CMD_DEL_DEV_ASYNC: u32 = ioctl_r(0x14);
+/// Gives a device another size (6.16): `data[0]`, in sectors.
+pub const CMD_UPDATE_SIZE: u32 = ioctl_rw(0x15);
 /// Has the server let go of a device that stays (6.16).
 pub const CMD_QUIESCE_DEV: u32 = ioctl_rw(0x16);
 
@@ -271,6 +273,8 @@ pub const F_USER_RECOVERY: u64 = 1 << 3;
 pub const F_USER_RECOVERY_REISSUE: u64 = 1 << 4;
 /// Commands are numbered as ioctls are.
 pub const F_CMD_IOCTL_ENCODE: u64 = 1 << 6;
+/// [`CMD_UPDATE_SIZE`] is offered.
+pub const F_UPDATE_SIZE: u64 = 1 << 10;
 /// [`CMD_QUIESCE_DEV`] is offered.
 pub const F_QUIESCE: u64 = 1 << 12;
 /// The driver does not look for partitions when the device starts.
@@ -326,6 +330,7 @@ mod tests {
         assert_eq!(CMD_ADD_DEV, 0xc020_7504);
         assert_eq!(CMD_GET_FEATURES, 0x8020_7513);
         assert_eq!(CMD_DEL_DEV_ASYNC, 0x8020_7514);
+        assert_eq!(CMD_UPDATE_SIZE, 0xc020_7515);
         assert_eq!(CMD_QUIESCE_DEV, 0xc020_7516);
         assert_eq!(IO_FETCH_REQ, 0xc010_7520);
         assert_eq!(IO_COMMIT_AND_FETCH_REQ, 0xc010_7521);

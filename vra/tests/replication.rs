@@ -7,10 +7,12 @@ use std::time::{Duration, Instant};
 use ::vra::api::status::SourceMode;
 use ::vra::api::{
     Attach, CheckpointId, CloseView, Detach, DoorRequest, ErrorCode, PointInTime, RemoveVpg, Request,
-    SetTrust, TimeUs, ViewMode, VmId, VpgId, VraId,
+    SetTrust, TimeUs, ViewMode, VmId, VpgId, VraId, VraStatus,
 };
 use common::TestCa;
-use common::pair::{checkpoints, door, open, open_view, pattern, streaming_pair, tag, wait_for_checkpoint};
+use common::pair::{
+    apply, checkpoints, door, open, open_view, pattern, streaming_pair, tag, wait_for_checkpoint,
+};
 use common::vra::{PATIENCE, nbdcopy, qemu_io};
 
 #[tokio::test]
@@ -105,6 +107,28 @@ async fn replication_goes_on_after_either_side_was_killed() {
     let view = open_view(&target, &open(vpg, at, ViewMode::ReadOnly)).await;
     let Some(found) = nbdcopy(&view.disks[0].door, &target.path("copy.raw")) else { return };
     assert!(found == expected, "the disk differs after both were killed");
+}
+
+#[tokio::test]
+async fn a_target_with_another_address_gets_the_stream_where_it_was() {
+    let ca = TestCa::new();
+    let Some((source, mut target, volumes, mut definition)) = streaming_pair("moved", &ca).await else {
+        return;
+    };
+    let generation = source.status().await.source_vms[0].generation;
+    target.kill();
+    target.move_elsewhere();
+    target.serve();
+    qemu_io(&door(&volumes[0]), &pattern(6, 128, 64));
+    definition.revision = 2;
+    definition.vms[0].target.address.clone_from(&target.endpoint.address);
+    apply(&target, &definition).await;
+    apply(&source, &definition).await;
+    let is_streaming = |status: &VraStatus| status.source_vms[0].connected;
+    let status = source.wait_for("streaming there", is_streaming).await;
+    assert_eq!(status.source_vms[0].generation, generation, "without a full sync");
+    let tagged = tag(&source, definition.id, "there").await;
+    wait_for_checkpoint(&target, definition.id, tagged.id).await;
 }
 
 #[tokio::test]

@@ -97,6 +97,13 @@ impl Trio {
     }
 }
 
+/// What QEMU sees of a disk's size, in bytes.
+fn virtual_size(uri: &str) -> usize {
+    let info = std::process::Command::new("qemu-img").args(["info", "--output=json", uri]).output();
+    let info: Value = serde_json::from_slice(&info.expect("qemu-img").stdout).expect("JSON");
+    info["virtual-size"].as_u64().expect("a size") as usize
+}
+
 /// Journals in a datastore, by their folders' names.
 fn journals(datastore: &Path) -> Vec<PathBuf> {
     let folders = |path: &Path| -> Vec<PathBuf> {
@@ -104,6 +111,42 @@ fn journals(datastore: &Path) -> Vec<PathBuf> {
     };
     let vms = folders(datastore).iter().flat_map(|group| folders(group)).collect::<Vec<_>>();
     vms.into_iter().filter(|vm| vm.join("journal.hfj").exists()).collect()
+}
+
+#[test]
+fn a_disk_that_has_grown_is_protected_in_its_new_size_without_anybody_asking() {
+    if !has_qemu_io() {
+        eprintln!("skipped: qemu-io is not installed");
+        return;
+    }
+    let trio = Trio::defined();
+    trio.tag("before");
+    let uri = &trio.disks[0];
+    let image = std::fs::OpenOptions::new().write(true).open(trio.a.dir.join("db.img")).expect("disk");
+    image.set_len(12 * MIB as u64).expect("longer");
+    let size = || {
+        trio.site.json(&["vpg", "show", "shop"])["vpg"]["settings"]["vms"][0]["volumes"][0]["size_bytes"]
+            .clone()
+    };
+    wait_for("the new size in the definition", || size() == 12 * MIB);
+    let served = || trio.a.json(&["list"])[0]["size_bytes"].clone();
+    wait_for("the guest's new size", || served() == 12 * MIB);
+    qemu_io(uri, &[&format!("write -P 0x44 {} {}", 7 * MIB, 3 * MIB)]);
+    trio.tag("after");
+    trio.tested("before", |disks| {
+        let [(_, only)] = disks else { panic!("one disk: {disks:?}") };
+        reads(only, 0x11, 0, 8 * MIB);
+        assert_eq!(virtual_size(only), 8 * MIB, "it ends where it ended then");
+    });
+    trio.tested("after", |disks| {
+        let [(_, only)] = disks else { panic!("one disk: {disks:?}") };
+        reads(only, 0x11, 0, 7 * MIB);
+        reads(only, 0x44, 7 * MIB, 3 * MIB);
+        reads(only, 0, 10 * MIB, 2 * MIB);
+        assert_eq!(virtual_size(only), 12 * MIB);
+    });
+    let told = trio.site.json(&["event", "list"]).to_string();
+    assert!(told.contains("have grown") && told.contains("from 8 MiB to 12 MiB"), "{told}");
 }
 
 #[test]

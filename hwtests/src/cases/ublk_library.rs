@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -36,6 +37,12 @@ pub(super) const CASES: &[Case] = &[
         Body::Inside(quiesce_recover),
     )
     .needs(&[Need::UblkFeature("QUIESCE")]),
+    Case::new(
+        "ublk-grow",
+        "A device grows while it is written, its new end can be written, too, and a successor finds it as large.",
+        Body::Inside(grow),
+    )
+    .needs(&[Need::UblkFeature("UPDATE_SIZE"), Need::UblkFeature("QUIESCE")]),
     Case::new(
         "ublk-leave-busy",
         "A device all of whose tags are busy is left once they are answered: nobody waits for tags that the driver keeps.",
@@ -127,6 +134,48 @@ fn quiesce_recover(context: &mut Context) -> Result<()> {
     let device = driver.recover(id, disk(), &arena)?;
     context.wait_for("the waiting read", 10, || Ok(reader.is_finished().then_some(())))?;
     reader.join().ok().context("the reader panicked")??;
+    device.delete()?;
+    Ok(())
+}
+
+fn grow(context: &mut Context) -> Result<()> {
+    const GROWN_BYTES: u64 = 24 << 20;
+    let driver = driver(2)?;
+    let arena = Arena::new(SLOT_BYTES, 64)?;
+    let mut device = driver.add(disk(), &arena, settings(7))?;
+    let path = device.block_path();
+    let mut load = context.spawn(&[
+        "fio",
+        "--name=load",
+        &format!("--filename={}", path.display()),
+        "--rw=randwrite",
+        "--bs=4k",
+        "--size=8m",
+        "--ioengine=libaio",
+        "--direct=1",
+        "--iodepth=4",
+        "--time_based",
+        "--runtime=3",
+    ])?;
+    device.size().grow(GROWN_BYTES)?;
+    ensure!(device.size().bytes() == GROWN_BYTES, "it says {} bytes", device.size().bytes());
+    let seen_bytes = |context: &Context| -> Result<u64> {
+        let sectors = context.read(format!("/sys/block/ublkb{}/size", device.id()))?;
+        Ok(sectors.trim().parse::<u64>()? << 9)
+    };
+    ensure!(seen_bytes(context)? == GROWN_BYTES, "the kernel shows {} bytes", seen_bytes(context)?);
+    let write_end = || -> Result<()> {
+        let file = File::options().write(true).open(&path)?;
+        file.write_all_at(&[7; 4096], GROWN_BYTES - 4096)?;
+        Ok(file.sync_all()?)
+    };
+    write_end()?;
+    load.finish(30)?;
+    let id = device.id();
+    device.leave(Duration::from_secs(5))?;
+    drop(device);
+    let device = driver.recover(id, Arc::new(NullDisk::new(GROWN_BYTES)), &arena)?;
+    write_end()?;
     device.delete()?;
     Ok(())
 }

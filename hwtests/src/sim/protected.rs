@@ -315,6 +315,7 @@ impl Protected {
                 SourceAction::Alert(SourceAlert::Lost) => return Err("the core is lost".into()),
                 SourceAction::Alert(SourceAlert::Store(_)) => env.happened(Happening::NumbersNotSaved),
                 SourceAction::Alert(SourceAlert::FullSync) => {}
+                SourceAction::Grown { .. } => return Err("no disk was to grow".into()),
             }
         }
         Ok(())

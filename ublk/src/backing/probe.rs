@@ -92,6 +92,14 @@ pub(super) fn probe(file: &File, kind: BackingKind, path: &Path) -> Result<Facts
     check_and_read_head(facts, file, path)
 }
 
+/// How large it is now, in bytes.
+pub(super) fn size_bytes(file: &File, kind: BackingKind) -> io::Result<u64> {
+    match kind {
+        BackingKind::File => Ok(file.metadata()?.len()),
+        BackingKind::BlockDevice => device_size_bytes(file),
+    }
+}
+
 /// What the beginning of a disk says of its format, if it is one that holds a disk inside.
 pub(super) fn image_format(head: &Head) -> Option<&'static str> {
     let has = |offset: usize, magic: &[u8]| head.0[offset..].starts_with(magic);

@@ -85,6 +85,19 @@ pub enum DeviceError {
         /// How long was waited, in milliseconds.
         waited_ms: u64,
     },
+    /// A device that can't be made larger.
+    #[error(
+        "the kernel's driver can't make ublk device {device} larger while it is there (6.16 is needed): it stays at {former_bytes} bytes of \
+         {size_bytes} until its volume is attached anew"
+    )]
+    CannotGrow {
+        /// The device.
+        device: u32,
+        /// What it has, in bytes.
+        former_bytes: u64,
+        /// What its disk has, in bytes.
+        size_bytes: u64,
+    },
     /// Recovery with a disk that is not what the device was made for.
     #[error("ublk device {device} cannot be recovered with this disk: {difference}")]
     Changed {

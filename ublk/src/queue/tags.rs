@@ -1,7 +1,10 @@
 //! Who has each tag of a queue, and which slot goes with it. No I/O.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use crate::arena::{Arena, Slot};
-use crate::serve::{Completion, Errno, Geometry, Op, Request};
+use crate::serve::{Completion, Errno, Op, Request};
 use crate::uapi::{self, IoDesc};
 
 /// The tags of one queue.
@@ -11,7 +14,7 @@ pub(super) struct Tags {
     arena: Arena,
     told_lost_slot: bool,
     ended: usize,
-    size_bytes: u64,
+    size_bytes: Arc<AtomicU64>,
     block_mask: u64,
 }
 
@@ -46,15 +49,20 @@ pub(super) struct Commit {
 
 impl Tags {
     /// Takes a slot for each tag, or none if the arena has too few.
-    pub(super) fn new(depth: u16, geometry: &Geometry, arena: &Arena) -> Option<Self> {
+    pub(super) fn new(
+        depth: u16,
+        size_bytes: Arc<AtomicU64>,
+        logical_block_bytes: u32,
+        arena: &Arena,
+    ) -> Option<Self> {
         let tags = (0..depth).map(|_| arena.take().map(Tag::Driver)).collect::<Option<_>>()?;
         Some(Self {
             tags,
             arena: arena.clone(),
             told_lost_slot: false,
             ended: 0,
-            size_bytes: geometry.size_bytes,
-            block_mask: u64::from(geometry.logical_block_bytes) - 1,
+            size_bytes,
+            block_mask: u64::from(logical_block_bytes) - 1,
         })
     }
 
@@ -97,7 +105,10 @@ impl Tags {
         }
         let aligned = (request.offset_bytes | len_bytes) & self.block_mask == 0;
         let inside = desc.start_sector < 1 << 55
-            && request.offset_bytes.checked_add(len_bytes).is_some_and(|end| end <= self.size_bytes);
+            && request
+                .offset_bytes
+                .checked_add(len_bytes)
+                .is_some_and(|end| end <= self.size_bytes.load(Ordering::Relaxed));
         if !aligned || len_bytes == 0 {
             return self.answer(tag, slot, libc::EINVAL);
         }
@@ -168,17 +179,8 @@ impl Tags {
 mod tests {
     use super::*;
 
-    fn geometry() -> Geometry {
-        Geometry {
-            size_bytes: 1 << 20,
-            logical_block_bytes: 4096,
-            physical_block_bytes: 4096,
-            volatile_cache: true,
-            fua: true,
-            read_only: false,
-            discard: None,
-            write_zeroes: None,
-        }
+    fn tags(depth: u16, arena: &Arena) -> Option<Tags> {
+        Tags::new(depth, Arc::new(AtomicU64::new(1 << 20)), 4096, arena)
     }
 
     fn desc(op_flags: u32, start_sector: u64, nr_sectors: u32) -> IoDesc {
@@ -195,7 +197,7 @@ mod tests {
     #[test]
     fn a_write_takes_its_slot_along_and_the_commit_lends_the_one_that_came_back() {
         let arena = Arena::new(8192, 3).expect("arena");
-        let mut tags = Tags::new(2, &geometry(), &arena).expect("slots");
+        let mut tags = self::tags(2, &arena).expect("slots");
         let lent = tags.fetch(1).address;
         let request = serve(tags.arrived(1, desc(uapi::IO_OP_WRITE | uapi::IO_F_FUA, 8, 16)));
         assert_eq!((request.op, request.offset_bytes, request.len_bytes), (Op::Write, 4096, 8192));
@@ -216,7 +218,7 @@ mod tests {
     #[test]
     fn requests_without_data_leave_the_slot_with_the_tag() {
         let arena = Arena::new(8192, 1).expect("arena");
-        let mut tags = Tags::new(1, &geometry(), &arena).expect("slots");
+        let mut tags = self::tags(1, &arena).expect("slots");
         let lent = tags.fetch(0).address;
         let ops = [
             (uapi::IO_OP_FLUSH, Op::Flush),
@@ -237,7 +239,7 @@ mod tests {
     #[test]
     fn an_answer_without_its_slot_fails_the_request_and_no_more() {
         let arena = Arena::new(8192, 2).expect("arena");
-        let mut tags = Tags::new(1, &geometry(), &arena).expect("slots");
+        let mut tags = self::tags(1, &arena).expect("slots");
         for op_flags in [uapi::IO_OP_WRITE, uapi::IO_OP_READ] {
             drop(serve(tags.arrived(0, desc(op_flags, 8, 16))).slot);
             let commit =
@@ -254,7 +256,7 @@ mod tests {
     #[test]
     fn malformed_requests_never_reach_the_lane() {
         let arena = Arena::new(8192, 1).expect("arena");
-        let mut tags = Tags::new(1, &geometry(), &arena).expect("slots");
+        let mut tags = self::tags(1, &arena).expect("slots");
         let address = tags.fetch(0).address;
         let bad = [
             (desc(uapi::IO_OP_READ, 1, 8), libc::EINVAL),
@@ -274,10 +276,21 @@ mod tests {
     }
 
     #[test]
+    fn a_device_that_grows_takes_requests_behind_its_former_end() {
+        let arena = Arena::new(8192, 1).expect("arena");
+        let size_bytes = Arc::new(AtomicU64::new(1 << 20));
+        let mut tags = Tags::new(1, Arc::clone(&size_bytes), 4096, &arena).expect("slots");
+        let behind = desc(uapi::IO_OP_WRITE, 2048, 16);
+        assert!(matches!(tags.arrived(0, behind), Arrival::Answer(commit) if commit.result == -libc::EIO));
+        size_bytes.store(2 << 20, Ordering::Relaxed);
+        assert_eq!(serve(tags.arrived(0, behind)).offset_bytes, 1 << 20);
+    }
+
+    #[test]
     fn a_queue_has_ended_when_every_tag_has_and_then_holds_no_slot() {
         let arena = Arena::new(4096, 2).expect("arena");
-        assert!(Tags::new(3, &geometry(), &arena).is_none(), "too few slots");
-        let mut tags = Tags::new(2, &geometry(), &arena).expect("slots");
+        assert!(tags(3, &arena).is_none(), "too few slots");
+        let mut tags = self::tags(2, &arena).expect("slots");
         tags.end(0);
         assert!(!tags.all_ended());
         tags.end(1);

@@ -92,6 +92,9 @@ pub struct VolumeInfo {
     pub path: PathBuf,
     /// Size in bytes.
     pub size_bytes: u64,
+    /// What the local disk has now, in bytes, if that is more: its guest gets it once the VPG's definition says so.
+    #[serde(default)]
+    pub grown_bytes: Option<u64>,
     /// Logical block size, 512 or 4096.
     pub logical_block_bytes: u32,
     /// The VPG that protects it, if any.

@@ -48,7 +48,10 @@ impl Home {
 /// A local disk, protected or not.
 pub struct ProtectedDisk {
     file: [File; 1],
+    /// But for the size.
     geometry: Geometry,
+    /// What guests see of the file, in bytes. Only grows (E3).
+    size_bytes: AtomicU64,
     clock: WallClock,
     /// Of a disk that several hosts share.
     gate: Option<Arc<WriteGate>>,
@@ -60,8 +63,15 @@ pub struct ProtectedDisk {
 impl ProtectedDisk {
     /// A disk over an open file or block device, opened with `O_DIRECT` and locked as A4 says, with what it really can.
     pub fn new(file: File, geometry: Geometry, clock: WallClock) -> Self {
-        let homes = Homes { current: Home::alone(), earlier: Vec::new() };
-        Self { file: [file], geometry, clock, gate: None, homes: Mutex::new(homes), moves: AtomicU64::new(1) }
+        Self {
+            file: [file],
+            size_bytes: AtomicU64::new(geometry.size_bytes),
+            geometry,
+            clock,
+            gate: None,
+            homes: Mutex::new(Homes { current: Home::alone(), earlier: Vec::new() }),
+            moves: AtomicU64::new(1),
+        }
     }
 
     /// The same, with guests' writes behind a gate.
@@ -75,7 +85,12 @@ impl ProtectedDisk {
     /// # Errors
     /// No descriptor is left.
     pub fn unserved(&self) -> std::io::Result<Self> {
-        Ok(Self::new(self.file[0].try_clone()?, self.geometry.clone(), Arc::clone(&self.clock)))
+        Ok(Self::new(self.file[0].try_clone()?, self.geometry(), Arc::clone(&self.clock)))
+    }
+
+    /// From now on guests may see so much of the file, in bytes; its stream has said so (E3). Less than before changes nothing.
+    pub fn grow(&self, size_bytes: u64) {
+        self.size_bytes.fetch_max(size_bytes, Ordering::Release);
     }
 
     /// From now on the writes belong to `home`.
@@ -127,7 +142,7 @@ impl ProtectedDisk {
 
 impl Disk for ProtectedDisk {
     fn geometry(&self) -> Geometry {
-        self.geometry.clone()
+        Geometry { size_bytes: self.size_bytes.load(Ordering::Acquire), ..self.geometry.clone() }
     }
 
     fn files(&self) -> &[File] {

@@ -53,6 +53,13 @@ pub enum SourceAction {
     BeginGeneration(GenerationStart),
     /// This sync has begun: drive it to its end.
     BeginSync(FullSync),
+    /// The stream says that a volume is larger: its guest may have what is new of it (E3).
+    Grown {
+        /// The volume's number.
+        volume: u16,
+        /// Its size, in bytes.
+        size_bytes: u64,
+    },
     /// Something happened that people must know; it stays visible in the status.
     Alert(SourceAlert),
 }
@@ -124,6 +131,8 @@ pub struct SourceVm {
     grant: Mutex<Option<GrantNote>>,
     /// A new generation was asked for, whatever the mode.
     renew: AtomicBool,
+    /// How large the disks are to be, in bytes, by volume number; as many as were told.
+    wanted_bytes: Mutex<Vec<u64>>,
 }
 
 impl SourceVm {
@@ -179,6 +188,7 @@ impl SourceVm {
             numbering,
             grant: Mutex::new(None),
             renew: AtomicBool::new(false),
+            wanted_bytes: Mutex::default(),
         })
     }
 
@@ -225,6 +235,12 @@ impl SourceVm {
         self.stream().consumer.free_through(u64::MAX);
     }
 
+    /// The disks are to be so large, in bytes, by volume number; smaller than they are changes nothing. Their files must be as large, and the
+    /// target know of it. Only notes it: the next ticks act, and not while a sync is under way.
+    pub fn grow(&self, sizes: Vec<u64>) {
+        *self.wanted_bytes.lock().unwrap_or_else(PoisonError::into_inner) = sizes;
+    }
+
     /// Does what has become due; called several times in a second, on a thread that may block. `random` makes ids.
     pub fn tick(&self, now: Now, random: &mut dyn FnMut() -> u128) -> Vec<SourceAction> {
         let mut actions = Vec::new();
@@ -236,6 +252,7 @@ impl SourceVm {
         if let Err(error) = self.keep_state(&mut numbering) {
             numbering.store_failed(&error, &mut actions);
         }
+        self.follow_sizes(now, &mut actions);
         match self.core.with(|core, _| core.mode()) {
             Mode::Stopped if self.renew.load(Ordering::Acquire) => {
                 self.renew_generation(&mut numbering, random, &mut actions);
@@ -334,6 +351,33 @@ impl SourceVm {
         }
     }
 
+    /// Disks that are to be larger, once the stream has said it (E3).
+    fn follow_sizes(&self, now: Now, actions: &mut Vec<SourceAction>) {
+        let wanted = self.wanted_bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        let disks = (0_u16..).zip(&self.disks);
+        let grown: Vec<(u16, u64)> = disks
+            .zip(wanted.iter())
+            .filter(|((_, disk), size_bytes)| disk.geometry().size_bytes < **size_bytes)
+            .map(|((volume, _), size_bytes)| (volume, *size_bytes))
+            .collect();
+        drop(wanted);
+        if grown.is_empty() {
+            return;
+        }
+        let said = self.core.with(|core, wakeups| match core.mode() {
+            Mode::Streaming { .. } => core.publish_sizes(&grown, now.wall_us, wakeups).is_ok(),
+            // The next generation begins with all sizes.
+            Mode::Stopped | Mode::Overflow { .. } | Mode::Lost => true,
+        });
+        if !said {
+            return;
+        }
+        for (volume, size_bytes) in grown {
+            self.disks[usize::from(volume)].grow(size_bytes);
+            actions.push(SourceAction::Grown { volume, size_bytes });
+        }
+    }
+
     fn is_drained(&self) -> bool {
         self.core.with(|core, _| core.retained().0) == 0
     }
@@ -363,7 +407,12 @@ impl SourceVm {
         let sync_id = (random() as u64).max(1);
         let begun = self.core.with(|core, wakeups| {
             core.start_streaming()?;
-            let begun = core.begin_sync(sync_id, &sizes, now.wall_us, wakeups);
+            // The journal may have missed that disks have grown. Fresh images have no history that would need it.
+            let said = match fresh_image {
+                true => Ok(0),
+                false => core.publish_sizes(&sizes, now.wall_us, wakeups),
+            };
+            let begun = said.and_then(|_| core.begin_sync(sync_id, &sizes, now.wall_us, wakeups));
             if begun.is_err() {
                 core.overflow(OverflowReason::RingFull, wakeups);
             }

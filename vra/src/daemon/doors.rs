@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use ublk::arena::Arena;
 use ublk::control::ControlError;
 use ublk::cookie::Cookie;
-use ublk::device::{Device, DeviceError, DeviceSettings, Driver};
+use ublk::device::{Device, DeviceError, DeviceSettings, DeviceSize, Driver};
 use ublk::features::Features;
 use ublk::nbd::{Address, ExportSettings, NbdServer};
 use ublk::reactor::Reactors;
@@ -206,6 +206,14 @@ impl Door {
             Self::Own { export, address: Address::Tcp(address), .. } => {
                 DoorAddress::NbdTcp { address: *address, export: export.clone() }
             }
+        }
+    }
+
+    /// The size of a device, which is told when it grows. NBD clients learn it by themselves, when they connect.
+    pub(super) fn device_size(&self) -> Option<DeviceSize> {
+        match self {
+            Self::Ublk(device) => Some(device.size()),
+            Self::Shared { .. } | Self::Own { .. } => None,
         }
     }
 

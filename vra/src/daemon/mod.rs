@@ -13,6 +13,7 @@ mod error;
 mod force_sync;
 mod former_vms;
 mod group_checkpoints;
+mod growth;
 mod guests;
 mod handler;
 mod identity;
@@ -145,6 +146,8 @@ pub(crate) struct Daemon {
     doors: Doors,
     links: DeviceLinks,
     volumes: Mutex<BTreeMap<VolumeId, LiveVolume>>,
+    /// Protected volumes whose local disks have grown, with what those have, in bytes.
+    grown: Mutex<BTreeMap<VolumeId, u64>>,
     /// Another VRA took a shared disk over, or let go of it.
     owners_changed: Notify,
     /// The ublk devices of former daemons were looked through.
@@ -221,6 +224,7 @@ impl Daemon {
             doors,
             links: DeviceLinks::fresh(),
             volumes: Mutex::default(),
+            grown: Mutex::default(),
             owners_changed: Notify::new(),
             swept: AtomicBool::new(false),
             views: Mutex::default(),
@@ -286,6 +290,7 @@ async fn look_for_wrong(daemon: Arc<Daemon>) {
     loop {
         ticks.tick().await;
         daemon.retry_targets().await;
+        daemon.look_for_growth().await;
         let found = daemon.findings();
         let (raised, cleared) = lock(&daemon.alerts).look(found, TimeUs::now());
         for alert in raised {

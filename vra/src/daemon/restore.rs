@@ -11,7 +11,7 @@ use ublk::sweep::{Verdict, sweep};
 
 use super::doors::deleted;
 use super::shares::Share;
-use super::state::{Change, ViewStage, VolumeRecord};
+use super::state::{Change, State, ViewStage, VolumeRecord};
 use super::volumes::{LiveVolume, disk_over};
 use super::{Daemon, lock};
 use crate::api::{ApiError, DoorRequest, ErrorCode, VolumeId};
@@ -96,8 +96,9 @@ impl Daemon {
         let settings = if record.shared { BackingSettings::SHARED } else { settings };
         let backing = Arc::new(Backing::open(&record.path, settings)?);
         let geometry = backing.geometry();
-        if (geometry.size_bytes, geometry.logical_block_bytes)
-            != (record.size_bytes, record.logical_block_bytes)
+        // One that has grown meanwhile is served as large as it was: what is new of it comes when its protection knows (E3).
+        if geometry.size_bytes < record.size_bytes
+            || geometry.logical_block_bytes != record.logical_block_bytes
         {
             return Err(ApiError::new(
                 ErrorCode::Conflict,
@@ -113,7 +114,9 @@ impl Daemon {
             .remedy("if this is the right disk, detach the volume and attach it again"));
         }
         let share = record.shared.then(|| Share::resume(&backing, id)).transpose()?.map(Arc::new);
-        let disk = disk_over(&backing, share.as_deref())?;
+        // A definition that says more was followed, perhaps, by a daemon that died before it could note it: its guest may have seen that.
+        let size_bytes = record.size_bytes.max(defined_bytes(&self.seen(), id).min(geometry.size_bytes));
+        let disk = disk_over(&backing, size_bytes, share.as_deref())?;
         let served = Arc::clone(&disk) as Arc<dyn Disk>;
         let left = match record.door {
             DoorRequest::Ublk { .. } => self.left_device(record.cookie)?,
@@ -125,7 +128,7 @@ impl Daemon {
                 self.doors.open_door(served, &record.door, &id.to_string(), record.cookie, record.device)?
             }
         };
-        Ok(LiveVolume::Served { _backing: backing, disk, door, share })
+        Ok(LiveVolume::Served { backing, disk, door, share })
     }
 
     /// Looks through the devices that former daemons left. Those of volumes and views wait to be recovered, others of ours are deleted.
@@ -183,4 +186,11 @@ impl Daemon {
         let is_left = |info: &DeviceInfo| info.cookie.is_some_and(|found| found.disk_id == cookie);
         Ok(devices.iter().find(|info| is_left(info)).map(|info| info.id))
     }
+}
+
+/// What a VPG's definition says of a volume's size, in bytes; zero if none protects it.
+fn defined_bytes(state: &State, id: VolumeId) -> u64 {
+    let vms = state.vpgs.values().flat_map(|vpg| &vpg.vms);
+    let mut volumes = vms.flat_map(|vm| &vm.volumes).filter(|volume| volume.id == id && !volume.left);
+    volumes.next().map_or(0, |volume| volume.size_bytes)
 }

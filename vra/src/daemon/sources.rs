@@ -43,6 +43,8 @@ pub(super) struct LiveSource {
     vm: Arc<SourceVm>,
     freeze: Freeze,
     shipper: Shipper,
+    /// Where the next stream goes.
+    target: Arc<Mutex<VraEndpoint>>,
     /// The last sync, and when it began.
     sync: Mutex<Option<(SyncThread, TimeUs)>>,
     notes: Arc<Mutex<Notes>>,
@@ -50,6 +52,8 @@ pub(super) struct LiveSource {
     left: AtomicBool,
     /// Its group is.
     paused: AtomicBool,
+    /// How large its volumes are to be as the stream knows, in bytes, by number.
+    sizes: Mutex<Vec<u64>>,
 }
 
 /// What happened last, for status and alerts.
@@ -93,6 +97,27 @@ impl LiveSource {
             tracing::info!(vm = %self.definition.id, name = self.definition.name, "{what}");
         }
         self.shipper.set_paused(paused);
+    }
+
+    /// The target is to be reached elsewhere: by the next stream, the one that runs goes on.
+    fn set_target(&self, wanted: &VraEndpoint) {
+        let former = std::mem::replace(&mut *lock(&self.target), wanted.clone());
+        if former != *wanted {
+            let (name, from, to) = (&self.definition.name, former.address, &wanted.address);
+            tracing::info!(vm = name, from, to, "the target has another address");
+        }
+    }
+
+    /// Follows a definition in which volumes are larger (E3). `local` are the sizes that their files have; what they lack is left out.
+    fn grow(&self, wanted: &VmDefinition, local: &[u64]) {
+        let sizes = wanted.volumes.iter().map(|volume| volume.size_bytes).zip(local);
+        let sizes: Vec<u64> = sizes.map(|(defined, local)| defined.min(*local)).collect();
+        let former = std::mem::replace(&mut *lock(&self.sizes), sizes.clone());
+        if former != sizes {
+            // First the stream: it says what the disks have grown by only to a target that takes it.
+            self.shipper.set_volumes(wanted.volumes.iter().map(shape_of).collect());
+            self.vm.grow(sizes);
+        }
     }
 
     pub(super) fn sender(&self) -> SenderStatus {
@@ -154,6 +179,8 @@ impl Daemon {
         for (id, (vpg, vm, disks)) in wanted {
             if let Some(live) = sources.get(&id) {
                 live.set_paused(vpg.paused);
+                live.set_target(&vm.target);
+                live.grow(vm, &self.local_sizes(vm));
                 if live.shipper.set_priority(stream_priority(vpg.priority())) {
                     tracing::info!(vm = %id, name = vm.name, priority = %vpg.priority(), "another priority");
                 }
@@ -162,6 +189,7 @@ impl Daemon {
             match self.start_source(vpg, vm, disks) {
                 Ok(live) => {
                     tracing::info!(vm = %id, name = vm.name, target = %vm.target.id, priority = %vpg.priority(), "source");
+                    live.grow(vm, &self.local_sizes(vm));
                     sources.insert(id, Arc::new(live));
                 }
                 Err(error) => failed = Some(error),
@@ -188,7 +216,17 @@ impl Daemon {
                     continue;
                 }
                 for action in actions {
-                    source.act(action).await;
+                    match action {
+                        // On a task of its own: it waits for the state and for the driver.
+                        SourceAction::Grown { volume, size_bytes } => {
+                            tokio::spawn(Arc::clone(&self).give_growth(
+                                Arc::clone(&source),
+                                volume,
+                                size_bytes,
+                            ));
+                        }
+                        action => source.act(action).await,
+                    }
                 }
             }
         }
@@ -227,12 +265,13 @@ impl Daemon {
         };
         let sender = Sender::new(identity, vm.generation(), SenderLimits::STANDARD, rand::random());
         let notes = Arc::new(Mutex::new(Notes::default()));
+        let target = Arc::new(Mutex::new(definition.target.clone()));
         let shipper = Shipper::start(ShipperParts {
             sender,
             retained: Box::new(RetainedEntries(Arc::clone(&vm))),
             doorbell,
             paused: vpg.paused,
-            connector: Connector { link: Arc::clone(&self.link), target: definition.target.clone() },
+            connector: Connector { link: Arc::clone(&self.link), target: Arc::clone(&target) },
             on_event: {
                 let (vm, notes, name) = (Arc::clone(&vm), Arc::clone(&notes), definition.name.clone());
                 Box::new(move |event| note_event(event, &vm, &mut lock(&notes), &name))
@@ -247,10 +286,12 @@ impl Daemon {
                 .guests
                 .freeze_of(definition.id, self.seen().guest_agents.contains_key(&definition.id)),
             shipper,
+            target,
             sync: Mutex::default(),
             notes,
             left: AtomicBool::new(false),
             paused: AtomicBool::new(vpg.paused),
+            sizes: Mutex::default(),
         })
     }
 
@@ -329,6 +370,8 @@ impl LiveSource {
                     }
                 }
             }
+            // The daemon's.
+            SourceAction::Grown { .. } => {}
             SourceAction::Alert(alert) => {
                 if alert == SourceAlert::FullSync {
                     tracing::info!(vm = self.definition.name, "{alert}");
@@ -380,14 +423,14 @@ fn note_event(event: SenderEvent, vm: &SourceVm, notes: &mut Notes, name: &str) 
 
 struct Connector {
     link: SharedLink,
-    target: VraEndpoint,
+    target: Arc<Mutex<VraEndpoint>>,
 }
 
 impl DataConnector for Connector {
     async fn open(&self) -> Result<(SendStream, RecvStream), ConnectError> {
         let link = lock(&self.link).link();
         let link = link.ok_or_else(|| ConnectError("this VRA's link is not up".to_owned()))?;
-        let peer = link.peer(&self.target);
+        let peer = link.peer(&lock(&self.target));
         let opened = peer.open(&link, StreamKind::Data).await;
         opened.map(|(_, send, recv)| (send, recv)).map_err(|error| ConnectError(chain(&error)))
     }
@@ -429,11 +472,16 @@ fn stream_priority(priority: Priority) -> i32 {
     }
 }
 
-/// Whether a changed definition lets the stream go on as it is.
+/// Whether a changed definition lets the stream of another go on, though volumes may have grown, and the target be elsewhere.
 fn is_same_stream(one: &VmDefinition, other: &VmDefinition) -> bool {
+    let is_same_disk = |(wanted, live): (&VolumeDefinition, &VolumeDefinition)| {
+        let size_bytes = wanted.size_bytes;
+        size_bytes >= live.size_bytes && *wanted == VolumeDefinition { size_bytes, ..live.clone() }
+    };
     one.journal == other.journal
-        && one.volumes == other.volumes
-        && one.target == other.target
+        && one.volumes.len() == other.volumes.len()
+        && one.volumes.iter().zip(&other.volumes).all(is_same_disk)
+        && one.target.id == other.target.id
         && one.takeover == other.takeover
 }
 

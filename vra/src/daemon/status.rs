@@ -33,6 +33,7 @@ impl Daemon {
     pub(super) fn findings(&self) -> Vec<Finding> {
         let mut found = Vec::new();
         self.volume_findings(&mut found);
+        self.growth_findings(&mut found);
         self.share_findings(&mut found);
         self.source_findings(&mut found);
         self.spanning_findings(&mut found);

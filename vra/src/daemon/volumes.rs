@@ -25,7 +25,7 @@ pub(super) enum LiveVolume {
     /// Its disk is open, its door too.
     Served {
         /// Keeps the local disk open and locked.
-        _backing: Arc<Backing>,
+        backing: Arc<Backing>,
         /// The disk.
         disk: Arc<ProtectedDisk>,
         /// The door.
@@ -93,21 +93,22 @@ impl Daemon {
             door: attach.door,
             cookie: change.get().fresh_cookie(),
             device: None,
-            size_bytes: backing.geometry().size_bytes,
+            // One that has grown while it was away comes as large as it was protected (E3).
+            size_bytes: awaited.map_or(backing.geometry().size_bytes, |volume| volume.size_bytes),
             logical_block_bytes: backing.geometry().logical_block_bytes,
             shared: share.is_some(),
         };
         // First the record: a device that a crash leaves must be known by its cookie.
         change.update(|state| state.volumes.insert(id, record.clone()))?;
         let opened = tokio::task::block_in_place(|| {
-            let opened = disk_over(&backing, share.as_deref()).and_then(|disk| {
+            let opened = disk_over(&backing, record.size_bytes, share.as_deref()).and_then(|disk| {
                 let served = Arc::clone(&disk) as Arc<dyn Disk>;
                 let door =
                     self.doors.open_door(served, &record.door, &id.to_string(), record.cookie, None)?;
                 Ok((disk, door))
             });
             match opened {
-                Ok((disk, door)) => Ok(LiveVolume::Served { _backing: backing, disk, door, share }),
+                Ok((disk, door)) => Ok(LiveVolume::Served { backing, disk, door, share }),
                 Err(error) => {
                     if let Some(share) = share.filter(|share| share.is_owned()) {
                         share.clear();
@@ -259,6 +260,7 @@ impl Daemon {
             number: record.number,
             path: record.path.clone(),
             size_bytes: record.size_bytes,
+            grown_bytes: lock(&self.grown).get(&id).copied(),
             logical_block_bytes: record.logical_block_bytes,
             vpg: vpg.map(|vpg| vpg.id),
             door,
@@ -302,14 +304,19 @@ impl LiveVolume {
     }
 }
 
-/// The disk that captures, over the very open file that has the lock (A4), or gets it.
-pub(super) fn disk_over(backing: &Backing, share: Option<&Share>) -> Result<Arc<ProtectedDisk>, ApiError> {
+/// The disk that captures, over the first `size_bytes` of the very open file that has the lock (A4), or gets it.
+pub(super) fn disk_over(
+    backing: &Backing,
+    size_bytes: u64,
+    share: Option<&Share>,
+) -> Result<Arc<ProtectedDisk>, ApiError> {
     let file = backing.file().try_clone().map_err(|error| {
         ApiError::new(ErrorCode::Exhausted, format!("cannot duplicate a file descriptor: {error}"))
             .remedy("raise LimitNOFILE")
     })?;
     let clock = Arc::new(|| TimeUs::now().0);
-    let disk = ProtectedDisk::new(file, backing.geometry().clone(), clock);
+    let geometry = Geometry { size_bytes, ..backing.geometry().clone() };
+    let disk = ProtectedDisk::new(file, geometry, clock);
     Ok(Arc::new(match share {
         Some(share) => disk.behind(Arc::clone(share.gate())),
         None => disk,
@@ -411,7 +418,10 @@ fn awaited<'a>(state: &'a State, attach: &Attach) -> Result<Option<&'a VolumeDef
 
 /// Another disk must not go on as a protected volume.
 fn check_awaited(volume: &VolumeDefinition, attach: &Attach, geometry: &Geometry) -> Result<(), ApiError> {
-    if (geometry.size_bytes, geometry.logical_block_bytes) == (volume.size_bytes, volume.logical_block_bytes)
+    // The same path with a larger disk: it has grown while it was away (E3).
+    let may_have_grown = attach.path == volume.source_path && geometry.size_bytes >= volume.size_bytes;
+    if (geometry.size_bytes == volume.size_bytes || may_have_grown)
+        && geometry.logical_block_bytes == volume.logical_block_bytes
     {
         return Ok(());
     }

@@ -70,7 +70,7 @@ impl Daemon {
         }
         check_against(state, definition)?;
         for vm in definition.vms.iter().filter(|vm| vm.source.id == self.vra) {
-            check_volumes(state, vm)?;
+            self.check_volumes(state, vm)?;
         }
         if state.vpgs.get(&definition.id) == Some(definition) {
             return Ok(None);
@@ -78,6 +78,42 @@ impl Daemon {
         let leaving = self.leaving_with(state, definition)?;
         let prepared = self.prepare_targets(state, definition, &leaving).await?;
         Ok(Some(Ready { leaving, prepared }))
+    }
+
+    /// What is attached must be what the definition says, or have grown to that.
+    fn check_volumes(&self, state: &State, vm: &VmDefinition) -> Result<(), ApiError> {
+        for defined in vm.volumes.iter().filter(|volume| !volume.left) {
+            let Some(attached) = state.volumes.get(&defined.id) else { continue };
+            let differs = if attached.vm != vm.id {
+                Some(("VM", attached.vm.to_string(), vm.id.to_string()))
+            } else if attached.number != defined.number {
+                Some(("number", attached.number.to_string(), defined.number.to_string()))
+            } else if attached.size_bytes > defined.size_bytes
+                || attached.size_bytes < defined.size_bytes
+                    && self.local_bytes(defined.id) < defined.size_bytes
+            {
+                Some(("size in bytes", attached.size_bytes.to_string(), defined.size_bytes.to_string()))
+            } else if attached.logical_block_bytes != defined.logical_block_bytes {
+                let sizes =
+                    (attached.logical_block_bytes.to_string(), defined.logical_block_bytes.to_string());
+                Some(("block size", sizes.0, sizes.1))
+            } else {
+                None
+            };
+            if let Some((what, is, should_be)) = differs {
+                return Err(ApiError::new(
+                    ErrorCode::Conflict,
+                    format!(
+                        "volume {} ({}) of VM {} has another {what}: it is {is}, the definition says {should_be}",
+                        defined.id,
+                        attached.path.display(),
+                        vm.name
+                    ),
+                )
+                .remedy("make the definition from the VRA's list of volumes"));
+            }
+        }
+        Ok(())
     }
 
     /// A page of the definitions in force.
@@ -176,38 +212,6 @@ fn check_against(state: &State, definition: &VpgDefinition) -> Result<(), ApiErr
                 format!("VM {} is in VPG \"{}\" already", vm.name, other.name),
             )
             .remedy("take it out of that VPG first"));
-        }
-    }
-    Ok(())
-}
-
-/// What is attached must be what the definition says.
-fn check_volumes(state: &State, vm: &VmDefinition) -> Result<(), ApiError> {
-    for defined in vm.volumes.iter().filter(|volume| !volume.left) {
-        let Some(attached) = state.volumes.get(&defined.id) else { continue };
-        let differs = if attached.vm != vm.id {
-            Some(("VM", attached.vm.to_string(), vm.id.to_string()))
-        } else if attached.number != defined.number {
-            Some(("number", attached.number.to_string(), defined.number.to_string()))
-        } else if attached.size_bytes != defined.size_bytes {
-            Some(("size in bytes", attached.size_bytes.to_string(), defined.size_bytes.to_string()))
-        } else if attached.logical_block_bytes != defined.logical_block_bytes {
-            let sizes = (attached.logical_block_bytes.to_string(), defined.logical_block_bytes.to_string());
-            Some(("block size", sizes.0, sizes.1))
-        } else {
-            None
-        };
-        if let Some((what, is, should_be)) = differs {
-            return Err(ApiError::new(
-                ErrorCode::Conflict,
-                format!(
-                    "volume {} ({}) of VM {} has another {what}: it is {is}, the definition says {should_be}",
-                    defined.id,
-                    attached.path.display(),
-                    vm.name
-                ),
-            )
-            .remedy("make the definition from the VRA's list of volumes"));
         }
     }
     Ok(())

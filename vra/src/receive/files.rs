@@ -241,7 +241,8 @@ pub(super) fn open(
     identity.journal = JournalId(opened.superblock.journal_id);
     let volumes = &opened.superblock.volumes;
     let same = |(shape, state): (&VolumeShape, &VolumeState)| {
-        shape.id.0 == state.id && shape.size_bytes == state.size_bytes
+        // One that has grown since its last promotion is larger than the superblock says.
+        shape.id.0 == state.id && shape.size_bytes >= state.size_bytes
     };
     if volumes.len() != identity.volumes.len() || !identity.volumes.iter().zip(volumes).all(same) {
         return Err(TargetError::VolumesDiffer { vm, path });

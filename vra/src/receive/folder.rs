@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use crate::api::{ViewId, VmId, VpgId};
 
-pub use new_files::{AddedDisks, NewDisk, Unfinished};
+pub use new_files::{AddedDisks, GrownDisks, NewDisk, Unfinished};
 
 /// Where a VM's files are. The journal's manifest says everything else, so the folder alone is enough for a recovery.
 #[derive(Clone, Debug, PartialEq, Eq)]

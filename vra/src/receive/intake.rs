@@ -128,12 +128,21 @@ impl Intake {
                 }
             }
             RecordKind::SyncBegin | RecordKind::SyncEnd => {
-                if record.len_bytes() != volume()?.size_bytes {
-                    return Err("its size is not the volume's");
+                // One that was under way while the volume grew is about its former size.
+                if record.len_bytes() > volume()?.size_bytes {
+                    return Err("its size is above the volume's");
+                }
+            }
+            RecordKind::Resize => {
+                let volume = volume()?;
+                if record.len_bytes() > volume.size_bytes
+                    || !record.len_bytes().is_multiple_of(volume.logical_block_bytes.into())
+                {
+                    return Err("its size is above the volume's, or not in whole logical blocks");
                 }
             }
             RecordKind::Void | RecordKind::Checkpoint | RecordKind::EndOfGeneration => {}
-            RecordKind::VerifyDigest | RecordKind::Resize | RecordKind::PromotionIntent => {
+            RecordKind::VerifyDigest | RecordKind::PromotionIntent => {
                 return Err("its kind is not part of version 1 of the stream");
             }
         }
@@ -209,8 +218,20 @@ mod tests {
         assert_eq!(check(write(10, 512)), refused("its range is not in whole logical blocks"));
         let other_volume = Record { volume: 1, ..write(10, 0) };
         assert_eq!(check(other_volume), refused("the VM has no such volume"));
-        let end = Record::sync_end(10, 1, 0, 1 << 19, 5);
-        assert_eq!(check(end), refused("its size is not the volume's"));
+        let end = |size_bytes| Record::sync_end(10, 1, 0, size_bytes, 5);
+        assert_eq!(check(end((1 << 20) + 4096)), refused("its size is above the volume's"));
+        assert_eq!(check(end(1 << 19)), None, "the volume has grown since the sync began");
+    }
+
+    #[test]
+    fn a_volume_grows_in_whole_blocks_and_no_further_than_its_definition_says() {
+        let check =
+            |size_bytes| intake().check(&sealed(&link(), [Record::resize(10, 1, 0, size_bytes)])).err();
+        assert_eq!(check(1 << 20), None);
+        for size_bytes in [(1 << 20) + 4096, (1 << 19) + 512, 1 << 40] {
+            let what = "its size is above the volume's, or not in whole logical blocks";
+            assert_eq!(check(size_bytes), Some(IntakeError::Record { seq: 10, what }), "{size_bytes}");
+        }
     }
 
     #[test]

@@ -34,7 +34,7 @@ pub(crate) mod test_pair;
 
 pub use base_apply::{BaseApply, DiskAction, DiskError};
 pub use checkpoint_list::{CheckpointKey, CheckpointList, ListedCheckpoint};
-pub use folder::{AddedDisks, FolderError, JOURNAL_FILE, NewDisk, Unfinished, VmFolder};
+pub use folder::{AddedDisks, FolderError, GrownDisks, JOURNAL_FILE, NewDisk, Unfinished, VmFolder};
 pub use forecast::Forecast;
 pub use history::History;
 pub use intake::{Intake, IntakeError};

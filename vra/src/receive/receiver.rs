@@ -285,7 +285,8 @@ impl Receiver {
         self.tell_lock(None);
     }
 
-    /// Some of the volumes have left, as a changed definition says: a stream of a source that doesn't know it yet ends.
+    /// Some of the volumes have left or grown, as a changed definition says: a stream of a source that doesn't know it yet ends. Recovery disks
+    /// have grown already.
     pub fn set_volumes(&mut self, volumes: Vec<VolumeShape>) {
         if self.identity.volumes == volumes || !self.identity.may_become(&volumes) {
             return;
@@ -296,7 +297,7 @@ impl Receiver {
             self.promoting.keep_no_space(volume.volume);
         }
         self.identity.volumes = volumes;
-        let text = "disks have left the VM's protection";
+        let text = "disks have left the VM's protection, or grown";
         if let Some(candidate) = self.candidate.take() {
             self.refuse(
                 candidate.id,
@@ -490,8 +491,8 @@ impl Receiver {
         if self.manifest_tickets.pop_front_if(|waiting| *waiting == ticket).is_some() {
             self.outputs.push_back(ReceiverOutput::ManifestWritten { ticket });
         }
-        if self.base_sync.unfresh_ticket == Some(ticket) {
-            self.base_sync.unfresh_ticket = None;
+        if self.base_sync.written_ticket == Some(ticket) {
+            self.base_sync.written_ticket = None;
         }
         if self.base_sync.advance_ticket == Some(ticket) {
             self.base_sync.advance_ticket = None;

@@ -38,11 +38,18 @@ impl VmIdentity {
         }
     }
 
-    /// Whether these are the same volumes, of which some may have left.
+    /// Those of `wanted` that this has, and smaller.
+    pub(super) fn volumes_grown_in<'a>(
+        &self,
+        wanted: &'a [VolumeShape],
+    ) -> impl Iterator<Item = &'a VolumeShape> {
+        let both = self.volumes.iter().zip(wanted);
+        both.filter(|(known, wanted)| known.size_bytes < wanted.size_bytes).map(|(_, wanted)| wanted)
+    }
+
+    /// Whether these are the same volumes, of which some may have left or grown.
     pub(super) fn may_become(&self, volumes: &[VolumeShape]) -> bool {
-        let may_become = |(known, wanted): (&VolumeShape, &VolumeShape)| {
-            known.is_same_disk(wanted) && known.left <= wanted.left
-        };
+        let may_become = |(known, wanted): (&VolumeShape, &VolumeShape)| known.may_become(wanted);
         self.volumes.len() == volumes.len() && self.volumes.iter().zip(volumes).all(may_become)
     }
 }

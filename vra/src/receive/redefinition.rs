@@ -24,12 +24,21 @@ pub(super) struct Present<'a> {
     pub(super) journal: PathBuf,
 }
 
+/// What a definition needs of recovery disks that a VM's files don't have.
+#[derive(Debug)]
+pub(super) struct Wanted {
+    /// Volumes that join.
+    pub(super) added: Vec<VolumeShape>,
+    /// Volumes that there are, and that are larger in the definition (E3).
+    pub(super) grown: Vec<VolumeShape>,
+}
+
 impl Present<'_> {
-    /// Gives the volumes that join; of the others some may leave.
+    /// What is to be made for the volumes that join or grow; of the others some may leave.
     ///
     /// # Errors
     /// The definition is of another journal or other volumes, or asks for what the journal can't do.
-    pub(super) fn check(&self, vpg: &VpgDefinition) -> Result<Vec<VolumeShape>, TargetError> {
+    pub(super) fn check(&self, vpg: &VpgDefinition) -> Result<Wanted, TargetError> {
         let definition = definition_in(vpg, self.identity.vm)?;
         let wanted = files::identity(definition)?;
         let path = || self.journal.clone();
@@ -41,9 +50,17 @@ impl Present<'_> {
         if added.is_empty() && !self.identity.may_become(&wanted.volumes) {
             let vm = self.identity.vm;
             let lacking = self.identity.volumes.get(wanted.volumes.len()).map(|volume| volume.volume);
-            return Err(match lacking {
-                Some(volume) => TargetError::VolumeLacking { vm, volume, path: path() },
-                None => TargetError::VolumesDiffer { vm, path: path() },
+            let mut both = self.identity.volumes.iter().zip(&wanted.volumes);
+            let shrunk = both.find(|(known, wanted)| known.size_bytes > wanted.size_bytes);
+            return Err(match (lacking, shrunk) {
+                (Some(volume), _) => TargetError::VolumeLacking { vm, volume, path: path() },
+                (None, Some((known, wanted))) => TargetError::VolumeShrunk {
+                    vm,
+                    volume: known.volume,
+                    known_bytes: known.size_bytes,
+                    wanted_bytes: wanted.size_bytes,
+                },
+                (None, None) => TargetError::VolumesDiffer { vm, path: path() },
             });
         }
         files::check_limit(definition.journal_limit(), self.slot_bytes)?;
@@ -54,7 +71,8 @@ impl Present<'_> {
         }
         manifest.note_left(definition, u64::MAX);
         check_length(&manifest)?;
-        Ok(added.to_vec())
+        let grown = self.identity.volumes_grown_in(&wanted.volumes).copied().collect();
+        Ok(Wanted { added: added.to_vec(), grown })
     }
 }
 

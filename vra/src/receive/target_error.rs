@@ -85,6 +85,21 @@ pub enum TargetError {
         /// The id wanted.
         expected: JournalId,
     },
+    /// A volume is smaller in the definition.
+    #[error(
+        "volume {volume} of VM {vm} has {known_bytes} bytes in its journal and {wanted_bytes} in the definition: a protected disk only grows. \
+         For a smaller one protect the VM anew"
+    )]
+    VolumeShrunk {
+        /// The VM.
+        vm: VmId,
+        /// The volume's number.
+        volume: u16,
+        /// Its size, in bytes.
+        known_bytes: u64,
+        /// That of the definition, in bytes.
+        wanted_bytes: u64,
+    },
     /// The definition's volumes are not those of the journal.
     #[error("the volumes of VM {vm} are not those of its journal {}: protect it with a new journal", path.display())]
     VolumesDiffer {

@@ -88,7 +88,7 @@ pub(super) enum Input {
         vm: VmKey,
         policy: ReceiverPolicy,
     },
-    /// The same volumes, of which some may have left.
+    /// The same volumes, of which some may have left or grown.
     SetVolumes {
         vm: VmKey,
         volumes: Vec<VolumeShape>,

@@ -12,7 +12,7 @@ use crate::clock::Now;
 use crate::planted::{Planted, is_planted};
 use crate::wire::{Ack, FEATURES, Frame, Grant, Open, PROTOCOL_VERSION, Refuse, RefuseCode, VolumeShape};
 
-/// Whose stream it is. Fixed for a sender's life.
+/// Whose stream it is.
 #[derive(Clone, Debug)]
 pub struct StreamIdentity {
     /// The VM.
@@ -380,6 +380,20 @@ impl Sender {
         self.generation = generation;
         self.freed_through = None;
         self.state = State::Waiting { retry_at_us: now.mono_us };
+    }
+
+    /// Goes on with volumes that have grown (E3): from the next stream on, which is opened now. What is sent on it follows a target that knows
+    /// their sizes.
+    pub fn set_volumes(&mut self, volumes: Vec<VolumeShape>, now: Now) {
+        if std::mem::replace(&mut self.identity.volumes, volumes) == self.identity.volumes {
+            return;
+        }
+        if matches!(self.state, State::Opening { .. } | State::Streaming { .. } | State::Dialing) {
+            self.outputs.push_back(Output::Hangup);
+        }
+        if !matches!(self.state, State::Stopped(_)) {
+            self.state = State::Waiting { retry_at_us: now.mono_us };
+        }
     }
 
     /// Tries again now: after a stop that a person has looked into, or because the target is known to be back.

@@ -13,7 +13,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::{Doorbell, GenerationStart, Output, Retained, Sender, SenderEvent, SenderStatus};
 use crate::clock::Clock;
-use crate::wire::{Frame, FrameReader};
+use crate::wire::{Frame, FrameReader, VolumeShape};
 
 /// Makes streams to a VM's target.
 pub trait DataConnector: Send + Sync + 'static {
@@ -51,6 +51,7 @@ pub struct Shipper {
     commands: mpsc::Sender<Command>,
     paused: watch::Sender<bool>,
     priority: watch::Sender<i32>,
+    volumes: watch::Sender<Option<Vec<VolumeShape>>>,
     status: Arc<Mutex<SenderStatus>>,
     task: tokio::task::JoinHandle<()>,
 }
@@ -61,6 +62,7 @@ impl Shipper {
         let (commands, receiver) = mpsc::channel(COMMAND_QUEUE);
         let (paused, is_paused) = watch::channel(parts.paused);
         let (priority, its_priority) = watch::channel(0);
+        let (volumes, its_volumes) = watch::channel(None);
         let status = Arc::new(Mutex::new(parts.sender.status()));
         let shell = Shell {
             sender: parts.sender,
@@ -72,11 +74,12 @@ impl Shipper {
             commands: receiver,
             paused: is_paused,
             priority: its_priority,
+            volumes: its_volumes,
             status: status.clone(),
             link: None,
             dialing: None,
         };
-        Self { commands, paused, priority, status, task: tokio::spawn(shell.run()) }
+        Self { commands, paused, priority, volumes, status, task: tokio::spawn(shell.run()) }
     }
 
     /// The sender's state, as of its last step.
@@ -88,6 +91,11 @@ impl Shipper {
     pub async fn begin_generation(&self, start: GenerationStart, retained: Box<dyn Retained + Send>) {
         // The task ends only with this handle, so the command always has a reader.
         let _ = self.commands.send(Command::BeginGeneration(start, retained)).await;
+    }
+
+    /// Goes on with volumes that have grown; see [`Sender::set_volumes`]. Whatever is published after this call is sent with them.
+    pub fn set_volumes(&self, volumes: Vec<VolumeShape>) {
+        self.volumes.send_replace(Some(volumes));
     }
 
     /// Ends the stream and makes no other one, or goes on at once where it was. What is retained stays retained meanwhile.
@@ -140,6 +148,7 @@ struct Shell<C> {
     commands: mpsc::Receiver<Command>,
     paused: watch::Receiver<bool>,
     priority: watch::Receiver<i32>,
+    volumes: watch::Receiver<Option<Vec<VolumeShape>>>,
     status: Arc<Mutex<SenderStatus>>,
     link: Option<Link>,
     dialing: Option<Dialing>,
@@ -182,6 +191,11 @@ impl<C: DataConnector> Shell<C> {
             // An error is the end of the handle, as no command is.
             Ok(()) = self.paused.changed() => Woken::Paused(*self.paused.borrow_and_update()),
             Ok(()) = self.priority.changed() => Woken::Priority,
+            // Looked at in the next step.
+            Ok(()) = self.volumes.changed() => {
+                self.volumes.mark_changed();
+                Woken::Time
+            }
             () = sleep_until(deadline) => Woken::Time,
             () = self.doorbell.rung(), if wake.on_publish => Woken::Bell,
         };
@@ -241,6 +255,12 @@ impl<C: DataConnector> Shell<C> {
     fn step(&mut self) {
         let mut armed = false;
         loop {
+            // Before each batch, so that none has records of volumes that its stream doesn't know.
+            if self.volumes.has_changed().unwrap_or(false)
+                && let Some(volumes) = self.volumes.borrow_and_update().clone()
+            {
+                self.sender.set_volumes(volumes, self.clock.now());
+            }
             let may_send = self.link.as_ref().is_some_and(|link| link.queued_bytes < QUEUED_BYTES_MAX);
             match self.sender.poll(self.clock.now(), &mut *self.retained, may_send) {
                 Some(Output::Dial) if *self.paused.borrow() => {
@@ -379,6 +399,7 @@ mod tests {
             commands,
             paused,
             priority,
+            volumes: watch::channel(None).1,
             link: None,
             dialing: None,
         };

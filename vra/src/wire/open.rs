@@ -46,9 +46,12 @@ pub struct VolumeShape {
 }
 
 impl VolumeShape {
-    /// Whether the other one is the same disk, protected or not.
-    pub fn is_same_disk(&self, other: &Self) -> bool {
-        Self { left: other.left, ..*self } == *other
+    /// Whether the same disk may become this: it may leave, or grow as long as it is protected (E3).
+    pub fn may_become(&self, wanted: &Self) -> bool {
+        let (left, size_bytes) = (wanted.left, wanted.size_bytes);
+        Self { left, size_bytes, ..*self } == *wanted
+            && self.left <= left
+            && (self.size_bytes == size_bytes || self.size_bytes < size_bytes && !left)
     }
 }
 

@@ -100,6 +100,15 @@ impl Vra {
         std::fs::write(path, config + text).expect("configuration");
     }
 
+    /// Listens on another port after the next start.
+    pub fn move_elsewhere(&mut self) {
+        let path = self.path("vra.toml");
+        let config = std::fs::read_to_string(&path).expect("configuration");
+        let address = any_port(Ipv4Addr::LOCALHOST.into()).to_string();
+        std::fs::write(path, config.replace(&self.endpoint.address, &address)).expect("configuration");
+        self.endpoint.address = address;
+    }
+
     /// The process.
     pub fn pid(&self) -> i32 {
         i32::try_from(self.child.as_ref().expect("runs").id()).expect("a process's number")

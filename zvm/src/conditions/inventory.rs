@@ -125,22 +125,32 @@ impl Look<'_> {
                 vpg.name, member.name
             ),
         );
-        let resized = vm.disks.iter().filter_map(|disk| {
-            let (volume, size_bytes) = (protected(&disk.path)?, disk.size_bytes?);
-            (volume.size_bytes != size_bytes).then(|| {
-                format!(
-                    "{} (now {}, protected {})",
-                    disk.name,
-                    format_bytes(size_bytes),
-                    format_bytes(volume.size_bytes)
-                )
-            })
-        });
+        let resized = |is_meant: fn(u64, u64) -> bool| {
+            let told = vm.disks.iter().filter_map(|disk| {
+                let (volume, size_bytes) = (protected(&disk.path)?, disk.size_bytes?);
+                is_meant(size_bytes, volume.size_bytes).then(|| {
+                    format!(
+                        "{} (now {}, protected {})",
+                        disk.name,
+                        format_bytes(size_bytes),
+                        format_bytes(volume.size_bytes)
+                    )
+                })
+            });
+            told.collect()
+        };
         tell(
-            "disk-resized",
+            "disk-grown",
+            Level::Warning,
+            resized(|now, protected| now > protected),
+            "is larger than what is protected of it",
+            "protection follows by itself once its VRA sees the size: if it doesn't, the events and `zvm vra show` tell why".to_owned(),
+        );
+        tell(
+            "disk-shrunk",
             Level::Error,
-            resized.collect(),
-            "has another size than the one that is protected",
+            resized(|now, protected| now < protected),
+            "is smaller than the one that is protected",
             format!(
                 "`zvm vpg remove-vm {0} {1}`, `zvm unprotect {1}`, shut it down, `zvm protect {1}`, start it, `zvm vpg add-vm {0} {1}`: then it is protected in its new size",
                 vpg.name, member.name

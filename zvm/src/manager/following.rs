@@ -1,5 +1,5 @@
-//! What the manager does by itself when VMs of groups change: protection follows a VM to a host whose VRA serves its disks, and new disks
-//! join, where their group wants that.
+//! What the manager does by itself when VMs of groups change: protection follows a VM to a host whose VRA serves its disks, and disks that
+//! grow; new disks join, where their group wants that.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use vra::api::status::TargetVmStatus;
 use vra::api::vpg::Takeover;
-use vra::api::{ApiError, VmId, VraId};
+use vra::api::{ApiError, VmId, VolumeId, VraId};
 use vra::report::chain;
 
 use super::{Manager, internal};
@@ -42,6 +42,8 @@ struct Wish {
 enum Step {
     /// Have this VRA be its source.
     Move(VraId),
+    /// Have these volumes protected in the sizes, in bytes, that their local disks have now.
+    Grow(Vec<(VolumeId, u64)>),
     /// Have these disks served, by name.
     Serve(Vec<String>),
     /// Have all disks that aren't in the group yet join it.
@@ -52,7 +54,7 @@ impl Step {
     fn retry_after(&self) -> Duration {
         match self {
             Self::Move(_) => RETRY_MOVE_AFTER,
-            Self::Serve(_) | Self::Join => RETRY_AFTER,
+            Self::Grow(_) | Self::Serve(_) | Self::Join => RETRY_AFTER,
         }
     }
 }
@@ -112,6 +114,7 @@ impl Manager {
         let desired = self.desired().await?;
         let (inventory, observed) = (self.inventory(), self.observed());
         let mut wishes = wishes(&desired.vpgs, &inventory, &served(&observed));
+        wishes.extend(growths(&desired, &observed));
         wishes.extend(moves(&desired, &inventory, &observed));
         wishes.extend(missed(moved, &desired, &observed));
         Ok(wishes)
@@ -124,6 +127,7 @@ impl Manager {
                 let revision = self.move_source(&wish.vpg, wish.vm, *vra).await?;
                 moved.insert(wish.vm, revision);
             }
+            Step::Grow(volumes) => self.grow_volumes(&wish.vpg, wish.vm, volumes).await?,
             Step::Serve(disks) => {
                 let served = self.protect_vm(&vm, disks, &[], DoorChoice::Auto, &[]).await?;
                 tracing::info!(vpg = wish.vpg, vm = served.vm, ?disks, "new disks are served");
@@ -138,6 +142,7 @@ impl Manager {
     async fn note_failed(&self, wish: &Wish, reason: &str) {
         let what = match &wish.step {
             Step::Move(_) => "protection can't follow it to where it runs".to_owned(),
+            Step::Grow(_) => "what its disks have grown by can't be protected".to_owned(),
             Step::Serve(disks) => format!("new disks {} can't be served", disks.join(", ")),
             Step::Join => "new disks can't join".to_owned(),
         };
@@ -166,6 +171,28 @@ fn served(observed: &Observed) -> Served {
     let seen = observed.values().filter_map(|seen| seen.last.as_ref());
     let volumes = seen.flat_map(|last| &last.status.volumes);
     volumes.map(|volume| (volume.vm, volume.path.clone())).collect()
+}
+
+/// VMs with disks that are larger than what is protected of them, as their sources see it.
+fn growths(desired: &Desired, observed: &Observed) -> Vec<Wish> {
+    let mut found = Vec::new();
+    for vpg in desired.vpgs.iter().filter(|vpg| vpg.state == VpgState::Active) {
+        for member in &vpg.settings.vms {
+            let Some(last) = observed.get(&member.source).and_then(|seen| seen.last.as_ref()) else {
+                continue;
+            };
+            let grown = member.volumes.iter().filter(|volume| !volume.left).filter_map(|volume| {
+                let seen = last.status.volumes.iter().find(|seen| seen.volume == volume.id)?;
+                let size_bytes = seen.grown_bytes.filter(|grown_bytes| *grown_bytes > volume.size_bytes)?;
+                Some((volume.id, size_bytes))
+            });
+            let grown: Vec<(VolumeId, u64)> = grown.collect();
+            if !grown.is_empty() {
+                found.push(Wish { vpg: vpg.name.clone(), vm: member.vm, step: Step::Grow(grown) });
+            }
+        }
+    }
+    found
 }
 
 /// VMs that run where another VRA serves all of their disks than the one that protects them.

@@ -16,6 +16,7 @@ use crate::model::vpg::{Member, Vpg, VpgSettings, VpgState};
 use crate::model::vra::Vra;
 use crate::reconcile::{Desired, Leaving};
 use crate::store::{self, StoreError};
+use crate::units::format_bytes;
 
 /// How a change of members is told.
 struct Told {
@@ -210,6 +211,33 @@ impl Manager {
         let told = Told { task: TaskKind::ChangeDisks, event: EventKind::EditProtectionGroup, description };
         self.save_members(&vpg, settings, &desired, told, true).await?;
         Ok(vpg.revision + 1)
+    }
+
+    /// Protects volumes of a VM in these sizes, in bytes, which their local disks have: the engine takes the definition to the VRAs, targets first.
+    /// What was recovered before keeps its size. A test of the group goes on.
+    pub(super) async fn grow_volumes(
+        &self,
+        name: &str,
+        vm: VmId,
+        volumes: &[(VolumeId, u64)],
+    ) -> Result<(), ApiError> {
+        let (vpg, _) = self.changeable(name).await?;
+        let mut settings = vpg.settings.clone();
+        let mut told = Vec::new();
+        for member in settings.vms.iter_mut().filter(|member| member.vm == vm) {
+            for volume in &mut member.volumes {
+                let wanted = volumes.iter().find(|(id, _)| *id == volume.id);
+                if let Some((_, size_bytes)) =
+                    wanted.filter(|(_, size_bytes)| *size_bytes > volume.size_bytes)
+                {
+                    let (from, to) = (format_bytes(volume.size_bytes), format_bytes(*size_bytes));
+                    told.push(format!("{} from {from} to {to}", volume.source_path.display()));
+                    volume.size_bytes = *size_bytes;
+                }
+            }
+        }
+        let description = format!("disks of VPG {} have grown: {}", vpg.name, told.join(", "));
+        self.save_settings(&vpg, &settings, EventKind::EditProtectionGroup, description).await
     }
 
     async fn change_members(

@@ -145,6 +145,7 @@ impl Site {
             number,
             path: path.into(),
             size_bytes: 1 << 30,
+            grown_bytes: None,
             logical_block_bytes: 512,
             vpg: None,
             door: None,

@@ -40,6 +40,7 @@ impl SimulatedVra {
             number: 0,
             path: path.clone(),
             size_bytes: 64 << 30,
+            grown_bytes: None,
             logical_block_bytes: 512,
             vpg: None,
             door: None,

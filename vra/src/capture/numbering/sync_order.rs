@@ -80,6 +80,20 @@ impl Core {
         Ok(seq)
     }
 
+    /// Says how large the given volumes are from now on, in bytes: published before a guest can reach what is new of them (E3). Not while a sync
+    /// is under way, which is about their former sizes.
+    pub fn publish_sizes(
+        &mut self,
+        volumes: &[(u16, u64)],
+        now_us: u64,
+        wakeups: &mut Wakeups,
+    ) -> Result<u64, PublishRefusal> {
+        if self.sync_id.is_some() {
+            return Err(PublishRefusal::InSync);
+        }
+        self.publish_own(marks(RecordKind::Resize, 0, volumes), self.data_reserve(), now_us, wakeups)
+    }
+
     /// Watches a range that is about to be read. None when too many reads are watched or no sync is under way.
     pub fn watch(&mut self, volume: u16, range: ByteRange) -> Option<WatchId> {
         self.sync_id?;

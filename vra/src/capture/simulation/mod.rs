@@ -1,6 +1,6 @@
 //! A VM of two disks under one seed: real lanes over real files whose I/O completes in any order, guests that overlap and
 //! discard, a stream that stalls, a target that restarts nothing and forgets nothing, local errors, syncs, checkpoints,
-//! and moves in and out of protection. What the target holds is compared with the disks.
+//! disks that grow, and moves in and out of protection. What the target holds is compared with the disks.
 
 mod door;
 
@@ -28,6 +28,8 @@ use crate::ship::Retained;
 use crate::sync::{CHUNK_BYTES, Extent, FullSync, SyncLimits, SyncStep};
 
 const DISK_BYTES: u64 = 1 << 20;
+/// How far disks grow.
+const GROWN_BYTES: u64 = DISK_BYTES + (256 << 10);
 const SLOT_BYTES: usize = 64 << 10;
 const LANES: usize = 4;
 const DEPTH: usize = 6;
@@ -68,6 +70,9 @@ struct World {
     shipped_through: u64,
     /// What the target holds, and whether it is inside a sync.
     images: Vec<Vec<u8>>,
+    /// How large it has the disks, and how large they are to be.
+    sizes: [u64; 2],
+    wanted: [u64; 2],
     image_is_fresh: bool,
     /// The sync that each volume is in at the target, or zero.
     open_syncs: [u64; 2],
@@ -96,6 +101,7 @@ struct Reached {
     held_ranges: u64,
     local_errors: u64,
     reprotected: u64,
+    grown: u64,
 }
 
 impl World {
@@ -138,7 +144,9 @@ impl World {
             vm: None,
             retained: None,
             shipped_through: 0,
-            images: vec![vec![0; DISK_BYTES as usize]; 2],
+            images: vec![vec![0; GROWN_BYTES as usize]; 2],
+            sizes: [DISK_BYTES; 2],
+            wanted: [DISK_BYTES; 2],
             image_is_fresh: true,
             open_syncs: [0; 2],
             stalled: false,
@@ -169,6 +177,7 @@ impl World {
             94..98 => self.checkpoint(),
             98 => self.stalled = self.random.one_in(3),
             _ if self.random.one_in(60) => self.protect_anew(),
+            _ if self.random.one_in(4) => self.grow(),
             _ => {}
         }
     }
@@ -192,7 +201,8 @@ impl World {
             _ => 512 * (1 + self.random.below(16)),
         };
         // A hot region, so that much overlaps, and the rest.
-        let region = if self.random.one_in(4) { DISK_BYTES - len } else { 96 << 10 };
+        let size = self.disks[lane % 2].geometry().size_bytes;
+        let region = if self.random.one_in(4) { size - len } else { 96 << 10 };
         let offset = if len == 0 { 0 } else { 512 * self.random.below(region / 512) };
         let id = self.next_tag;
         self.next_tag += 1;
@@ -287,7 +297,13 @@ impl World {
     fn apply(&mut self, record: &Record) {
         let image = &mut self.images[usize::from(record.volume)];
         let range = record.offset_bytes as usize..(record.offset_bytes + record.len_bytes) as usize;
+        let size = &mut self.sizes[usize::from(record.volume)];
+        if record.kind == RecordKind::Resize || record.kind == RecordKind::SyncBegin && self.image_is_fresh {
+            *size = record.len_bytes.max(*size);
+        }
+        assert!(range.end as u64 <= *size, "the stream says first that a disk has grown (E3): {record:?}");
         match record.kind {
+            RecordKind::Resize => {}
             RecordKind::Write | RecordKind::SyncData => image[range].copy_from_slice(&record.payload),
             RecordKind::Zeroes => image[range].fill(0),
             RecordKind::SyncBegin => self.open_syncs[usize::from(record.volume)] = record.sync_id,
@@ -316,6 +332,7 @@ impl World {
                     self.reached.generations += 1;
                 }
                 SourceAction::BeginSync(sync) => (self.sync, self.sync_answer) = (Some(sync), None),
+                SourceAction::Grown { .. } => self.reached.grown += 1,
                 SourceAction::Alert(_) => {}
             }
         }
@@ -408,6 +425,16 @@ impl World {
         }
     }
 
+    /// Makes a disk's file longer, and has its protection follow.
+    fn grow(&mut self) {
+        let volume = self.random.below(2) as usize;
+        self.wanted[volume] = (self.wanted[volume] + (64 << 10)).min(GROWN_BYTES);
+        self.disks[volume].files()[0].set_len(self.wanted[volume]).expect("longer");
+        if let Some(vm) = &self.vm {
+            vm.grow(self.wanted.to_vec());
+        }
+    }
+
     /// Ends the protection, if there is one, and begins it anew.
     fn protect_anew(&mut self) {
         if let Some((hold, ..)) = self.hold.take() {
@@ -425,6 +452,7 @@ impl World {
         let vm = SourceVm::protect(self.disks.clone(), LIMITS, self.store.clone(), generation)
             .expect("memory and a store");
         let vm = Arc::new(vm);
+        vm.grow(self.wanted.to_vec());
         self.shipped_through = vm.generation().first_seq - 1;
         self.completed.clear();
         self.retained = Some(RetainedEntries(vm.clone()));
@@ -449,7 +477,7 @@ impl World {
             let at_rest = self.waiting.is_empty() && self.sync.is_none();
             if at_rest && is_steady(vm) && snapshot.last_seq == self.shipped_through {
                 for (disk, image) in self.disks.iter().zip(&self.images) {
-                    let mut local = vec![0; DISK_BYTES as usize];
+                    let mut local = vec![0; disk.geometry().size_bytes as usize];
                     disk.files()[0].read_exact_at(&mut local, 0).expect("read");
                     let differs = local.chunks(512).zip(image.chunks(512)).position(|(a, b)| a != b);
                     assert_eq!(differs, None, "sector where disk and target differ");
@@ -460,7 +488,13 @@ impl World {
                 return;
             }
         }
-        panic!("no rest: {:?}", self.vm.as_ref().map(|vm| vm.snapshot()));
+        let waiting: Vec<u64> = self.waiting.keys().copied().collect();
+        let io = self.door.queue.len();
+        panic!(
+            "no rest: {waiting:?} wait, {io} in I/O, in a sync: {}: {:?}",
+            self.sync.is_some(),
+            self.vm.as_ref().map(|vm| vm.snapshot())
+        );
     }
 }
 
@@ -497,6 +531,7 @@ fn whatever_happens_the_target_ends_equal_to_the_disks() {
         sum.held_ranges += reached.held_ranges;
         sum.local_errors += reached.local_errors;
         sum.reprotected += reached.reprotected;
+        sum.grown += reached.grown;
     }
     let counts = [
         sum.overflows,
@@ -509,6 +544,7 @@ fn whatever_happens_the_target_ends_equal_to_the_disks() {
         sum.held_ranges,
         sum.local_errors,
         sum.reprotected,
+        sum.grown,
     ];
     assert!(counts.iter().all(|count| *count > 0), "something was never reached: {sum:?}");
 }

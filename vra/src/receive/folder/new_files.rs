@@ -1,7 +1,7 @@
 //! How a VM's files come to be: all of them, or recovery disks beside those that there are. Nothing of it counts before its last step, and what
 //! isn't brought there is removed again.
 
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -95,6 +95,35 @@ impl VmFolder {
             self.warn_of_sparse_disks();
         }
         Ok(added)
+    }
+
+    /// Makes recovery disks longer, to these sizes in bytes, with the space reserved; durable when this returns. Where they are as long already
+    /// nothing changes.
+    ///
+    /// # Errors
+    /// As for [`VmFolder::make`]; they are as they were then.
+    pub fn grow_disks(&self, datastore: &Path, sizes: &[(u16, u64)]) -> Result<GrownDisks, FolderError> {
+        let mut grown = GrownDisks { disks: Vec::new(), kept: false };
+        let mut wanted = Vec::new();
+        for &(volume, size_bytes) in sizes {
+            let path = self.disk(volume);
+            let open = OpenOptions::new().write(true).open(&path);
+            let opened = open.and_then(|file| Ok((file.metadata()?.len(), file)));
+            let (old_bytes, file) = opened.map_err(|error| self.explain("opening", &path, error))?;
+            let new_bytes = size_bytes.next_multiple_of(DISK_UNIT_BYTES);
+            if new_bytes > old_bytes {
+                let more = NewDisk { size_bytes: new_bytes - old_bytes, stays_empty: false };
+                wanted.push((path, file, old_bytes, more));
+            }
+        }
+        let more: Vec<NewDisk> = wanted.iter().map(|(_, _, _, more)| *more).collect();
+        self.check_space(datastore, &more, 0)?;
+        for (path, file, old_bytes, more) in wanted {
+            grown.disks.push((path.clone(), old_bytes));
+            grow_disk(&file, old_bytes, more.size_bytes)
+                .map_err(|error| self.explain("growing", &path, error))?;
+        }
+        Ok(grown)
     }
 
     /// Removes recovery disks from number `count` on, which the VM's journal doesn't have: a process that died while they joined left them.
@@ -247,6 +276,48 @@ impl Drop for AddedDisks {
             let _ = fs::remove_file(path);
         }
     }
+}
+
+/// Recovery disks that are longer than their journal knows yet: cut again when dropped before [`GrownDisks::keep`].
+#[derive(Debug)]
+pub struct GrownDisks {
+    /// Each with its former length, in bytes.
+    disks: Vec<(PathBuf, u64)>,
+    kept: bool,
+}
+
+impl GrownDisks {
+    /// The journal may know of their sizes from now on: they stay.
+    pub fn keep(mut self) {
+        self.kept = true;
+    }
+}
+
+impl Drop for GrownDisks {
+    fn drop(&mut self) {
+        if self.kept {
+            return;
+        }
+        for (path, old_bytes) in &self.disks {
+            let cut = OpenOptions::new().write(true).open(path).and_then(|file| file.set_len(*old_bytes));
+            // A longer one does no harm: its next growth takes what is there.
+            if let Err(error) = cut {
+                tracing::warn!(path = %path.display(), %error, "a recovery disk that should have grown can't be cut again");
+            }
+        }
+    }
+}
+
+/// Makes a file longer; what is new reads zeroes. Its space is reserved where the filesystem can do that.
+fn grow_disk(file: &File, old_bytes: u64, more_bytes: u64) -> io::Result<()> {
+    let (offset, len) = (i64::try_from(old_bytes), i64::try_from(more_bytes));
+    let (Ok(offset), Ok(len)) = (offset, len) else { return Err(io::ErrorKind::FileTooLarge.into()) };
+    match fallocate(file, FallocateFlags::empty(), offset, len) {
+        Ok(()) => {}
+        Err(nix::errno::Errno::EOPNOTSUPP) => file.set_len(old_bytes + more_bytes)?,
+        Err(errno) => return Err(errno.into()),
+    }
+    file.sync_all()
 }
 
 /// Makes a file that reads zeroes, with space for its first `reserved_bytes`. Says whether that is reserved.

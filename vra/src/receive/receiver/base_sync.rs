@@ -27,7 +27,7 @@ pub(super) struct BaseSync {
     /// The last ticket of an advance that isn't durable yet.
     pub(super) advance_ticket: Option<u64>,
     /// The change after which the disks may be written for the first time.
-    pub(super) unfresh_ticket: Option<u64>,
+    pub(super) written_ticket: Option<u64>,
     /// Batches after the sync's end, for the journal, until the end is durable.
     pub(super) after_end: VecDeque<(Bytes, u64)>,
 }
@@ -75,13 +75,18 @@ impl Receiver {
             return;
         }
         let Some(through) = self.base_sync.gathered else { return };
+        // What is written now may belong to a sync that never ends: a later one must not skip holes over it. And without history there is
+        // nothing that would need the sizes of before (E3).
         let volumes = &self.writer.superblock().volumes;
-        if volumes.iter().any(|volume| volume.fresh_image) {
-            // What is written now may belong to a sync that never ends: a later one must not skip holes over it.
-            if self.base_sync.unfresh_ticket.is_none() {
-                let volumes = volumes.iter().map(|volume| VolumeState { fresh_image: false, ..*volume });
-                self.base_sync.unfresh_ticket =
-                    self.writer.change(Change::SetVolumes(volumes.collect())).ok();
+        let sizes = self.identity.volumes.iter().map(|volume| volume.size_bytes);
+        let written: Vec<VolumeState> = volumes
+            .iter()
+            .zip(sizes)
+            .map(|(volume, size_bytes)| VolumeState { fresh_image: false, size_bytes, ..*volume })
+            .collect();
+        if *volumes != written {
+            if self.base_sync.written_ticket.is_none() {
+                self.base_sync.written_ticket = self.writer.change(Change::SetVolumes(written)).ok();
             }
             return;
         }

@@ -8,12 +8,11 @@ use journal::crypt::Keys;
 use super::{TargetHost, TargetVm, find_folder, journal_id_in};
 use crate::api::{VmId, VpgDefinition, vpg::VmDefinition};
 use crate::receive::files::{self, VmFiles};
-use crate::receive::folder::{AddedDisks, Unfinished, VmFolder};
-use crate::receive::redefinition::{Present, definition_in};
+use crate::receive::folder::{AddedDisks, GrownDisks, Unfinished, VmFolder};
+use crate::receive::redefinition::{Present, Wanted, definition_in};
 use crate::receive::target_error::TargetError;
 use crate::receive::target_vm::HostParts;
 use crate::receive::worker::VmKey;
-use crate::wire::VolumeShape;
 
 /// What a definition takes for one VM, reserved; given back when dropped.
 #[derive(Debug)]
@@ -36,8 +35,8 @@ enum NewFiles {
     None,
     /// All that a VM has.
     All(Unfinished),
-    /// Recovery disks of the volumes that join.
-    Disks(AddedDisks),
+    /// Recovery disks of the volumes that join or grow, as far as there are any.
+    Disks(Option<AddedDisks>, Option<GrownDisks>),
 }
 
 impl TargetHost {
@@ -58,9 +57,9 @@ impl TargetHost {
         let (vpg, keys) = (vpg.clone(), self.keys.keys());
         let is_of_former = |journal| awaits_former && journal != definition.journal;
         if let Some(target) = self.vm(vm).filter(|target| !is_of_former(target.journal())) {
-            let added = target.check_definition(&vpg)?;
+            let wanted = target.check_definition(&vpg)?;
             let folder = target.folder().clone();
-            let files = blocking(move || add_disks(&folder, &definition, &added)).await?;
+            let files = blocking(move || make_disks(&folder, &definition, &wanted)).await?;
             return Ok(Prepared { vm, files });
         }
         let folder = folder_of(&vpg, &definition);
@@ -73,9 +72,9 @@ impl TargetHost {
                 return files::make(&folder, &vpg, &definition, &keys).map(NewFiles::All);
             }
             let opened = files::open(&folder, vm, None, keys)?;
-            let added = check_files(&folder, &opened, &vpg)?;
+            let wanted = check_files(&folder, &opened, &vpg)?;
             drop(opened);
-            add_disks(&folder, &definition, &added)
+            make_disks(&folder, &definition, &wanted)
         });
         Ok(Prepared { vm, files: files.await? })
     }
@@ -106,7 +105,10 @@ impl TargetHost {
         let _changing = self.changing.lock().await;
         if let Some(target) = self.vm(vm) {
             // What can't be done as a whole isn't begun.
-            if target.check_definition(vpg)?.is_empty() {
+            let wanted = target.check_definition(vpg)?;
+            if wanted.added.is_empty() {
+                let (folder, definition) = (target.folder().clone(), definition_in(vpg, vm)?.clone());
+                blocking(move || grow(&folder, &definition, &wanted, new)).await?;
                 target.redefine(vpg)?;
                 target.follow_encryption()?;
                 return Ok(target);
@@ -153,31 +155,29 @@ fn open(
     new: NewFiles,
     keys: Keys,
 ) -> Result<VmFiles, TargetError> {
-    let mut made_disks = None;
+    let (mut added, mut grown) = (None, None);
     match new {
         NewFiles::All(made) => made.finish()?,
         NewFiles::None if !folder.is_complete() => {
             files::make(folder, vpg, definition, &keys)?.finish()?;
         }
         NewFiles::None => {}
-        NewFiles::Disks(disks) => made_disks = Some(disks),
+        NewFiles::Disks(made, longer) => (added, grown) = (made, longer),
     }
     let opened = files::open(folder, definition.id, None, keys.clone())?;
-    if made_disks.is_none() {
+    if added.is_none() {
         folder.remove_surplus_disks(opened.identity.volumes.len());
     }
-    if check_files(folder, &opened, vpg)?.is_empty() {
+    let wanted = check_files(folder, &opened, vpg)?;
+    grow(folder, definition, &wanted, NewFiles::Disks(None, grown))?;
+    if wanted.added.is_empty() {
         return Ok(opened);
     }
-    files::add_volumes(folder, vpg, definition, opened, made_disks, keys)
+    files::add_volumes(folder, vpg, definition, opened, added, keys)
 }
 
-/// The volumes that a definition has and a VM's files don't.
-fn check_files(
-    folder: &VmFolder,
-    files: &VmFiles,
-    vpg: &VpgDefinition,
-) -> Result<Vec<VolumeShape>, TargetError> {
+/// What a definition needs that a VM's files don't have.
+fn check_files(folder: &VmFolder, files: &VmFiles, vpg: &VpgDefinition) -> Result<Wanted, TargetError> {
     let superblock = &files.opened.superblock;
     let bases: Vec<u64> = superblock.volumes.iter().map(|volume| volume.base_seq).collect();
     let present = Present {
@@ -190,14 +190,40 @@ fn check_files(
     present.check(vpg)
 }
 
-fn add_disks(
+/// Makes recovery disks of volumes that join, and longer ones of those that grow.
+fn make_disks(
     folder: &VmFolder,
     definition: &VmDefinition,
-    added: &[VolumeShape],
+    wanted: &Wanted,
 ) -> Result<NewFiles, TargetError> {
-    let Some(first) = added.first() else { return Ok(NewFiles::None) };
-    let disks = folder.add_disks(&definition.datastore, first.volume, &files::new_disks(added))?;
-    Ok(NewFiles::Disks(disks))
+    let datastore = &definition.datastore;
+    let added = match wanted.added.first() {
+        Some(first) => Some(folder.add_disks(datastore, first.volume, &files::new_disks(&wanted.added))?),
+        None => None,
+    };
+    let grown = match wanted.grown.is_empty() {
+        true => None,
+        false => Some(folder.grow_disks(datastore, &sizes(wanted))?),
+    };
+    Ok(NewFiles::Disks(added, grown))
+}
+
+/// Has the recovery disks of volumes that grow as long as they will be, whether or not that was prepared: the journal may know of it then.
+fn grow(
+    folder: &VmFolder,
+    definition: &VmDefinition,
+    wanted: &Wanted,
+    made: NewFiles,
+) -> Result<(), TargetError> {
+    match made {
+        NewFiles::Disks(_, Some(grown)) => grown.keep(),
+        _ => folder.grow_disks(&definition.datastore, &sizes(wanted))?.keep(),
+    }
+    Ok(())
+}
+
+fn sizes(wanted: &Wanted) -> Vec<(u16, u64)> {
+    wanted.grown.iter().map(|volume| (volume.volume, volume.size_bytes)).collect()
 }
 
 /// Where a VM's files are, or are to be.

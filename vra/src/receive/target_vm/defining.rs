@@ -5,26 +5,22 @@ use std::sync::PoisonError;
 use super::{Inner, TargetVm, policy};
 use crate::api::VpgDefinition;
 use crate::receive::files;
-use crate::receive::redefinition::{Present, definition_in};
+use crate::receive::redefinition::{Present, Wanted, definition_in};
 use crate::receive::target_error::TargetError;
 use crate::receive::worker::Input;
-use crate::wire::VolumeShape;
 
 impl TargetVm {
-    /// Whether another definition can be followed. Gives the volumes that join; then nobody has views open, and they can join while the files
-    /// are closed.
+    /// Whether another definition can be followed, and what it needs. If volumes join nobody has views open: they can join while the files are
+    /// closed.
     ///
     /// # Errors
     /// It can't, or not now.
-    pub(in crate::receive) fn check_definition(
-        &self,
-        vpg: &VpgDefinition,
-    ) -> Result<Vec<VolumeShape>, TargetError> {
+    pub(in crate::receive) fn check_definition(&self, vpg: &VpgDefinition) -> Result<Wanted, TargetError> {
         self.may_encrypt(vpg)?;
         let inner = self.lock();
-        let added = self.check_in(&inner, vpg)?;
-        if added.is_empty() {
-            return Ok(added);
+        let wanted = self.check_in(&inner, vpg)?;
+        if wanted.added.is_empty() {
+            return Ok(wanted);
         }
         let count = inner.pins.count();
         if count > 0 {
@@ -33,10 +29,10 @@ impl TargetVm {
         if inner.key.is_none() {
             return Err(TargetError::NotOpen { vm: self.vm, reason: inner.not_open.clone() });
         }
-        Ok(added)
+        Ok(wanted)
     }
 
-    fn check_in(&self, inner: &Inner, vpg: &VpgDefinition) -> Result<Vec<VolumeShape>, TargetError> {
+    fn check_in(&self, inner: &Inner, vpg: &VpgDefinition) -> Result<Wanted, TargetError> {
         let current = inner.manifest.vm().expect("checked when the manifest was read or set");
         let present = Present {
             manifest: &inner.manifest,
@@ -48,7 +44,8 @@ impl TargetVm {
         present.check(vpg)
     }
 
-    /// Takes another definition of the same journal and volumes, of which some may leave. The journal keeps it.
+    /// Takes another definition of the same journal and volumes, of which some may leave, or have grown: their recovery disks have. The journal
+    /// keeps it.
     ///
     /// # Errors
     /// What [`Self::check_definition`] would have told.
@@ -56,7 +53,7 @@ impl TargetVm {
         let definition = definition_in(vpg, self.vm)?;
         let mut inner = self.lock();
         let volumes = files::identity(definition)?.volumes;
-        if !self.check_in(&inner, vpg)?.is_empty() {
+        if !self.check_in(&inner, vpg)?.added.is_empty() {
             return Err(TargetError::VolumesDiffer { vm: self.vm, path: self.folder.journal() });
         }
         if inner.manifest.vpg == *vpg {

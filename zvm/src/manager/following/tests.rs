@@ -182,6 +182,24 @@ fn volume(shared: serde_json::Value) -> serde_json::Value {
 }
 
 #[test]
+fn a_disk_that_has_grown_is_to_be_protected_as_large_as_its_source_sees_it() {
+    let mut world = World::new(volume(json!(null)));
+    let grown = |bytes: u64| {
+        let mut grown = volume(json!(null));
+        grown["grown_bytes"] = json!(bytes);
+        json!({ "volumes": [grown] })
+    };
+    world.tells(B, grown(3 << 20));
+    assert!(growths(&world.desired, &world.observed).is_empty(), "B isn't its source");
+    world.tells(A, grown(3 << 20));
+    let step = Step::Grow(vec![(VolumeId(Uuid::from_u128(7)), 3 << 20)]);
+    let wish = Wish { vpg: "shop".into(), vm: VmId(Uuid::from_u128(9)), step };
+    assert_eq!(growths(&world.desired, &world.observed), [wish]);
+    world.desired.vpgs[0].settings.vms[0].volumes[0].size_bytes = 3 << 20;
+    assert!(growths(&world.desired, &world.observed).is_empty(), "its definition says so already");
+}
+
+#[test]
 fn a_vm_is_followed_to_a_vra_that_shares_its_disks_and_nowhere_else() {
     let mut world = World::new(volume(json!("waiting")));
     let wish = Wish { vpg: "shop".into(), vm: VmId(Uuid::from_u128(9)), step: Step::Move(vra(B)) };

@@ -1,0 +1,198 @@
+//! A protected disk grows (E3): its guest gets the rest once the target has the space and the stream has said it. What was recovered before
+//! keeps the size of then.
+
+mod common;
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use ::vra::api::status::{SourceMode, TargetState};
+use ::vra::api::{
+    CheckpointInfo, CloseView, ErrorCode, OpenView, PointInTime, Request, Response, ViewId, ViewMode,
+    VolumeId, VolumeInfo, VpgId, VraStatus,
+};
+use common::TestCa;
+use common::pair::{
+    DISK_BYTES, apply, checkpoints, door, open, open_view, overrun, pattern, streaming_pair, tag,
+    wait_for_checkpoint,
+};
+use common::vra::{PATIENCE, Vra, nbdcopy, qemu_io};
+
+const GROWN_BYTES: u64 = DISK_BYTES + (8 << 20);
+/// Where what is new of the first disk begins, in KiB.
+const NEW_KIB: u64 = DISK_BYTES >> 10;
+
+fn lengthen(path: &Path, size_bytes: u64) {
+    OpenOptions::new().write(true).open(path).expect("disk").set_len(size_bytes).expect("longer");
+}
+
+async fn volume(vra: &Vra, id: VolumeId) -> VolumeInfo {
+    match vra.ask(Request::List).await {
+        Response::Volumes(volumes) => volumes.into_iter().find(|info| info.volume == id).expect("attached"),
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn wait_for_volume(vra: &Vra, id: VolumeId, what: &str, is_so: impl Fn(&VolumeInfo) -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so(&volume(vra, id).await) {
+        assert!(Instant::now() < deadline, "{what}: {:?}\n{}", volume(vra, id).await, vra.log());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+fn is_streaming(status: &VraStatus) -> bool {
+    let vm = &status.source_vms[0];
+    vm.mode == SourceMode::Streaming && vm.connected
+}
+
+/// The disks of a checkpoint as a view shows them.
+async fn shown(target: &Vra, vpg: VpgId, at: &CheckpointInfo) -> Vec<Vec<u8>> {
+    let at = open(vpg, PointInTime::Checkpoint { checkpoint: at.id }, ViewMode::Scratch);
+    let view = open_view(target, &OpenView { view: Some(ViewId::random()), ..at }).await;
+    let copy =
+        |number: usize| nbdcopy(&view.disks[number].door, &target.path("copy.raw")).expect("installed");
+    let disks = (0..view.disks.len()).map(copy).collect();
+    target.ask(Request::CloseView(CloseView { view: view.view })).await;
+    disks
+}
+
+/// The disks of a checkpoint, without any VRA.
+fn extracted(target: &Vra, at: &str) -> Vec<Vec<u8>> {
+    let out = target.path(&format!("extracted-{at}"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vra-journal"));
+    command.arg("extract").arg(target.path("datastore"));
+    command.args(["--vpg", "shop", "--quiet", "--at", at, "--out-dir"]).arg(&out);
+    let done = command.output().expect("vra-journal");
+    assert!(done.status.success(), "{done:?}");
+    let mut names: Vec<PathBuf> =
+        std::fs::read_dir(&out).expect("folder").map(|entry| entry.expect("entry").path()).collect();
+    names.sort();
+    let images = names.iter().map(|path| std::fs::read(path).expect("image")).collect();
+    std::fs::remove_dir_all(&out).expect("removed");
+    images
+}
+
+fn files_of(volumes: &[VolumeInfo]) -> Vec<Vec<u8>> {
+    volumes.iter().map(|volume| std::fs::read(&volume.path).expect("disk")).collect()
+}
+
+/// A file of the VM's folder in the target's datastore.
+fn file_at(target: &Vra, name: &str) -> PathBuf {
+    let inside = |folder: PathBuf| {
+        let mut entries = std::fs::read_dir(folder).expect("folder");
+        entries.next().expect("one").expect("entry").path()
+    };
+    inside(inside(target.path("datastore"))).join(name)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_grows_while_its_guest_writes_and_older_checkpoints_keep_its_size() {
+    let ca = TestCa::new();
+    let Some((source, mut target, volumes, mut group)) = streaming_pair("grows", &ca).await else { return };
+    let (vpg, first) = (group.id, volumes[0].volume);
+    qemu_io(&door(&volumes[0]), &pattern(2, 4096, 1024));
+    let before = tag(&source, vpg, "before").await;
+    wait_for_checkpoint(&target, vpg, before.id).await;
+    let disks_before = files_of(&volumes);
+    let generation = source.status().await.source_vms[0].generation;
+
+    // Seen at once, given to nobody before the definition says so.
+    lengthen(&volumes[0].path, GROWN_BYTES);
+    wait_for_volume(&source, first, "seen", |info| info.grown_bytes == Some(GROWN_BYTES)).await;
+    assert_eq!(volume(&source, first).await.size_bytes, DISK_BYTES);
+    let told = |status: &VraStatus| status.alerts.iter().any(|alert| alert.code == "volume-grown");
+    source.wait_for("an alert", told).await;
+
+    (group.revision, group.vms[0].volumes[0].size_bytes) = (2, GROWN_BYTES + 4096);
+    let refused = source.refusal(Request::ApplyVpg(group.clone())).await;
+    assert_eq!(refused.code, ErrorCode::Conflict, "more than the disk has: {refused:?}");
+    group.vms[0].volumes[0].size_bytes = GROWN_BYTES;
+    apply(&target, &group).await;
+    assert_eq!(std::fs::metadata(file_at(&target, "disk-0.raw")).expect("disk").len(), GROWN_BYTES);
+    apply(&source, &group).await;
+    wait_for_volume(&source, first, "grown", |info| info.size_bytes == GROWN_BYTES).await;
+    source.wait_for("streaming", is_streaming).await;
+    assert_eq!(source.status().await.source_vms[0].generation, generation, "without a full sync");
+    source.wait_for("no alert", |status| !told(status)).await;
+
+    qemu_io(&door(&volumes[0]), &pattern(3, NEW_KIB - 512, 1024)).expect("the guest has what is new");
+    let after = tag(&source, vpg, "after").await;
+    wait_for_checkpoint(&target, vpg, after.id).await;
+    let disks_after = files_of(&volumes);
+    assert_eq!(disks_after[0].len() as u64, GROWN_BYTES);
+
+    // Smaller again it doesn't get.
+    let mut shrunk = group.clone();
+    (shrunk.revision, shrunk.vms[0].volumes[0].size_bytes) = (3, DISK_BYTES);
+    let refused = target.refusal(Request::ApplyVpg(shrunk)).await;
+    assert!(refused.message.contains("only grows"), "{refused:?}");
+
+    for restarted in [false, true] {
+        if restarted {
+            target.kill();
+            target.serve();
+            target.wait_for("open", |status| status.target_vms.iter().any(|vm| vm.connected)).await;
+        }
+        assert!(shown(&target, vpg, &before).await == disks_before, "restarted: {restarted}");
+        assert!(shown(&target, vpg, &after).await == disks_after, "restarted: {restarted}");
+    }
+    target.stop();
+    assert!(extracted(&target, "before") == disks_before, "without a VRA");
+    assert!(extracted(&target, "after") == disks_after, "without a VRA");
+    let journal = OpenOptions::new().write(true).open(file_at(&target, "journal.hfj")).expect("journal");
+    for offset_bytes in [0, 64 << 10] {
+        journal.write_all_at(&[0; 4096], offset_bytes).expect("lost");
+    }
+    // What was its size then nothing tells any more: it reads zeroes behind that.
+    let mut larger = disks_before;
+    larger[0].resize(GROWN_BYTES as usize, 0);
+    assert!(extracted(&target, "before") == larger, "without superblocks");
+    assert!(extracted(&target, "after") == disks_after, "without superblocks");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_disk_has_grown_by_is_promoted_and_survives_the_death_of_both_sides() {
+    let ca = TestCa::new();
+    let Some((mut source, mut target, volumes, mut group)) = streaming_pair("grown", &ca).await else {
+        return;
+    };
+    let (vpg, first) = (group.id, volumes[0].volume);
+    lengthen(&volumes[0].path, GROWN_BYTES);
+    (group.revision, group.vms[0].volumes[0].size_bytes) = (2, GROWN_BYTES);
+    (group.vms[0].journal_limit_bytes, group.vms[0].history_s) = (256 << 20, 60);
+    // The source is told first: what its guest writes behind the former end waits for a target that knows of it.
+    apply(&source, &group).await;
+    wait_for_volume(&source, first, "grown", |info| info.size_bytes == GROWN_BYTES).await;
+    qemu_io(&door(&volumes[0]), &pattern(4, NEW_KIB, 2048)).expect("the guest has what is new");
+    source.wait_for("a target that doesn't know yet", |status| !status.source_vms[0].connected).await;
+    // Before it can have noted anything more.
+    source.kill();
+    source.serve();
+    wait_for_volume(&source, first, "as large as before", |info| info.size_bytes == GROWN_BYTES).await;
+    apply(&target, &group).await;
+    source.wait_for("streaming", is_streaming).await;
+    qemu_io(&door(&volumes[0]), &pattern(5, NEW_KIB + 4096, 2048)).expect("served");
+    let kept = tag(&source, vpg, "kept").await;
+    wait_for_checkpoint(&target, vpg, kept.id).await;
+
+    overrun(&source, vpg, &door(&volumes[0])).await;
+    let oldest = || async { checkpoints(&target, vpg).await.first().map(|checkpoint| checkpoint.id) };
+    let deadline = Instant::now() + PATIENCE;
+    while oldest().await <= Some(kept.id) {
+        assert!(Instant::now() < deadline, "nothing was promoted\n{}", target.log());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let last = tag(&source, vpg, "last").await;
+    wait_for_checkpoint(&target, vpg, last.id).await;
+    let disks = files_of(&volumes);
+    target.kill();
+    target.serve();
+    target.wait_for("journaling", |status| status.target_vms[0].state == TargetState::Journaling).await;
+    assert!(shown(&target, vpg, &last).await == disks);
+    target.stop();
+    assert!(extracted(&target, "last") == disks);
+}
