@@ -361,15 +361,16 @@ impl Device {
             return Ok(());
         }
         self.control.quiesce(self.id(), timeout)?;
-        for queue in &self.queues {
-            queue.source.stop();
-        }
         let deadline = Instant::now() + timeout;
-        while !self.queues.iter().all(Queue::is_left) {
+        // Twice: what the driver had given out by then may not have been looked at when a queue first says that it has nothing.
+        let mut looks = 0;
+        while looks < 2 {
             if Instant::now() >= deadline {
                 return Err(DeviceError::Busy { device: self.id(), waited_ms: timeout.as_millis() as u64 });
             }
+            self.queues.iter().for_each(|queue| queue.source.stop());
             std::thread::sleep(POLL);
+            looks = if self.queues.iter().all(Queue::is_left) { looks + 1 } else { 0 };
         }
         Ok(())
     }

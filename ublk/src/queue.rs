@@ -44,7 +44,7 @@ pub(crate) struct QueueConfig {
     pub(crate) size_bytes: Arc<AtomicU64>,
     /// First unexpected errno of any queue of the device, or zero.
     pub(crate) fault: Arc<AtomicI32>,
-    /// Set once the queue has been stopped and every request that it had is answered.
+    /// Whether every request that the queue has had is answered; told once it has been stopped.
     pub(crate) at_rest: Arc<AtomicBool>,
 }
 
@@ -124,8 +124,9 @@ impl QueueSource {
     }
 
     fn look_for_rest(&self) {
-        if self.stopped && self.tags.none_with_lane() && self.host.transfer_count() == 0 {
-            self.at_rest.store(true, Ordering::Release);
+        if self.stopped {
+            let at_rest = self.tags.none_with_lane() && self.host.transfer_count() == 0;
+            self.at_rest.store(at_rest, Ordering::Release);
         }
     }
 }

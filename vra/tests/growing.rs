@@ -11,9 +11,10 @@ use std::time::{Duration, Instant};
 
 use ::vra::api::status::{SourceMode, TargetState};
 use ::vra::api::{
-    CheckpointInfo, CloseView, ErrorCode, OpenView, PointInTime, Request, Response, ViewId, ViewMode,
-    VolumeId, VolumeInfo, VpgId, VraStatus,
+    CheckpointId, CheckpointInfo, CloseView, ErrorCode, LockCheckpoint, OpenView, PointInTime, Request,
+    Response, ViewId, ViewInfo, ViewMode, VolumeId, VolumeInfo, VpgId, VraStatus,
 };
+use ::vra::control::ClientError;
 use common::TestCa;
 use common::pair::{
     DISK_BYTES, apply, checkpoints, door, open, open_view, overrun, pattern, streaming_pair, tag,
@@ -49,15 +50,40 @@ fn is_streaming(status: &VraStatus) -> bool {
     vm.mode == SourceMode::Streaming && vm.connected
 }
 
+/// Opens a view once what is kept is open again after a start.
+async fn open_when_ready(target: &Vra, open: &OpenView) -> ViewInfo {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        match target.client().await.call(Request::OpenView(open.clone())).await {
+            Ok(Response::View(view)) => return view,
+            Err(ClientError::Api(error))
+                if error.code == ErrorCode::NotReady && Instant::now() < deadline =>
+            {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            other => panic!("{other:?}\n{}", target.log()),
+        }
+    }
+}
+
 /// The disks of a checkpoint as a view shows them.
 async fn shown(target: &Vra, vpg: VpgId, at: &CheckpointInfo) -> Vec<Vec<u8>> {
     let at = open(vpg, PointInTime::Checkpoint { checkpoint: at.id }, ViewMode::Scratch);
-    let view = open_view(target, &OpenView { view: Some(ViewId::random()), ..at }).await;
+    let view = open_when_ready(target, &OpenView { view: Some(ViewId::random()), ..at }).await;
     let copy =
         |number: usize| nbdcopy(&view.disks[number].door, &target.path("copy.raw")).expect("installed");
     let disks = (0..view.disks.len()).map(copy).collect();
     target.ask(Request::CloseView(CloseView { view: view.view })).await;
     disks
+}
+
+/// Waits until promotion has passed a checkpoint.
+async fn wait_until_gone(target: &Vra, vpg: VpgId, id: CheckpointId) {
+    let deadline = Instant::now() + PATIENCE;
+    while checkpoints(target, vpg).await.iter().any(|info| info.id == id) {
+        assert!(Instant::now() < deadline, "nothing was promoted\n{}", target.log());
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 /// The disks of a checkpoint, without any VRA.
@@ -102,6 +128,9 @@ async fn a_disk_grows_while_its_guest_writes_and_older_checkpoints_keep_its_size
 
     // Seen at once, given to nobody before the definition says so.
     lengthen(&volumes[0].path, GROWN_BYTES);
+    // As a block device may have it.
+    let local = OpenOptions::new().write(true).open(&volumes[0].path).expect("disk");
+    local.write_all_at(&[0x5a; 1 << 20], GROWN_BYTES - (1 << 20)).expect("written");
     wait_for_volume(&source, first, "seen", |info| info.grown_bytes == Some(GROWN_BYTES)).await;
     assert_eq!(volume(&source, first).await.size_bytes, DISK_BYTES);
     let told = |status: &VraStatus| status.alerts.iter().any(|alert| alert.code == "volume-grown");
@@ -155,6 +184,53 @@ async fn a_disk_grows_while_its_guest_writes_and_older_checkpoints_keep_its_size
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_is_kept_of_a_disk_before_it_grew_keeps_its_size_when_its_growth_is_promoted() {
+    let ca = TestCa::new();
+    let Some((source, mut target, volumes, mut group)) = streaming_pair("kept", &ca).await else { return };
+    let (vpg, first) = (group.id, volumes[0].volume);
+    (group.revision, group.vms[0].journal_limit_bytes, group.vms[0].history_s) = (2, 256 << 20, 60);
+    apply(&target, &group).await;
+    apply(&source, &group).await;
+    let locked = tag(&source, vpg, "locked").await;
+    wait_for_checkpoint(&target, vpg, locked.id).await;
+    let disks_then = files_of(&volumes);
+    let lock = LockCheckpoint { vpg, checkpoint: locked.id, locked: true };
+    target.ask(Request::LockCheckpoint(lock)).await;
+    let tested = open(vpg, PointInTime::Checkpoint { checkpoint: locked.id }, ViewMode::Scratch);
+    let view = open_view(&target, &tested).await;
+    qemu_io(&view.disks[0].door, &pattern(9, 0, 64)).expect("writable");
+    let mut disk_in_test = disks_then[0].clone();
+    disk_in_test[..64 << 10].fill(9);
+
+    lengthen(&volumes[0].path, GROWN_BYTES);
+    wait_for_volume(&source, first, "seen", |info| info.grown_bytes.is_some()).await;
+    (group.revision, group.vms[0].volumes[0].size_bytes) = (3, GROWN_BYTES);
+    apply(&target, &group).await;
+    apply(&source, &group).await;
+    wait_for_volume(&source, first, "grown", |info| info.size_bytes == GROWN_BYTES).await;
+    qemu_io(&door(&volumes[0]), &pattern(4, NEW_KIB, 2048)).expect("the guest has what is new");
+    let between = tag(&source, vpg, "between").await;
+    wait_for_checkpoint(&target, vpg, between.id).await;
+    overrun(&source, vpg, &door(&volumes[0])).await;
+    wait_until_gone(&target, vpg, between.id).await;
+
+    for restarted in [false, true] {
+        if restarted {
+            target.kill();
+            target.serve();
+            target.wait_for("open", |status| status.target_vms.iter().any(|vm| vm.connected)).await;
+        }
+        assert!(shown(&target, vpg, &locked).await == disks_then, "restarted: {restarted}");
+        let view = open_when_ready(&target, &tested).await;
+        assert_eq!(view.disks[0].size_bytes, DISK_BYTES);
+        let copy = nbdcopy(&view.disks[0].door, &target.path("test.raw")).expect("installed");
+        assert!(copy == disk_in_test, "restarted: {restarted}");
+    }
+    target.stop();
+    assert!(extracted(&target, "locked") == disks_then, "without a VRA");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_a_disk_has_grown_by_is_promoted_and_survives_the_death_of_both_sides() {
     let ca = TestCa::new();
     let Some((mut source, mut target, volumes, mut group)) = streaming_pair("grown", &ca).await else {
@@ -164,6 +240,7 @@ async fn what_a_disk_has_grown_by_is_promoted_and_survives_the_death_of_both_sid
     lengthen(&volumes[0].path, GROWN_BYTES);
     (group.revision, group.vms[0].volumes[0].size_bytes) = (2, GROWN_BYTES);
     (group.vms[0].journal_limit_bytes, group.vms[0].history_s) = (256 << 20, 60);
+    wait_for_volume(&source, first, "seen", |info| info.grown_bytes.is_some()).await;
     // The source is told first: what its guest writes behind the former end waits for a target that knows of it.
     apply(&source, &group).await;
     wait_for_volume(&source, first, "grown", |info| info.size_bytes == GROWN_BYTES).await;
@@ -180,12 +257,7 @@ async fn what_a_disk_has_grown_by_is_promoted_and_survives_the_death_of_both_sid
     wait_for_checkpoint(&target, vpg, kept.id).await;
 
     overrun(&source, vpg, &door(&volumes[0])).await;
-    let oldest = || async { checkpoints(&target, vpg).await.first().map(|checkpoint| checkpoint.id) };
-    let deadline = Instant::now() + PATIENCE;
-    while oldest().await <= Some(kept.id) {
-        assert!(Instant::now() < deadline, "nothing was promoted\n{}", target.log());
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
+    wait_until_gone(&target, vpg, kept.id).await;
     let last = tag(&source, vpg, "last").await;
     wait_for_checkpoint(&target, vpg, last.id).await;
     let disks = files_of(&volumes);

@@ -36,7 +36,8 @@ pub(super) const CASES: &[Case] = &[
         "powercut-without-sync-loses",
         "A target that acknowledges before its fdatasync is found out by power cuts.",
         Body::Outside(without_sync_loses),
-    ),
+    )
+    .once(),
     Case::new(
         "powercut-journal-ext4-100",
         "The same with 100 cuts of a longer load, ext4.",

@@ -25,6 +25,7 @@ use super::guest::{Asked, Guest, has_buffer};
 use super::ledger::{Image, Ledger, Promise};
 use super::shipper::Shipper;
 use super::streams::{Answer, StreamKey, Streams};
+use super::vm::DISK_BYTES;
 
 /// Queues of each disk.
 const LANES_PER_DISK: usize = 2;
@@ -315,7 +316,9 @@ impl Protected {
                 SourceAction::Alert(SourceAlert::Lost) => return Err("the core is lost".into()),
                 SourceAction::Alert(SourceAlert::Store(_)) => env.happened(Happening::NumbersNotSaved),
                 SourceAction::Alert(SourceAlert::FullSync) => {}
-                SourceAction::Grown { .. } => return Err("no disk was to grow".into()),
+                SourceAction::Bring(_) | SourceAction::Grown { .. } => {
+                    return Err("no disk was to grow".into());
+                }
             }
         }
         Ok(())
@@ -443,6 +446,8 @@ impl Protected {
                     env.happened(Happening::CheckpointTaken);
                 }
                 RecordKind::SyncBegin | RecordKind::SyncData | RecordKind::SyncEnd | RecordKind::Zeroes => {}
+                // The sizes with which a generation begins.
+                RecordKind::Resize if record.len_bytes == DISK_BYTES[usize::from(record.volume)] as u64 => {}
                 kind => return Err(format!("record {} is a {kind:?}", record.seq)),
             }
             // A copy: a handle would keep the memory that capture goes by.

@@ -23,7 +23,7 @@ use super::streams::{StreamKey, Streams};
 use super::target::{Life, TargetSite, Told};
 
 /// Sizes of a guest's disks, in bytes.
-const DISK_BYTES: [usize; 2] = [32 << 10, 16 << 10];
+pub(super) const DISK_BYTES: [usize; 2] = [32 << 10, 16 << 10];
 
 pub(super) struct Vm {
     pub(super) ledger: Ledger,

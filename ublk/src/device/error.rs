@@ -87,8 +87,8 @@ pub enum DeviceError {
     },
     /// A device that can't be made larger.
     #[error(
-        "the kernel's driver can't make ublk device {device} larger while it is there (6.16 is needed): it stays at {former_bytes} bytes of \
-         {size_bytes} until its volume is attached anew"
+        "ublk device {device} can't be made larger while it is there (it was made on a kernel before 6.16, or by an older release): it stays \
+         at {former_bytes} bytes of {size_bytes} until its volume is attached anew"
     )]
     CannotGrow {
         /// The device.

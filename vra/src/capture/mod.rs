@@ -17,7 +17,8 @@ pub use sequence_store::{
     FileSequenceStore, SEQUENCE_BLOCK, SequenceState, SequenceStore, SequenceStoreError, take_over,
 };
 pub use source_vm::{
-    CaptureLimits, ProtectError, RetainedEntries, SourceAction, SourceAlert, SourceSnapshot, SourceVm,
+    Brought, CaptureLimits, NewRange, ProtectError, RetainedEntries, SourceAction, SourceAlert,
+    SourceSnapshot, SourceVm,
 };
 pub use write_gate::WriteGate;
 

@@ -88,6 +88,11 @@ impl ProtectedDisk {
         Ok(Self::new(self.file[0].try_clone()?, self.geometry(), Arc::clone(&self.clock)))
     }
 
+    /// What guests see of the file, in bytes.
+    pub(super) fn size_bytes(&self) -> u64 {
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
     /// From now on guests may see so much of the file, in bytes; its stream has said so (E3). Less than before changes nothing.
     pub fn grow(&self, size_bytes: u64) {
         self.size_bytes.fetch_max(size_bytes, Ordering::Release);
@@ -142,7 +147,7 @@ impl ProtectedDisk {
 
 impl Disk for ProtectedDisk {
     fn geometry(&self) -> Geometry {
-        Geometry { size_bytes: self.size_bytes.load(Ordering::Acquire), ..self.geometry.clone() }
+        Geometry { size_bytes: self.size_bytes(), ..self.geometry.clone() }
     }
 
     fn files(&self) -> &[File] {

@@ -3,6 +3,8 @@
 //! Nothing here runs by itself: [`SourceVm::tick`] does what has become due and says what its owner has to do. The guest's
 //! path doesn't come here.
 
+mod growing;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -10,6 +12,7 @@ use journal::batch::Record;
 use ublk::arena::Arena;
 use ublk::serve::{Disk, Waker};
 
+use self::growing::Growth;
 use super::modes::{Mode, OverflowReason};
 use super::numbering::{Consumer, CoreLimits, VmCore, ring};
 use super::payload::DENSE_CHUNK_BYTES;
@@ -19,6 +22,8 @@ use crate::api::GenerationId;
 use crate::clock::Now;
 use crate::ship::{GenerationStart, Retained};
 use crate::sync::{FullSync, SyncLimits, SyncVolume};
+
+pub use growing::{Brought, NewRange};
 
 /// Bounds of a VM's capture.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +58,9 @@ pub enum SourceAction {
     BeginGeneration(GenerationStart),
     /// This sync has begun: drive it to its end.
     BeginSync(FullSync),
-    /// The stream says that a volume is larger: its guest may have what is new of it (E3).
+    /// The stream says that a volume is larger: bring what is new of it, then let its guest have it (E3).
+    Bring(NewRange),
+    /// A volume is larger: its guest may have what is new of it. The next generation says so, and its sync brings it.
     Grown {
         /// The volume's number.
         volume: u16,
@@ -131,8 +138,7 @@ pub struct SourceVm {
     grant: Mutex<Option<GrantNote>>,
     /// A new generation was asked for, whatever the mode.
     renew: AtomicBool,
-    /// How large the disks are to be, in bytes, by volume number; as many as were told.
-    wanted_bytes: Mutex<Vec<u64>>,
+    growth: Mutex<Growth>,
 }
 
 impl SourceVm {
@@ -188,7 +194,7 @@ impl SourceVm {
             numbering,
             grant: Mutex::new(None),
             renew: AtomicBool::new(false),
-            wanted_bytes: Mutex::default(),
+            growth: Mutex::default(),
         })
     }
 
@@ -235,12 +241,6 @@ impl SourceVm {
         self.stream().consumer.free_through(u64::MAX);
     }
 
-    /// The disks are to be so large, in bytes, by volume number; smaller than they are changes nothing. Their files must be as large, and the
-    /// target know of it. Only notes it: the next ticks act, and not while a sync is under way.
-    pub fn grow(&self, sizes: Vec<u64>) {
-        *self.wanted_bytes.lock().unwrap_or_else(PoisonError::into_inner) = sizes;
-    }
-
     /// Does what has become due; called several times in a second, on a thread that may block. `random` makes ids.
     pub fn tick(&self, now: Now, random: &mut dyn FnMut() -> u128) -> Vec<SourceAction> {
         let mut actions = Vec::new();
@@ -252,7 +252,7 @@ impl SourceVm {
         if let Err(error) = self.keep_state(&mut numbering) {
             numbering.store_failed(&error, &mut actions);
         }
-        self.follow_sizes(now, &mut actions);
+        self.follow_sizes(&numbering, now, &mut actions);
         match self.core.with(|core, _| core.mode()) {
             Mode::Stopped if self.renew.load(Ordering::Acquire) => {
                 self.renew_generation(&mut numbering, random, &mut actions);
@@ -345,36 +345,10 @@ impl SourceVm {
         });
         if rested.is_ok() {
             self.renew.store(false, Ordering::Release);
+            self.growth().forget_said();
             numbering.granted = None;
             numbering.state = state;
             actions.push(SourceAction::BeginGeneration(numbering.state.start()));
-        }
-    }
-
-    /// Disks that are to be larger, once the stream has said it (E3).
-    fn follow_sizes(&self, now: Now, actions: &mut Vec<SourceAction>) {
-        let wanted = self.wanted_bytes.lock().unwrap_or_else(PoisonError::into_inner);
-        let disks = (0_u16..).zip(&self.disks);
-        let grown: Vec<(u16, u64)> = disks
-            .zip(wanted.iter())
-            .filter(|((_, disk), size_bytes)| disk.geometry().size_bytes < **size_bytes)
-            .map(|((volume, _), size_bytes)| (volume, *size_bytes))
-            .collect();
-        drop(wanted);
-        if grown.is_empty() {
-            return;
-        }
-        let said = self.core.with(|core, wakeups| match core.mode() {
-            Mode::Streaming { .. } => core.publish_sizes(&grown, now.wall_us, wakeups).is_ok(),
-            // The next generation begins with all sizes.
-            Mode::Stopped | Mode::Overflow { .. } | Mode::Lost => true,
-        });
-        if !said {
-            return;
-        }
-        for (volume, size_bytes) in grown {
-            self.disks[usize::from(volume)].grow(size_bytes);
-            actions.push(SourceAction::Grown { volume, size_bytes });
         }
     }
 

@@ -1,21 +1,23 @@
 //! Volumes whose local disks grow (E3): seen at the disks, protected once the definition says so, then given to their guests.
 //!
-//! The order, none of which may come before the one above it: the target has the space and the size (its definition); the stream says it; the
-//! guest gets it.
+//! The order, none of which may come before the one above it: the target has the space and the size (its definition); the stream says it, and
+//! brings what is new; the guest gets it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ublk::backing::BackingKind;
+use tokio::runtime::Handle;
 use ublk::serve::Disk;
 
 use super::sources::LiveSource;
 use super::state::State;
 use super::volumes::LiveVolume;
-use super::{Daemon, Finding, lock};
+use super::{Daemon, Finding, LOOK_EVERY, lock};
 use crate::api::vpg::VmDefinition;
 use crate::api::{Severity, VolumeId};
+use crate::capture::NewRange;
 use crate::report::chain;
+use crate::sync::bring_new;
 
 /// A volume whose local disk has grown.
 struct Grown {
@@ -27,23 +29,42 @@ struct Grown {
 }
 
 impl Daemon {
-    /// Looks how large the local disks of volumes are now. What no VPG protects grows at once.
-    pub(super) async fn look_for_growth(&self) {
-        let found = tokio::task::block_in_place(|| self.grown_disks());
+    /// Looks how large the local disks of volumes are now, again and again. Ends only when cancelled.
+    pub(super) async fn look_for_growth(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(LOOK_EVERY).await;
+            let daemon = Arc::clone(&self);
+            // Storage that hangs holds up nothing else.
+            match tokio::task::spawn_blocking(move || daemon.grown_disks()).await {
+                Ok(found) => self.follow_growth(found).await,
+                Err(error) => tracing::error!(%error, "can't look for disks that have grown"),
+            }
+        }
+    }
+
+    /// What no VPG protects grows at once; what the definition has already, with its stream.
+    async fn follow_growth(&self, found: Vec<Grown>) {
         let seen = self.seen();
-        let mut waiting = BTreeMap::new();
+        let (mut waiting, mut may_grow) = (BTreeMap::new(), false);
         for Grown { id, local_bytes, served_bytes } in found {
             let noted_bytes = seen.volumes.get(&id).map_or(u64::MAX, |record| record.size_bytes);
             if !is_protected(&seen, id) {
-                self.give(id, local_bytes).await;
+                self.give(id, local_bytes, false).await;
             } else if served_bytes > noted_bytes {
                 // A daemon that died has not noted it, or couldn't.
-                self.give(id, served_bytes).await;
+                self.give(id, served_bytes, true).await;
             } else {
+                may_grow |= defined_bytes(&seen, id) > noted_bytes;
                 waiting.insert(id, local_bytes);
             }
         }
         *lock(&self.grown) = waiting;
+        if may_grow {
+            let change = self.state.change().await;
+            if let Err(error) = self.follow_sources(change.get()) {
+                tracing::error!(%error, "can't protect all VMs");
+            }
+        }
     }
 
     /// The volumes whose local disks have more than was noted of them.
@@ -71,48 +92,62 @@ impl Daemon {
         grown.collect()
     }
 
-    /// What a volume's local disk has now, in bytes; zero if it isn't served.
-    pub(super) fn local_bytes(&self, id: VolumeId) -> u64 {
-        let backing = match lock(&self.volumes).get(&id) {
-            Some(LiveVolume::Served { backing, .. }) => Arc::clone(backing),
-            _ => return 0,
-        };
-        tokio::task::block_in_place(|| backing.size_now()).unwrap_or(0)
+    /// What a volume's local disk was last seen to have, in bytes, if that is more than is served of it; zero if not.
+    pub(super) fn grown_bytes(&self, id: VolumeId) -> u64 {
+        lock(&self.grown).get(&id).copied().unwrap_or(0)
     }
 
-    /// What the local disks of a VM's volumes have, in bytes; they are looked at only where the definition says more than is served.
+    /// How large the volumes of a VM may be now, in bytes, as far as their local disks are known to reach.
     pub(super) fn local_sizes(&self, vm: &VmDefinition) -> Vec<u64> {
         let seen = self.seen();
-        let local = vm.volumes.iter().map(|volume| {
-            let served_bytes = seen.volumes.get(&volume.id).map_or(u64::MAX, |record| record.size_bytes);
-            if volume.size_bytes > served_bytes { self.local_bytes(volume.id) } else { u64::MAX }
+        let local = vm.volumes.iter().map(|volume| match seen.volumes.get(&volume.id) {
+            Some(record) => record.size_bytes.max(self.grown_bytes(volume.id)),
+            // What stands in for it has what the definition says.
+            None => u64::MAX,
         });
         local.collect()
     }
 
-    /// A VM's stream says that one of its volumes is larger: its guest gets it.
-    pub(super) async fn give_growth(self: Arc<Self>, source: Arc<LiveSource>, volume: u16, size_bytes: u64) {
-        let Some(defined) = source.definition().volumes.get(usize::from(volume)) else { return };
-        self.give(defined.id, size_bytes).await;
-        let is_device = match lock(&self.volumes).get(&defined.id) {
-            Some(LiveVolume::Served { backing, .. }) => backing.kind() == BackingKind::BlockDevice,
-            _ => false,
+    /// A VM's stream has said that one of its volumes is larger: what is new goes to the target, then its guest gets it. On a thread of its own,
+    /// which ends with the generation.
+    pub(super) fn bring_growth(self: Arc<Self>, source: &Arc<LiveSource>, new: NewRange) {
+        let (source, runtime) = (Arc::clone(source), Handle::current());
+        let name = source.definition().name.clone();
+        let bring = move || {
+            let disk = &source.vm().disks()[usize::from(new.volume)];
+            match bring_new(source.vm(), &new, &disk.files()[0], &source.definition().name) {
+                Ok(true) => {
+                    let noted = self.note_growth(Arc::clone(&source), new.volume, new.range.end);
+                    runtime.spawn(noted);
+                }
+                Ok(false) => {}
+                Err(error) => {
+                    tracing::error!(vm = source.definition().name, %error, "no memory for what a disk has grown by: a full sync brings it");
+                    source.vm().renew();
+                }
+            }
         };
-        if is_device {
-            // What is new of a file reads zeroes, as it does at the target. A device may have anything there.
-            tracing::info!(
-                vm = source.definition().name,
-                volume,
-                "a full sync brings what is new of a block device"
-            );
-            source.vm().renew();
+        // What was said stays said: a new generation begins with it.
+        if let Err(error) = std::thread::Builder::new().name("growth".to_owned()).spawn(bring) {
+            tracing::error!(vm = name, %error, "no thread for what a disk has grown by: its guest gets it after the next full sync");
         }
     }
 
-    /// Serves so much of a volume's local disk, in bytes.
-    async fn give(&self, id: VolumeId, size_bytes: u64) {
+    /// A volume's disk is larger, and its stream and its target know it: it is served so.
+    pub(super) async fn note_growth(self: Arc<Self>, source: Arc<LiveSource>, volume: u16, size_bytes: u64) {
+        let Some(defined) = source.definition().volumes.get(usize::from(volume)) else { return };
+        while !self.give(defined.id, size_bytes, true).await {
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// Serves so much of a volume's local disk, in bytes; of one that is protected only if its stream `has_it`. False if it is to be tried again.
+    async fn give(&self, id: VolumeId, size_bytes: u64, has_it: bool) -> bool {
         let mut change = self.state.change().await;
-        let Some(record) = change.get().volumes.get(&id).cloned() else { return };
+        let Some(record) = change.get().volumes.get(&id).cloned() else { return true };
+        if !has_it && is_protected(change.get(), id) {
+            return true;
+        }
         if record.size_bytes < size_bytes {
             // First the record: what a guest has once seen it sees after a restart.
             let noted = change.update(|state| {
@@ -122,12 +157,11 @@ impl Daemon {
             });
             if let Err(error) = noted {
                 tracing::error!(volume = %id, vm = record.vm_name, %error, "can't note that a volume has grown: trying again");
-                return;
+                return false;
             }
             let former_bytes = record.size_bytes;
             tracing::info!(volume = %id, vm = record.vm_name, former_bytes, size_bytes, "a volume has grown");
         }
-        drop(change);
         let device = match lock(&self.volumes).get(&id) {
             Some(LiveVolume::Served { disk, door, .. }) => {
                 disk.grow(size_bytes);
@@ -140,7 +174,10 @@ impl Daemon {
         {
             tracing::warn!(volume = %id, vm = record.vm_name, error = chain(&error), "the guest doesn't see that its disk has grown");
         }
+        // Until now: the device's number is this volume's only as long as nobody detaches it.
+        drop(change);
         lock(&self.grown).remove(&id);
+        true
     }
 
     /// What of volumes their guests, or their protection, don't have.
@@ -189,6 +226,13 @@ impl Daemon {
             }
         }
     }
+}
+
+/// What a VPG's definition says of a volume's size, in bytes; zero if none protects it.
+pub(super) fn defined_bytes(state: &State, id: VolumeId) -> u64 {
+    let vms = state.vpgs.values().flat_map(|vpg| &vpg.vms);
+    let mut volumes = vms.flat_map(|vm| &vm.volumes).filter(|volume| volume.id == id && !volume.left);
+    volumes.next().map_or(0, |volume| volume.size_bytes)
 }
 
 fn is_protected(state: &State, id: VolumeId) -> bool {

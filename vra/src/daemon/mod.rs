@@ -117,6 +117,7 @@ async fn serve(config: &Config) -> Result<(), DaemonError> {
     tasks.spawn(look_for_wrong(Arc::clone(&daemon)));
     tasks.spawn(Arc::clone(&daemon).tick_sources());
     tasks.spawn(Arc::clone(&daemon).keep_serving());
+    tasks.spawn(Arc::clone(&daemon).look_for_growth());
     tasks.spawn(Arc::clone(&daemon).drive_shares());
     tasks.spawn(Arc::clone(&daemon).follow_owners());
     tasks.spawn(Arc::clone(&daemon).drive_spanning());
@@ -290,7 +291,6 @@ async fn look_for_wrong(daemon: Arc<Daemon>) {
     loop {
         ticks.tick().await;
         daemon.retry_targets().await;
-        daemon.look_for_growth().await;
         let found = daemon.findings();
         let (raised, cleared) = lock(&daemon.alerts).look(found, TimeUs::now());
         for alert in raised {

@@ -10,8 +10,9 @@ use ublk::serve::Disk;
 use ublk::sweep::{Verdict, sweep};
 
 use super::doors::deleted;
+use super::growth::defined_bytes;
 use super::shares::Share;
-use super::state::{Change, State, ViewStage, VolumeRecord};
+use super::state::{Change, ViewStage, VolumeRecord};
 use super::volumes::{LiveVolume, disk_over};
 use super::{Daemon, lock};
 use crate::api::{ApiError, DoorRequest, ErrorCode, VolumeId};
@@ -186,11 +187,4 @@ impl Daemon {
         let is_left = |info: &DeviceInfo| info.cookie.is_some_and(|found| found.disk_id == cookie);
         Ok(devices.iter().find(|info| is_left(info)).map(|info| info.id))
     }
-}
-
-/// What a VPG's definition says of a volume's size, in bytes; zero if none protects it.
-fn defined_bytes(state: &State, id: VolumeId) -> u64 {
-    let vms = state.vpgs.values().flat_map(|vpg| &vpg.vms);
-    let mut volumes = vms.flat_map(|vm| &vm.volumes).filter(|volume| volume.id == id && !volume.left);
-    volumes.next().map_or(0, |volume| volume.size_bytes)
 }

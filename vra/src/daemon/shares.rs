@@ -208,12 +208,10 @@ impl Daemon {
                 if share.is_stepping.load(Ordering::Acquire) || !self.has_to_step(&around, &share) {
                     continue;
                 }
-                share.is_stepping.store(true, Ordering::Release);
+                let stepping = Stepping::begin(share);
                 let daemon = Arc::clone(&self);
                 tokio::task::spawn_blocking(move || {
-                    let changed = daemon.step_share(&around, &share);
-                    share.is_stepping.store(false, Ordering::Release);
-                    if changed {
+                    if daemon.step_share(&around, &stepping.0) {
                         daemon.owners_changed.notify_one();
                     }
                 });
@@ -426,6 +424,22 @@ impl Daemon {
                 Ok(true)
             }
         }
+    }
+}
+
+/// A share whose next step is under way, however that ends.
+struct Stepping(Arc<Share>);
+
+impl Stepping {
+    fn begin(share: Arc<Share>) -> Self {
+        share.is_stepping.store(true, Ordering::Release);
+        Self(share)
+    }
+}
+
+impl Drop for Stepping {
+    fn drop(&mut self) {
+        self.0.is_stepping.store(false, Ordering::Release);
     }
 }
 

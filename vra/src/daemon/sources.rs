@@ -52,8 +52,8 @@ pub(super) struct LiveSource {
     left: AtomicBool,
     /// Its group is.
     paused: AtomicBool,
-    /// How large its volumes are to be as the stream knows, in bytes, by number.
-    sizes: Mutex<Vec<u64>>,
+    /// What the stream was told of its volumes, and how large their disks are to be, in bytes, by number.
+    told: Mutex<(Vec<VolumeShape>, Vec<u64>)>,
 }
 
 /// What happened last, for status and alerts.
@@ -112,10 +112,13 @@ impl LiveSource {
     fn grow(&self, wanted: &VmDefinition, local: &[u64]) {
         let sizes = wanted.volumes.iter().map(|volume| volume.size_bytes).zip(local);
         let sizes: Vec<u64> = sizes.map(|(defined, local)| defined.min(*local)).collect();
-        let former = std::mem::replace(&mut *lock(&self.sizes), sizes.clone());
-        if former != sizes {
-            // First the stream: it says what the disks have grown by only to a target that takes it.
-            self.shipper.set_volumes(wanted.volumes.iter().map(shape_of).collect());
+        let shapes: Vec<VolumeShape> = wanted.volumes.iter().map(shape_of).collect();
+        let former = std::mem::replace(&mut *lock(&self.told), (shapes.clone(), sizes.clone()));
+        // First the stream: it says what the disks have grown by only to a target that takes it.
+        if former.0 != shapes {
+            self.shipper.set_volumes(shapes);
+        }
+        if former.1 != sizes {
             self.vm.grow(sizes);
         }
     }
@@ -219,12 +222,13 @@ impl Daemon {
                     match action {
                         // On a task of its own: it waits for the state and for the driver.
                         SourceAction::Grown { volume, size_bytes } => {
-                            tokio::spawn(Arc::clone(&self).give_growth(
+                            tokio::spawn(Arc::clone(&self).note_growth(
                                 Arc::clone(&source),
                                 volume,
                                 size_bytes,
                             ));
                         }
+                        SourceAction::Bring(new) => Arc::clone(&self).bring_growth(&source, new),
                         action => source.act(action).await,
                     }
                 }
@@ -291,7 +295,7 @@ impl Daemon {
             notes,
             left: AtomicBool::new(false),
             paused: AtomicBool::new(vpg.paused),
-            sizes: Mutex::default(),
+            told: Mutex::default(),
         })
     }
 
@@ -371,7 +375,7 @@ impl LiveSource {
                 }
             }
             // The daemon's.
-            SourceAction::Grown { .. } => {}
+            SourceAction::Bring(_) | SourceAction::Grown { .. } => {}
             SourceAction::Alert(alert) => {
                 if alert == SourceAlert::FullSync {
                     tracing::info!(vm = self.definition.name, "{alert}");

@@ -194,6 +194,7 @@ impl From<TargetError> for ApiError {
             | TargetError::DiskCut { .. } => ErrorCode::Corrupt,
             TargetError::JournalDiffers { .. }
             | TargetError::VolumesDiffer { .. }
+            | TargetError::VolumeShrunk { .. }
             | TargetError::VolumeLacking { .. }
             | TargetError::SiteKeyMissing { .. } => ErrorCode::Conflict,
             TargetError::JournalLimit { .. } | TargetError::Definition(_) => ErrorCode::BadRequest,

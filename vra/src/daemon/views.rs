@@ -402,7 +402,6 @@ impl Daemon {
         })?;
         let source = opened.source(volume.number)?;
         let seq = opened.view.seq();
-        let size_bytes = source.volume.size_bytes();
         let owner = ScratchOwner {
             vra: self.vra.0,
             view: record.info.view.0,
@@ -411,7 +410,7 @@ impl Daemon {
             volume: volume.id.0,
             number: volume.number,
             seq,
-            disk_bytes: size_bytes,
+            disk_bytes: source.volume.size_bytes(),
             logical_block_bytes: volume.logical_block_bytes,
         };
         let keys = opened.scratch_keys();
@@ -428,17 +427,17 @@ impl Daemon {
         };
         let settings =
             ViewSettings { logical_block_bytes: volume.logical_block_bytes, look_for_holes: false };
+        let disk = ViewDisk::new(source, settings, scratch)?;
         let info = ViewDiskInfo {
             vm: definition.id,
             vm_name: definition.name.clone(),
             volume: volume.id,
             number: volume.number,
-            size_bytes,
+            size_bytes: disk.size_bytes(),
             sequence: seq,
             // Stands until the door is open.
             door: DoorAddress::NbdUnix { path: PathBuf::new(), export: String::new() },
         };
-        let disk = ViewDisk::new(source, settings, scratch)?;
         opened.pin.shows(&disk)?;
         Ok(ReadyDisk { info, disk })
     }

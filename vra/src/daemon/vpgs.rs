@@ -4,6 +4,7 @@ use std::ops::Bound;
 
 use super::Daemon;
 use super::definition::check;
+use super::growth::defined_bytes;
 use super::state::{Change, LettingGo, State};
 use crate::api::vpg::{VmDefinition, VpgApplied};
 use crate::api::{
@@ -88,9 +89,10 @@ impl Daemon {
                 Some(("VM", attached.vm.to_string(), vm.id.to_string()))
             } else if attached.number != defined.number {
                 Some(("number", attached.number.to_string(), defined.number.to_string()))
-            } else if attached.size_bytes > defined.size_bytes
-                || attached.size_bytes < defined.size_bytes
-                    && self.local_bytes(defined.id) < defined.size_bytes
+            } else if attached.size_bytes != defined.size_bytes
+                && defined_bytes(state, defined.id) != defined.size_bytes
+                && (attached.size_bytes > defined.size_bytes
+                    || self.grown_bytes(defined.id) < defined.size_bytes)
             {
                 Some(("size in bytes", attached.size_bytes.to_string(), defined.size_bytes.to_string()))
             } else if attached.logical_block_bytes != defined.logical_block_bytes {

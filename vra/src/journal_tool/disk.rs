@@ -89,9 +89,10 @@ impl DiskAt {
         numbers.into_iter().map(disk).collect()
     }
 
-    /// Its length, in bytes.
+    /// Its length, in bytes. An overlay tells what it was then, the journal what it is where promotion has come to (E3).
     pub(super) fn size_bytes(&self) -> u64 {
-        self.volume.size_bytes()
+        let kept = self.beneath.as_ref().and_then(|(overlay, _)| overlay.disk_bytes());
+        kept.map_or(self.volume.size_bytes(), |kept| kept.min(self.volume.size_bytes()))
     }
 
     /// Whether the files alone don't tell what it was like: an overlay has a part of it.

@@ -285,8 +285,8 @@ impl Receiver {
         self.tell_lock(None);
     }
 
-    /// Some of the volumes have left or grown, as a changed definition says: a stream of a source that doesn't know it yet ends. Recovery disks
-    /// have grown already.
+    /// Some of the volumes have left or grown, as a changed definition says. A stream of a source that doesn't know yet that one has left ends.
+    /// Recovery disks have grown already.
     pub fn set_volumes(&mut self, volumes: Vec<VolumeShape>) {
         if self.identity.volumes == volumes || !self.identity.may_become(&volumes) {
             return;
@@ -296,8 +296,12 @@ impl Receiver {
             self.base.keep_no_space(volume.volume);
             self.promoting.keep_no_space(volume.volume);
         }
+        let has_left = self.identity.volumes.iter().zip(&volumes).any(|(known, now)| known.left != now.left);
         self.identity.volumes = volumes;
-        let text = "disks have left the VM's protection, or grown";
+        if !has_left {
+            return;
+        }
+        let text = "disks have left the VM's protection";
         if let Some(candidate) = self.candidate.take() {
             self.refuse(
                 candidate.id,

@@ -47,6 +47,15 @@ impl VmIdentity {
         both.filter(|(known, wanted)| known.size_bytes < wanted.size_bytes).map(|(_, wanted)| wanted)
     }
 
+    /// Whether a stream may be about these volumes: the same ones, of which some may be smaller, since their source doesn't know yet that they
+    /// are to grow.
+    pub(super) fn may_stream(&self, volumes: &[VolumeShape]) -> bool {
+        let may_stream = |(known, streamed): (&VolumeShape, &VolumeShape)| {
+            streamed.may_become(known) && streamed.left == known.left
+        };
+        self.volumes.len() == volumes.len() && self.volumes.iter().zip(volumes).all(may_stream)
+    }
+
     /// Whether these are the same volumes, of which some may have left or grown.
     pub(super) fn may_become(&self, volumes: &[VolumeShape]) -> bool {
         let may_become = |(known, wanted): (&VolumeShape, &VolumeShape)| known.may_become(wanted);

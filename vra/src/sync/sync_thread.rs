@@ -1,20 +1,18 @@
 //! Drives a [`FullSync`]: one small thread for each sync, with plain direct reads through the disks' own open files.
 
+use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, Thread};
 use std::time::Duration;
 
-use nix::errno::Errno;
 use ublk::arena::{Arena, Slot};
 use ublk::serve::{Disk, Wake};
 
-use super::{CHUNK_BYTES, Extent, FullSync, SyncCounts, SyncStep};
+use super::local_disk::{probe, read};
+use super::{CHUNK_BYTES, FullSync, SyncCounts, SyncStep};
 use crate::capture::numbering::{ByteRange, VmCore};
-use crate::capture::payload::Piece;
 use crate::clock::Clock;
 
 /// Reads that wait for the target at most: memory of a sync is this many chunks.
@@ -30,6 +28,12 @@ pub struct SyncJob {
     pub disks: Vec<Arc<dyn Disk>>,
     /// The sync.
     pub sync: FullSync,
+}
+
+impl SyncJob {
+    fn file(&self, volume: u16) -> &File {
+        &self.disks[usize::from(volume)].files()[0]
+    }
 }
 
 /// A running sync. Dropping it ends the thread; the sync then stays open in the core until capture stops.
@@ -108,13 +112,13 @@ fn run(mut job: SyncJob, buffers: &Arena, shared: &Shared) {
             buffer = buffers.take();
         }
         match job.sync.next(&job.core, clock.now(), buffer.is_some()) {
-            SyncStep::Probe { volume, range } => match probe(&job, volume, range) {
+            SyncStep::Probe { volume, range } => match probe(job.file(volume), range) {
                 Ok(extent) => job.sync.probed(&job.core, extent, clock.now()),
                 Err(error) => fail(&mut job, &clock, volume, range, &error, &mut failed_before),
             },
             SyncStep::Read { volume, range } => {
                 let Some(slot) = buffer.take() else { continue };
-                match read(&job, volume, range, slot) {
+                match read(job.file(volume), range, slot) {
                     Ok(data) => {
                         job.sync.read(&job.core, data, clock.now());
                         failed_before = false;
@@ -156,40 +160,3 @@ fn fail(
     }
     job.sync.read_failed(&job.core, clock.now());
 }
-
-/// Whether there is data or a hole at the range's start. Where the file can't tell, all is data.
-fn probe(job: &SyncJob, volume: u16, range: ByteRange) -> io::Result<Extent> {
-    let data_start = match seek(job, volume, range.start, libc::SEEK_DATA) {
-        Ok(start) => start,
-        Err(Errno::ENXIO) => return Ok(Extent { is_data: false, end: range.end }),
-        Err(Errno::EINVAL | Errno::EOPNOTSUPP) => return Ok(Extent { is_data: true, end: range.end }),
-        Err(errno) => return Err(errno.into()),
-    };
-    if data_start > range.start {
-        return Ok(Extent { is_data: false, end: data_start });
-    }
-    let end = seek(job, volume, range.start, libc::SEEK_HOLE)?;
-    Ok(Extent { is_data: true, end })
-}
-
-/// Moves the position of the open file, which nobody uses: all I/O to it names its place.
-fn seek(job: &SyncJob, volume: u16, offset_bytes: u64, whence: i32) -> Result<u64, Errno> {
-    let offset = libc::off_t::try_from(offset_bytes).map_err(|_| Errno::EINVAL)?;
-    let file = job.disks[usize::from(volume)].files()[0].as_raw_fd();
-    // SAFETY: lseek touches no memory; the descriptor belongs to the disk, which lives as long as `job`.
-    let found = Errno::result(unsafe { libc::lseek(file, offset, whence) })?;
-    Ok(u64::try_from(found).expect("lseek gives no negative position"))
-}
-
-/// Reads the range; none if it is all zeroes.
-fn read(job: &SyncJob, volume: u16, range: ByteRange, mut slot: Slot) -> io::Result<Option<Piece>> {
-    let file = &job.disks[usize::from(volume)].files()[0];
-    let len_bytes = range.len_bytes() as usize;
-    file.read_exact_at(&mut slot[..len_bytes], range.start)?;
-    if slot[..len_bytes].chunks(ZEROES.len()).all(|chunk| chunk == &ZEROES[..chunk.len()]) {
-        return Ok(None);
-    }
-    Ok(Some(Piece::of_slot(slot.share(), len_bytes)))
-}
-
-const ZEROES: [u8; 4096] = [0; 4096];

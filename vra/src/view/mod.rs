@@ -195,12 +195,16 @@ impl ViewDisk {
         // Pages do in any case.
         let journal_align = ublk::backing::direct_io_align(&journal).unwrap_or(PAGE_BYTES as u32);
         let mut files = vec![journal, recovery_disk];
+        // What promotion has passed a resize of shows more in the journal than there was then (E3); what keeps it tells its size.
+        let kept_bytes = scratch.as_ref().and_then(ScratchFile::disk_bytes);
+        let beneath_bytes = beneath.as_ref().map(|beneath| beneath.size_bytes);
+        let size_bytes = kept_bytes.into_iter().chain(beneath_bytes).fold(volume.size_bytes(), u64::min);
         let kept_seq = scratch.as_ref().map_or(0, ScratchFile::kept_seq);
         let scratch = match scratch {
             None => None,
             Some(mut file) => {
                 files.push(file.duplicate()?);
-                let map = file.take_map(volume.size_bytes())?;
+                let map = file.take_map(size_bytes)?;
                 let pages = Arena::new(PAGES_AT_ONCE as usize * PAGE_BYTES, 1);
                 let pages = pages.map_err(|errno| ViewDiskError::Memory(errno.into()))?;
                 let cipher = file.cipher.clone();
@@ -219,7 +223,7 @@ impl ViewDisk {
         };
         Ok(Arc::new(Self {
             number: volume.number(),
-            size_bytes: volume.size_bytes(),
+            size_bytes,
             shown: RwLock::new(Arc::new(Shown { volume, layout })),
             seq,
             kept_seq: AtomicU64::new(kept_seq),
@@ -300,6 +304,11 @@ impl ViewDisk {
     /// Where the bytes are, as last found out.
     fn shown(&self) -> Arc<Shown> {
         Arc::clone(&self.shown.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Its size, in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.size_bytes
     }
 
     /// Which volume of its VM it shows.

@@ -125,16 +125,14 @@ impl Look<'_> {
                 vpg.name, member.name
             ),
         );
-        let resized = |is_meant: fn(u64, u64) -> bool| {
+        // Of a served disk a running guest's size is what it was given, which is not what its VRA serves.
+        let has_old = |disk: &Disk| disk.served == Some(true) && vm.power != Power::Off;
+        let resized = |is_meant: &dyn Fn(&Disk, u64, u64) -> bool| {
             let told = vm.disks.iter().filter_map(|disk| {
                 let (volume, size_bytes) = (protected(&disk.path)?, disk.size_bytes?);
-                is_meant(size_bytes, volume.size_bytes).then(|| {
-                    format!(
-                        "{} (now {}, protected {})",
-                        disk.name,
-                        format_bytes(size_bytes),
-                        format_bytes(volume.size_bytes)
-                    )
+                is_meant(disk, size_bytes, volume.size_bytes).then(|| {
+                    let (now, protected) = (format_bytes(size_bytes), format_bytes(volume.size_bytes));
+                    format!("{} (now {now}, protected {protected})", disk.name)
                 })
             });
             told.collect()
@@ -142,14 +140,24 @@ impl Look<'_> {
         tell(
             "disk-grown",
             Level::Warning,
-            resized(|now, protected| now > protected),
+            resized(&|_, now, protected| now > protected),
             "is larger than what is protected of it",
             "protection follows by itself once its VRA sees the size: if it doesn't, the events and `zvm vra show` tell why".to_owned(),
         );
         tell(
+            "disk-not-grown-in-guest",
+            Level::Warning,
+            resized(&|disk, now, protected| now < protected && has_old(disk)),
+            "has grown, and its guest doesn't know yet",
+            format!(
+                "`virsh blockresize {} DISK --capacity` tells it of a ublk device; with NBD it sees it when it is shut down and started",
+                member.name
+            ),
+        );
+        tell(
             "disk-shrunk",
             Level::Error,
-            resized(|now, protected| now < protected),
+            resized(&|disk, now, protected| now < protected && !has_old(disk)),
             "is smaller than the one that is protected",
             format!(
                 "`zvm vpg remove-vm {0} {1}`, `zvm unprotect {1}`, shut it down, `zvm protect {1}`, start it, `zvm vpg add-vm {0} {1}`: then it is protected in its new size",

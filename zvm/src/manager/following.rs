@@ -1,7 +1,7 @@
 //! What the manager does by itself when VMs of groups change: protection follows a VM to a host whose VRA serves its disks, and disks that
 //! grow; new disks join, where their group wants that.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -67,11 +67,17 @@ impl Manager {
     pub async fn follow_changes(self: Arc<Self>) {
         let mut failed: BTreeMap<Wish, (Instant, String)> = BTreeMap::new();
         let mut moved = self.moved_before().await;
+        let mut former: Vec<Wish> = Vec::new();
         loop {
             match self.wishes(&mut moved).await {
                 Ok(wishes) => {
                     failed.retain(|wish, _| wishes.contains(wish));
+                    let before = std::mem::replace(&mut former, wishes.clone());
                     for wish in wishes {
+                        // A size that somebody is about to correct is not for ever.
+                        if matches!(wish.step, Step::Grow(_)) && !before.contains(&wish) {
+                            continue;
+                        }
                         let waits =
                             |(since, _): &(Instant, String)| since.elapsed() < wish.step.retry_after();
                         if failed.get(&wish).is_some_and(waits) {
@@ -173,18 +179,21 @@ fn served(observed: &Observed) -> Served {
     volumes.map(|volume| (volume.vm, volume.path.clone())).collect()
 }
 
-/// VMs with disks that are larger than what is protected of them, as their sources see it.
+/// VMs with disks that are larger than what is protected of them, as VRAs that serve them see it.
 fn growths(desired: &Desired, observed: &Observed) -> Vec<Wish> {
+    let mut sizes: HashMap<VolumeId, u64> = HashMap::new();
+    for last in observed.values().filter_map(|seen| seen.last.as_ref()) {
+        for volume in &last.status.volumes {
+            let size_bytes = sizes.entry(volume.volume).or_default();
+            *size_bytes = volume.grown_bytes.unwrap_or(volume.size_bytes).max(*size_bytes);
+        }
+    }
     let mut found = Vec::new();
     for vpg in desired.vpgs.iter().filter(|vpg| vpg.state == VpgState::Active) {
         for member in &vpg.settings.vms {
-            let Some(last) = observed.get(&member.source).and_then(|seen| seen.last.as_ref()) else {
-                continue;
-            };
             let grown = member.volumes.iter().filter(|volume| !volume.left).filter_map(|volume| {
-                let seen = last.status.volumes.iter().find(|seen| seen.volume == volume.id)?;
-                let size_bytes = seen.grown_bytes.filter(|grown_bytes| *grown_bytes > volume.size_bytes)?;
-                Some((volume.id, size_bytes))
+                let size_bytes = *sizes.get(&volume.id)?;
+                (size_bytes > volume.size_bytes).then_some((volume.id, size_bytes))
             });
             let grown: Vec<(VolumeId, u64)> = grown.collect();
             if !grown.is_empty() {

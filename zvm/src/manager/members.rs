@@ -8,6 +8,7 @@ use vra::api::{
     ApiError, ErrorCode, ListDefinitions, Request, Response, VmId, VolumeId, VpgDefinition, VpgId, VraId,
 };
 
+use super::engine::SLOW_ACTION_LIMIT;
 use super::{Manager, internal, spec};
 use crate::api::{DiskName, VmSpec};
 use crate::model::event::{Entity, EventKind};
@@ -15,6 +16,7 @@ use crate::model::task::{Task, TaskKind};
 use crate::model::vpg::{Member, Vpg, VpgSettings, VpgState};
 use crate::model::vra::Vra;
 use crate::reconcile::{Desired, Leaving};
+use crate::remote::CallError;
 use crate::store::{self, StoreError};
 use crate::units::format_bytes;
 
@@ -214,17 +216,20 @@ impl Manager {
     }
 
     /// Protects volumes of a VM in these sizes, in bytes, which their local disks have: the engine takes the definition to the VRAs, targets first.
-    /// What was recovered before keeps its size. A test of the group goes on.
+    /// What was recovered before keeps its size. A test of the group goes on. The VM's VRAs are asked before: a size that one of them can't take would
+    /// be in the way of all later changes.
     pub(super) async fn grow_volumes(
         &self,
         name: &str,
         vm: VmId,
         volumes: &[(VolumeId, u64)],
     ) -> Result<(), ApiError> {
-        let (vpg, _) = self.changeable(name).await?;
+        let (vpg, desired) = self.changeable(name).await?;
         let mut settings = vpg.settings.clone();
         let mut told = Vec::new();
+        let mut asked: BTreeSet<VraId> = BTreeSet::new();
         for member in settings.vms.iter_mut().filter(|member| member.vm == vm) {
+            asked.extend([member.source, member.target]);
             for volume in &mut member.volumes {
                 let wanted = volumes.iter().find(|(id, _)| *id == volume.id);
                 if let Some((_, size_bytes)) =
@@ -236,6 +241,21 @@ impl Manager {
                 }
             }
         }
+        let after = Vpg { settings, revision: vpg.revision + 1, ..vpg.clone() };
+        let (vra_of, targets) = (|vra: VraId| desired.vras.get(&vra), after.targets());
+        let definition = after.definition(vra_of).ok_or_else(|| {
+            ApiError::new(ErrorCode::NotReady, format!("a VRA of VPG {} is revoked", vpg.name))
+        })?;
+        for vra in asked.into_iter().filter_map(vra_of) {
+            let request = Request::CheckVpg(definition.clone());
+            match self.remote.call(&vra.endpoint(), request, SLOW_ACTION_LIMIT).await {
+                Ok(_) => {}
+                // A source that is dead is in nobody's way: its VM may run elsewhere.
+                Err(CallError::Unreachable(_)) if !targets.contains(&vra.id) => {}
+                Err(error) => return Err(error.into_api_error(&vra.name)),
+            }
+        }
+        let settings = after.settings;
         let description = format!("disks of VPG {} have grown: {}", vpg.name, told.join(", "));
         self.save_settings(&vpg, &settings, EventKind::EditProtectionGroup, description).await
     }

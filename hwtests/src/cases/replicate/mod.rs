@@ -49,7 +49,8 @@ pub(super) const CASES: &[Case] = &[
     )
     .needs(NEEDS)
     .machine(MACHINE)
-    .limit_s(600),
+    .limit_s(600)
+    .once(),
     Case::new(
         "replicate-discard-zeroes",
         "Discards and write-zeroes arrive, in order with the writes around them.",

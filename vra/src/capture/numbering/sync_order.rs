@@ -94,6 +94,25 @@ impl Core {
         self.publish_own(marks(RecordKind::Resize, 0, volumes), self.data_reserve(), now_us, wakeups)
     }
 
+    /// Gives what the local disk has in a range its place in the order. No guest may reach the range yet: it lies behind the end that doors show.
+    pub fn publish_new(
+        &mut self,
+        volume: u16,
+        range: ByteRange,
+        piece: Piece,
+        now_us: u64,
+        wakeups: &mut Wakeups,
+    ) -> Result<u64, PublishRefusal> {
+        let entry = Entry {
+            volume,
+            offset_bytes: range.start,
+            len_bytes: range.len_bytes(),
+            payload: Payload::Piece(piece),
+            ..Entry::control(RecordKind::Write)
+        };
+        self.publish_own(std::iter::once(entry), self.data_reserve(), now_us, wakeups)
+    }
+
     /// Watches a range that is about to be read. None when too many reads are watched or no sync is under way.
     pub fn watch(&mut self, volume: u16, range: ByteRange) -> Option<WatchId> {
         self.sync_id?;

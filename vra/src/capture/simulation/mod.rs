@@ -16,8 +16,9 @@ use ublk::serve::{Disk, Errno, FileIo, FileOp, Geometry, IoBuffer, Lane, Op, Req
 use uuid::Uuid;
 
 use super::modes::Mode;
+use super::numbering::ByteRange;
 use super::payload::Piece;
-use super::{CaptureLimits, ProtectedDisk, RetainedEntries, SourceAction, SourceVm};
+use super::{Brought, CaptureLimits, NewRange, ProtectedDisk, RetainedEntries, SourceAction, SourceVm};
 use door::{Bell, Door, Random, Store, probe, unnamed_file};
 
 use crate::api::{GenerationId, VmId};
@@ -73,6 +74,8 @@ struct World {
     /// How large it has the disks, and how large they are to be.
     sizes: [u64; 2],
     wanted: [u64; 2],
+    /// What is new of disks, and where the rest of it begins.
+    new: Vec<(NewRange, u64)>,
     image_is_fresh: bool,
     /// The sync that each volume is in at the target, or zero.
     open_syncs: [u64; 2],
@@ -147,6 +150,7 @@ impl World {
             images: vec![vec![0; GROWN_BYTES as usize]; 2],
             sizes: [DISK_BYTES; 2],
             wanted: [DISK_BYTES; 2],
+            new: Vec::new(),
             image_is_fresh: true,
             open_syncs: [0; 2],
             stalled: false,
@@ -173,7 +177,10 @@ impl World {
             62..74 => self.wake_lanes(),
             74..84 => self.ship(),
             84..86 => self.tick(),
-            86..94 => self.step_sync(),
+            86..94 => {
+                self.step_sync();
+                self.bring_new();
+            }
             94..98 => self.checkpoint(),
             98 => self.stalled = self.random.one_in(3),
             _ if self.random.one_in(60) => self.protect_anew(),
@@ -332,6 +339,7 @@ impl World {
                     self.reached.generations += 1;
                 }
                 SourceAction::BeginSync(sync) => (self.sync, self.sync_answer) = (Some(sync), None),
+                SourceAction::Bring(new) => self.new.push((new, new.range.start)),
                 SourceAction::Grown { .. } => self.reached.grown += 1,
                 SourceAction::Alert(_) => {}
             }
@@ -428,10 +436,33 @@ impl World {
     /// Makes a disk's file longer, and has its protection follow.
     fn grow(&mut self) {
         let volume = self.random.below(2) as usize;
-        self.wanted[volume] = (self.wanted[volume] + (64 << 10)).min(GROWN_BYTES);
-        self.disks[volume].files()[0].set_len(self.wanted[volume]).expect("longer");
+        if self.wanted[volume] == GROWN_BYTES {
+            return;
+        }
+        // As a block device has it, it may have anything there.
+        let new = vec![0xbb; 64 << 10];
+        self.disks[volume].files()[0].write_all_at(&new, self.wanted[volume]).expect("longer");
+        self.wanted[volume] += 64 << 10;
         if let Some(vm) = &self.vm {
             vm.grow(self.wanted.to_vec());
+        }
+    }
+
+    /// Brings a part of what is new of a disk, or gives it to the guest.
+    fn bring_new(&mut self) {
+        let (Some(vm), Some((new, at))) = (&self.vm, self.new.pop()) else { return };
+        if at == new.range.end {
+            self.reached.grown += u64::from(vm.give(&new));
+            return;
+        }
+        let (range, len) = (ByteRange::new(at, 4096), 4096);
+        let Some(mut slot) = self.sync_buffers.take() else { return self.new.push((new, at)) };
+        let file = &self.disks[usize::from(new.volume)].files()[0];
+        file.read_exact_at(&mut slot[..len], at).expect("read");
+        match vm.bring(&new, range, Piece::of_slot(slot.share(), len), self.now()) {
+            Brought::Done => self.new.push((new, range.end)),
+            Brought::Later => self.new.push((new, at)),
+            Brought::Ended => {}
         }
     }
 
@@ -448,6 +479,7 @@ impl World {
             self.reached.reprotected += 1;
         }
         self.sync_answer = None;
+        self.new.clear();
         let generation = GenerationId(Uuid::from_u128(u128::from(self.random.next())));
         let vm = SourceVm::protect(self.disks.clone(), LIMITS, self.store.clone(), generation)
             .expect("memory and a store");
@@ -472,9 +504,13 @@ impl World {
             self.ship();
             self.tick();
             self.step_sync();
+            self.bring_new();
             let vm = self.vm.as_ref().expect("protected");
             let snapshot = vm.snapshot();
-            let at_rest = self.waiting.is_empty() && self.sync.is_none();
+            let has_grown =
+                |(disk, wanted): (&Arc<ProtectedDisk>, &u64)| disk.geometry().size_bytes == *wanted;
+            let grown = self.disks.iter().zip(&self.wanted).all(has_grown);
+            let at_rest = self.waiting.is_empty() && self.sync.is_none() && grown;
             if at_rest && is_steady(vm) && snapshot.last_seq == self.shipped_through {
                 for (disk, image) in self.disks.iter().zip(&self.images) {
                     let mut local = vec![0; disk.geometry().size_bytes as usize];

@@ -31,7 +31,7 @@ impl Receiver {
             let text = format!("the VM's journal here is {}, not {}", self.identity.journal, open.journal);
             return refuse(RefuseCode::JournalDiffers, 0, &text);
         }
-        if open.volumes != self.identity.volumes {
+        if !self.identity.may_stream(&open.volumes) {
             return refuse(RefuseCode::VolumesDiffer, 0, "the VM's volumes are not those of its journal");
         }
         // Who can't own the journal must not end the stream of who does.
@@ -146,7 +146,7 @@ impl Receiver {
         self.base_sync.ended.clear();
         self.history.forget_pending();
         let next_seq = (grant.durable.seq + 1).max(first_seq);
-        let intake = Intake::new(link, next_seq, self.identity.volumes.clone());
+        let intake = Intake::new(link, next_seq, candidate.open.volumes.clone());
         let frame = Frame::Grant(Grant {
             features: candidate.open.features_offered & FEATURES,
             open_count: grant.open_count,

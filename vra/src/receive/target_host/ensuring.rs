@@ -107,8 +107,11 @@ impl TargetHost {
             // What can't be done as a whole isn't begun.
             let wanted = target.check_definition(vpg)?;
             if wanted.added.is_empty() {
-                let (folder, definition) = (target.folder().clone(), definition_in(vpg, vm)?.clone());
-                blocking(move || grow(&folder, &definition, &wanted, new)).await?;
+                // Most definitions touch no storage, which may hang.
+                if !wanted.grown.is_empty() {
+                    let (folder, definition) = (target.folder().clone(), definition_in(vpg, vm)?.clone());
+                    blocking(move || grow(&folder, &definition, &wanted, new)).await?;
+                }
                 target.redefine(vpg)?;
                 target.follow_encryption()?;
                 return Ok(target);
@@ -216,6 +219,7 @@ fn grow(
     made: NewFiles,
 ) -> Result<(), TargetError> {
     match made {
+        _ if wanted.grown.is_empty() => {}
         NewFiles::Disks(_, Some(grown)) => grown.keep(),
         _ => folder.grow_disks(&definition.datastore, &sizes(wanted))?.keep(),
     }

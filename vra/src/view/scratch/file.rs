@@ -219,7 +219,7 @@ impl ScratchFile {
         })?;
         lock(&file, path, lock_until)?;
         let header = read_header(&file, path)?;
-        if header.owner != *owner {
+        if !header.owner.may_be(owner) {
             return Err(ScratchError::Other { path: path.into() });
         }
         let cipher = keys.cipher(&header, path)?;
@@ -295,6 +295,14 @@ impl ScratchFile {
         match &self.kind {
             Kind::Passing(_) => None,
             Kind::Lasting(lasting) => lasting.header.key.map(|key| key.site_key_id()),
+        }
+    }
+
+    /// Size of the disk that it is for, in bytes; a passing one is for any.
+    pub(crate) fn disk_bytes(&self) -> Option<u64> {
+        match &self.kind {
+            Kind::Passing(_) => None,
+            Kind::Lasting(lasting) => Some(lasting.header.owner.disk_bytes),
         }
     }
 

@@ -60,6 +60,13 @@ pub struct ScratchOwner {
     pub logical_block_bytes: u32,
 }
 
+impl ScratchOwner {
+    /// Whether this is `wanted`, whose disk may have grown since, as far as its journal tells (E3).
+    pub(super) fn may_be(&self, wanted: &Self) -> bool {
+        Self { disk_bytes: wanted.disk_bytes, ..*self } == *wanted && self.disk_bytes <= wanted.disk_bytes
+    }
+}
+
 /// How long the parts are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::view) struct Shape {

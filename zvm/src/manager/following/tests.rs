@@ -189,8 +189,11 @@ fn a_disk_that_has_grown_is_to_be_protected_as_large_as_its_source_sees_it() {
         grown["grown_bytes"] = json!(bytes);
         json!({ "volumes": [grown] })
     };
-    world.tells(B, grown(3 << 20));
-    assert!(growths(&world.desired, &world.observed).is_empty(), "B isn't its source");
+    assert!(growths(&world.desired, &world.observed).is_empty(), "as large as it is protected");
+    // One that may only read it gives it to its guest at once.
+    let mut standby = volume(json!("standby"));
+    standby["size_bytes"] = json!(2 << 20);
+    world.tells(B, json!({ "volumes": [standby] }));
     world.tells(A, grown(3 << 20));
     let step = Step::Grow(vec![(VolumeId(Uuid::from_u128(7)), 3 << 20)]);
     let wish = Wish { vpg: "shop".into(), vm: VmId(Uuid::from_u128(9)), step };

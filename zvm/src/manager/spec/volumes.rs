@@ -78,7 +78,10 @@ pub(super) fn volumes_of(
                 vm.uuid
             ))
         })?;
-        if let Some(size_bytes) = disk.size_bytes.filter(|size_bytes| *size_bytes != volume.size_bytes) {
+        // A running guest's size of a served disk is what it was given, before the disk grew perhaps.
+        let is_asked = disk.served != Some(true) || vm.power == Power::Off;
+        let other = disk.size_bytes.filter(|size_bytes| is_asked && *size_bytes != volume.size_bytes);
+        if let Some(size_bytes) = other {
             return Err(bad(format!(
                 "disk {} of VM {:?} has {} bytes, the inventory says {size_bytes}",
                 disk.name, vm.name, volume.size_bytes
