@@ -3,7 +3,10 @@
 use std::collections::BTreeSet;
 
 use crate::api::vpg::CheckpointPlace;
-use crate::api::{CheckpointId, CheckpointInfo, CheckpointPage, ListCheckpoints, MemberSince, TimeUs, VmId};
+use crate::api::{
+    CheckpointId, CheckpointInfo, CheckpointPage, ListCheckpoints, MAX_PAGE_BYTES, MemberSince, TimeUs, VmId,
+    message_bytes,
+};
 use crate::planted::{Planted, is_planted};
 use crate::receive::{CheckpointKey, CheckpointList, ListedCheckpoint};
 
@@ -114,9 +117,22 @@ impl GroupCheckpoints {
         limit: u32,
         total: u64,
     ) -> CheckpointPage {
-        let page: Vec<CheckpointInfo> =
-            rest.by_ref().take(limit as usize).map(|keyed| self.info(&keyed)).collect();
-        let next = page.last().filter(|_| rest.next().is_some()).map(|info| info.id);
+        let mut page = Vec::<CheckpointInfo>::new();
+        let mut bytes = 0;
+        let next = loop {
+            let Some(keyed) = rest.next() else { break None };
+            if page.len() == limit as usize {
+                break page.last();
+            }
+            let info = self.info(&keyed);
+            bytes += message_bytes(&info) + 1;
+            // With many VMs far fewer than the limit fit into a message.
+            if bytes > MAX_PAGE_BYTES && !page.is_empty() {
+                break page.last();
+            }
+            page.push(info);
+        };
+        let next = next.map(|last| last.id);
         CheckpointPage { checkpoints: page, total, next }
     }
 
@@ -218,7 +234,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::api::VpgId;
+    use crate::api::{MAX_MESSAGE_BYTES, VpgId};
 
     fn list(counters: &[u64]) -> MemberJournal {
         list_since(0, counters.iter().map(|counter| (*counter, 1)))
@@ -374,6 +390,31 @@ mod tests {
                 ["three"]
             );
             assert_eq!(tagged.total, 1);
+        }
+    }
+
+    #[test]
+    fn pages_of_a_group_with_many_vms_fit_into_a_message_and_cover_the_list() {
+        let counters: Vec<u64> = (1..=1_000).collect();
+        let journals = (0..256).map(|_| list(&counters)).collect();
+        let group = GroupCheckpoints::new(journals, BTreeSet::new());
+        let orders = [(false, false), (true, false), (true, true)];
+        for (newest_first, by_cut) in orders {
+            let mut asked = ListCheckpoints { newest_first, by_cut, ..ask(1_000) };
+            let mut seen = Vec::new();
+            loop {
+                let page = group.page(&asked);
+                assert!(message_bytes(&page) < MAX_MESSAGE_BYTES as usize);
+                assert!(page.next.is_none() || page.checkpoints.len() > 50);
+                assert_eq!(page.total, 1_000);
+                seen.extend(page.checkpoints.iter().map(|info| info.id.counter));
+                let Some(next) = page.next else { break };
+                asked.after = Some(next);
+            }
+            if newest_first {
+                seen.reverse();
+            }
+            assert_eq!(seen, counters);
         }
     }
 

@@ -13,8 +13,8 @@ use crate::model::vpg::Vpg;
 use crate::model::vra::Vra;
 use crate::store::{self, StoreError};
 
-/// Pages that a search for one checkpoint reads at most.
-pub(super) const MAX_SEARCH_PAGES: usize = 1_000;
+/// Pages that a search for one checkpoint reads at most: some hundred of a group with the most VMs are in one.
+pub(super) const MAX_SEARCH_PAGES: usize = 10_000;
 
 /// A target of a group.
 #[derive(Debug, Clone)]
