@@ -194,7 +194,10 @@ impl<'a> Look<'a> {
                     "RPO of {} is beyond the target of {} s; writes wait {stage}",
                     self.vpg.name, report.rpo_target_s
                 ),
-                remedy: "give that stage more bandwidth, or create the group with a longer RPO target".into(),
+                remedy: format!(
+                    "give that stage more bandwidth, or the group a longer RPO target: `zvm vpg edit {} --rpo-target DURATION`",
+                    self.vpg.name
+                ),
             });
         }
         if report.checkpoint_count > 0 && self.history_missed(report) {

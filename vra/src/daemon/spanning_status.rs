@@ -115,9 +115,11 @@ fn told(failure: &EpochFailure, vpg: &VpgDefinition) -> String {
 fn remedy_of(failure: &EpochFailure) -> &'static str {
     match failure {
         EpochFailure::Missing { .. } | EpochFailure::Late { .. } | EpochFailure::Unconfirmed { .. } => {
-            "see to that VRA and the network between; a longer hold deadline lets slower answers count"
+            "see to that VRA and the network between; a longer hold deadline lets slower answers count (`zvm vpg edit --hold-deadline`)"
         }
-        EpochFailure::NotRecorded { .. } => "a longer hold deadline lets slower answers count",
+        EpochFailure::NotRecorded { .. } => {
+            "a longer hold deadline lets slower answers count (`zvm vpg edit --hold-deadline`)"
+        }
         EpochFailure::Declined { .. } => "wait until every VM streams (`vra status` at that VRA)",
         EpochFailure::OtherVms { .. } | EpochFailure::Changed => {
             "wait until every VRA of the VPG has its newest definition"
