@@ -119,6 +119,11 @@ pub enum Request {
         /// Paused, or not any more.
         paused: bool,
     },
+    /// Takes over the newest definition that a group's VRAs have. Answer: [`Response::Vpg`].
+    VpgAdopt {
+        /// Its name or id.
+        vpg: String,
+    },
     /// Begins full syncs of a group's VMs. Answer: [`Response::Task`].
     VpgForceSync {
         /// Its name or id.

@@ -8,12 +8,13 @@ use vra::api::status::Severity;
 use vra::api::{ViewInfo, VpgId, VraId};
 
 use crate::inventory::Inventory;
+use crate::manager::changes::newer_remedy;
 use crate::model::alert::{Condition, Level};
 use crate::model::event::{Entity, EventKind};
 use crate::model::status::{VpgReport, VpgStatus, VpgSubstatus};
 use crate::model::test_run::TestState;
 use crate::model::vpg::{Vpg, VpgState};
-use crate::reconcile::{ActionOutcome, Desired, Failure, Observed, Seen, Subject};
+use crate::reconcile::{ActionOutcome, Desired, Failure, Observed, Seen, Subject, newer_at};
 
 /// A VRA may be silent so long (a restart) before it is an alert, microseconds.
 const SILENCE_GRACE_US: u64 = 3_000_000;
@@ -51,6 +52,7 @@ impl Look<'_> {
         self.vra_alerts(&mut found);
         self.vpgs(&mut found);
         self.unknown_vpgs(&mut found);
+        self.newer_vpgs(&mut found);
         self.tests(&mut found);
         self.test_reminders(&mut found);
         self.refused_actions(&mut found);
@@ -74,7 +76,8 @@ impl Look<'_> {
                     "start it, or check the network and its address in `zvm vra list`; replication between VRAs goes on without the manager",
                 ));
             }
-            if vra.certificate_ends_us.0.saturating_sub(self.now_us) < CERTIFICATE_WARNING_US {
+            let left_us = vra.certificate_ends_us.0.saturating_sub(self.now_us);
+            if left_us < CERTIFICATE_WARNING_US && !vra.is_known_by_id_alone() {
                 found.push(condition(
                     "vra-certificate-ends",
                     Entity::vra(vra.id),
@@ -150,6 +153,31 @@ impl Look<'_> {
                     "restore the newest backup of the manager's state folder; the group's protection goes on meanwhile",
                 ));
             }
+        }
+    }
+
+    /// A group of which VRAs have a newer definition: the manager's database is older than that.
+    fn newer_vpgs(&self, found: &mut Vec<Condition>) {
+        for vpg in &self.desired.vpgs {
+            let newer = newer_at(vpg, self.observed);
+            let Some(revision) = newer.values().max() else { continue };
+            let names: Vec<&str> = newer
+                .keys()
+                .filter_map(|vra| self.desired.vras.get(vra))
+                .map(|vra| vra.name.as_str())
+                .collect();
+            found.push(condition(
+                "vpg-newer-elsewhere",
+                Entity::vpg(vpg.id),
+                Level::Error,
+                format!(
+                    "VRA {} has revision {revision} of VPG {}, and the manager's database {}: it is an older one, and changes of the group are refused",
+                    names.join(", "),
+                    vpg.name,
+                    vpg.revision
+                ),
+                &newer_remedy(&vpg.name),
+            ));
         }
     }
 

@@ -20,7 +20,7 @@ use crate::model::vpg::{Vpg, VpgState};
 
 pub use leaving::Leaving;
 pub use plan::{Action, ActionKind, ActionOutcome, Failure, Plan, Progress, Subject, Transition};
-pub use world::{Desired, LastStatus, Leftover, Observed, Seen, SiteKeyWish};
+pub use world::{Desired, LastStatus, Leftover, Observed, Seen, SiteKeyWish, newer_at};
 
 /// How long a test may take to open before it is rolled back, microseconds.
 pub const TEST_START_LIMIT_US: u64 = 120_000_000;
@@ -218,6 +218,10 @@ impl Reconciler {
 
     fn plan_apply(&self, vpg: &Vpg, desired: &Desired, observed: &Observed, plan: &mut Plan) {
         let Some(definition) = vpg.definition(|vra| desired.vras.get(&vra)) else { return };
+        // A restored older database: what it has must neither go out nor count as being in force.
+        if !newer_at(vpg, observed).is_empty() {
+            return;
+        }
         let missing: Vec<VraId> = vpg
             .vras()
             .into_iter()

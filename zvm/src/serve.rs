@@ -195,6 +195,7 @@ async fn answer(manager: &Manager, request: Request) -> Result<Response, ApiErro
         Request::VpgEdit { vpg, edit } => Response::Vpg(Box::new(manager.edit_vpg(&vpg, &edit).await?)),
         Request::VpgShow { vpg } => Response::Vpg(Box::new(manager.show_vpg(&vpg).await?)),
         Request::VpgPause { vpg, paused } => Response::Vpg(Box::new(manager.pause_vpg(&vpg, paused).await?)),
+        Request::VpgAdopt { vpg } => Response::Vpg(Box::new(manager.adopt_vpg(&vpg).await?)),
         Request::VpgForceSync { vpg, vm, give_up_history } => {
             Response::Task(manager.force_sync(&vpg, vm.as_deref(), give_up_history).await?)
         }

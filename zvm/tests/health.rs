@@ -299,6 +299,18 @@ fn a_warning_of_a_vra_is_shown_but_does_not_break_the_sla_and_a_critical_alert_d
 }
 
 #[test]
+fn a_definition_that_is_newer_at_a_vra_than_in_the_database_is_an_alert() {
+    let mut group = Group::new();
+    assert!(!group.codes().iter().any(|code| code == "vpg-newer-elsewhere"));
+    group.target(|status| status.vpgs[0].revision += 1);
+    let found = group.conditions().into_iter().find(|condition| condition.code == "vpg-newer-elsewhere");
+    let found = found.expect("an alert");
+    assert!(
+        found.description.contains("VRA b has revision 2") && found.remedy.contains("zvm vpg adopt shop")
+    );
+}
+
+#[test]
 fn silence_is_an_alert_after_a_while_and_names_one_condition_for_each_thing() {
     let mut group = Group::new();
     assert_eq!(group.codes(), Vec::<String>::new());

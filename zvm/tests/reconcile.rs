@@ -232,6 +232,26 @@ fn a_new_revision_goes_out_everywhere() {
 }
 
 #[test]
+fn what_vras_have_newer_than_a_restored_database_is_left_alone_until_it_is_adopted() {
+    let mut world = World::new();
+    let (source, target) = (world.add_vra("a"), world.add_vra("b"));
+    let vpg = world.add_vpg(source, target);
+    world.settle();
+    world.core = Reconciler::new(RETRY_MIN_US, RETRY_MAX_US);
+    world.settle_trust();
+    world.desired.vpgs[0].revision = 4;
+    for at_source in [5, 3] {
+        for (vra, revision) in [(target, 5), (source, at_source)] {
+            world.see(vra, world.now_us, |status| status.vpgs = vec![vpg_status(vpg, revision)]);
+        }
+        let plan = world.plan();
+        assert!(plan.actions.is_empty() && plan.transitions.is_empty(), "{plan:?}");
+    }
+    world.desired.vpgs[0].revision = 5;
+    assert_eq!(applies(&world.plan()), [source]);
+}
+
+#[test]
 fn a_group_is_removed_at_the_source_first_and_gone_when_all_have_let_go() {
     let mut world = World::new();
     let (source, target) = (world.add_vra("a"), world.add_vra("b"));

@@ -19,6 +19,13 @@ fn a_definition_reaches_both_vras_and_outlives_the_manager() {
     let changed = pair.site.zvm(&["vra", "set-address", "vra-b", &address.replace("127.0.0.1", "localhost")]);
     assert_eq!(changed.code, 0, "{changed:?}");
     wait_for("the new revision", || pair.revisions() == [2, 2]);
+    // So it is when it comes with an enrolment; one that brings no news is none.
+    for (advertised, revision) in [("127.0.0.1", 3), ("127.0.0.1", 3)] {
+        pair.b.advertise(&format!("{advertised}:{}", pair.b.port));
+        pair.b.enrol(&pair.site);
+        wait_for("the revision after an enrolment", || pair.revisions() == [revision, revision]);
+    }
+    assert_eq!(pair.site.json(&["vpg", "show", "shop"])["vpg"]["revision"], 3);
     assert_eq!(pair.site.zvm(&["vpg", "delete", "shop"]).code, 0);
     assert_eq!(pair.revisions(), [Value::Null, Value::Null]);
     assert_eq!(pair.site.zvm(&["vpg", "show", "shop"]).code, 3);
@@ -36,6 +43,56 @@ fn when_a_group_was_last_tested_outlives_the_manager() {
     pair.site.kill();
     pair.site.serve();
     assert_eq!(last(&pair), tested);
+}
+
+#[test]
+fn after_an_older_database_was_restored_nothing_is_changed_until_the_newer_definition_is_adopted() {
+    let mut pair = Pair::defined();
+    let state = pair.site.dir.join("state");
+    let files = ["zvm.db", "zvm.db-wal", "zvm.db-shm"].map(|file| state.join(file));
+    pair.site.kill();
+    let backup = files.each_ref().map(|file| std::fs::read(file).ok());
+    pair.site.serve();
+    assert_eq!(pair.site.zvm(&["vpg", "edit", "shop", "--history", "2h"]).code, 0);
+    wait_for("the change", || pair.revisions() == [2, 2]);
+    pair.site.kill();
+    for (file, bytes) in files.iter().zip(backup) {
+        let _ = std::fs::remove_file(file);
+        if let Some(bytes) = bytes {
+            std::fs::write(file, bytes).expect("restored");
+        }
+    }
+    pair.site.serve();
+    let alerts = |pair: &Pair| pair.site.zvm(&["alert", "list"]).stdout;
+    wait_for("the alert", || alerts(&pair).contains("vpg-newer-elsewhere"));
+    for change in [&["edit", "shop", "--priority", "high"][..], &["pause", "shop"], &["delete", "shop"]] {
+        let refused = pair.site.zvm(&[&["vpg"], change].concat());
+        assert!(refused.code == 4 && refused.stderr.contains("zvm vpg adopt shop"), "{refused:?}");
+    }
+    assert_eq!(pair.revisions(), [2, 2]);
+
+    let adopted = pair.site.json(&["vpg", "adopt", "shop"])["vpg"].take();
+    assert_eq!((&adopted["revision"], &adopted["settings"]["history_s"]), (&2.into(), &7_200.into()));
+    wait_for("the alert's end", || !alerts(&pair).contains("vpg-newer-elsewhere"));
+    assert_eq!(pair.site.zvm(&["vpg", "edit", "shop", "--priority", "high"]).code, 0);
+    wait_for("the next change", || pair.revisions() == [3, 3]);
+    let again = pair.site.zvm(&["vpg", "adopt", "shop"]);
+    assert!(again.code == 3 && again.stderr.contains("no VRA has a newer definition"), "{again:?}");
+}
+
+#[test]
+fn a_group_with_a_revoked_vra_takes_no_change_but_losing_its_vms_there() {
+    let pair = Pair::defined();
+    assert_eq!(pair.site.zvm(&["vra", "revoke", "vra-a", "--force"]).code, 0);
+    for change in [&["edit", "shop", "--priority", "high"][..], &["pause", "shop"]] {
+        let refused = pair.site.zvm(&[&["vpg"], change].concat());
+        assert!(
+            refused.code == 4 && refused.stderr.contains("VRA vra-a of VPG shop is revoked"),
+            "{refused:?}"
+        );
+        assert!(refused.stderr.contains("zvm vpg remove-vm shop db"), "{refused:?}");
+    }
+    assert_eq!(pair.site.zvm(&["vpg", "delete", "shop"]).code, 0);
 }
 
 #[test]

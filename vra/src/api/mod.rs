@@ -188,7 +188,7 @@ pub struct HelloReply {
     pub protocol: u32,
     /// Who answers.
     pub vra: VraId,
-    /// The VRA's name, by default its host's.
+    /// The VRA's name: that under which it was enrolled, else that of its configuration.
     pub name: String,
     /// The VRA's version.
     pub version: String,

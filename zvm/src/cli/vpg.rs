@@ -72,6 +72,11 @@ pub(super) enum VpgCommand {
         /// Its name or id.
         vpg: String,
     },
+    /// Take over the newest definition that a group's VRAs have, after an older database of the manager was restored.
+    Adopt {
+        /// Its name or id.
+        vpg: String,
+    },
     /// Read the disks of a group's VMs as a whole again, as after a crash of their source.
     ForceSync {
         /// Its name or id.
@@ -317,6 +322,7 @@ impl Ask<'_> {
             }
             VpgCommand::Pause { vpg } => self.print(Request::VpgPause { vpg, paused: true }).await,
             VpgCommand::Resume { vpg } => self.print(Request::VpgPause { vpg, paused: false }).await,
+            VpgCommand::Adopt { vpg } => self.print(Request::VpgAdopt { vpg }).await,
             VpgCommand::ForceSync { vpg, vm, give_up_history } => {
                 self.print(Request::VpgForceSync { vpg, vm, give_up_history }).await
             }

@@ -1,7 +1,9 @@
 //! The manager at work: it holds the store, the authority, the inventory and what was last seen of the VRAs. User actions
 //! are in files by noun; [`engine`] is the loop that brings the world to where it should be.
 
+mod adopting;
 pub mod attaching;
+pub mod changes;
 pub mod checkpoint_locks;
 mod checkpoints;
 pub mod engine;

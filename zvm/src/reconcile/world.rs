@@ -87,5 +87,15 @@ pub struct LastStatus {
     pub status: VraStatus,
 }
 
+/// VRAs that have a newer definition of a group than the manager, and its revision: the manager's database is an older one.
+pub fn newer_at(vpg: &Vpg, observed: &Observed) -> BTreeMap<VraId, u64> {
+    let revision = |seen: &Seen| {
+        let status = &seen.last.as_ref()?.status;
+        status.vpgs.iter().find(|status| status.vpg == vpg.id).map(|status| status.revision)
+    };
+    let newer = observed.iter().filter_map(|(vra, seen)| Some((*vra, revision(seen)?)));
+    newer.filter(|(_, revision)| *revision > vpg.revision).collect()
+}
+
 /// What was seen of all VRAs.
 pub type Observed = BTreeMap<VraId, Seen>;

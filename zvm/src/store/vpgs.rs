@@ -1,7 +1,7 @@
 //! Groups.
 
 use sqlx::sqlite::SqliteRow;
-use vra::api::{TimeUs, VpgId};
+use vra::api::{TimeUs, VpgId, VraId};
 
 use super::{Connection, Reader, StoreError, int, to_json};
 use crate::model::vpg::{Removal, Vpg, VpgSettings, VpgState};
@@ -88,12 +88,45 @@ pub async fn set_settings(
     Ok(changed.rows_affected() == 1)
 }
 
+/// Takes over a group's settings with their revision; false if the group is another one by now.
+pub async fn adopt(
+    db: &mut Connection,
+    vpg: VpgId,
+    former_revision: u64,
+    revision: u64,
+    settings: &VpgSettings,
+) -> Result<bool, StoreError> {
+    let query = "UPDATE vpg SET settings = $4, revision = $3 WHERE id = $1 AND revision = $2";
+    let changed = sqlx::query(query)
+        .bind(vpg.to_string())
+        .bind(int(former_revision))
+        .bind(int(revision))
+        .bind(to_json(settings))
+        .execute(db)
+        .await?;
+    Ok(changed.rows_affected() == 1)
+}
+
 /// Raises the revision, so that the definition goes out again.
 pub async fn raise_revision(db: &mut Connection, vpg: VpgId) -> Result<(), StoreError> {
     sqlx::query("UPDATE vpg SET revision = revision + 1 WHERE id = $1")
         .bind(vpg.to_string())
         .execute(db)
         .await?;
+    Ok(())
+}
+
+/// Raises the revision of every group that a VRA has a part in and that `is_meant`.
+pub async fn raise_revisions_at(
+    db: &mut Connection,
+    vra: VraId,
+    is_meant: impl Fn(&Vpg) -> bool,
+) -> Result<(), StoreError> {
+    for vpg in list(db).await? {
+        if vpg.vras().contains(&vra) && is_meant(&vpg) {
+            raise_revision(db, vpg.id).await?;
+        }
+    }
     Ok(())
 }
 

@@ -99,9 +99,10 @@ impl Daemon<'_> {
         let folder = PkiDir::open(&self.config.pki_dir())?;
         let mut identity = vra::daemon::LocalIdentity::open(self.config)?;
         let advertise = self.config.advertise.clone();
-        let (credentials, zvm_id) =
+        let (credentials, reply) =
             enroll(&folder, zvm, &token, identity.vra(), &self.config.name, advertise).await?;
-        identity.set_zvm(zvm_id)?;
+        let zvm_id = reply.zvm;
+        identity.set_zvm(zvm_id, reply.name)?;
         if self.cli.json {
             let ends = credentials.own.ends_us;
             println!(
