@@ -53,6 +53,7 @@ impl Look<'_> {
         self.vpgs(&mut found);
         self.unknown_vpgs(&mut found);
         self.newer_vpgs(&mut found);
+        self.guest_agents(&mut found);
         self.tests(&mut found);
         self.test_reminders(&mut found);
         self.refused_actions(&mut found);
@@ -178,6 +179,37 @@ impl Look<'_> {
                 ),
                 &newer_remedy(&vpg.name),
             ));
+        }
+    }
+
+    /// A VM that has moved to a host whose VRA doesn't know its guest's agent, while the former one's does.
+    fn guest_agents(&self, found: &mut Vec<Condition>) {
+        let knows = |vra: &VraId, vm| {
+            let last = self.observed.get(vra).and_then(|seen| seen.last.as_ref());
+            last.is_some_and(|last| last.status.guest_agents.contains(&vm))
+        };
+        for vpg in self.desired.vpgs.iter().filter(|vpg| vpg.state == VpgState::Active) {
+            for member in &vpg.settings.vms {
+                let Some(source) = self.desired.vras.get(&member.source) else { continue };
+                let is_seen = self.observed.get(&source.id).is_some_and(|seen| seen.last.is_some());
+                let elsewhere = self.desired.vras.values().find(|vra| knows(&vra.id, member.vm));
+                let Some(former) = elsewhere.filter(|_| is_seen && !knows(&source.id, member.vm)) else {
+                    continue;
+                };
+                found.push(condition(
+                    "guest-agent-elsewhere",
+                    Entity::vm(member.vm),
+                    Level::Warning,
+                    format!(
+                        "the guest agent of VM {} of VPG {} is known at VRA {}, and the VM runs at VRA {}: application-consistent checkpoints are made without freezing its guest",
+                        member.name, vpg.name, former.name, source.name
+                    ),
+                    &format!(
+                        "name the agent's socket at the host where the VM runs, `vra guest-agent {0} --agent-socket PATH`, or forget it at the former one, `vra guest-agent {0} --none`",
+                        member.name
+                    ),
+                ));
+            }
         }
     }
 

@@ -95,7 +95,7 @@ fn what_was_there_before_a_vm_joined_stays_what_it_is() {
     // From then on it is missed.
     let old = TimeUs(NOW_US - 600 * SECOND_US);
     let last = LastCheckpoint { id: CheckpointId { nonce: 1, counter: 1 }, time_us: old, tag: None };
-    group.world.see(other, NOW_US, |status| status.vpgs[0].last_checkpoint = Some(last));
+    group.world.see(other, NOW_US, |status| status.vpgs[0].held_checkpoint = Some(last));
     assert_eq!(group.report().history_to_us, Some(old));
 }
 
@@ -125,7 +125,7 @@ fn a_group_goes_from_creating_over_its_first_sync_to_meeting_its_sla() {
     });
     group.target(|status| {
         status.vpgs[0].checkpoint_count = 0;
-        status.vpgs[0].last_checkpoint = None;
+        status.vpgs[0].held_checkpoint = None;
     });
     let report = group.report();
     assert_eq!((report.status, report.substatus), (Status::Initializing, Substatus::InitialSync));
@@ -155,12 +155,12 @@ fn rpo_is_the_age_of_the_newest_checkpoint_at_all_targets_by_the_sources_clock()
     // A source whose clock is an hour behind stamps its checkpoints an hour behind.
     group.source(|status| status.now_us.0 -= 3_600 * SECOND_US);
     group.target(|status| {
-        status.vpgs[0].last_checkpoint.as_mut().unwrap().time_us.0 -= 3_600 * SECOND_US;
+        status.vpgs[0].held_checkpoint.as_mut().unwrap().time_us.0 -= 3_600 * SECOND_US;
     });
     assert_eq!(group.report().rpo_us, Some(2 * SECOND_US));
 
     let mut group = Group::new();
-    group.target(|status| status.vpgs[0].last_checkpoint.as_mut().unwrap().time_us.0 -= 60 * SECOND_US);
+    group.target(|status| status.vpgs[0].held_checkpoint.as_mut().unwrap().time_us.0 -= 60 * SECOND_US);
     group.source_vm(|vm| {
         vm.rpo = Rpo { total_us: 60_000_000, wire_us: 50_000_000, queue_us: 9, ..Rpo::default() }
     });
@@ -173,11 +173,42 @@ fn rpo_is_the_age_of_the_newest_checkpoint_at_all_targets_by_the_sources_clock()
 }
 
 #[test]
+fn what_a_target_took_itself_as_a_source_is_not_what_it_holds() {
+    let mut group = Group::new();
+    let held_us = NOW_US - 3_600 * SECOND_US;
+    group.target(|status| {
+        let status = &mut status.vpgs[0];
+        status.last_checkpoint.clone_from(&status.held_checkpoint);
+        status.held_checkpoint.as_mut().unwrap().time_us = TimeUs(held_us);
+    });
+    let report = group.report();
+    assert_eq!((report.rpo_us, report.history_to_us), (Some(3_600 * SECOND_US), Some(TimeUs(held_us))));
+    assert_eq!(report.status, Status::RpoNotMeetingSla);
+}
+
+#[test]
+fn checkpoints_are_as_old_as_their_coordinators_clock_says_not_another_sources() {
+    let mut group = Group::new();
+    let (source, target) = (group.source, group.target);
+    let ahead = group.world.add_vra("c");
+    group.world.add_member(ahead, target);
+    let at_ahead = world::vpg_status(group.world.desired.vpgs[0].id, 1);
+    group.world.see(ahead, NOW_US, |status| {
+        status.now_us = TimeUs(NOW_US + 40 * SECOND_US);
+        status.vpgs.push(at_ahead);
+    });
+    for vra in [source, ahead] {
+        group.world.see(vra, NOW_US, |status| status.vpgs[0].coordinator = Some(source));
+    }
+    assert_eq!(group.report().rpo_us, Some(2 * SECOND_US));
+}
+
+#[test]
 fn a_newest_checkpoint_in_the_future_says_nothing_of_the_rpo() {
     let mut group = Group::new();
-    group.target(|status| status.vpgs[0].last_checkpoint.as_mut().unwrap().time_us.0 += 6 * SECOND_US);
+    group.target(|status| status.vpgs[0].held_checkpoint.as_mut().unwrap().time_us.0 += 6 * SECOND_US);
     assert_eq!(group.report().rpo_us, Some(0), "clocks differ a little");
-    group.target(|status| status.vpgs[0].last_checkpoint.as_mut().unwrap().time_us.0 += 86_400 * SECOND_US);
+    group.target(|status| status.vpgs[0].held_checkpoint.as_mut().unwrap().time_us.0 += 86_400 * SECOND_US);
     let report = group.report();
     assert_eq!((report.status, report.rpo_us), (Status::RpoNotMeetingSla, None));
     assert_eq!(report.problems.len(), 1, "{:?}", report.problems);
@@ -311,6 +342,19 @@ fn a_definition_that_is_newer_at_a_vra_than_in_the_database_is_an_alert() {
 }
 
 #[test]
+fn a_guest_agent_that_stayed_behind_when_its_vm_moved_is_an_alert() {
+    let mut group = Group::new();
+    let vm = group.world.desired.vpgs[0].settings.vms[0].vm;
+    let former = group.world.add_vra("c");
+    group.world.see(former, NOW_US, |status| status.guest_agents.push(vm));
+    let found = group.conditions();
+    let found = found.iter().find(|condition| condition.code == "guest-agent-elsewhere").unwrap();
+    assert!(found.description.contains("known at VRA c, and the VM runs at VRA a"), "{found:?}");
+    group.source(|status| status.guest_agents.push(vm));
+    assert!(!group.codes().contains(&"guest-agent-elsewhere".to_owned()));
+}
+
+#[test]
 fn silence_is_an_alert_after_a_while_and_names_one_condition_for_each_thing() {
     let mut group = Group::new();
     assert_eq!(group.codes(), Vec::<String>::new());
@@ -359,7 +403,7 @@ impl Group {
         let newest = TimeUs(NOW_US - 2 * SECOND_US);
         let mut at_target = world::vpg_status(vpg, 1);
         at_target.checkpoint_count = 100;
-        at_target.last_checkpoint =
+        at_target.held_checkpoint =
             Some(LastCheckpoint { id: CheckpointId { nonce: 1, counter: 100 }, time_us: newest, tag: None });
         let source_vm = SourceVmStatus {
             vm: member.vm,

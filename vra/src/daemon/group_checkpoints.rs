@@ -24,8 +24,8 @@ pub struct MemberJournal {
 /// What each of a group's journals at this VRA lists.
 pub struct GroupCheckpoints {
     journals: Vec<MemberJournal>,
-    /// By any of the journals.
-    locked: BTreeSet<CheckpointId>,
+    /// Checkpoints, and the VMs whose journals have them locked.
+    locked: BTreeSet<(CheckpointId, VmId)>,
 }
 
 /// Before all, and behind all, checkpoints of a time.
@@ -34,8 +34,8 @@ const fn first_of(time_us: TimeUs) -> CheckpointKey {
 }
 
 impl GroupCheckpoints {
-    /// Of these journals, with the checkpoints that any of them has locked.
-    pub fn new(journals: Vec<MemberJournal>, locked: BTreeSet<CheckpointId>) -> Self {
+    /// Of these journals, with the checkpoints that each of them has locked.
+    pub fn new(journals: Vec<MemberJournal>, locked: BTreeSet<(CheckpointId, VmId)>) -> Self {
         Self { journals, locked }
     }
 
@@ -163,6 +163,10 @@ impl GroupCheckpoints {
             let listed = list.get(key).or_else(substitute)?;
             Some(CheckpointPlace { vm: *vm, cut: listed.cut })
         });
+        let is_locked = |vm: VmId| self.locked.contains(&(keyed.listed.id, vm));
+        let mut needed = self.journals.iter().filter(|journal| journal.since.is_in(version)).peekable();
+        let locked = needed.peek().is_some() && needed.all(|journal| is_locked(journal.vm));
+        let is_locked_somewhere = self.journals.iter().any(|journal| is_locked(journal.vm));
         CheckpointInfo {
             id: keyed.listed.id,
             time_us: keyed.listed.time_us,
@@ -170,7 +174,8 @@ impl GroupCheckpoints {
             tag: keyed.listed.tag.as_deref().map(str::to_owned),
             member_set_version: version,
             complete: self.is_complete(keyed),
-            locked: self.locked.contains(&keyed.listed.id),
+            locked,
+            partly_locked: is_locked_somewhere && !locked,
             vms: places.collect(),
         }
     }
@@ -364,6 +369,20 @@ mod tests {
         let strange = list_since(7, [(1, 1)]);
         let late = GroupCheckpoints::new(vec![strange, list_since(7, [])], BTreeSet::new());
         assert_eq!((late.complete_count(), late.newest()), (0, None));
+    }
+
+    #[test]
+    fn a_checkpoint_is_locked_if_every_journal_that_it_is_of_has_it_locked_and_else_partly() {
+        let journals = [list(&[1, 2, 3]), list(&[1, 2, 3]), list_since(2, [(3, 2)])];
+        let [first, second, _] = journals.each_ref().map(|journal| journal.vm);
+        let id = |counter| CheckpointId { nonce: 5, counter };
+        // The third joined later.
+        let locked = BTreeSet::from([(id(1), first), (id(1), second), (id(2), second)]);
+        let group = GroupCheckpoints::new(journals.into(), locked);
+        let told: Vec<_> = group.page(&ask(10)).checkpoints;
+        let told: Vec<_> =
+            told.iter().map(|info| (info.id.counter, info.locked, info.partly_locked)).collect();
+        assert_eq!(told, [(1, true, false), (2, false, true), (3, false, false)]);
     }
 
     #[test]

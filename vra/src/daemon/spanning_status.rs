@@ -52,6 +52,7 @@ pub(super) fn status_of(vpg: &VpgDefinition, status: SpanningStatus) -> VpgStatu
             time_us: TimeUs(last.time_us),
             tag: Some(last.tag).filter(|tag| !tag.is_empty()),
         }),
+        held_checkpoint: None,
         checkpoint_count: 0,
         aborted_epochs: status.aborted_epochs,
         coordinator: status.coordinator,
@@ -135,8 +136,10 @@ fn info_of(taken: &TakenByHosts, vpg: &VpgDefinition) -> CheckpointInfo {
         kind: taken.kind.into(),
         tag: Some(taken.tag.clone()).filter(|tag| !tag.is_empty()),
         member_set_version: vpg.member_set_version,
-        complete: true,
+        // The journals don't have it yet, and it is lost with this VRA's memory.
+        complete: false,
         locked: false,
+        partly_locked: false,
         vms: taken.members.iter().map(|member| CheckpointPlace { vm: member.vm, cut: member.cut }).collect(),
     }
 }

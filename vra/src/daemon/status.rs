@@ -22,6 +22,7 @@ impl Daemon {
             awaits_site_key: !lock(&self.awaiting_keys).is_empty(),
             volumes: self.volume_infos(),
             vpgs,
+            guest_agents: self.seen().guest_agents.keys().copied().collect(),
             source_vms: self.source_statuses(),
             target_vms: self.target_statuses(),
             views: self.view_infos(),
