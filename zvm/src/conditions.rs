@@ -172,7 +172,7 @@ impl Look<'_> {
                 Entity::vpg(vpg.id),
                 Level::Error,
                 format!(
-                    "VRA {} has revision {revision} of VPG {}, and the manager's database {}: it is an older one, and changes of the group are refused",
+                    "VRA {} has another definition of VPG {} (revision {revision}) than the manager's database (revision {}), which is an older one: changes of the group are refused",
                     names.join(", "),
                     vpg.name,
                     vpg.revision

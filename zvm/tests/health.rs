@@ -336,9 +336,17 @@ fn a_definition_that_is_newer_at_a_vra_than_in_the_database_is_an_alert() {
     group.target(|status| status.vpgs[0].revision += 1);
     let found = group.conditions().into_iter().find(|condition| condition.code == "vpg-newer-elsewhere");
     let found = found.expect("an alert");
-    assert!(
-        found.description.contains("VRA b has revision 2") && found.remedy.contains("zvm vpg adopt shop")
-    );
+    assert!(found.description.contains("VRA b has another definition of VPG shop (revision 2)"), "{found:?}");
+    assert!(found.remedy.contains("zvm vpg adopt shop"));
+    // Two contents of one revision are told apart, if both managers gave stamps.
+    let is_told = |group: &Group| group.codes().contains(&"vpg-newer-elsewhere".to_owned());
+    let stamp = Some(uuid::Uuid::new_v4());
+    group.target(|status| (status.vpgs[0].revision, status.vpgs[0].stamp) = (1, stamp));
+    assert!(!is_told(&group));
+    group.world.desired.vpgs[0].stamp = Some(uuid::Uuid::new_v4());
+    assert!(is_told(&group));
+    group.world.desired.vpgs[0].stamp = stamp;
+    assert!(!is_told(&group));
 }
 
 #[test]

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::path::PathBuf;
+
 use common::pair::Pair;
 use common::wait_for;
 use serde_json::Value;
@@ -45,23 +47,61 @@ fn when_a_group_was_last_tested_outlives_the_manager() {
     assert_eq!(last(&pair), tested);
 }
 
+/// The manager's database as it was while the manager didn't run.
+struct Backup(Vec<(PathBuf, Option<Vec<u8>>)>);
+
+impl Backup {
+    fn of(pair: &Pair) -> Self {
+        let files = ["zvm.db", "zvm.db-wal", "zvm.db-shm"].map(|file| pair.site.dir.join("state").join(file));
+        Self(files.into_iter().map(|file| (file.clone(), std::fs::read(file).ok())).collect())
+    }
+
+    fn restore(&self) {
+        for (file, bytes) in &self.0 {
+            let _ = std::fs::remove_file(file);
+            if let Some(bytes) = bytes {
+                std::fs::write(file, bytes).expect("restored");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_vra_that_has_another_definition_of_the_same_revision_than_a_restored_database_is_not_overwritten() {
+    let mut pair = Pair::defined();
+    pair.site.kill();
+    let backup = Backup::of(&pair);
+    pair.site.serve();
+    // The target has the change, and is away when the older database is changed otherwise.
+    pair.a.kill();
+    assert_eq!(pair.site.zvm(&["vpg", "edit", "shop", "--history", "2h"]).code, 0);
+    let at_target = |pair: &Pair| pair.b.json(&["status"])["vpgs"][0]["revision"].clone();
+    wait_for("the change at the target", || at_target(&pair) == 2);
+    pair.site.kill();
+    pair.b.kill();
+    backup.restore();
+    pair.site.serve();
+    assert_eq!(pair.site.zvm(&["vpg", "edit", "shop", "--history", "3h"]).code, 0);
+    pair.b.serve();
+    wait_for("the alert", || pair.site.zvm(&["alert", "list"]).stdout.contains("vpg-newer-elsewhere"));
+    assert_eq!(pair.site.zvm(&["vpg", "pause", "shop"]).code, 4);
+
+    let adopted = pair.site.json(&["vpg", "adopt", "shop"])["vpg"].take();
+    assert_eq!((&adopted["revision"], &adopted["settings"]["history_s"]), (&3.into(), &7_200.into()));
+    pair.a.serve();
+    wait_for("one definition everywhere", || pair.revisions() == [3, 3]);
+}
+
 #[test]
 fn after_an_older_database_was_restored_nothing_is_changed_until_the_newer_definition_is_adopted() {
     let mut pair = Pair::defined();
-    let state = pair.site.dir.join("state");
-    let files = ["zvm.db", "zvm.db-wal", "zvm.db-shm"].map(|file| state.join(file));
     pair.site.kill();
-    let backup = files.each_ref().map(|file| std::fs::read(file).ok());
+    let backup = Backup::of(&pair);
     pair.site.serve();
     assert_eq!(pair.site.zvm(&["vpg", "edit", "shop", "--history", "2h"]).code, 0);
     wait_for("the change", || pair.revisions() == [2, 2]);
     pair.site.kill();
-    for (file, bytes) in files.iter().zip(backup) {
-        let _ = std::fs::remove_file(file);
-        if let Some(bytes) = bytes {
-            std::fs::write(file, bytes).expect("restored");
-        }
-    }
+    backup.restore();
     pair.site.serve();
     let alerts = |pair: &Pair| pair.site.zvm(&["alert", "list"]).stdout;
     wait_for("the alert", || alerts(&pair).contains("vpg-newer-elsewhere"));

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::{CheckpointId, GenerationId, JournalId, TimeUs, ViewInfo, VmId, VolumeInfo, VpgId, VraId, ZvmId};
 
@@ -79,6 +80,9 @@ pub struct VpgStatus {
     pub name: String,
     /// The definition's revision in force.
     pub revision: u64,
+    /// [`super::VpgNotes::stamp`] of that definition.
+    #[serde(default)]
+    pub stamp: Option<Uuid>,
     /// The newest checkpoint that this VRA made (source); of one that made none, the newest that it holds complete (target).
     pub last_checkpoint: Option<LastCheckpoint>,
     /// Target: the newest checkpoint that all journals of the group at this VRA hold.

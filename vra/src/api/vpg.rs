@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::{
     CheckpointId, FormerVm, GenerationId, JournalId, MemberSince, SetTrust, TimeUs, VmId, VolumeId, VpgId,
@@ -96,6 +97,10 @@ pub struct VpgNotes {
     pub rpo_target_s: Option<u64>,
     /// When the group was created.
     pub created_us: Option<TimeUs>,
+    /// Another one for each revision that a manager makes: it tells two contents of one revision apart, which there are when an older database of
+    /// the manager was restored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stamp: Option<Uuid>,
     /// Settings that are the manager's alone, as it writes them; null without any.
     #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
     pub settings: serde_json::Value,
@@ -182,6 +187,11 @@ impl VpgDefinition {
     /// Source: whose data goes first over a connection that several VPGs share.
     pub fn priority(&self) -> Priority {
         self.notes.as_ref().map_or(Priority::default(), |notes| notes.priority)
+    }
+
+    /// What tells it from another content of the same revision; an older manager gave none.
+    pub fn stamp(&self) -> Option<Uuid> {
+        self.notes.as_ref().and_then(|notes| notes.stamp)
     }
 
     /// Whether a VRA is source or target of one of its VMs.

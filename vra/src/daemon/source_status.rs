@@ -136,6 +136,7 @@ impl Daemon {
             vpg: vpg.id,
             name: vpg.name.clone(),
             revision: vpg.revision,
+            stamp: vpg.stamp(),
             last_checkpoint: status.last.map(|last| LastCheckpoint {
                 id: id_of(&last),
                 time_us: TimeUs(last.time_us),

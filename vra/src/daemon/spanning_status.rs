@@ -47,6 +47,7 @@ pub(super) fn status_of(vpg: &VpgDefinition, status: SpanningStatus) -> VpgStatu
         vpg: vpg.id,
         name: vpg.name.clone(),
         revision: vpg.revision,
+        stamp: vpg.stamp(),
         last_checkpoint: status.last.map(|last| LastCheckpoint {
             id: id_of(&last),
             time_us: TimeUs(last.time_us),

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use uuid::Uuid;
 use vra::api::{ApiError, ErrorCode, VpgDefinition, VraId};
 
 use super::{Manager, internal};
@@ -14,7 +15,7 @@ use crate::reconcile::{Desired, Leftover, newer_at};
 use crate::store::{self, StoreError};
 
 impl Manager {
-    /// Makes the newest definition that VRAs have of a group the manager's own. A VRA is believed only in a group that it is a member of.
+    /// Makes the newest definition that VRAs have of a group, and the manager's database doesn't, the manager's own. A VRA is believed only in a group that it is a member of.
     pub async fn adopt_vpg(&self, name: &str) -> Result<VpgDetails, ApiError> {
         let vpg = self.find_vpg(name).await?;
         let desired = self.desired().await.map_err(internal)?;
@@ -27,12 +28,15 @@ impl Manager {
                 .remedy("run a manager of the release that wrote them")
         })?;
         let after = vpg_of(&newest, kept.unwrap_or_default(), vpg.applied_revision, vpg.created_us);
-        let after = after.ok_or_else(|| {
+        let mut after = after.ok_or_else(|| {
             ApiError::new(ErrorCode::Corrupt, format!("the newest definition of VPG {} has no VMs", vpg.name))
         })?;
-        // Addresses that the manager has noted otherwise go out with the next revision.
+        // Addresses that the manager has noted otherwise go out with the next revision, and so does what other VRAs have with other content.
         let is_as_told = after.definition(|vra| desired.vras.get(&vra)).as_ref() == Some(&newest);
-        let revision = newest.revision + u64::from(!is_as_told);
+        if !is_as_told || newest.revision == vpg.revision {
+            after.revision += 1;
+            after.stamp = Some(Uuid::new_v4());
+        }
         let members = after.vras();
         let gone =
             vpg.vras().into_iter().filter(|vra| !members.contains(vra) && desired.vras.contains_key(vra));
@@ -51,8 +55,7 @@ impl Manager {
             for left in &left {
                 store::leftovers::insert(&mut tx, left).await?;
             }
-            let is_saved =
-                store::vpgs::adopt(&mut tx, vpg.id, vpg.revision, revision, &after.settings).await?;
+            let is_saved = store::vpgs::adopt(&mut tx, &after, vpg.revision).await?;
             if is_saved {
                 let kind = EventKind::EditProtectionGroup;
                 self.note(&mut tx, kind, true, Entity::vpg(vpg.id), description.clone(), None).await?;
@@ -64,7 +67,7 @@ impl Manager {
             let message = format!("VPG {} was changed by somebody else meanwhile", vpg.name);
             return Err(ApiError::new(ErrorCode::Conflict, message).remedy("look at it, and try again"));
         }
-        tracing::warn!(vpg = %vpg.id, name = vpg.name, from = vpg.revision, revision, "{description}");
+        tracing::warn!(vpg = %vpg.id, name = vpg.name, from = vpg.revision, revision = after.revision, "{description}");
         self.wake.notify_one();
         self.show_vpg(name).await
     }
@@ -75,7 +78,7 @@ impl Manager {
         for id in newer_at(vpg, &self.observed()).into_keys() {
             let Some(vra) = desired.vras.get(&id) else { continue };
             let Some(told) = self.definition_at(vra, vpg.id).await? else { continue };
-            if !told.has_member_at(id) || told.revision <= vpg.revision {
+            if !told.has_member_at(id) || !vpg.is_other_than(told.revision, told.stamp()) {
                 continue;
             }
             match found.get(&told.revision) {

@@ -27,8 +27,8 @@ impl Manager {
         )))
     }
 
-    /// Refuses to change a group of which VRAs have a newer definition than the manager, whose database is an older one: what they have would
-    /// be undone.
+    /// Refuses to change a group of which VRAs have a definition that the manager doesn't have, whose database is an older one: what they have
+    /// would be undone.
     pub(super) async fn check_is_newest(&self, vpg: &Vpg) -> Result<(), ApiError> {
         let newer: BTreeSet<VraId> = newer_at(vpg, &self.observed()).into_keys().collect();
         if newer.is_empty() {
@@ -37,7 +37,7 @@ impl Manager {
         let names = self.vra_names().await?;
         let names: Vec<&str> = newer.iter().filter_map(|vra| names.get(vra)).map(String::as_str).collect();
         let message = format!(
-            "VRA {} has a newer definition of VPG {} than this manager, whose database is an older one",
+            "VRA {} has a definition of VPG {} that this manager doesn't have, whose database is an older one",
             names.join(", "),
             vpg.name
         );

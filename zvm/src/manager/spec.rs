@@ -11,6 +11,7 @@ mod volumes;
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 
+use uuid::Uuid;
 use vra::api::volume::VolumeInfo;
 use vra::api::vpg::{
     JOURNAL_LIMIT_BYTES, JOURNAL_PERCENT, JournalSize, MAX_SOURCES_PER_VPG, MAX_VMS_PER_VPG, VolumeDefinition,
@@ -195,6 +196,7 @@ impl Resolved<'_> {
             applied_revision: 0,
             created_us: now_us,
             last_test_us: None,
+            stamp: Some(Uuid::new_v4()),
             settings,
             removal: None,
         })

@@ -45,6 +45,7 @@ pub fn vpg_of(
         applied_revision,
         created_us: notes.created_us.unwrap_or(otherwise_created_us),
         last_test_us: None,
+        stamp: newest.stamp(),
         settings: VpgSettings {
             description: notes.description,
             priority: notes.priority,

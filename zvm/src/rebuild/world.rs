@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use uuid::Uuid;
+use vra::api::volume::MAX_NAME_BYTES;
 use vra::api::vpg::VraEndpoint;
 use vra::api::{TimeUs, VpgDefinition, VpgId, VraId};
 
@@ -47,7 +49,8 @@ impl World {
                 let all = knows.iter().flat_map(|vra| &vra.vpgs).filter(|vpg| vpg.id == id);
                 let applied_revision = all.map(|vpg| vpg.revision).min().unwrap_or_default();
                 let not_everywhere = newest.revision.saturating_sub(u64::from(!lacks.is_empty()));
-                let applied_revision = applied_revision.min(not_everywhere);
+                let applied_revision =
+                    applied_revision.min(not_everywhere).min(heard_by_former(newest, found));
                 if !lacks.is_empty() {
                     let lacking = lacks.iter().map(|vra| vra.hello.name.clone()).collect();
                     incomplete.push((newest.name.clone(), lacking));
@@ -77,6 +80,13 @@ impl World {
         let vras = vras_of(found, &silent, now_us);
         Self { vras, vpgs, leftovers, trust_version, silent, renamed, unrestored, incomplete, unread }
     }
+}
+
+/// The newest revision from before which all targets of former VMs have surely heard that these left.
+fn heard_by_former(newest: &VpgDefinition, found: &[Found]) -> u64 {
+    let has_answered = |vra: VraId| found.iter().any(|answered| answered.hello.vra == vra);
+    let unheard = newest.former.iter().filter(|former| !has_answered(former.target));
+    unheard.map(|former| former.revision.saturating_sub(1)).min().unwrap_or(newest.revision)
 }
 
 /// Whether all VMs of a VRA came into a group that others were in before: if it doesn't know the group, it was never told of it.
@@ -157,10 +167,13 @@ fn tell_vpgs_apart(vpgs: &mut [Vpg]) -> Vec<(String, String)> {
     let (mut names, mut renamed) = (BTreeSet::new(), Vec::new());
     for vpg in vpgs {
         if !names.insert(vpg.name.clone()) {
-            let name = format!("{}-{}", vpg.name, vpg.id.to_string().chars().take(8).collect::<String>());
+            let suffix = format!("-{}", vpg.id.to_string().chars().take(8).collect::<String>());
+            let kept = vpg.name.floor_char_boundary(MAX_NAME_BYTES - suffix.len());
+            let name = format!("{}{suffix}", vpg.name[..kept].trim_end());
             renamed.push((std::mem::replace(&mut vpg.name, name.clone()), name.clone()));
             // Its VRAs have another definition of that revision.
             vpg.revision += 1;
+            vpg.stamp = Some(Uuid::new_v4());
             names.insert(name);
         }
     }
@@ -203,7 +216,6 @@ fn short(id: VraId) -> String {
 
 #[cfg(test)]
 mod tests {
-    use uuid::Uuid;
     use vra::api::vpg::Priority;
     use vra::api::{FormerVm, HelloReply, MemberSince, PROTOCOL_VERSION, SetTrust};
     use vra::pki::{Identity, PeerCertificate};
@@ -299,6 +311,11 @@ mod tests {
         let told: Vec<_> = world.vpgs.iter().map(|vpg| (vpg.name.as_str(), vpg.revision)).collect();
         assert_eq!(told, [("shop", 4), ("shop-00000001", 3)]);
         assert_eq!(world.renamed, [("shop".to_owned(), "shop-00000001".to_owned())]);
+        // Names have their limit.
+        let long = "é".repeat(64);
+        let (older, newer) = (group(1, &long, 2, (1, "a:1"), 2), group(2, &long, 4, (1, "a:1"), 2));
+        let world = World::of(&[answered(2, "b:1", &[], &[older, newer])], Vec::new(), TimeUs(5), &[]);
+        assert_eq!(world.renamed[0].1, format!("{}-00000001", "é".repeat(59)));
     }
 
     #[test]
@@ -371,6 +388,9 @@ mod tests {
         assert_eq!(vpg.settings.vms[0].member_since, MemberSince(3));
         assert_eq!((vpg.applied_revision, &vpg.settings.former), (5, &vec![former]));
         assert_eq!(world.leftovers, [Leftover { vpg: shop.id, vra: id(3), keep_files: false }]);
+        // One that doesn't answer may not have heard of it.
+        let world = World::of(&found[..2], Vec::new(), TimeUs(5), &[]);
+        assert_eq!(world.vpgs[0].applied_revision, 3);
         // One that nothing is said of keeps what it has.
         let mut silent = shop.clone();
         silent.former.clear();

@@ -87,14 +87,15 @@ pub struct LastStatus {
     pub status: VraStatus,
 }
 
-/// VRAs that have a newer definition of a group than the manager, and its revision: the manager's database is an older one.
+/// VRAs that have a definition of a group that the manager's database doesn't, which is an older one: a newer one, or another one of the same
+/// revision. And its revision.
 pub fn newer_at(vpg: &Vpg, observed: &Observed) -> BTreeMap<VraId, u64> {
-    let revision = |seen: &Seen| {
+    let newer = |seen: &Seen| {
         let status = &seen.last.as_ref()?.status;
-        status.vpgs.iter().find(|status| status.vpg == vpg.id).map(|status| status.revision)
+        let told = status.vpgs.iter().find(|status| status.vpg == vpg.id)?;
+        vpg.is_other_than(told.revision, told.stamp).then_some(told.revision)
     };
-    let newer = observed.iter().filter_map(|(vra, seen)| Some((*vra, revision(seen)?)));
-    newer.filter(|(_, revision)| *revision > vpg.revision).collect()
+    observed.iter().filter_map(|(vra, seen)| Some((*vra, newer(seen)?))).collect()
 }
 
 /// What was seen of all VRAs.

@@ -220,6 +220,7 @@ fn vpg_status(vpg: &VpgDefinition, now_us: TimeUs) -> VpgStatus {
         vpg: vpg.id,
         name: vpg.name.clone(),
         revision: vpg.revision,
+        stamp: vpg.stamp(),
         last_checkpoint: Some(LastCheckpoint { id, time_us: now_us, tag: None }),
         held_checkpoint: Some(LastCheckpoint { id, time_us: now_us, tag: None }),
         checkpoint_count: CHECKPOINTS,

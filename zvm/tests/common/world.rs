@@ -63,6 +63,7 @@ impl World {
             applied_revision: 0,
             created_us: TimeUs(self.now_us),
             last_test_us: None,
+            stamp: None,
             settings: VpgSettings {
                 description: String::new(),
                 priority: Priority::Medium,
@@ -266,6 +267,7 @@ pub(crate) fn vpg_status(vpg: VpgId, revision: u64) -> VpgStatus {
         vpg,
         name: "shop".into(),
         revision,
+        stamp: None,
         last_checkpoint: None,
         held_checkpoint: None,
         checkpoint_count: 0,
