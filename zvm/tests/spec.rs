@@ -141,7 +141,8 @@ fn all_that_a_group_is_created_with_for_its_checkpoints_can_be_edited_within_the
     let back = VpgEdit { keep_history: Some(false), ..VpgEdit::default() };
     assert!(edited(&kept, &back, &site.context()).unwrap().give_up_history);
 
-    let cases: [(fn(&mut VpgEdit), &str); 5] = [
+    type Change = fn(&mut VpgEdit);
+    let cases: [(Change, &str); 5] = [
         (|edit| edit.checkpoint_interval_ms = Some(999), "1000 to 3600000 ms"),
         (|edit| edit.hold_deadline_ms = Some(5), "the hold deadline"),
         (|edit| edit.rpo_target_s = Some(0), "the RPO target"),

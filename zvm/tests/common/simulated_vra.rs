@@ -12,9 +12,9 @@ use ::vra::api::status::{
 };
 use ::vra::api::vpg::{CheckpointKind, CheckpointPlace, VmDefinition, VpgApplied};
 use ::vra::api::{
-    ApiError, CheckpointId, CheckpointInfo, CheckpointPage, ErrorCode, GenerationId, HelloReply,
-    ListCheckpoints, Request, Response, TimeUs, VmId, VolumeId, VolumeInfo, VpgDefinition, VpgId, VraId,
-    VraStatus,
+    ApiError, CheckpointId, CheckpointInfo, CheckpointPage, ErrorCode, GenerationId, GuestsFrozen,
+    HelloReply, ListCheckpoints, Request, Response, TimeUs, VmId, VolumeId, VolumeInfo, VpgDefinition, VpgId,
+    VraId, VraStatus,
 };
 use ::vra::control::{Caller, Handler, serve_stream};
 use ::vra::link::{Link, LinkSettings, StreamKind};
@@ -208,6 +208,25 @@ impl Handler for SimulatedVra {
                     ApiError::new(ErrorCode::NotFound, format!("there is no checkpoint {}", lock.checkpoint))
                 })?)
             }
+            // The first VM that it serves has an agent.
+            Request::FreezeGuests(_) | Request::ThawGuests(_) => {
+                let mut vms = self.volumes.iter().map(|volume| volume.vm);
+                Response::Guests(GuestsFrozen {
+                    frozen: vms.next().into_iter().collect(),
+                    without_agent: vms.collect(),
+                })
+            }
+            Request::TagCheckpoint(tag) => Response::Checkpoint(CheckpointInfo {
+                id: CheckpointId { nonce: 2, counter: 1 },
+                time_us: TimeUs::now(),
+                kind: if tag.application { CheckpointKind::Application } else { CheckpointKind::Tagged },
+                tag: Some(tag.tag),
+                member_set_version: 1,
+                complete: false,
+                locked: false,
+                partly_locked: false,
+                vms: Vec::new(),
+            }),
             Request::SetTrust(_) => Response::Done,
             _ => return Err(ApiError::new(ErrorCode::Unsupported, "a simulated VRA doesn't do that")),
         })

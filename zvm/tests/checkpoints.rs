@@ -1,4 +1,4 @@
-//! A checkpoint is locked at all targets of its group or at none, whatever becomes of the answers.
+//! What the manager makes of what VRAs answer about checkpoints: names, guests that weren't frozen, locks at all targets or at none.
 
 mod common;
 #[path = "common/simulated_vra.rs"]
@@ -96,4 +96,22 @@ fn a_lock_that_one_target_doesnt_confirm_is_undone_at_all_that_hadnt_it_before()
     assert_eq!(trio.lock_of(id), (true, false));
     let unlocked = trio.site.zvm(&["checkpoint", "unlock", "shop", &id.to_string()]);
     assert_eq!((unlocked.code, trio.lock_of(id)), (0, (false, false)), "{unlocked:?}");
+}
+
+#[test]
+fn a_new_tag_is_not_complete_yet_and_names_the_vms_whose_guests_were_not_frozen() {
+    let trio = Trio::start();
+    let tagged = trio.site.json(&["checkpoint", "tag", "shop", "quiet", "--application"]);
+    assert_eq!((&tagged["kind"], &tagged["complete"]), (&"application".into(), &false.into()));
+    assert_eq!(tagged["without_agent"], serde_json::json!(["web"]));
+    let told = trio.site.zvm(&["checkpoint", "tag", "shop", "quiet", "--application"]).stdout;
+    assert!(told.contains("The guest of VM web wasn't frozen") && told.contains("on its way"), "{told}");
+    let plain = trio.site.zvm(&["checkpoint", "tag", "shop", "plain"]).stdout;
+    assert!(!plain.contains("wasn't frozen"), "{plain}");
+
+    let id = CheckpointId { nonce: 1, counter: 2 }.to_string();
+    for moment in ["latest", "2026-11-22T16:00:05Z", &id] {
+        let refused = trio.site.zvm(&["checkpoint", "tag", "shop", moment]);
+        assert!(refused.code == 2 && refused.stderr.contains("means a moment"), "{moment}: {refused:?}");
+    }
 }
