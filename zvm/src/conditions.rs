@@ -8,7 +8,6 @@ use vra::api::status::Severity;
 use vra::api::{ViewInfo, VpgId, VraId};
 
 use crate::inventory::Inventory;
-use crate::manager::changes::newer_remedy;
 use crate::model::alert::{Condition, Level};
 use crate::model::event::{Entity, EventKind};
 use crate::model::status::{VpgReport, VpgStatus, VpgSubstatus};
@@ -42,6 +41,13 @@ pub struct Look<'a> {
     pub inventory: &'a Inventory,
     /// The manager's clock, microseconds.
     pub now_us: u64,
+}
+
+/// What to do about a group of which VRAs have a newer definition.
+pub fn newer_remedy(vpg: &str) -> String {
+    format!(
+        "restore the newest backup of the manager's state folder, or take over what the VRAs have: `zvm vpg adopt {vpg}`"
+    )
 }
 
 impl Look<'_> {

@@ -144,7 +144,7 @@ fn a_refused_definition_is_told_once_for_each_try_and_tried_again() {
     let plan = world.plan();
     let error = ApiError::new(ErrorCode::Exhausted, "no space");
     let transitions = world.finish_all(&plan, ActionOutcome::Refused(error.clone()));
-    assert_eq!(transitions, [Transition::VpgRefused { vpg, vra: target, error }]);
+    assert_eq!(transitions, [Transition::VpgRefused { vpg, revision: 1, vra: target, error }]);
     assert_eq!(world.core.failures().len(), 1);
     world.now_us += RETRY_MAX_US;
     let plan = world.plan();
@@ -175,7 +175,7 @@ fn a_change_that_one_of_several_targets_refuses_is_sent_to_none() {
             true => ActionOutcome::Refused(error.clone()),
             false => ActionOutcome::Done,
         };
-        let refused = Transition::VpgRefused { vpg, vra: other, error: error.clone() };
+        let refused = Transition::VpgRefused { vpg, revision: 2, vra: other, error: error.clone() };
         let expected = if action.vra == other { vec![refused] } else { vec![] };
         assert_eq!(world.finish(action, outcome), expected);
     }

@@ -1,21 +1,21 @@
 //! Groups of which VRAs have a newer definition than the manager: it is taken over from them.
 
-use std::collections::BTreeMap;
-
 use uuid::Uuid;
-use vra::api::{ApiError, ErrorCode, VpgDefinition, VraId};
+use vra::api::{ApiError, ErrorCode, VpgDefinition};
 
 use super::{Manager, internal};
 use crate::api::VpgDetails;
 use crate::model::event::{Entity, EventKind};
 use crate::model::kept::KeptSettings;
 use crate::model::vpg::{Vpg, VpgState};
+use crate::model::vra::Vra;
 use crate::rebuild::vpg_of;
 use crate::reconcile::{Desired, Leftover, newer_at};
 use crate::store::{self, StoreError};
 
 impl Manager {
-    /// Makes the newest definition that VRAs have of a group, and the manager's database doesn't, the manager's own. A VRA is believed only in a group that it is a member of.
+    /// Makes the newest definition that VRAs have of a group, and the manager's database doesn't, the manager's own. A VRA is believed only in a
+    /// group that it is a member of.
     pub async fn adopt_vpg(&self, name: &str) -> Result<VpgDetails, ApiError> {
         let vpg = self.find_vpg(name).await?;
         let desired = self.desired().await.map_err(internal)?;
@@ -74,30 +74,40 @@ impl Manager {
 
     /// The newest definition that the VRAs have of a group.
     async fn newest_definition(&self, vpg: &Vpg, desired: &Desired) -> Result<VpgDefinition, ApiError> {
-        let mut found: BTreeMap<u64, (VraId, VpgDefinition)> = BTreeMap::new();
-        for id in newer_at(vpg, &self.observed()).into_keys() {
-            let Some(vra) = desired.vras.get(&id) else { continue };
-            let Some(told) = self.definition_at(vra, vpg.id).await? else { continue };
-            if !told.has_member_at(id) || !vpg.is_other_than(told.revision, told.stamp()) {
-                continue;
-            }
-            match found.get(&told.revision) {
+        let newer = newer_at(vpg, &self.observed());
+        let newest = newer.values().max().copied();
+        let (mut found, mut failed) = (None::<(&Vra, VpgDefinition)>, None);
+        let those = newer.iter().filter(|(_, revision)| Some(**revision) == newest);
+        for vra in those.filter_map(|(id, _)| desired.vras.get(id)) {
+            let told = match self.definition_at(vra, vpg.id).await {
+                Ok(told) => told,
+                Err(error) => {
+                    failed = Some(error);
+                    continue;
+                }
+            };
+            let is_meant = |told: &VpgDefinition| {
+                told.has_member_at(vra.id) && vpg.is_other_than(told.revision, told.stamp())
+            };
+            let Some(told) = told.filter(is_meant) else { continue };
+            match &found {
                 Some((other, known)) if *known != told => {
-                    let other = desired.vras.get(other).map_or("another", |vra| vra.name.as_str());
                     let message = format!(
-                        "VRA {} and VRA {other} have different definitions of VPG {} with one revision",
-                        vra.name, vpg.name
+                        "VRA {} and VRA {} have different definitions of VPG {} with one revision",
+                        vra.name, other.name, vpg.name
                     );
                     return Err(ApiError::new(ErrorCode::Conflict, message)
                         .remedy("restore the newest backup of the manager's state folder"));
                 }
                 Some(_) => {}
-                None => _ = found.insert(told.revision, (id, told)),
+                None => found = Some((vra, told)),
             }
         }
-        found.pop_last().map(|(_, (_, newest))| newest).ok_or_else(|| {
-            let message = format!("no VRA has a newer definition of VPG {} than this manager", vpg.name);
-            ApiError::new(ErrorCode::NotFound, message)
+        found.map(|(_, told)| told).ok_or_else(|| {
+            failed.unwrap_or_else(|| {
+                let message = format!("no VRA has a newer definition of VPG {} than this manager", vpg.name);
+                ApiError::new(ErrorCode::NotFound, message)
+            })
         })
     }
 }

@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use vra::api::{ApiError, ErrorCode, VraId};
 
 use super::{Manager, internal};
-use crate::model::vpg::Vpg;
+use crate::conditions::newer_remedy;
+use crate::model::vpg::{Member, Vpg};
 use crate::reconcile::newer_at;
 
 impl Manager {
@@ -15,7 +16,7 @@ impl Manager {
         let Some(vra) = after.vras().into_iter().find(|vra| !vras.contains_key(vra)) else { return Ok(()) };
         let names = self.vra_names().await?;
         let name = names.get(&vra).cloned().unwrap_or_else(|| vra.to_string());
-        let is_there = |vm: &&crate::model::vpg::Member| vm.source == vra || vm.target == vra;
+        let is_there = |vm: &&Member| vm.source == vra || vm.target == vra;
         let vms: Vec<&str> =
             after.settings.vms.iter().filter(is_there).map(|member| member.name.as_str()).collect();
         let message =
@@ -43,11 +44,4 @@ impl Manager {
         );
         Err(ApiError::new(ErrorCode::Stale, message).remedy(newer_remedy(&vpg.name)))
     }
-}
-
-/// What to do about a group of which VRAs have a newer definition.
-pub fn newer_remedy(vpg: &str) -> String {
-    format!(
-        "restore the newest backup of the manager's state folder, or take over what the VRAs have: `zvm vpg adopt {vpg}`"
-    )
 }

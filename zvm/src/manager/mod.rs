@@ -3,7 +3,7 @@
 
 mod adopting;
 pub mod attaching;
-pub mod changes;
+mod changes;
 pub mod checkpoint_locks;
 mod checkpoints;
 pub mod engine;
