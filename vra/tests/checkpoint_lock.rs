@@ -43,7 +43,7 @@ async fn a_checkpoint_is_unlocked_though_it_is_complete_no_more() {
     (definition.revision, definition.member_set_version) = (2, 2);
     apply(&target, &definition).await;
     let held = find(&target, vpg, kept.id).await.expect("listed");
-    assert!(held.locked && !held.complete, "{held:?}");
+    assert!(held.partly_locked && !held.locked && !held.complete, "{held:?}");
     let again = LockCheckpoint { vpg, checkpoint: kept.id, locked: true };
     let error = target.refusal(Request::LockCheckpoint(again)).await;
     assert_eq!(error.code, ErrorCode::NotReady, "only complete ones are locked: {error}");

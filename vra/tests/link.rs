@@ -247,8 +247,8 @@ async fn enrolment_gives_a_certificate_once_and_only_to_the_right_zvm() {
     assert!(!pki.is_enrolled());
 
     let token = ca.token();
-    let (credentials, zvm) = enroll(&pki, &address, &token, vra, "a", None).await.expect("enrolled");
-    assert_eq!((credentials.own.identity, zvm), (Identity::vra(vra), ca.zvm));
+    let (credentials, reply) = enroll(&pki, &address, &token, vra, "a", None).await.expect("enrolled");
+    assert_eq!((credentials.own.identity, reply.zvm), (Identity::vra(vra), ca.zvm));
     assert_eq!(pki.load().expect("load").own, credentials.own);
     let key = folder.0.join("pki/key.pem");
     assert_eq!(std::fs::metadata(&key).expect("key").mode() & 0o777, 0o600);

@@ -119,6 +119,11 @@ pub enum Request {
         /// Paused, or not any more.
         paused: bool,
     },
+    /// Takes over the newest definition that a group's VRAs have. Answer: [`Response::Vpg`].
+    VpgAdopt {
+        /// Its name or id.
+        vpg: String,
+    },
     /// Begins full syncs of a group's VMs. Answer: [`Response::Task`].
     VpgForceSync {
         /// Its name or id.
@@ -343,7 +348,9 @@ pub enum Response {
     Vpg(Box<VpgDetails>),
     /// To [`Request::CheckpointList`].
     Checkpoints(Vec<CheckpointInfo>),
-    /// To [`Request::CheckpointTag`] and [`Request::CheckpointLock`].
+    /// To [`Request::CheckpointTag`].
+    Tagged(TaggedCheckpoint),
+    /// To [`Request::CheckpointLock`].
     Checkpoint(CheckpointInfo),
     /// To [`Request::VpgExport`].
     Export(VpgExport),
@@ -401,6 +408,17 @@ pub enum At {
         /// Its name.
         tag: String,
     },
+}
+
+/// A checkpoint that was just made. It isn't complete before all journals have it: until then it is lost if a source's VRA ends.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TaggedCheckpoint {
+    /// The checkpoint.
+    #[serde(flatten)]
+    pub checkpoint: CheckpointInfo,
+    /// Of an application-consistent one, names of the VMs that it has as a power cut would leave them: their guests have no agent where they run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub without_agent: Vec<String>,
 }
 
 /// The whole at a glance.

@@ -13,7 +13,7 @@ use crate::model::event::{Entity, EventKind};
 use crate::model::status::{VpgReport, VpgStatus, VpgSubstatus};
 use crate::model::test_run::TestState;
 use crate::model::vpg::{Vpg, VpgState};
-use crate::reconcile::{ActionOutcome, Desired, Failure, Observed, Seen, Subject};
+use crate::reconcile::{ActionOutcome, Desired, Failure, Observed, Seen, Subject, newer_at};
 
 /// A VRA may be silent so long (a restart) before it is an alert, microseconds.
 const SILENCE_GRACE_US: u64 = 3_000_000;
@@ -43,6 +43,13 @@ pub struct Look<'a> {
     pub now_us: u64,
 }
 
+/// What to do about a group of which VRAs have a newer definition.
+pub fn newer_remedy(vpg: &str) -> String {
+    format!(
+        "restore the newest backup of the manager's state folder, or take over what the VRAs have: `zvm vpg adopt {vpg}`"
+    )
+}
+
 impl Look<'_> {
     /// What is wrong now, at most one condition of a code for each thing.
     pub fn conditions(&self) -> Vec<Condition> {
@@ -51,6 +58,8 @@ impl Look<'_> {
         self.vra_alerts(&mut found);
         self.vpgs(&mut found);
         self.unknown_vpgs(&mut found);
+        self.newer_vpgs(&mut found);
+        self.guest_agents(&mut found);
         self.tests(&mut found);
         self.test_reminders(&mut found);
         self.refused_actions(&mut found);
@@ -74,7 +83,8 @@ impl Look<'_> {
                     "start it, or check the network and its address in `zvm vra list`; replication between VRAs goes on without the manager",
                 ));
             }
-            if vra.certificate_ends_us.0.saturating_sub(self.now_us) < CERTIFICATE_WARNING_US {
+            let left_us = vra.certificate_ends_us.0.saturating_sub(self.now_us);
+            if left_us < CERTIFICATE_WARNING_US && !vra.is_known_by_id_alone() {
                 found.push(condition(
                     "vra-certificate-ends",
                     Entity::vra(vra.id),
@@ -148,6 +158,62 @@ impl Look<'_> {
                     Level::Warning,
                     format!("VRA {} has a part in VPG {} ({}), which the manager does not know", vra.name, vpg.name, vpg.vpg),
                     "restore the newest backup of the manager's state folder; the group's protection goes on meanwhile",
+                ));
+            }
+        }
+    }
+
+    /// A group of which VRAs have a newer definition: the manager's database is older than that.
+    fn newer_vpgs(&self, found: &mut Vec<Condition>) {
+        for vpg in &self.desired.vpgs {
+            let newer = newer_at(vpg, self.observed);
+            let Some(revision) = newer.values().max() else { continue };
+            let names: Vec<&str> = newer
+                .keys()
+                .filter_map(|vra| self.desired.vras.get(vra))
+                .map(|vra| vra.name.as_str())
+                .collect();
+            found.push(condition(
+                "vpg-newer-elsewhere",
+                Entity::vpg(vpg.id),
+                Level::Error,
+                format!(
+                    "VRA {} has another definition of VPG {} (revision {revision}) than the manager's database (revision {}), which is an older one: changes of the group are refused",
+                    names.join(", "),
+                    vpg.name,
+                    vpg.revision
+                ),
+                &newer_remedy(&vpg.name),
+            ));
+        }
+    }
+
+    /// A VM that has moved to a host whose VRA doesn't know its guest's agent, while the former one's does.
+    fn guest_agents(&self, found: &mut Vec<Condition>) {
+        let knows = |vra: &VraId, vm| {
+            let last = self.observed.get(vra).and_then(|seen| seen.last.as_ref());
+            last.is_some_and(|last| last.status.guest_agents.contains(&vm))
+        };
+        for vpg in self.desired.vpgs.iter().filter(|vpg| vpg.state == VpgState::Active) {
+            for member in &vpg.settings.vms {
+                let Some(source) = self.desired.vras.get(&member.source) else { continue };
+                let is_seen = self.observed.get(&source.id).is_some_and(|seen| seen.last.is_some());
+                let elsewhere = self.desired.vras.values().find(|vra| knows(&vra.id, member.vm));
+                let Some(former) = elsewhere.filter(|_| is_seen && !knows(&source.id, member.vm)) else {
+                    continue;
+                };
+                found.push(condition(
+                    "guest-agent-elsewhere",
+                    Entity::vm(member.vm),
+                    Level::Warning,
+                    format!(
+                        "the guest agent of VM {} of VPG {} is known at VRA {}, and the VM runs at VRA {}: application-consistent checkpoints are made without freezing its guest",
+                        member.name, vpg.name, former.name, source.name
+                    ),
+                    &format!(
+                        "name the agent's socket at the host where the VM runs, `vra guest-agent {0} --agent-socket PATH`, or forget it at the former one, `vra guest-agent {0} --none`",
+                        member.name
+                    ),
                 ));
             }
         }

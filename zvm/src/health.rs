@@ -78,8 +78,8 @@ impl<'a> Look<'a> {
         let targets = self.target_statuses();
         let newest_us = targets
             .iter()
-            .filter(|(vra, at)| first.contains(vra) || at.last_checkpoint.is_some())
-            .map(|(_, at)| at.last_checkpoint.as_ref().map(|last| last.time_us))
+            .filter(|(vra, at)| first.contains(vra) || at.held_checkpoint.is_some())
+            .map(|(_, at)| at.held_checkpoint.as_ref().map(|held| held.time_us))
             .min()
             .flatten();
         let first_targets: Vec<_> = targets.iter().filter(|(vra, _)| first.contains(vra)).collect();
@@ -194,7 +194,10 @@ impl<'a> Look<'a> {
                     "RPO of {} is beyond the target of {} s; writes wait {stage}",
                     self.vpg.name, report.rpo_target_s
                 ),
-                remedy: "give that stage more bandwidth, or create the group with a longer RPO target".into(),
+                remedy: format!(
+                    "give that stage more bandwidth, or the group a longer RPO target: `zvm vpg edit {} --rpo-target DURATION`",
+                    self.vpg.name
+                ),
             });
         }
         if report.checkpoint_count > 0 && self.history_missed(report) {
@@ -346,14 +349,24 @@ impl<'a> Look<'a> {
         (Some(percent), remaining.and_then(|us| u64::try_from(us).ok()))
     }
 
-    /// The clock by which checkpoints are stamped: a source's, by its last answer; else the manager's.
+    /// The clock by which checkpoints are stamped: that of the source that takes them, by its last answer; else another source's, else the
+    /// manager's.
     fn coordinator_now_us(&self) -> u64 {
-        let clocks = self.vpg.sources().into_iter().filter_map(|vra| {
+        let clock = |vra: VraId| {
             let seen = self.observed.get(&vra)?;
             let last = seen.last.as_ref().filter(|_| seen.reachable)?;
             Some(last.status.now_us.0 + self.now_us.saturating_sub(last.asked_us))
-        });
-        clocks.max().unwrap_or(self.now_us)
+        };
+        let sources = self.vpg.sources();
+        let told = |vra: &VraId| {
+            let seen = self.observed.get(vra).filter(|seen| seen.reachable)?;
+            let status = &seen.last.as_ref()?.status;
+            status.vpgs.iter().find(|at| at.vpg == self.vpg.id)?.coordinator
+        };
+        let coordinators = sources.iter().filter_map(told).filter(|vra| sources.contains(vra));
+        let coordinators: BTreeSet<VraId> = coordinators.collect();
+        let by_them = coordinators.into_iter().filter_map(clock).max();
+        by_them.or_else(|| sources.into_iter().filter_map(clock).max()).unwrap_or(self.now_us)
     }
 
     /// Whether a checkpoint has a time that says nothing of its age.

@@ -1,6 +1,7 @@
 //! `zvm rebuild`: a lost database is made again from what the VRAs know. The state folder's keys must still be there: they make it the manager
 //! that the VRAs obey.
 
+mod restored;
 mod world;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,6 +25,7 @@ use crate::manager::StartError;
 use crate::model::vra::{Vra, VraState};
 use crate::serve::lock_state;
 use crate::store::{self, Store, StoreError};
+pub use restored::vpg_of;
 
 /// How long a VRA may take to answer.
 const ANSWER_WITHIN: Duration = Duration::from_secs(10);
@@ -44,11 +46,13 @@ pub struct Rebuilt {
     pub renamed: Vec<(String, String)>,
     /// Groups that weren't restored.
     pub unrestored: Vec<Unrestored>,
+    /// Groups that were restored though VRAs that answered don't know them, and the names of these: they are told.
+    pub incomplete: Vec<(String, Vec<String>)>,
     /// Groups that were restored without recovery settings, exclusions and test reminder, since these can't be read, with the reason.
     pub unread: Vec<(String, String)>,
 }
 
-/// A group that some of its VRAs know, and others that answered don't: it was deleted, or is only half there.
+/// A group that some of its VRAs know, and others that answered and were in it from the first don't: it was deleted, or is only half there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unrestored {
     /// The group's id.
@@ -96,6 +100,7 @@ struct Found {
 }
 
 /// Asks the VRAs at these addresses (`host:port`), and those that their groups name, and writes the database of a site of this name.
+/// Groups of `restore` are restored even if members of them that answer don't know them.
 ///
 /// # Errors
 /// [`RebuildError`]; the database is as it was then.
@@ -103,6 +108,7 @@ pub async fn rebuild(
     config: &Config,
     site_name: &str,
     addresses: &[String],
+    restore: &[VpgId],
 ) -> Result<Rebuilt, RebuildError> {
     let clock = Clock::new();
     // Held to the end.
@@ -122,7 +128,7 @@ pub async fn rebuild(
     link.close().await;
     let (found, silent) = asked?;
     let now_us = TimeUs(clock.now_us());
-    let world = World::of(&found, silent, now_us);
+    let world = World::of(&found, silent, now_us, restore);
     let mut tx = store.begin().await?;
     match store::site::get(&mut tx).await? {
         None => {
@@ -160,6 +166,7 @@ pub async fn rebuild(
         silent: world.silent,
         renamed: world.renamed,
         unrestored: world.unrestored,
+        incomplete: world.incomplete,
         unread: world.unread,
     })
 }

@@ -7,6 +7,7 @@
 mod checking;
 mod leaving;
 mod plan;
+mod site_keys;
 mod world;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -18,9 +19,11 @@ use crate::model::task::TaskKind;
 use crate::model::test_run::{TestRun, TestState};
 use crate::model::vpg::{Vpg, VpgState};
 
+use site_keys::{has_site_keys, plan_site_keys};
+
 pub use leaving::Leaving;
 pub use plan::{Action, ActionKind, ActionOutcome, Failure, Plan, Progress, Subject, Transition};
-pub use world::{Desired, LastStatus, Leftover, Observed, Seen, SiteKeyWish};
+pub use world::{Desired, LastStatus, Leftover, Observed, Seen, SiteKeyWish, newer_at};
 
 /// How long a test may take to open before it is rolled back, microseconds.
 pub const TEST_START_LIMIT_US: u64 = 120_000_000;
@@ -123,7 +126,8 @@ impl Reconciler {
                 ActionKind::CheckVpg(definition) | ActionKind::ApplyVpg(definition),
                 ActionOutcome::Refused(error),
             ) => {
-                vec![Transition::VpgRefused { vpg: definition.id, vra: action.vra, error: error.clone() }]
+                let (vpg, revision) = (definition.id, definition.revision);
+                vec![Transition::VpgRefused { vpg, revision, vra: action.vra, error: error.clone() }]
             }
             (ActionKind::OpenView { test, .. }, ActionOutcome::Refused(error)) => {
                 vec![Transition::TestFailed { test: *test, vra: action.vra, error: error.clone() }]
@@ -218,6 +222,10 @@ impl Reconciler {
 
     fn plan_apply(&self, vpg: &Vpg, desired: &Desired, observed: &Observed, plan: &mut Plan) {
         let Some(definition) = vpg.definition(|vra| desired.vras.get(&vra)) else { return };
+        // A restored older database: what it has must neither go out nor count as being in force.
+        if !newer_at(vpg, observed).is_empty() {
+            return;
+        }
         let missing: Vec<VraId> = vpg
             .vras()
             .into_iter()
@@ -466,28 +474,6 @@ impl Reconciler {
             .collect();
         format!("waiting for {} {what}", reasons.join(", "))
     }
-}
-
-/// The keys go to those VRAs alone that keep encrypted journals, or are to.
-fn plan_site_keys(desired: &Desired, observed: &Observed, plan: &mut Plan) {
-    for vra in desired.vras.keys() {
-        let Some(last) = observed.get(vra).and_then(|seen| seen.last.as_ref()) else { continue };
-        let is_to_encrypt =
-            desired.vpgs.iter().any(|vpg| vpg.settings.encrypt && vpg.targets().contains(vra));
-        let encrypts = last.status.target_vms.iter().any(|vm| vm.site_key.is_some());
-        if (is_to_encrypt || encrypts || last.status.awaits_site_key)
-            // A VRA has those of its own file behind them.
-            && !last.status.site_keys.starts_with(&desired.site_keys.ids)
-        {
-            let kind = ActionKind::SetSiteKeys(desired.site_keys.request.clone());
-            plan.actions.push(Action { vra: *vra, kind });
-        }
-    }
-}
-
-fn has_site_keys(vra: &VraId, observed: &Observed) -> bool {
-    let last = observed.get(vra).and_then(|seen| seen.last.as_ref());
-    last.is_some_and(|last| !last.status.site_keys.is_empty())
 }
 
 fn percent(done: usize, all: usize) -> u8 {

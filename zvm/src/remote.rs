@@ -9,7 +9,7 @@ use vra::api::vpg::VraEndpoint;
 use vra::api::{ApiError, ErrorCode, Request, Response, VraId};
 use vra::control::{Client, ClientError};
 use vra::link::{Link, LinkError, LinkSettings};
-use vra::pki::{Credentials, Identity, Trust};
+use vra::pki::{Credentials, PeerCertificate, Trust};
 use vra::report::chain;
 
 use crate::reconcile::ActionOutcome;
@@ -102,6 +102,13 @@ impl Remote {
         }
     }
 
+    /// The certificate that a VRA has shown on the connection that there is to it.
+    pub async fn certificate(&self, vra: &VraEndpoint) -> Option<PeerCertificate> {
+        let peer = self.peer(vra);
+        let held = peer.connection.lock().await;
+        held.as_ref().map(|(_, certificate)| certificate.clone())
+    }
+
     /// Closes the connection to a VRA that is no longer one of ours.
     pub fn forget(&self, vra: VraId) {
         self.peers.lock().expect("no code panics while it holds this lock").remove(&vra);
@@ -132,7 +139,7 @@ impl Remote {
 #[derive(Debug)]
 struct Peer {
     endpoint: VraEndpoint,
-    connection: tokio::sync::Mutex<Option<quinn::Connection>>,
+    connection: tokio::sync::Mutex<Option<(quinn::Connection, PeerCertificate)>>,
     idle: Mutex<Vec<Client>>,
 }
 
@@ -140,11 +147,10 @@ impl Peer {
     async fn connect(&self, link: &Link) -> Result<Client, ClientError> {
         let mut held = self.connection.lock().await;
         let connection = match held.as_ref() {
-            Some(connection) if connection.close_reason().is_none() => connection.clone(),
+            Some((connection, _)) if connection.close_reason().is_none() => connection.clone(),
             _ => {
-                let made = link.connect(Identity::vra(self.endpoint.id), &self.endpoint.address).await?;
-                *held = Some(made.clone());
-                made
+                let made = link.connect_vra(Some(self.endpoint.id), &self.endpoint.address).await?;
+                held.insert(made).0.clone()
             }
         };
         drop(held);

@@ -76,6 +76,7 @@ impl Server {
         let mut parts = tokio::task::JoinSet::new();
         parts.spawn(manager.clone().watch_inventory());
         parts.spawn(manager.clone().end_volumes());
+        parts.spawn(manager.clone().undo_locks());
         parts.spawn(manager.clone().follow_changes());
         parts.spawn(manager.clone().watch_vras());
         parts.spawn(manager.clone().run_engine());
@@ -195,6 +196,7 @@ async fn answer(manager: &Manager, request: Request) -> Result<Response, ApiErro
         Request::VpgEdit { vpg, edit } => Response::Vpg(Box::new(manager.edit_vpg(&vpg, &edit).await?)),
         Request::VpgShow { vpg } => Response::Vpg(Box::new(manager.show_vpg(&vpg).await?)),
         Request::VpgPause { vpg, paused } => Response::Vpg(Box::new(manager.pause_vpg(&vpg, paused).await?)),
+        Request::VpgAdopt { vpg } => Response::Vpg(Box::new(manager.adopt_vpg(&vpg).await?)),
         Request::VpgForceSync { vpg, vm, give_up_history } => {
             Response::Task(manager.force_sync(&vpg, vm.as_deref(), give_up_history).await?)
         }
@@ -220,7 +222,7 @@ async fn answer(manager: &Manager, request: Request) -> Result<Response, ApiErro
             Response::Checkpoints(manager.list_checkpoints(&vpg, tagged, from_us, to_us, limit).await?)
         }
         Request::CheckpointTag { vpg, tag, application } => {
-            Response::Checkpoint(manager.tag_checkpoint(&vpg, &tag, application).await?)
+            Response::Tagged(manager.tag_checkpoint(&vpg, &tag, application).await?)
         }
         Request::CheckpointLock { vpg, at, locked } => {
             Response::Checkpoint(manager.lock_checkpoint(&vpg, &at, locked).await?)

@@ -2,6 +2,7 @@
 
 mod common;
 
+use ::vra::api::TimeUs;
 use common::pair::Pair;
 use common::wait_for;
 use serde_json::Value;
@@ -85,6 +86,8 @@ fn a_lost_database_is_made_again_from_the_vras() {
         vras.as_array().expect("list").iter().filter(|vra| vra["reachable"] == true).count() == 2
     });
     assert_eq!(told(&pair), before);
+    let alerts = pair.site.zvm(&["alert", "list", "--all"]).stdout;
+    assert!(!alerts.contains("vm-moved"), "the host's VRA has the name that the inventory has: {alerts}");
     wait_for("the history", || history(&pair).0 >= count);
     assert!(history(&pair).1 >= from_us);
     // It is obeyed as before.
@@ -112,10 +115,15 @@ fn a_vra_that_does_not_answer_is_named_and_known_again_when_it_does() {
     assert!(rebuilt.stdout.contains("didn't answer"), "{rebuilt:?}");
     pair.a.serve();
     pair.site.serve();
-    wait_for("both VRAs", || {
+    wait_for("both VRAs under the names that they were enrolled with", || {
         let vras = pair.site.json(&["vra", "list"]);
-        vras.as_array().expect("list").iter().filter(|vra| vra["reachable"] == true).count() == 2
+        let reachable = vras.as_array().expect("list").iter().filter(|vra| vra["reachable"] == true);
+        reachable.map(|vra| vra["name"].clone()).collect::<Vec<_>>() == ["vra-a", "vra-b"]
     });
+    let ends = pair.site.json(&["vra", "show", "vra-a"])["state"]["certificate_ends_us"].as_u64();
+    assert!(ends.is_some_and(|ends_us| ends_us > TimeUs::now().0), "{ends:?}");
+    let alerts = pair.site.zvm(&["alert", "list", "--all"]).stdout;
+    assert!(!alerts.contains("vra-certificate-ends") && !alerts.contains("vm-moved"), "{alerts}");
     wait_for("the group", || pair.site.zvm(&["checkpoint", "tag", "shop", "again"]).code == 0);
 }
 

@@ -144,7 +144,7 @@ fn a_refused_definition_is_told_once_for_each_try_and_tried_again() {
     let plan = world.plan();
     let error = ApiError::new(ErrorCode::Exhausted, "no space");
     let transitions = world.finish_all(&plan, ActionOutcome::Refused(error.clone()));
-    assert_eq!(transitions, [Transition::VpgRefused { vpg, vra: target, error }]);
+    assert_eq!(transitions, [Transition::VpgRefused { vpg, revision: 1, vra: target, error }]);
     assert_eq!(world.core.failures().len(), 1);
     world.now_us += RETRY_MAX_US;
     let plan = world.plan();
@@ -175,7 +175,7 @@ fn a_change_that_one_of_several_targets_refuses_is_sent_to_none() {
             true => ActionOutcome::Refused(error.clone()),
             false => ActionOutcome::Done,
         };
-        let refused = Transition::VpgRefused { vpg, vra: other, error: error.clone() };
+        let refused = Transition::VpgRefused { vpg, revision: 2, vra: other, error: error.clone() };
         let expected = if action.vra == other { vec![refused] } else { vec![] };
         assert_eq!(world.finish(action, outcome), expected);
     }
@@ -229,6 +229,26 @@ fn a_new_revision_goes_out_everywhere() {
     world.settle();
     world.desired.vpgs[0].revision = 2;
     assert_eq!(world.settle(), [Transition::VpgApplied { vpg, revision: 2 }]);
+}
+
+#[test]
+fn what_vras_have_newer_than_a_restored_database_is_left_alone_until_it_is_adopted() {
+    let mut world = World::new();
+    let (source, target) = (world.add_vra("a"), world.add_vra("b"));
+    let vpg = world.add_vpg(source, target);
+    world.settle();
+    world.core = Reconciler::new(RETRY_MIN_US, RETRY_MAX_US);
+    world.settle_trust();
+    world.desired.vpgs[0].revision = 4;
+    for at_source in [5, 3] {
+        for (vra, revision) in [(target, 5), (source, at_source)] {
+            world.see(vra, world.now_us, |status| status.vpgs = vec![vpg_status(vpg, revision)]);
+        }
+        let plan = world.plan();
+        assert!(plan.actions.is_empty() && plan.transitions.is_empty(), "{plan:?}");
+    }
+    world.desired.vpgs[0].revision = 5;
+    assert_eq!(applies(&world.plan()), [source]);
 }
 
 #[test]

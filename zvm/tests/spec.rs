@@ -6,7 +6,7 @@ mod plan;
 use std::collections::BTreeSet;
 
 use plan::{Site, spec};
-use vra::api::vpg::{JournalSize, VmDefinition};
+use vra::api::vpg::{JournalSize, Priority, VmDefinition};
 use vra::api::*;
 use zvm::api::{DiskName, VmSpec, VpgEdit, VpgSpec, defaults};
 use zvm::manager::spec::{Context, described, edited, join, without, without_disks};
@@ -75,12 +75,10 @@ fn journals_are_as_large_as_their_disks_want_it_and_can_be_edited() {
     let edit = VpgEdit {
         journal_limit: Some(JournalSize::Bytes(4 << 30)),
         no_journal_warning: true,
-        history_s: Some(7_200),
         vms: vec!["web".into()],
         ..VpgEdit::default()
     };
     let settings = edited(&vpg, &edit, &site.context()).unwrap();
-    assert_eq!(settings.history_s, 7_200);
     let vpg = Vpg { settings, ..vpg };
     assert_eq!(sizes(&vpg), [db, (4 << 30, None, 256 << 20)]);
     let too_much = VpgEdit { journal_minimum_bytes: Some(5 << 30), ..edit.clone() };
@@ -102,6 +100,68 @@ fn journals_are_as_large_as_their_disks_want_it_and_can_be_edited() {
         (older.vms[1].journal_size.limit_bytes, older.vms[1].journal_size.minimum_bytes),
         (4 << 30, 0)
     );
+}
+
+#[test]
+fn an_edit_that_names_vms_changes_their_journals_and_nothing_of_the_whole_group() {
+    let site = Site::new();
+    let vpg = site.create(&spec(&["db"]), &site.db_volumes()).unwrap();
+    let of_db = VpgEdit { vms: vec!["db".into()], ..VpgEdit::default() };
+    let limit = Some(JournalSize::Bytes(2 << 30));
+    edited(&vpg, &VpgEdit { journal_limit: limit, ..of_db.clone() }, &site.context()).unwrap();
+    for wrong in [
+        VpgEdit { history_s: Some(3_600), ..of_db.clone() },
+        VpgEdit { journal_limit: limit, history_s: Some(3_600), ..of_db.clone() },
+        VpgEdit { journal_limit: limit, priority: Some(Priority::High), ..of_db.clone() },
+        of_db,
+    ] {
+        let error = edited(&vpg, &wrong, &site.context()).unwrap_err();
+        assert!(error.message.contains("are the whole group's"), "{error}");
+        assert!(error.remedy.unwrap().contains("without --vm"));
+    }
+}
+
+#[test]
+fn all_that_a_group_is_created_with_for_its_checkpoints_can_be_edited_within_the_same_limits() {
+    let site = Site::new();
+    let vpg = site.create(&spec(&["db"]), &site.db_volumes()).unwrap();
+    let edit = VpgEdit {
+        description: Some("the shop's".into()),
+        checkpoint_interval_ms: Some(1_000),
+        hold_deadline_ms: Some(900),
+        rpo_target_s: Some(90),
+        keep_history: Some(true),
+        ..VpgEdit::default()
+    };
+    let settings = edited(&vpg, &edit, &site.context()).unwrap();
+    let timing = (settings.checkpoint_interval_ms, settings.hold_deadline_ms, settings.rpo_target_s);
+    assert_eq!((timing, settings.give_up_history), ((1_000, 900, 90), false));
+    assert_eq!(settings.description, "the shop's");
+    let kept = Vpg { settings, ..vpg.clone() };
+    let back = VpgEdit { keep_history: Some(false), ..VpgEdit::default() };
+    assert!(edited(&kept, &back, &site.context()).unwrap().give_up_history);
+
+    type Change = fn(&mut VpgEdit);
+    let cases: [(Change, &str); 5] = [
+        (|edit| edit.checkpoint_interval_ms = Some(999), "1000 to 3600000 ms"),
+        (|edit| edit.hold_deadline_ms = Some(5), "the hold deadline"),
+        (|edit| edit.rpo_target_s = Some(0), "the RPO target"),
+        (|edit| edit.description = Some("x".repeat(1_025)), "at most 1024 characters"),
+        (|edit| edit.description = Some("two\nlines".into()), "control characters"),
+    ];
+    for (change, expected) in cases {
+        let mut wrong = edit.clone();
+        change(&mut wrong);
+        let error = edited(&vpg, &wrong, &site.context()).unwrap_err();
+        assert!(error.message.contains(expected), "{error}");
+    }
+    // Across hosts, guests must get on between two holds.
+    let mut spanning = vpg;
+    let mut other = spanning.settings.vms[0].clone();
+    (other.vm, other.source) = (VmId::random(), VraId::random());
+    spanning.settings.vms.push(other);
+    let error = edited(&spanning, &edit, &site.context()).unwrap_err();
+    assert!(error.message.contains("at most half of the checkpoint interval"), "{error}");
 }
 
 #[test]

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::path::PathBuf;
+
 use common::pair::Pair;
 use common::wait_for;
 use serde_json::Value;
@@ -19,6 +21,13 @@ fn a_definition_reaches_both_vras_and_outlives_the_manager() {
     let changed = pair.site.zvm(&["vra", "set-address", "vra-b", &address.replace("127.0.0.1", "localhost")]);
     assert_eq!(changed.code, 0, "{changed:?}");
     wait_for("the new revision", || pair.revisions() == [2, 2]);
+    // So it is when it comes with an enrolment; one that brings no news is none.
+    for (advertised, revision) in [("127.0.0.1", 3), ("127.0.0.1", 3)] {
+        pair.b.advertise(&format!("{advertised}:{}", pair.b.port));
+        pair.b.enrol(&pair.site);
+        wait_for("the revision after an enrolment", || pair.revisions() == [revision, revision]);
+    }
+    assert_eq!(pair.site.json(&["vpg", "show", "shop"])["vpg"]["revision"], 3);
     assert_eq!(pair.site.zvm(&["vpg", "delete", "shop"]).code, 0);
     assert_eq!(pair.revisions(), [Value::Null, Value::Null]);
     assert_eq!(pair.site.zvm(&["vpg", "show", "shop"]).code, 3);
@@ -36,6 +45,94 @@ fn when_a_group_was_last_tested_outlives_the_manager() {
     pair.site.kill();
     pair.site.serve();
     assert_eq!(last(&pair), tested);
+}
+
+/// The manager's database as it was while the manager didn't run.
+struct Backup(Vec<(PathBuf, Option<Vec<u8>>)>);
+
+impl Backup {
+    fn of(pair: &Pair) -> Self {
+        let files = ["zvm.db", "zvm.db-wal", "zvm.db-shm"].map(|file| pair.site.dir.join("state").join(file));
+        Self(files.into_iter().map(|file| (file.clone(), std::fs::read(file).ok())).collect())
+    }
+
+    fn restore(&self) {
+        for (file, bytes) in &self.0 {
+            let _ = std::fs::remove_file(file);
+            if let Some(bytes) = bytes {
+                std::fs::write(file, bytes).expect("restored");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_vra_that_has_another_definition_of_the_same_revision_than_a_restored_database_is_not_overwritten() {
+    let mut pair = Pair::defined();
+    pair.site.kill();
+    let backup = Backup::of(&pair);
+    pair.site.serve();
+    // The target has the change, and is away when the older database is changed otherwise.
+    pair.a.kill();
+    assert_eq!(pair.site.zvm(&["vpg", "edit", "shop", "--history", "2h"]).code, 0);
+    let at_target = |pair: &Pair| pair.b.json(&["status"])["vpgs"][0]["revision"].clone();
+    wait_for("the change at the target", || at_target(&pair) == 2);
+    pair.site.kill();
+    pair.b.kill();
+    backup.restore();
+    pair.site.serve();
+    assert_eq!(pair.site.zvm(&["vpg", "edit", "shop", "--history", "3h"]).code, 0);
+    pair.b.serve();
+    wait_for("the alert", || pair.site.zvm(&["alert", "list"]).stdout.contains("vpg-newer-elsewhere"));
+    assert_eq!(pair.site.zvm(&["vpg", "pause", "shop"]).code, 4);
+
+    let adopted = pair.site.json(&["vpg", "adopt", "shop"])["vpg"].take();
+    assert_eq!((&adopted["revision"], &adopted["settings"]["history_s"]), (&3.into(), &7_200.into()));
+    pair.a.serve();
+    wait_for("one definition everywhere", || pair.revisions() == [3, 3]);
+}
+
+#[test]
+fn after_an_older_database_was_restored_nothing_is_changed_until_the_newer_definition_is_adopted() {
+    let mut pair = Pair::defined();
+    pair.site.kill();
+    let backup = Backup::of(&pair);
+    pair.site.serve();
+    assert_eq!(pair.site.zvm(&["vpg", "edit", "shop", "--history", "2h"]).code, 0);
+    wait_for("the change", || pair.revisions() == [2, 2]);
+    pair.site.kill();
+    backup.restore();
+    pair.site.serve();
+    let alerts = |pair: &Pair| pair.site.zvm(&["alert", "list"]).stdout;
+    wait_for("the alert", || alerts(&pair).contains("vpg-newer-elsewhere"));
+    for change in [&["edit", "shop", "--priority", "high"][..], &["pause", "shop"], &["delete", "shop"]] {
+        let refused = pair.site.zvm(&[&["vpg"], change].concat());
+        assert!(refused.code == 4 && refused.stderr.contains("zvm vpg adopt shop"), "{refused:?}");
+    }
+    assert_eq!(pair.revisions(), [2, 2]);
+
+    let adopted = pair.site.json(&["vpg", "adopt", "shop"])["vpg"].take();
+    assert_eq!((&adopted["revision"], &adopted["settings"]["history_s"]), (&2.into(), &7_200.into()));
+    wait_for("the alert's end", || !alerts(&pair).contains("vpg-newer-elsewhere"));
+    assert_eq!(pair.site.zvm(&["vpg", "edit", "shop", "--priority", "high"]).code, 0);
+    wait_for("the next change", || pair.revisions() == [3, 3]);
+    let again = pair.site.zvm(&["vpg", "adopt", "shop"]);
+    assert!(again.code == 3 && again.stderr.contains("no VRA has a newer definition"), "{again:?}");
+}
+
+#[test]
+fn a_group_with_a_revoked_vra_takes_no_change_but_losing_its_vms_there() {
+    let pair = Pair::defined();
+    assert_eq!(pair.site.zvm(&["vra", "revoke", "vra-a", "--force"]).code, 0);
+    for change in [&["edit", "shop", "--priority", "high"][..], &["pause", "shop"]] {
+        let refused = pair.site.zvm(&[&["vpg"], change].concat());
+        assert!(
+            refused.code == 4 && refused.stderr.contains("VRA vra-a of VPG shop is revoked"),
+            "{refused:?}"
+        );
+        assert!(refused.stderr.contains("zvm vpg remove-vm shop db"), "{refused:?}");
+    }
+    assert_eq!(pair.site.zvm(&["vpg", "delete", "shop"]).code, 0);
 }
 
 #[test]

@@ -66,7 +66,7 @@ impl Target {
         let mut identity = LocalIdentity::open(&config)?;
         let target = VraEndpoint { id: identity.vra(), address: config.listen.to_string() };
         enrol(&authority, target.id, &config.pki_dir())?;
-        identity.set_zvm(ZvmId(zvm))?;
+        identity.set_zvm(ZvmId(zvm), None)?;
         let source = VraEndpoint { id: VraId::random(), address: "127.0.0.1:1".to_owned() };
         let source_pki = folder.join("source");
         let credentials = enrol(&authority, source.id, &source_pki)?;

@@ -63,6 +63,9 @@ pub struct EnrollReply {
     pub ca_pem: String,
     /// The ZVM that may control the VRA from now on.
     pub zvm: ZvmId,
+    /// What the ZVM calls the VRA; an older one doesn't say.
+    #[serde(default)]
+    pub name: Option<String>,
 }
 
 /// Why no certificate was issued.

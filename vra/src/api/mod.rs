@@ -45,11 +45,19 @@ pub const PROTOCOL_VERSION: u32 = 1;
 /// Longest JSON message, in bytes. A longer length prefix ends the connection.
 pub const MAX_MESSAGE_BYTES: u32 = 4 << 20;
 
+/// Most bytes of JSON that the entries of one page may take, unless a single one takes more.
+pub const MAX_PAGE_BYTES: usize = MAX_MESSAGE_BYTES as usize / 2;
+
 /// Most VMs in one page of [`ListDefinitions`], unless a single VPG has more.
 pub const MAX_VMS_PER_DEFINITION_PAGE: usize = 512;
 
-/// Most checkpoints in one page of [`ListCheckpoints`].
+/// Most checkpoints in one page of [`ListCheckpoints`]; it has fewer where they don't fit into [`MAX_PAGE_BYTES`].
 pub const MAX_CHECKPOINTS_PER_PAGE: u32 = 1000;
+
+/// How many bytes a value takes as JSON in a message.
+pub fn message_bytes(value: &impl Serialize) -> usize {
+    serde_json::to_vec(value).map_or(0, |bytes| bytes.len())
+}
 
 /// What a client sends.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -180,7 +188,7 @@ pub struct HelloReply {
     pub protocol: u32,
     /// Who answers.
     pub vra: VraId,
-    /// The VRA's name, by default its host's.
+    /// The VRA's name: that under which it was enrolled, else that of its configuration.
     pub name: String,
     /// The VRA's version.
     pub version: String,

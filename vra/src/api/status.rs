@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::{CheckpointId, GenerationId, JournalId, TimeUs, ViewInfo, VmId, VolumeInfo, VpgId, VraId, ZvmId};
 
@@ -33,6 +34,9 @@ pub struct VraStatus {
     pub volumes: Vec<VolumeInfo>,
     /// VPGs it has a part in.
     pub vpgs: Vec<VpgStatus>,
+    /// VMs whose guests' agents it was told of, wherever they run now.
+    #[serde(default)]
+    pub guest_agents: Vec<VmId>,
     /// VMs it is source of.
     pub source_vms: Vec<SourceVmStatus>,
     /// VMs it is target of.
@@ -76,8 +80,14 @@ pub struct VpgStatus {
     pub name: String,
     /// The definition's revision in force.
     pub revision: u64,
-    /// The newest checkpoint that this VRA made (source) or holds complete (target).
+    /// [`super::VpgNotes::stamp`] of that definition.
+    #[serde(default)]
+    pub stamp: Option<Uuid>,
+    /// The newest checkpoint that this VRA made (source); of one that made none, the newest that it holds complete (target).
     pub last_checkpoint: Option<LastCheckpoint>,
+    /// Target: the newest checkpoint that all journals of the group at this VRA hold.
+    #[serde(default)]
+    pub held_checkpoint: Option<LastCheckpoint>,
     /// Target: complete checkpoints held.
     pub checkpoint_count: u64,
     /// Source: epochs that ended without a checkpoint since the start (deadline, or a member that wasn't ready), of those that this VRA

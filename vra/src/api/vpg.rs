@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 
 use super::{
     CheckpointId, FormerVm, GenerationId, JournalId, MemberSince, SetTrust, TimeUs, VmId, VolumeId, VpgId,
@@ -96,6 +97,10 @@ pub struct VpgNotes {
     pub rpo_target_s: Option<u64>,
     /// When the group was created.
     pub created_us: Option<TimeUs>,
+    /// Another one for each revision that a manager makes: it tells two contents of one revision apart, which there are when an older database of
+    /// the manager was restored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stamp: Option<Uuid>,
     /// Settings that are the manager's alone, as it writes them; null without any.
     #[serde(default, skip_serializing_if = "serde_json::Value::is_null")]
     pub settings: serde_json::Value,
@@ -182,6 +187,11 @@ impl VpgDefinition {
     /// Source: whose data goes first over a connection that several VPGs share.
     pub fn priority(&self) -> Priority {
         self.notes.as_ref().map_or(Priority::default(), |notes| notes.priority)
+    }
+
+    /// What tells it from another content of the same revision; an older manager gave none.
+    pub fn stamp(&self) -> Option<Uuid> {
+        self.notes.as_ref().and_then(|notes| notes.stamp)
     }
 
     /// Whether a VRA is source or target of one of its VMs.
@@ -386,11 +396,25 @@ pub struct CheckpointInfo {
     /// Every journal that this VRA has of the VMs that it is of ([`MemberSince`]) holds it (D3). Only complete ones can be opened for the
     /// group.
     pub complete: bool,
-    /// It is kept when it grows older than the history (C5).
+    /// It is kept when it grows older than the history (C5), in every journal that it is of.
     #[serde(default)]
     pub locked: bool,
+    /// It is kept in some of them alone, and holds history and room there: a lock that failed half-way, or was given up for want of room.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub partly_locked: bool,
     /// Its place in each VM's journal.
     pub vms: Vec<CheckpointPlace>,
+}
+
+impl CheckpointInfo {
+    /// A word for whether it is kept.
+    pub fn lock_name(&self) -> &'static str {
+        match (self.locked, self.partly_locked) {
+            (true, _) => "yes",
+            (false, true) => "partly",
+            (false, false) => "-",
+        }
+    }
 }
 
 /// Why a checkpoint was taken, and how its disks are.
@@ -462,12 +486,17 @@ pub struct LockCheckpoint {
 pub struct TagCheckpoint {
     /// Of which VPG.
     pub vpg: VpgId,
-    /// The name, 1 to 128 bytes. The same tag again makes another checkpoint.
+    /// The name, 1 to 128 bytes, and no text that means a moment by itself ([`is_moment`]). The same tag again makes another checkpoint.
     pub tag: String,
     /// With the guests frozen, so that their filesystems are clean in it. Those of a VPG with one source VRA are frozen for it; else they must
     /// have been frozen at all of its source VRAs.
     #[serde(default)]
     pub application: bool,
+}
+
+/// Whether a text means a moment by itself: `latest`, a time or a checkpoint's id. It is no name for a checkpoint.
+pub fn is_moment(text: &str) -> bool {
+    text == "latest" || text.parse::<TimeUs>().is_ok() || text.parse::<CheckpointId>().is_ok()
 }
 
 /// Shortest record that a full sync makes of data, in bytes: what its headers cost is estimated by it.

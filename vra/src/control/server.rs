@@ -42,7 +42,7 @@ pub trait Handler: Send + Sync + 'static {
 ///
 /// # Errors
 /// [`FrameError`] when the stream breaks or sends a frame longer than [`MAX_MESSAGE_BYTES`]. A frame that can't be understood is answered
-/// with an error and the stream goes on.
+/// with an error and the stream goes on, and so is one whose answer is longer than that.
 pub async fn serve_stream(
     recv: &mut (impl AsyncRead + Unpin),
     send: &mut (impl AsyncWrite + Unpin),
@@ -62,8 +62,20 @@ pub async fn serve_stream(
             },
             Err(error) => return Err(error),
         };
-        write_frame(send, &response, MAX_MESSAGE_BYTES).await?;
+        match write_frame(send, &response, MAX_MESSAGE_BYTES).await {
+            Err(FrameError::TooLong { len, .. }) => {
+                let error = too_long(len);
+                let refused = ResponseFrame { id: response.id, outcome: Outcome::Error(error) };
+                write_frame(send, &refused, MAX_MESSAGE_BYTES).await?;
+            }
+            written => written?,
+        }
     }
+}
+
+fn too_long(len_bytes: u64) -> ApiError {
+    let message = format!("the answer has {len_bytes} bytes, more than the {MAX_MESSAGE_BYTES} of a message");
+    ApiError::new(ErrorCode::Exhausted, message).remedy("ask for less at once")
 }
 
 async fn answer(message: serde_json::Value, caller: Caller, handler: &impl Handler) -> ResponseFrame {
@@ -152,5 +164,50 @@ impl UnixServer {
 impl Drop for UnixServer {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::{Hello, HelloReply, PROTOCOL_VERSION, VraId};
+
+    /// Answers with a name of so many bytes.
+    struct Named(usize);
+
+    impl Handler for Named {
+        async fn handle(&self, _: Caller, request: Request) -> Result<Response, ApiError> {
+            let name_bytes = if matches!(request, Request::Status) { self.0 } else { 1 };
+            Ok(Response::Hello(HelloReply {
+                protocol: PROTOCOL_VERSION,
+                vra: VraId::random(),
+                name: "x".repeat(name_bytes),
+                version: "1".to_owned(),
+                features: Vec::new(),
+            }))
+        }
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_is_too_long_is_an_error_and_the_stream_goes_on() {
+        let (mut client, server) = tokio::io::duplex(1 << 16);
+        let (mut recv, mut send) = tokio::io::split(server);
+        let served = tokio::spawn(async move {
+            serve_stream(&mut recv, &mut send, Caller::Local, &Named(MAX_MESSAGE_BYTES as usize)).await
+        });
+        let hello = Hello { protocol: PROTOCOL_VERSION, client: "test".to_owned(), features: Vec::new() };
+        let mut outcomes = Vec::new();
+        for (id, request) in [(7, Request::Status), (8, Request::Hello(hello))] {
+            write_frame(&mut client, &RequestFrame { id, request }, 1_000).await.expect("asks");
+            let answered = read_frame::<ResponseFrame>(&mut client, MAX_MESSAGE_BYTES).await;
+            let answered = answered.expect("a frame").expect("an answer");
+            assert_eq!(answered.id, id);
+            outcomes.push(answered.outcome);
+        }
+        let Outcome::Error(error) = &outcomes[0] else { panic!("{outcomes:?}") };
+        assert_eq!((error.code, error.remedy.is_some()), (ErrorCode::Exhausted, true));
+        assert!(matches!(outcomes[1], Outcome::Ok(_)));
+        drop(client);
+        served.await.expect("no panic").expect("it ended well");
     }
 }

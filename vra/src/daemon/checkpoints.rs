@@ -53,7 +53,8 @@ impl Daemon {
                 Ok(()) if had => {}
                 Ok(()) => done.push(vm),
                 Err(error) => {
-                    for vm in done {
+                    // The one that failed may have it nevertheless.
+                    for vm in done.into_iter().chain((!had).then_some(vm)) {
                         if let Err(undoing) = vm.unlock_checkpoint(lock.checkpoint).await {
                             tracing::warn!(vm = %vm.id(), error = %error_chain(&undoing), "a checkpoint stays locked in one journal alone");
                         }
@@ -62,7 +63,7 @@ impl Daemon {
                 }
             }
         }
-        Ok(CheckpointInfo { locked: true, ..found })
+        Ok(CheckpointInfo { locked: true, partly_locked: false, ..found })
     }
 
     /// Unlocks a checkpoint in every journal that has it locked. It need not be complete any more, nor listed: VMs may have joined the group
@@ -94,10 +95,11 @@ impl Daemon {
             member_set_version: locked.member_set_version,
             complete: false,
             locked: false,
+            partly_locked: false,
             vms: Vec::new(),
         });
         listed
-            .map(|listed| CheckpointInfo { locked: false, ..listed })
+            .map(|listed| CheckpointInfo { locked: false, partly_locked: false, ..listed })
             .or(unlisted)
             .ok_or_else(|| no_checkpoint(checkpoint))
     }
@@ -176,9 +178,10 @@ impl Daemon {
             {
                 status.checkpoint_count = group.complete_count();
                 let held = group.newest();
-                status.last_checkpoint = status.last_checkpoint.or_else(|| {
-                    held.map(|info| LastCheckpoint { id: info.id, time_us: info.time_us, tag: info.tag })
-                });
+                status.held_checkpoint =
+                    held.map(|info| LastCheckpoint { id: info.id, time_us: info.time_us, tag: info.tag });
+                // What it made itself may be on its way to other VRAs for long.
+                status.last_checkpoint = status.last_checkpoint.or_else(|| status.held_checkpoint.clone());
             }
             statuses.push(status);
         }
@@ -192,7 +195,7 @@ async fn group_checkpoints(vms: &[Arc<TargetVm>]) -> Result<GroupCheckpoints, Ap
     for vm in vms {
         let since = vm.definition().member_since;
         lists.push(MemberJournal { vm: vm.id(), since, list: vm.checkpoints().await? });
-        locked.extend(vm.locked_checkpoints().iter().map(|locked| locked.checkpoint));
+        locked.extend(vm.locked_checkpoints().iter().map(|locked| (locked.checkpoint, vm.id())));
     }
     Ok(GroupCheckpoints::new(lists, locked))
 }

@@ -3,7 +3,10 @@
 use std::collections::BTreeSet;
 
 use crate::api::vpg::CheckpointPlace;
-use crate::api::{CheckpointId, CheckpointInfo, CheckpointPage, ListCheckpoints, MemberSince, TimeUs, VmId};
+use crate::api::{
+    CheckpointId, CheckpointInfo, CheckpointPage, ListCheckpoints, MAX_PAGE_BYTES, MemberSince, TimeUs, VmId,
+    message_bytes,
+};
 use crate::planted::{Planted, is_planted};
 use crate::receive::{CheckpointKey, CheckpointList, ListedCheckpoint};
 
@@ -21,8 +24,8 @@ pub struct MemberJournal {
 /// What each of a group's journals at this VRA lists.
 pub struct GroupCheckpoints {
     journals: Vec<MemberJournal>,
-    /// By any of the journals.
-    locked: BTreeSet<CheckpointId>,
+    /// Checkpoints, and the VMs whose journals have them locked.
+    locked: BTreeSet<(CheckpointId, VmId)>,
 }
 
 /// Before all, and behind all, checkpoints of a time.
@@ -31,8 +34,8 @@ const fn first_of(time_us: TimeUs) -> CheckpointKey {
 }
 
 impl GroupCheckpoints {
-    /// Of these journals, with the checkpoints that any of them has locked.
-    pub fn new(journals: Vec<MemberJournal>, locked: BTreeSet<CheckpointId>) -> Self {
+    /// Of these journals, with the checkpoints that each of them has locked.
+    pub fn new(journals: Vec<MemberJournal>, locked: BTreeSet<(CheckpointId, VmId)>) -> Self {
         Self { journals, locked }
     }
 
@@ -114,9 +117,22 @@ impl GroupCheckpoints {
         limit: u32,
         total: u64,
     ) -> CheckpointPage {
-        let page: Vec<CheckpointInfo> =
-            rest.by_ref().take(limit as usize).map(|keyed| self.info(&keyed)).collect();
-        let next = page.last().filter(|_| rest.next().is_some()).map(|info| info.id);
+        let mut page = Vec::<CheckpointInfo>::new();
+        let mut bytes = 0;
+        let next = loop {
+            let Some(keyed) = rest.next() else { break None };
+            if page.len() == limit as usize {
+                break page.last();
+            }
+            let info = self.info(&keyed);
+            bytes += message_bytes(&info) + 1;
+            // With many VMs far fewer than the limit fit into a message.
+            if bytes > MAX_PAGE_BYTES && !page.is_empty() {
+                break page.last();
+            }
+            page.push(info);
+        };
+        let next = next.map(|last| last.id);
         CheckpointPage { checkpoints: page, total, next }
     }
 
@@ -147,6 +163,10 @@ impl GroupCheckpoints {
             let listed = list.get(key).or_else(substitute)?;
             Some(CheckpointPlace { vm: *vm, cut: listed.cut })
         });
+        let is_locked = |vm: VmId| self.locked.contains(&(keyed.listed.id, vm));
+        let mut needed = self.journals.iter().filter(|journal| journal.since.is_in(version)).peekable();
+        let locked = needed.peek().is_some() && needed.all(|journal| is_locked(journal.vm));
+        let is_locked_somewhere = self.journals.iter().any(|journal| is_locked(journal.vm));
         CheckpointInfo {
             id: keyed.listed.id,
             time_us: keyed.listed.time_us,
@@ -154,7 +174,8 @@ impl GroupCheckpoints {
             tag: keyed.listed.tag.as_deref().map(str::to_owned),
             member_set_version: version,
             complete: self.is_complete(keyed),
-            locked: self.locked.contains(&keyed.listed.id),
+            locked,
+            partly_locked: is_locked_somewhere && !locked,
             vms: places.collect(),
         }
     }
@@ -218,7 +239,7 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::api::VpgId;
+    use crate::api::{MAX_MESSAGE_BYTES, VpgId};
 
     fn list(counters: &[u64]) -> MemberJournal {
         list_since(0, counters.iter().map(|counter| (*counter, 1)))
@@ -351,6 +372,20 @@ mod tests {
     }
 
     #[test]
+    fn a_checkpoint_is_locked_if_every_journal_that_it_is_of_has_it_locked_and_else_partly() {
+        let journals = [list(&[1, 2, 3]), list(&[1, 2, 3]), list_since(2, [(3, 2)])];
+        let [first, second, _] = journals.each_ref().map(|journal| journal.vm);
+        let id = |counter| CheckpointId { nonce: 5, counter };
+        // The third joined later.
+        let locked = BTreeSet::from([(id(1), first), (id(1), second), (id(2), second)]);
+        let group = GroupCheckpoints::new(journals.into(), locked);
+        let told: Vec<_> = group.page(&ask(10)).checkpoints;
+        let told: Vec<_> =
+            told.iter().map(|info| (info.id.counter, info.locked, info.partly_locked)).collect();
+        assert_eq!(told, [(1, true, false), (2, false, true), (3, false, false)]);
+    }
+
+    #[test]
     fn pages_cover_the_list_once_in_either_order() {
         for members in 1..=3 {
             let lists = [list(&[1, 2, 3, 4, 5]), list(&[2, 3, 4]), list(&[])];
@@ -374,6 +409,31 @@ mod tests {
                 ["three"]
             );
             assert_eq!(tagged.total, 1);
+        }
+    }
+
+    #[test]
+    fn pages_of_a_group_with_many_vms_fit_into_a_message_and_cover_the_list() {
+        let counters: Vec<u64> = (1..=1_000).collect();
+        let journals = (0..256).map(|_| list(&counters)).collect();
+        let group = GroupCheckpoints::new(journals, BTreeSet::new());
+        let orders = [(false, false), (true, false), (true, true)];
+        for (newest_first, by_cut) in orders {
+            let mut asked = ListCheckpoints { newest_first, by_cut, ..ask(1_000) };
+            let mut seen = Vec::new();
+            loop {
+                let page = group.page(&asked);
+                assert!(message_bytes(&page) < MAX_MESSAGE_BYTES as usize);
+                assert!(page.next.is_none() || page.checkpoints.len() > 50);
+                assert_eq!(page.total, 1_000);
+                seen.extend(page.checkpoints.iter().map(|info| info.id.counter));
+                let Some(next) = page.next else { break };
+                asked.after = Some(next);
+            }
+            if newest_first {
+                seen.reverse();
+            }
+            assert_eq!(seen, counters);
         }
     }
 

@@ -69,7 +69,7 @@ impl Daemon {
         Ok(HelloReply {
             protocol: hello.protocol.min(PROTOCOL_VERSION),
             vra: self.vra,
-            name: self.config.name.clone(),
+            name: self.name(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             features: Vec::new(),
         })

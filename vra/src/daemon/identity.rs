@@ -10,7 +10,7 @@ use crate::config::{Config, Store, StoreError};
 
 const FORMAT: u32 = 1;
 
-/// `<state>/identity.json`: made at the first start or enrolment, then only the ZVM changes.
+/// `<state>/identity.json`: made at the first start or enrolment, then only the ZVM and what it calls the VRA change.
 #[derive(Debug)]
 pub struct LocalIdentity {
     store: Store<Content>,
@@ -20,6 +20,8 @@ pub struct LocalIdentity {
 struct Content {
     vra: VraId,
     zvm: Option<ZvmId>,
+    #[serde(default)]
+    name: Option<String>,
 }
 
 impl LocalIdentity {
@@ -31,7 +33,7 @@ impl LocalIdentity {
         make_folder(&config.state_dir)?;
         let path = config.state_dir.join("identity.json");
         let is_new = !path.exists();
-        let mut store = Store::open(&path, FORMAT, Content { vra: VraId::random(), zvm: None })?;
+        let mut store = Store::open(&path, FORMAT, Content { vra: VraId::random(), zvm: None, name: None })?;
         if is_new {
             store.update(|_| ())?;
         }
@@ -48,12 +50,17 @@ impl LocalIdentity {
         self.store.get().zvm
     }
 
-    /// Notes the ZVM that enrolled it.
+    /// What that ZVM calls it.
+    pub fn name(&self) -> Option<&str> {
+        self.store.get().name.as_deref()
+    }
+
+    /// Notes the ZVM that enrolled it, and what that calls it.
     ///
     /// # Errors
     /// [`StoreError::Write`].
-    pub fn set_zvm(&mut self, zvm: ZvmId) -> Result<(), StoreError> {
-        self.store.update(|content| content.zvm = Some(zvm))
+    pub fn set_zvm(&mut self, zvm: ZvmId, name: Option<String>) -> Result<(), StoreError> {
+        self.store.update(|content| (content.zvm, content.name) = (Some(zvm), name))
     }
 }
 

@@ -10,7 +10,7 @@ use super::spanning_status::status_of;
 use super::vpgs::missing_volumes;
 use super::{Daemon, Finding, lock};
 use crate::api::status::{HoldTimes, LastCheckpoint, Rpo, SourceMode, SourceVmStatus, VpgStatus};
-use crate::api::vpg::{CheckpointPlace, VmDefinition};
+use crate::api::vpg::{CheckpointPlace, VmDefinition, is_moment};
 use crate::api::{
     ApiError, CheckpointId, CheckpointInfo, ErrorCode, FreezeGuests, GenerationId, Severity, TagCheckpoint,
     ThawGuests, TimeUs, VmId, VpgDefinition,
@@ -70,6 +70,11 @@ impl Daemon {
     /// Makes a checkpoint now and names it.
     pub(super) async fn tag_checkpoint(&self, tag: TagCheckpoint) -> Result<CheckpointInfo, ApiError> {
         super::definition::check_name("the tag's", &tag.tag)?;
+        if is_moment(&tag.tag) {
+            let message = format!("{:?} can't be a checkpoint's name: it means a moment by itself", tag.tag);
+            return Err(ApiError::new(ErrorCode::BadRequest, message)
+                .remedy("choose a name that is neither `latest`, nor a time or a checkpoint's id"));
+        }
         let vpg = self.vpg(tag.vpg)?;
         if !vpg.vms.iter().any(|vm| vm.source.id == self.vra) {
             return Err(ApiError::new(
@@ -131,11 +136,13 @@ impl Daemon {
             vpg: vpg.id,
             name: vpg.name.clone(),
             revision: vpg.revision,
+            stamp: vpg.stamp(),
             last_checkpoint: status.last.map(|last| LastCheckpoint {
                 id: id_of(&last),
                 time_us: TimeUs(last.time_us),
                 tag: Some(last.tag).filter(|tag| !tag.is_empty()),
             }),
+            held_checkpoint: None,
             checkpoint_count: 0,
             aborted_epochs: status.aborted_epochs,
             coordinator: vpg.vms.iter().any(|vm| vm.source.id == self.vra).then_some(self.vra),
@@ -294,8 +301,10 @@ fn info_of(taken: &TakenCheckpoint, vpg: &VpgDefinition) -> CheckpointInfo {
         kind: taken.kind.into(),
         tag: Some(taken.tag.clone()).filter(|tag| !tag.is_empty()),
         member_set_version: vpg.member_set_version,
-        complete: true,
+        // The journals don't have it yet, and it is lost with this VRA's memory.
+        complete: false,
         locked: false,
+        partly_locked: false,
         vms: taken.members.iter().map(|member| CheckpointPlace { vm: member.vm, cut: member.cut }).collect(),
     }
 }

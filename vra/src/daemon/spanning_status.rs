@@ -47,11 +47,13 @@ pub(super) fn status_of(vpg: &VpgDefinition, status: SpanningStatus) -> VpgStatu
         vpg: vpg.id,
         name: vpg.name.clone(),
         revision: vpg.revision,
+        stamp: vpg.stamp(),
         last_checkpoint: status.last.map(|last| LastCheckpoint {
             id: id_of(&last),
             time_us: TimeUs(last.time_us),
             tag: Some(last.tag).filter(|tag| !tag.is_empty()),
         }),
+        held_checkpoint: None,
         checkpoint_count: 0,
         aborted_epochs: status.aborted_epochs,
         coordinator: status.coordinator,
@@ -115,9 +117,11 @@ fn told(failure: &EpochFailure, vpg: &VpgDefinition) -> String {
 fn remedy_of(failure: &EpochFailure) -> &'static str {
     match failure {
         EpochFailure::Missing { .. } | EpochFailure::Late { .. } | EpochFailure::Unconfirmed { .. } => {
-            "see to that VRA and the network between; a longer hold deadline lets slower answers count"
+            "see to that VRA and the network between; a longer hold deadline lets slower answers count (`zvm vpg edit --hold-deadline`)"
         }
-        EpochFailure::NotRecorded { .. } => "a longer hold deadline lets slower answers count",
+        EpochFailure::NotRecorded { .. } => {
+            "a longer hold deadline lets slower answers count (`zvm vpg edit --hold-deadline`)"
+        }
         EpochFailure::Declined { .. } => "wait until every VM streams (`vra status` at that VRA)",
         EpochFailure::OtherVms { .. } | EpochFailure::Changed => {
             "wait until every VRA of the VPG has its newest definition"
@@ -133,8 +137,10 @@ fn info_of(taken: &TakenByHosts, vpg: &VpgDefinition) -> CheckpointInfo {
         kind: taken.kind.into(),
         tag: Some(taken.tag.clone()).filter(|tag| !tag.is_empty()),
         member_set_version: vpg.member_set_version,
-        complete: true,
+        // The journals don't have it yet, and it is lost with this VRA's memory.
+        complete: false,
         locked: false,
+        partly_locked: false,
         vms: taken.members.iter().map(|member| CheckpointPlace { vm: member.vm, cut: member.cut }).collect(),
     }
 }

@@ -1,6 +1,6 @@
 //! What the VRA tells of itself.
 
-use super::{Daemon, Finding, lock};
+use super::{Daemon, Finding, LocalIdentity, lock};
 use crate::api::status::HostInfo;
 use crate::api::{TimeUs, VraStatus};
 use crate::config::hostname;
@@ -12,7 +12,7 @@ impl Daemon {
         let site = lock(&self.link).site();
         VraStatus {
             vra: self.vra,
-            name: self.config.name.clone(),
+            name: self.name(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             now_us: TimeUs::now(),
             started_us: self.started_us,
@@ -22,11 +22,19 @@ impl Daemon {
             awaits_site_key: !lock(&self.awaiting_keys).is_empty(),
             volumes: self.volume_infos(),
             vpgs,
+            guest_agents: self.seen().guest_agents.keys().copied().collect(),
             source_vms: self.source_statuses(),
             target_vms: self.target_statuses(),
             views: self.view_infos(),
             alerts: lock(&self.alerts).list().into_iter().chain(self.target_alerts()).collect(),
         }
+    }
+
+    /// What the ZVM that enrolled this VRA calls it; until then, what the configuration says.
+    pub(super) fn name(&self) -> String {
+        let identity = LocalIdentity::open(&self.config).ok();
+        let enrolled = identity.as_ref().and_then(LocalIdentity::name);
+        enrolled.unwrap_or(&self.config.name).to_owned()
     }
 
     /// What is wrong now.

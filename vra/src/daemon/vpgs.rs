@@ -8,8 +8,8 @@ use super::growth::defined_bytes;
 use super::state::{Change, LettingGo, State};
 use crate::api::vpg::{VmDefinition, VpgApplied};
 use crate::api::{
-    ApiError, DefinitionPage, ErrorCode, ListDefinitions, MAX_VMS_PER_DEFINITION_PAGE, RemoveVpg, VolumeId,
-    VpgDefinition, VpgId,
+    ApiError, DefinitionPage, ErrorCode, ListDefinitions, MAX_PAGE_BYTES, MAX_VMS_PER_DEFINITION_PAGE,
+    RemoveVpg, VolumeId, VpgDefinition, VpgId, message_bytes,
 };
 use crate::receive::Prepared;
 
@@ -123,11 +123,12 @@ impl Daemon {
         let seen = self.seen();
         let after = list.after.map_or(Bound::Unbounded, Bound::Excluded);
         let mut rest = seen.vpgs.range((after, Bound::Unbounded)).map(|(_, vpg)| vpg).peekable();
-        let (mut vpgs, mut vms) = (Vec::<VpgDefinition>::new(), 0);
-        while let Some(vpg) =
-            rest.next_if(|vpg| vms == 0 || vms + vpg.vms.len() <= MAX_VMS_PER_DEFINITION_PAGE)
-        {
+        let (mut vpgs, mut vms, mut bytes) = (Vec::<VpgDefinition>::new(), 0, 0);
+        while let Some(vpg) = rest.next_if(|vpg| {
             vms += vpg.vms.len();
+            bytes += message_bytes(*vpg);
+            vms == vpg.vms.len() || vms <= MAX_VMS_PER_DEFINITION_PAGE && bytes <= MAX_PAGE_BYTES
+        }) {
             vpgs.push(vpg.clone());
         }
         let next = rest.peek().and_then(|_| vpgs.last()).map(|last| last.id);

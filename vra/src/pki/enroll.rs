@@ -8,8 +8,10 @@ use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{Endpoint, VarInt};
 
 use super::{Credentials, Identity, PkiDir, PkiError, enroll_client_tls};
-use crate::api::enroll::{EnrollError, EnrollOutcome, EnrollRequest, MAX_MESSAGE_BYTES, Token, hex};
-use crate::api::{VraId, ZvmId};
+use crate::api::VraId;
+use crate::api::enroll::{
+    EnrollError, EnrollOutcome, EnrollReply, EnrollRequest, MAX_MESSAGE_BYTES, Token, hex,
+};
 use crate::control::{FrameError, read_frame, write_frame};
 use crate::link::{LinkError, SERVER_NAME, close_code, resolve, transport_config};
 
@@ -55,7 +57,7 @@ pub enum EnrollClientError {
     },
 }
 
-/// Makes a key if there is none, asks the ZVM at `address` (`host:port`, UDP) for a certificate, and stores it.
+/// Makes a key if there is none, asks the ZVM at `address` (`host:port`, UDP) for a certificate, and stores it. Also gives what the ZVM answered.
 ///
 /// # Errors
 /// [`EnrollClientError`].
@@ -66,7 +68,7 @@ pub async fn enroll(
     vra: VraId,
     name: &str,
     own_address: Option<String>,
-) -> Result<(Credentials, ZvmId), EnrollClientError> {
+) -> Result<(Credentials, EnrollReply), EnrollClientError> {
     let own = Identity::vra(vra);
     let request = EnrollRequest {
         secret: hex(&token.secret),
@@ -83,7 +85,7 @@ pub async fn enroll(
         EnrollOutcome::Error(error) => return Err(EnrollClientError::Refused(error)),
     };
     let credentials = folder.store(own, token, &reply.certificate_pem, &reply.ca_pem)?;
-    Ok((credentials, reply.zvm))
+    Ok((credentials, reply))
 }
 
 async fn exchange(

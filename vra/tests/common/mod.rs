@@ -80,7 +80,12 @@ impl TestCa {
         let request = CertificateSigningRequestParams::from_pem(csr_pem).expect("request");
         let certificate =
             params_for(Identity::vra(vra)).signed_by(&request.public_key, &self.issuer).expect("signed");
-        EnrollReply { certificate_pem: certificate.pem(), ca_pem: self.pem.clone(), zvm: self.zvm }
+        EnrollReply {
+            certificate_pem: certificate.pem(),
+            ca_pem: self.pem.clone(),
+            zvm: self.zvm,
+            name: None,
+        }
     }
 }
 

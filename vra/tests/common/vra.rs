@@ -72,7 +72,7 @@ impl Vra {
             let request = pki.signing_request(Identity::vra(id)).expect("request");
             let reply = ca.sign(&request, id);
             pki.store(Identity::vra(id), &ca.token(), &reply.certificate_pem, &reply.ca_pem).expect("stored");
-            identity.set_zvm(ca.zvm).expect("stored");
+            identity.set_zvm(ca.zvm, None).expect("stored");
         }
         let endpoint = VraEndpoint { id, address: listen.to_string() };
         let mut vra = Self { folder, id, endpoint, namespace, child: None };

@@ -69,6 +69,9 @@ pub struct VpgSpec {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VpgEdit {
+    /// For people.
+    #[serde(default)]
+    pub description: Option<String>,
     /// Which group goes first when there is not enough for all.
     #[serde(default)]
     pub priority: Option<Priority>,
@@ -102,6 +105,18 @@ pub struct VpgEdit {
     /// How long history is wanted, seconds.
     #[serde(default)]
     pub history_s: Option<u64>,
+    /// Time between checkpoints, milliseconds.
+    #[serde(default)]
+    pub checkpoint_interval_ms: Option<u32>,
+    /// Longest time that a checkpoint may hold guests' writes, milliseconds.
+    #[serde(default)]
+    pub hold_deadline_ms: Option<u32>,
+    /// The RPO to be warned beyond, seconds.
+    #[serde(default)]
+    pub rpo_target_s: Option<u64>,
+    /// When a full sync does not fit the journal, stop replicating rather than give up old checkpoints, or the other way round.
+    #[serde(default)]
+    pub keep_history: Option<bool>,
     /// Space for each VM's journal.
     #[serde(default)]
     pub journal_limit: Option<JournalSize>,
@@ -114,7 +129,7 @@ pub struct VpgEdit {
     /// Space that each VM's journal keeps, bytes.
     #[serde(default)]
     pub journal_minimum_bytes: Option<u64>,
-    /// Names or ids of the VMs whose journals these are; without, all of the group.
+    /// Names or ids of the VMs whose journals these are, and then nothing else may be said; without, all of the group.
     #[serde(default)]
     pub vms: Vec<String>,
 }

@@ -19,7 +19,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{CommandFactory, Parser, Subcommand};
-use vra::api::ErrorCode;
+use vra::api::{ErrorCode, VpgId};
 use vra::report::{chain, write_completion};
 
 use crate::api::ClientError;
@@ -62,6 +62,9 @@ enum Command {
         /// Name of the site.
         #[arg(long, default_value = "site")]
         name: String,
+        /// Restore the VPG with this id even if a VRA that has been in it from the first doesn't know it. Can be repeated.
+        #[arg(long, value_name = "ID")]
+        restore: Vec<VpgId>,
     },
     /// Run the manager.
     Serve {
@@ -233,7 +236,7 @@ async fn execute(cli: Cli) -> Result<(), Failure> {
     let config = Config::load(cli.config.as_deref())?;
     match cli.command {
         Command::Init { name } => init(&config, &name, cli.json).await,
-        Command::Rebuild { vras, name } => rebuild(&config, &name, &vras, cli.json).await,
+        Command::Rebuild { vras, name, restore } => rebuild(&config, &name, &vras, &restore, cli.json).await,
         Command::Serve { forget_lost_site_keys } => {
             let lost = if forget_lost_site_keys { LostSiteKeys::Forget } else { LostSiteKeys::Refuse };
             serve(config, lost).await
@@ -256,8 +259,14 @@ async fn init(config: &Config, name: &str, json: bool) -> Result<(), Failure> {
     Ok(())
 }
 
-async fn rebuild(config: &Config, name: &str, vras: &[String], json: bool) -> Result<(), Failure> {
-    let rebuilt = rebuild::rebuild(config, name, vras).await.map_err(Box::new)?;
+async fn rebuild(
+    config: &Config,
+    name: &str,
+    vras: &[String],
+    restore: &[VpgId],
+    json: bool,
+) -> Result<(), Failure> {
+    let rebuilt = rebuild::rebuild(config, name, vras, restore).await.map_err(Box::new)?;
     if json {
         let silent: Vec<_> = rebuilt
             .silent
@@ -269,6 +278,10 @@ async fn rebuild(config: &Config, name: &str, vras: &[String], json: bool) -> Re
             .unrestored
             .iter()
             .map(|vpg| serde_json::json!({ "vpg": vpg.id, "name": vpg.name, "known_at": vpg.known_at }));
+        let incomplete = rebuilt
+            .incomplete
+            .iter()
+            .map(|(vpg, vras)| serde_json::json!({ "vpg": vpg, "not_known_at": vras }));
         let unread =
             rebuilt.unread.iter().map(|(vpg, reason)| serde_json::json!({ "vpg": vpg, "reason": reason }));
         let told = serde_json::json!({
@@ -277,6 +290,7 @@ async fn rebuild(config: &Config, name: &str, vras: &[String], json: bool) -> Re
             "silent": silent,
             "renamed": renamed.collect::<Vec<_>>(),
             "unrestored": unrestored.collect::<Vec<_>>(),
+            "incomplete": incomplete.collect::<Vec<_>>(),
             "unread": unread.collect::<Vec<_>>(),
         });
         println!("{told}");
@@ -286,14 +300,23 @@ async fn rebuild(config: &Config, name: &str, vras: &[String], json: bool) -> Re
     println!("VRAs   {}", rebuilt.vras.join(", "));
     for (vra, reason) in &rebuilt.silent {
         println!("VRA {} at {} didn't answer: {reason}", vra.id, vra.address);
-        println!("  -> it is known by its id until it does; `zvm vra set-address` tells where else it is");
+        println!(
+            "  -> it is known by its id until it answers the manager; `zvm vra set-address` tells where else it is"
+        );
     }
     for (from, to) in &rebuilt.renamed {
         println!("There are two VPGs {from}: the older one is {to} now");
     }
     for vpg in &rebuilt.unrestored {
         println!("VPG {} ({}) is known only at {}: not restored", vpg.name, vpg.id, vpg.known_at.join(", "));
-        println!("  -> it was deleted, or not all of its VRAs have it; what its VRAs keep of it stays there");
+        println!(
+            "  -> it was deleted, or not all of its VRAs have it; what its VRAs keep of it stays there."
+        );
+        println!("     If it wasn't deleted: move zvm.db away and rebuild again with --restore {}", vpg.id);
+    }
+    for (vpg, vras) in &rebuilt.incomplete {
+        println!("VPG {vpg} isn't known at {}: the manager tells them of it", vras.join(", "));
+        println!("  -> if it had been deleted, `zvm vpg delete {vpg}` deletes it again");
     }
     for (vpg, reason) in &rebuilt.unread {
         println!("VPG {vpg} is without recovery settings, excluded disks and test reminder: {reason}");

@@ -264,7 +264,8 @@ fn limit(text: Option<&str>) -> Result<(Option<u64>, Option<u32>), String> {
     })
 }
 
-fn milliseconds(text: &str) -> Result<u32, String> {
+/// A duration in milliseconds.
+pub(super) fn milliseconds(text: &str) -> Result<u32, String> {
     u32::try_from(parse_duration(text)?.as_millis()).map_err(|_| format!("{text} is too long"))
 }
 

@@ -10,8 +10,8 @@ use vra::api::{CheckpointInfo, TimeUs};
 
 use super::table::Table;
 use crate::api::{
-    ImportOutcome, ImportedVpg, NewToken, PlannedVm, Response, SiteKeyList, SourceShown, Status, TestShown,
-    VmProtected, VmUnprotected, VpgDetails, VraDetails, VraState,
+    ImportOutcome, ImportedVpg, NewToken, PlannedVm, Response, SiteKeyList, SourceShown, Status,
+    TaggedCheckpoint, TestShown, VmProtected, VmUnprotected, VpgDetails, VraDetails, VraState,
 };
 use crate::model::alert::Alert;
 use crate::model::event::Event;
@@ -33,6 +33,7 @@ pub(super) fn response(response: &Response, json: bool) -> io::Result<()> {
         Response::Vra(details) => out(details, json, |details| vra_text(details)),
         Response::Vpg(details) => out(details, json, |details| vpg_text(details)),
         Response::Checkpoints(checkpoints) => out(checkpoints, json, |list| checkpoints_table(list)),
+        Response::Tagged(tagged) => out(tagged, json, tagged_text),
         Response::Checkpoint(checkpoint) => {
             out(checkpoint, json, |checkpoint| checkpoints_table(std::slice::from_ref(checkpoint)))
         }
@@ -361,6 +362,20 @@ fn token_text(token: &NewToken) -> String {
     format!("{}\n", token.token)
 }
 
+fn tagged_text(tagged: &TaggedCheckpoint) -> String {
+    let mut text = checkpoints_table(std::slice::from_ref(&tagged.checkpoint));
+    for vm in &tagged.without_agent {
+        let _ = writeln!(
+            text,
+            "The guest of VM {vm} wasn't frozen: no agent is known at its host (`vra guest-agent {vm} --agent-socket PATH`)"
+        );
+    }
+    text.push_str(
+        "It is on its way to the journals: `zvm checkpoint list --tagged` says when it is complete.\n",
+    );
+    text
+}
+
 fn checkpoints_table(checkpoints: &[CheckpointInfo]) -> String {
     let mut table = Table::new(["TIME", "KIND", "COMPLETE", "LOCKED", "TAG", "ID"]);
     for checkpoint in checkpoints {
@@ -368,7 +383,7 @@ fn checkpoints_table(checkpoints: &[CheckpointInfo]) -> String {
             checkpoint.time_us.to_string(),
             checkpoint.kind.name().into(),
             if checkpoint.complete { "yes" } else { "no" }.into(),
-            if checkpoint.locked { "yes" } else { "-" }.into(),
+            checkpoint.lock_name().into(),
             checkpoint.tag.clone().unwrap_or_else(|| "-".into()),
             checkpoint.id.to_string(),
         ]);

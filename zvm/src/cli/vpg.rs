@@ -72,6 +72,11 @@ pub(super) enum VpgCommand {
         /// Its name or id.
         vpg: String,
     },
+    /// Take over the newest definition that a group's VRAs have, after an older database of the manager was restored.
+    Adopt {
+        /// Its name or id.
+        vpg: String,
+    },
     /// Read the disks of a group's VMs as a whole again, as after a crash of their source.
     ForceSync {
         /// Its name or id.
@@ -130,6 +135,9 @@ pub(super) struct VpgCreate {
 pub(super) struct VpgEditArgs {
     /// Its name or id.
     vpg: String,
+    /// What it is for.
+    #[arg(long, value_name = "TEXT")]
+    description: Option<String>,
     /// Low, Medium or High.
     #[arg(long)]
     priority: Option<Priority>,
@@ -163,6 +171,21 @@ pub(super) struct VpgEditArgs {
     /// How long history is wanted.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     history: Option<Duration>,
+    /// Time between checkpoints, 1s to 1h.
+    #[arg(long, value_name = "DURATION", value_parser = shape::milliseconds)]
+    checkpoint_interval: Option<u32>,
+    /// Longest time that a checkpoint may hold guests' writes, 10ms to 1s.
+    #[arg(long, value_name = "DURATION", value_parser = shape::milliseconds)]
+    hold_deadline: Option<u32>,
+    /// RPO to be warned beyond.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    rpo_target: Option<Duration>,
+    /// From now on, when a full sync does not fit the journal, stop replicating rather than give up old checkpoints.
+    #[arg(long)]
+    keep_history: bool,
+    /// From now on, give up old checkpoints then.
+    #[arg(long, conflicts_with = "keep_history")]
+    no_keep_history: bool,
     /// Space for each VM's journal, or how many percent of the VM's disks.
     #[arg(long, value_name = "SIZE|PERCENT%", value_parser = parse_journal_size)]
     journal_limit: Option<JournalSize>,
@@ -175,7 +198,7 @@ pub(super) struct VpgEditArgs {
     /// Space that each VM's journal keeps even if the history doesn't need it.
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     journal_minimum: Option<u64>,
-    /// Only the journal of this VM, by name or UUID; once for each.
+    /// Only the journal of this VM, by name or UUID, and with nothing but sizes of journals; once for each.
     #[arg(long = "vm", value_name = "VM")]
     vms: Vec<String>,
 }
@@ -219,7 +242,17 @@ pub(super) struct VpgAddVm {
 impl VpgAddVm {
     fn specs(&self) -> Result<Vec<VmSpec>, String> {
         let own = match &self.recovery {
-            Some(path) => VpgFile::read(path)?.into_recovery()?.vms,
+            Some(path) => {
+                let file = VpgFile::read(path)?;
+                let is_there = |vm: &&String| file.vm.iter().any(|table| table.name == **vm);
+                if let Some(vm) = self.vms.iter().find(|vm| !is_there(vm)) {
+                    return Err(format!(
+                        "{} has no [[vm]] with name = \"{vm}\": name VM {vm} there as it is given here, with or without settings of its own",
+                        path.display()
+                    ));
+                }
+                file.into_recovery()?.vms
+            }
             None => Vec::new(),
         };
         let recovery = |vm: &String| own.iter().find(|(name, _)| name == vm).map(|(_, own)| own.clone());
@@ -263,6 +296,7 @@ impl Ask<'_> {
                 let edit = *edit;
                 let file = edit.recovery.as_deref().map(VpgFile::read).transpose().map_err(Failure::Usage)?;
                 let changes = VpgEdit {
+                    description: edit.description,
                     priority: edit.priority,
                     test_reminder_days: edit.test_reminder,
                     no_test_reminder: edit.no_test_reminder,
@@ -274,6 +308,10 @@ impl Ask<'_> {
                     no_swap: edit.no_swap,
                     give_up_history: edit.give_up_history,
                     history_s: edit.history.map(|history| history.as_secs()),
+                    checkpoint_interval_ms: edit.checkpoint_interval,
+                    hold_deadline_ms: edit.hold_deadline,
+                    rpo_target_s: edit.rpo_target.map(|target| target.as_secs()),
+                    keep_history: (edit.keep_history || edit.no_keep_history).then_some(edit.keep_history),
                     journal_limit: edit.journal_limit,
                     journal_warning: edit.journal_warning,
                     no_journal_warning: edit.no_journal_warning,
@@ -284,6 +322,7 @@ impl Ask<'_> {
             }
             VpgCommand::Pause { vpg } => self.print(Request::VpgPause { vpg, paused: true }).await,
             VpgCommand::Resume { vpg } => self.print(Request::VpgPause { vpg, paused: false }).await,
+            VpgCommand::Adopt { vpg } => self.print(Request::VpgAdopt { vpg }).await,
             VpgCommand::ForceSync { vpg, vm, give_up_history } => {
                 self.print(Request::VpgForceSync { vpg, vm, give_up_history }).await
             }

@@ -8,6 +8,7 @@ use crate::inventory::{Datastore, Disk, HostState, Power, Vm};
 use crate::model::alert::{Condition, Level};
 use crate::model::event::Entity;
 use crate::model::vpg::{Member, NewDisks, Vpg, VpgState};
+use crate::model::vra::Vra;
 use crate::units::format_bytes;
 
 /// Free parts of a datastore, in percent, below which it is an alert.
@@ -34,9 +35,12 @@ impl Look<'_> {
 
     fn member(&self, vpg: &Vpg, member: &Member, vm: &Vm, found: &mut Vec<Condition>) {
         let host = self.inventory.host(&vm.host);
-        let source = self.desired.vras.get(&member.source).map(|vra| vra.name.as_str());
+        let source = self.desired.vras.get(&member.source);
+        // What one calls itself that hasn't answered since the database was made again nobody knows.
+        let is_nameless = source.is_some_and(Vra::is_known_by_id_alone);
         if let Some(host) = host
-            && Some(host.vra.as_str()) != source
+            && Some(host.vra.as_str()) != source.map(|vra| vra.name.as_str())
+            && !is_nameless
         {
             let vra = self.desired.vras.values().find(|vra| vra.name == host.vra);
             let is_prepared = vra

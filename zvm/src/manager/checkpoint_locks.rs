@@ -1,6 +1,12 @@
 //! Checkpoints that are kept: locked at all targets of their group, or at none.
 
-use vra::api::{ApiError, CheckpointInfo, ErrorCode, LockCheckpoint, Request, Response};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vra::api::{
+    ApiError, CheckpointId, CheckpointInfo, ErrorCode, LockCheckpoint, Request, Response, VpgId, VraId,
+};
 
 use super::checkpoints::{GroupTarget, MAX_SEARCH_PAGES, newest_at, no_such};
 use super::{Manager, internal};
@@ -10,8 +16,20 @@ use crate::model::vpg::Vpg;
 use crate::model::vra::Vra;
 use crate::store::StoreError;
 
+/// Time between two tries to undo locks.
+const UNDO_EVERY: Duration = Duration::from_secs(2);
+
+/// A lock that is to be undone, since another target didn't lock the checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct LockToUndo {
+    vpg: VpgId,
+    vra: VraId,
+    checkpoint: CheckpointId,
+}
+
 impl Manager {
-    /// Locks a checkpoint at all targets of its group, or at none; or unlocks it wherever it is locked.
+    /// Locks a checkpoint at all targets of its group, or at none: what a failure leaves behind is undone, at a VRA that doesn't answer as soon as it
+    /// does. Or unlocks it wherever it is locked.
     pub async fn lock_checkpoint(
         &self,
         name: &str,
@@ -20,8 +38,11 @@ impl Manager {
     ) -> Result<CheckpointInfo, ApiError> {
         let vpg = self.find_vpg(name).await?;
         let targets = self.targets(&vpg).await?;
+        let mut undone = self.locks_to_undo.lock().await;
         let (found, kind, what) = match locked {
-            true => (self.lock_at(&vpg, &targets, at).await?, EventKind::LockCheckpoint, "locked"),
+            true => {
+                (self.lock_at(&vpg, &targets, at, &mut undone).await?, EventKind::LockCheckpoint, "locked")
+            }
             false => (self.unlock_at(&vpg, &targets, at).await?, EventKind::UnlockCheckpoint, "unlocked"),
         };
         let description =
@@ -32,24 +53,75 @@ impl Manager {
             Ok::<_, StoreError>(tx.commit().await?)
         };
         save.await.map_err(internal)?;
-        Ok(CheckpointInfo { locked, ..found })
+        Ok(CheckpointInfo { locked, partly_locked: false, ..found })
     }
 
-    async fn lock_at(&self, vpg: &Vpg, targets: &[GroupTarget], at: &At) -> Result<CheckpointInfo, ApiError> {
+    async fn lock_at(
+        &self,
+        vpg: &Vpg,
+        targets: &[GroupTarget],
+        at: &At,
+        to_undo: &mut BTreeSet<LockToUndo>,
+    ) -> Result<CheckpointInfo, ApiError> {
         let found = self.find_checkpoint(vpg, at).await?;
         let lock = LockCheckpoint { vpg: vpg.id, checkpoint: found.id, locked: true };
         let targets: Vec<&Vra> =
             targets.iter().filter(|target| target.is_of(&found)).map(|target| &target.vra).collect();
+        let mut had = BTreeSet::new();
+        for target in &targets {
+            let there = self.at(target, vpg, &found).await?;
+            had.extend(there.filter(|info| info.locked).map(|_| target.id));
+        }
+        to_undo.retain(|undo| undo.checkpoint != found.id);
         for (number, target) in targets.iter().enumerate() {
             let Err(error) = self.set_lock(target, lock).await else { continue };
-            for former in targets[..number].iter().filter(|_| !found.locked) {
-                if let Err(error) = self.set_lock(former, LockCheckpoint { locked: false, ..lock }).await {
-                    tracing::warn!(vra = %former.name, %error, "a checkpoint stays locked at one target alone");
+            // The one whose answer is missing may have it, or get it yet.
+            for vra in targets[..=number].iter().filter(|vra| !had.contains(&vra.id)) {
+                let undo = LockToUndo { vpg: vpg.id, vra: vra.id, checkpoint: found.id };
+                if !self.undo_lock(vra, undo).await {
+                    to_undo.insert(undo);
                 }
             }
             return Err(error);
         }
         Ok(found)
+    }
+
+    /// Undoes locks that failed at another target, until cancelled: again and again where a VRA doesn't answer.
+    pub async fn undo_locks(self: Arc<Self>) {
+        loop {
+            tokio::time::sleep(UNDO_EVERY).await;
+            let mut to_undo = self.locks_to_undo.lock().await;
+            if to_undo.is_empty() {
+                continue;
+            }
+            let Ok(desired) = self.desired().await.map_err(internal) else { continue };
+            for undo in to_undo.clone() {
+                let is_undone = match desired.vras.get(&undo.vra) {
+                    Some(vra) => self.undo_lock(vra, undo).await,
+                    None => true,
+                };
+                if is_undone {
+                    to_undo.remove(&undo);
+                }
+            }
+        }
+    }
+
+    /// Whether a VRA has a checkpoint locked no more.
+    async fn undo_lock(&self, vra: &Vra, undo: LockToUndo) -> bool {
+        let lock = LockCheckpoint { vpg: undo.vpg, checkpoint: undo.checkpoint, locked: false };
+        match self.set_lock(vra, lock).await {
+            Ok(_) => true,
+            // There is nothing to undo, and there won't be.
+            Err(error) if !matches!(error.code, ErrorCode::NotReady | ErrorCode::Busy | ErrorCode::Io) => {
+                true
+            }
+            Err(error) => {
+                tracing::warn!(vra = %vra.name, %error, "a checkpoint may stay locked at one target alone; it is tried again");
+                false
+            }
+        }
     }
 
     /// What was locked need not be complete any more, nor known to every target: VMs may have joined the group since, and a journal without
@@ -95,8 +167,8 @@ impl Manager {
             for _ in 0..MAX_SEARCH_PAGES {
                 let page = self.page(&target.vra, query.clone()).await?;
                 let is_meant = |info: &CheckpointInfo| match at {
-                    At::Tag { tag } => info.locked && info.tag.as_ref() == Some(tag),
-                    _ => info.locked,
+                    At::Tag { tag } => is_kept(info) && info.tag.as_ref() == Some(tag),
+                    _ => is_kept(info),
                 };
                 if let Some(found) = page.checkpoints.into_iter().find(is_meant) {
                     return Ok(Some(found));
@@ -118,4 +190,9 @@ impl Manager {
             Err(error) => Err(error.into_api_error(&target.name)),
         }
     }
+}
+
+/// Whether a checkpoint is kept in any journal.
+fn is_kept(info: &CheckpointInfo) -> bool {
+    info.locked || info.partly_locked
 }

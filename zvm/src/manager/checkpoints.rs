@@ -1,20 +1,23 @@
 //! Checkpoints of a group: listed at its targets, named at its source.
 
+use std::collections::{BTreeMap, BTreeSet};
+
+use vra::api::vpg::is_moment;
 use vra::api::{
     ApiError, CheckpointId, CheckpointInfo, CheckpointPage, ErrorCode, ListCheckpoints,
     MAX_CHECKPOINTS_PER_PAGE, MemberSince, Request, Response, TagCheckpoint, TimeUs,
 };
 
 use super::{Manager, internal};
-use crate::api::At;
+use crate::api::{At, TaggedCheckpoint};
 use crate::model::event::{Entity, EventKind};
 use crate::model::task::{TaskKind, TaskState};
 use crate::model::vpg::Vpg;
 use crate::model::vra::Vra;
 use crate::store::{self, StoreError};
 
-/// Pages that a search for one checkpoint reads at most.
-pub(super) const MAX_SEARCH_PAGES: usize = 1_000;
+/// Pages that a search for one checkpoint reads at most: some hundred of a group with the most VMs are in one.
+pub(super) const MAX_SEARCH_PAGES: usize = 10_000;
 
 /// A target of a group.
 #[derive(Debug, Clone)]
@@ -33,7 +36,7 @@ impl GroupTarget {
 }
 
 impl Manager {
-    /// A group's checkpoints, newest first, at most `limit`. One counts as complete when all targets say so.
+    /// A group's checkpoints, newest first, at most `limit`. One counts as complete, and as locked, when all targets say so.
     pub async fn list_checkpoints(
         &self,
         name: &str,
@@ -58,22 +61,47 @@ impl Manager {
             }
         }
         for other in others {
-            for checkpoint in &mut found {
-                if checkpoint.complete && other.is_of(checkpoint) {
-                    checkpoint.complete = self.has(&other.vra, &vpg, checkpoint).await?;
-                }
+            let theirs = self.those_of(&other.vra, &vpg, &found).await?;
+            for checkpoint in found.iter_mut().filter(|checkpoint| other.is_of(checkpoint)) {
+                merge(checkpoint, theirs.get(&checkpoint.id));
             }
         }
         Ok(found)
     }
 
-    /// Makes a checkpoint at the source now and names it; with the guests frozen meanwhile, if `application`.
+    /// What another target has of the checkpoints that were found at one.
+    async fn those_of(
+        &self,
+        target: &Vra,
+        vpg: &Vpg,
+        found: &[CheckpointInfo],
+    ) -> Result<BTreeMap<CheckpointId, CheckpointInfo>, ApiError> {
+        let times = found.iter().map(|checkpoint| checkpoint.time_us);
+        let Some((from_us, to_us)) = times.clone().min().zip(times.max()) else { return Ok(BTreeMap::new()) };
+        let ids: BTreeSet<CheckpointId> = found.iter().map(|checkpoint| checkpoint.id).collect();
+        let tagged = found.iter().all(|checkpoint| checkpoint.tag.is_some());
+        let mut query =
+            ListCheckpoints { tagged, from_us: Some(from_us), to_us: Some(to_us), ..newest_of(vpg) };
+        let mut theirs = BTreeMap::new();
+        for _ in 0..MAX_SEARCH_PAGES {
+            let page = self.page(target, query.clone()).await?;
+            let meant = page.checkpoints.into_iter().filter(|info| ids.contains(&info.id));
+            theirs.extend(meant.map(|info| (info.id, info)));
+            query.after = page.next;
+            if query.after.is_none() || theirs.len() == ids.len() {
+                break;
+            }
+        }
+        Ok(theirs)
+    }
+
+    /// Makes a checkpoint at the source now and names it; with the guests frozen meanwhile, if `application`. The journals may get it later.
     pub async fn tag_checkpoint(
         &self,
         name: &str,
         tag: &str,
         application: bool,
-    ) -> Result<CheckpointInfo, ApiError> {
+    ) -> Result<TaggedCheckpoint, ApiError> {
         let vpg = self.find_vpg(name).await?;
         if tag.trim().is_empty()
             || tag.len() > vra::api::volume::MAX_NAME_BYTES
@@ -88,14 +116,19 @@ impl Manager {
         let source = vpg.sources().into_iter().find_map(|vra| vras.get(&vra)).ok_or_else(|| {
             ApiError::new(ErrorCode::NotReady, format!("no source VRA of VPG {name} is enrolled"))
         })?;
-        let frozen = if application { self.freeze_guests(&vpg, &vras).await } else { Ok(()) };
+        if is_moment(tag) {
+            let message = format!("{tag:?} can't be a checkpoint's name: it means a moment by itself");
+            return Err(ApiError::new(ErrorCode::BadRequest, message)
+                .remedy("choose a name that is neither `latest`, nor a time or a checkpoint's id"));
+        }
+        let frozen = if application { self.freeze_guests(&vpg, &vras).await } else { Ok(Vec::new()) };
         let result = match frozen {
-            Ok(()) => {
+            Ok(without_agent) => {
                 let tagged = self.tag_at(source, &vpg, tag, application).await;
                 if application {
                     self.thaw_guests(&vpg, &vras).await;
                 }
-                tagged
+                tagged.map(|checkpoint| TaggedCheckpoint { checkpoint, without_agent })
             }
             Err(error) => Err(error),
         };
@@ -104,10 +137,17 @@ impl Manager {
         task.completed_us = Some(now_us);
         let description;
         match &result {
-            Ok(checkpoint) => {
+            Ok(tagged) => {
                 task.state = TaskState::Completed;
                 task.progress_percent = 100;
-                description = format!("checkpoint {tag:?} of VPG {} was made ({})", vpg.name, checkpoint.id);
+                let without = match &tagged.without_agent[..] {
+                    [] => String::new(),
+                    vms => format!(", without freezing VM {}: no guest agent is known there", vms.join(", ")),
+                };
+                description = format!(
+                    "checkpoint {tag:?} of VPG {} was made ({}){without}; it is on its way to the journals",
+                    vpg.name, tagged.checkpoint.id
+                );
             }
             Err(error) => {
                 task.state = TaskState::Failed;
@@ -158,11 +198,14 @@ impl Manager {
                 if !meant {
                     continue;
                 }
-                let mut complete = candidate.complete;
-                for other in others.iter().filter(|other| other.is_of(&candidate)) {
-                    complete = complete && self.has(&other.vra, vpg, &candidate).await?;
+                let mut candidate = candidate;
+                for other in others.iter().filter(|other| other.is_of(&candidate)).collect::<Vec<_>>() {
+                    if candidate.complete {
+                        let theirs = self.at(&other.vra, vpg, &candidate).await?;
+                        merge(&mut candidate, theirs.as_ref());
+                    }
                 }
-                if complete {
+                if candidate.complete {
                     return Ok(candidate);
                 }
                 if matches!(at, At::Checkpoint { .. }) {
@@ -205,11 +248,14 @@ impl Manager {
         })
     }
 
-    async fn has(&self, target: &Vra, vpg: &Vpg, checkpoint: &CheckpointInfo) -> Result<bool, ApiError> {
-        let at_us = Some(checkpoint.time_us);
-        let query = ListCheckpoints { from_us: at_us, to_us: at_us, ..newest_of(vpg) };
-        let page = self.page(target, query).await?;
-        Ok(page.checkpoints.iter().any(|at| at.id == checkpoint.id && at.complete))
+    /// What a target has of a checkpoint.
+    pub(super) async fn at(
+        &self,
+        target: &Vra,
+        vpg: &Vpg,
+        checkpoint: &CheckpointInfo,
+    ) -> Result<Option<CheckpointInfo>, ApiError> {
+        Ok(self.those_of(target, vpg, std::slice::from_ref(checkpoint)).await?.remove(&checkpoint.id))
     }
 
     pub(super) async fn page(
@@ -224,6 +270,16 @@ impl Manager {
             Err(error) => Err(error.into_api_error(&target.name)),
         }
     }
+}
+
+/// Puts to what one target has of a checkpoint what another one has.
+fn merge(checkpoint: &mut CheckpointInfo, other: Option<&CheckpointInfo>) {
+    checkpoint.complete = checkpoint.complete && other.is_some_and(|other| other.complete);
+    let is_locked_there = other.is_some_and(|other| other.locked);
+    let is_partly = |info: &CheckpointInfo| info.locked || info.partly_locked;
+    let is_locked_somewhere = is_partly(checkpoint) || other.is_some_and(is_partly);
+    checkpoint.locked = checkpoint.locked && is_locked_there;
+    checkpoint.partly_locked = is_locked_somewhere && !checkpoint.locked;
 }
 
 fn newest_of(vpg: &Vpg) -> ListCheckpoints {

@@ -196,7 +196,11 @@ impl Engine {
                 let kind = EventKind::DefinitionApplied;
                 manager.note(&mut tx, kind, true, Entity::vpg(vpg), description, None).await?;
             }
-            Transition::VpgRefused { vpg, vra, error } => {
+            Transition::VpgRefused { vpg, revision, vra, error } => {
+                // What a user has changed since isn't refused by that.
+                if store::vpgs::revision(&mut tx, vpg).await? != Some(revision) {
+                    return Ok(());
+                }
                 let name = desired.vras.get(&vra).map_or_else(|| vra.to_string(), |vra| vra.name.clone());
                 let remedy = error.remedy.map(|remedy| format!("; {remedy}")).unwrap_or_default();
                 for kind in TaskKind::OF_DEFINITIONS {

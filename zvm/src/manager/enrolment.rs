@@ -22,7 +22,9 @@ use super::{Manager, StartError, check_name, internal};
 use crate::api::NewToken;
 use crate::authority::AuthorityError;
 use crate::model::event::{Entity, EventKind};
+use crate::model::vpg::Vpg;
 use crate::model::vra::{EnrolToken, Vra, VraState};
+use crate::reconcile::newer_at;
 use crate::store::{self, StoreError};
 
 /// Enrolments at once; more wait.
@@ -178,7 +180,8 @@ impl Manager {
             );
             return Err(refusal(EnrollErrorCode::BadRequest, message, remedy).into());
         }
-        if let Some(known) = enrolled().find(|vra| vra.id == request.vra && vra.name != token.vra_name) {
+        let known = enrolled().find(|vra| vra.id == request.vra);
+        if let Some(known) = known.filter(|vra| vra.name != token.vra_name && !vra.is_known_by_id_alone()) {
             let message =
                 format!("this VRA is enrolled as {}, the token is for {}", known.name, token.vra_name);
             let remedy = format!("make a token with `zvm vra token create --name {}`", known.name);
@@ -204,6 +207,12 @@ impl Manager {
             certificate_ends_us: TimeUs(issued.not_after_us),
         };
         store::vras::save_enrolled(&mut tx, &vra).await?;
+        // The other VRAs have the former address in their definitions.
+        if known.is_some_and(|known| known.address != vra.address) {
+            let observed = self.observed();
+            let is_newest = |vpg: &Vpg| newer_at(vpg, &observed).is_empty();
+            store::vpgs::raise_revisions_at(&mut tx, vra.id, is_newest).await?;
+        }
         // A former certificate of this VRA stays good until it ends: the VRA may still run on it.
         store::certificates::insert(&mut tx, vra.id, &issued, now_us).await?;
         let description =
@@ -215,6 +224,7 @@ impl Manager {
             certificate_pem: issued.pem,
             ca_pem: self.authority.certificate_pem().into(),
             zvm: self.zvm,
+            name: Some(vra.name),
         })
     }
 }

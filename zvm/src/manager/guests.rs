@@ -7,7 +7,7 @@ use std::time::Duration;
 use vra::api::{ApiError, ErrorCode, FreezeGuests, GuestsFrozen, Request, Response, ThawGuests, VraId};
 
 use super::Manager;
-use crate::model::vpg::Vpg;
+use crate::model::vpg::{Member, Vpg};
 use crate::model::vra::Vra;
 
 /// How long guests stay frozen at most, in milliseconds.
@@ -17,8 +17,12 @@ const LIMIT_MS: u32 = 8_000;
 const ANSWER_WITHIN: Duration = Duration::from_secs(15);
 
 impl Manager {
-    /// Freezes the guests of a group at all of its sources at the same time, or none of them.
-    pub(super) async fn freeze_guests(&self, vpg: &Vpg, vras: &BTreeMap<VraId, Vra>) -> Result<(), ApiError> {
+    /// Freezes the guests of a group at all of its sources at the same time, or none of them. Gives the names of the VMs that have no agent.
+    pub(super) async fn freeze_guests(
+        &self,
+        vpg: &Vpg,
+        vras: &BTreeMap<VraId, Vra>,
+    ) -> Result<Vec<String>, ApiError> {
         let freeze = Request::FreezeGuests(FreezeGuests { vpg: vpg.id, limit_ms: LIMIT_MS });
         let (mut told, mut frozen_at, mut result) = (GuestsFrozen::default(), Vec::new(), Ok(()));
         for (source, answer) in self.guests_at_all(sources(vpg, vras), &freeze).await {
@@ -40,7 +44,9 @@ impl Manager {
             // The others' guests may be frozen for somebody else.
             self.thaw_guests_at(vpg, frozen_at).await;
         }
-        result
+        let is_without = |member: &&Member| told.without_agent.contains(&member.vm);
+        let without = vpg.settings.vms.iter().filter(is_without).map(|member| member.name.clone());
+        result.map(|()| without.collect())
     }
 
     /// Thaws those that [`Manager::freeze_guests`] has frozen. A VRA that doesn't answer thaws its guests by itself.

@@ -111,7 +111,11 @@ impl Manager {
     }
 
     /// The definition of a group that is in force at a VRA.
-    async fn definition_at(&self, vra: &Vra, vpg: VpgId) -> Result<Option<VpgDefinition>, ApiError> {
+    pub(super) async fn definition_at(
+        &self,
+        vra: &Vra,
+        vpg: VpgId,
+    ) -> Result<Option<VpgDefinition>, ApiError> {
         let mut after = None;
         loop {
             let request = Request::ListDefinitions(ListDefinitions { after });
@@ -279,6 +283,12 @@ impl Manager {
         also_while_tested: bool,
     ) -> Result<Task, ApiError> {
         let Told { task, event, description } = told;
+        self.check_is_newest(vpg).await?;
+        // Whoever is revoked can be taken out.
+        if task != TaskKind::RemoveVm {
+            let after = Vpg { settings: settings.clone(), ..vpg.clone() };
+            self.check_members_are_enrolled(&after).await?;
+        }
         let task = self.new_task(task, &vpg.name, Some(vpg.id), "defined");
         let save = async {
             let mut tx = self.store.begin().await?;

@@ -1,7 +1,9 @@
 //! The manager at work: it holds the store, the authority, the inventory and what was last seen of the VRAs. User actions
 //! are in files by noun; [`engine`] is the loop that brings the world to where it should be.
 
+mod adopting;
 pub mod attaching;
+mod changes;
 pub mod checkpoint_locks;
 mod checkpoints;
 pub mod engine;
@@ -21,7 +23,7 @@ pub mod vpgs;
 pub mod vra_watch;
 pub mod vras;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -63,6 +65,8 @@ pub struct Manager {
     inventory: Mutex<inventory_watch::Known>,
     /// Wakes who begins and ends the reading of sources.
     sources_changed: Notify,
+    /// Locked by who locks and unlocks checkpoints.
+    locks_to_undo: tokio::sync::Mutex<BTreeSet<checkpoint_locks::LockToUndo>>,
     /// Held by who changes which disks are served: two at once would undo each other's work.
     attaching: tokio::sync::Mutex<()>,
     /// Wakes who ends the serving of volumes.
@@ -159,6 +163,7 @@ impl Manager {
             remote,
             inventory: Mutex::default(),
             sources_changed: Notify::new(),
+            locks_to_undo: tokio::sync::Mutex::default(),
             attaching: tokio::sync::Mutex::default(),
             volumes_leave: Notify::new(),
             observed: Mutex::default(),

@@ -11,6 +11,7 @@ mod volumes;
 use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 
+use uuid::Uuid;
 use vra::api::volume::VolumeInfo;
 use vra::api::vpg::{
     JOURNAL_LIMIT_BYTES, JOURNAL_PERCENT, JournalSize, MAX_SOURCES_PER_VPG, MAX_VMS_PER_VPG, VolumeDefinition,
@@ -36,6 +37,8 @@ const HOLD_DEADLINE_MS: std::ops::RangeInclusive<u32> = 10..=1_000;
 /// The member set that a group begins with.
 const FIRST_MEMBER_SET: u32 = 1;
 const HISTORY_S: std::ops::RangeInclusive<u64> = 60..=90 * 86_400;
+const RPO_TARGET_S: std::ops::RangeInclusive<u64> = 1..=86_400;
+const MAX_DESCRIPTION_CHARS: usize = 1_024;
 const TEST_REMINDER_DAYS: std::ops::RangeInclusive<u32> = 1..=3_650;
 
 /// What a specification is resolved against.
@@ -75,7 +78,8 @@ pub fn resolve<'a>(spec: &'a VpgSpec, context: &Context<'a>) -> Result<Resolved<
     check_range("the checkpoint interval", spec.checkpoint_interval_ms, &CHECKPOINT_INTERVAL_MS, "ms")?;
     check_range("the hold deadline", spec.hold_deadline_ms, &HOLD_DEADLINE_MS, "ms")?;
     check_range("history", spec.history_s, &HISTORY_S, "s")?;
-    check_range("the RPO target", spec.rpo_target_s, &(1..=86_400), "s")?;
+    check_range("the RPO target", spec.rpo_target_s, &RPO_TARGET_S, "s")?;
+    check_description(&spec.description)?;
     check_test_reminder(spec.test_reminder_days)?;
     recovery::check_group(&spec.recovery)?;
     if context.vpgs.iter().any(|vpg| vpg.name == spec.name) {
@@ -91,6 +95,16 @@ pub fn resolve<'a>(spec: &'a VpgSpec, context: &Context<'a>) -> Result<Resolved<
     let sources = members.iter().map(|place| place.source.id).collect();
     check_sources(&spec.name, (spec.checkpoint_interval_ms, spec.hold_deadline_ms), &sources)?;
     Ok(Resolved { spec, members })
+}
+
+fn check_description(description: &str) -> Result<(), ApiError> {
+    let length = description.chars().count();
+    if length > MAX_DESCRIPTION_CHARS || description.chars().any(char::is_control) {
+        return Err(bad(format!(
+            "a description has at most {MAX_DESCRIPTION_CHARS} characters in one line, without control characters; this one has {length}"
+        )));
+    }
+    Ok(())
 }
 
 /// Refuses a VM that is named twice.
@@ -157,7 +171,7 @@ impl Resolved<'_> {
         let spec = self.spec;
         let vms = self.members.iter().map(|place| member(place, served, MemberSince(FIRST_MEMBER_SET)));
         let settings = VpgSettings {
-            description: spec.description.chars().take(1_024).collect(),
+            description: spec.description.clone(),
             priority: spec.priority,
             member_set_version: FIRST_MEMBER_SET,
             checkpoint_interval_ms: spec.checkpoint_interval_ms,
@@ -182,6 +196,7 @@ impl Resolved<'_> {
             applied_revision: 0,
             created_us: now_us,
             last_test_us: None,
+            stamp: Some(Uuid::new_v4()),
             settings,
             removal: None,
         })

@@ -74,6 +74,8 @@ impl Manager {
         if *settings == vpg.settings {
             return Ok(());
         }
+        self.check_is_newest(vpg).await?;
+        self.check_members_are_enrolled(vpg).await?;
         let save = async {
             let mut tx = self.store.begin().await?;
             let is_saved = store::vpgs::set_settings(&mut tx, vpg.id, vpg.revision, settings).await?;
@@ -103,6 +105,9 @@ impl Manager {
     /// Begins a group's deletion, or changes how one that was begun goes.
     pub async fn delete_vpg(&self, name: &str, keep_disks: bool, force: bool) -> Result<Task, ApiError> {
         let vpg = self.find_vpg(name).await?;
+        if !force {
+            self.check_is_newest(&vpg).await?;
+        }
         let tests = self.desired().await.map_err(internal)?.tests;
         if tests.iter().any(|test| test.vpg == vpg.id) {
             return Err(ApiError::new(ErrorCode::Busy, format!("VPG {name} is being tested"))

@@ -8,7 +8,8 @@ use tokio::task::JoinHandle;
 use vra::api::{Request, Response, VraId};
 use vra::report::chain;
 
-use super::Manager;
+use super::{Manager, check_name};
+use crate::model::event::{Entity, EventKind};
 use crate::model::vra::{Vra, VraState};
 use crate::reconcile::{LastStatus, Seen};
 use crate::remote::CallError;
@@ -48,14 +49,46 @@ impl Manager {
         Ok(vras)
     }
 
-    async fn watch_one(self: Arc<Self>, vra: Vra, interval: Duration) {
+    async fn watch_one(self: Arc<Self>, mut vra: Vra, interval: Duration) {
         let endpoint = vra.endpoint();
         loop {
             let asked_us = self.clock.now_us();
             let answer = self.remote.call(&endpoint, Request::Status, self.request_timeout()).await;
+            if vra.is_known_by_id_alone()
+                && let Ok(Response::Status(status)) = &answer
+            {
+                match self.recognise(&vra, &status.name).await {
+                    Ok(known) => vra = known,
+                    Err(error) => tracing::error!(error = chain(&error), "the database failed"),
+                }
+            }
             self.take_in(&vra, asked_us, answer);
             tokio::time::sleep(interval).await;
         }
+    }
+
+    /// Notes what a VRA calls itself, and its certificate, if it was known by its id alone until now; gives what is known of it then.
+    async fn recognise(&self, vra: &Vra, name: &str) -> Result<Vra, StoreError> {
+        let Some(certificate) = self.remote.certificate(&vra.endpoint()).await else {
+            return Ok(vra.clone());
+        };
+        let mut tx = self.store.begin().await?;
+        let vras = store::vras::list(&mut tx).await?;
+        let mut known = vras.iter().find(|known| known.id == vra.id).unwrap_or(vra).clone();
+        if !known.is_known_by_id_alone() {
+            return Ok(known);
+        }
+        store::certificates::recognise(&mut tx, vra.id, &known.certificate_serial, &certificate).await?;
+        (known.certificate_serial, known.certificate_ends_us) = (certificate.serial, certificate.ends_us);
+        let is_taken = |name: &str| vras.iter().any(|other| other.id != vra.id && other.name == name);
+        if check_name("VRA", name).is_ok() && !is_taken(name) {
+            let description = format!("VRA {} answers and is called {name}", known.name);
+            name.clone_into(&mut known.name);
+            store::vras::set_name(&mut tx, vra.id, name).await?;
+            self.note(&mut tx, EventKind::VraNamed, true, Entity::vra(vra.id), description, None).await?;
+        }
+        tx.commit().await?;
+        Ok(known)
     }
 
     fn take_in(&self, vra: &Vra, asked_us: u64, answer: Result<Response, CallError>) {

@@ -6,8 +6,9 @@ use super::{Manager, internal};
 use crate::api::{VraDetails, VraState as VraStateShown};
 use crate::model::event::{Entity, EventKind};
 use crate::model::task::{Task, TaskKind, TaskState};
+use crate::model::vpg::Vpg;
 use crate::model::vra::{Vra, VraState};
-use crate::reconcile::Observed;
+use crate::reconcile::{Observed, newer_at};
 use crate::store::{self, StoreError};
 
 impl Manager {
@@ -85,14 +86,13 @@ impl Manager {
         if !valid {
             return Err(ApiError::new(ErrorCode::BadRequest, format!("{address:?} is not host:port")));
         }
+        let observed = self.observed();
+        // One that is adopted gets the address then.
+        let is_newest = |vpg: &Vpg| newer_at(vpg, &observed).is_empty();
         let save = async {
             let mut tx = self.store.begin().await?;
             store::vras::set_address(&mut tx, vra.id, address).await?;
-            for vpg in store::vpgs::list(&mut tx).await? {
-                if vpg.vras().contains(&vra.id) {
-                    store::vpgs::raise_revision(&mut tx, vpg.id).await?;
-                }
-            }
+            store::vpgs::raise_revisions_at(&mut tx, vra.id, is_newest).await?;
             let description = format!("VRA {} is reached at {address} from now on", vra.name);
             self.note(&mut tx, EventKind::AddressChanged, true, Entity::vra(vra.id), description, None)
                 .await?;

@@ -105,6 +105,8 @@ named! {
         InventoryRead = "InventoryRead",
         /// A VRA's address was changed.
         AddressChanged = "AddressChanged",
+        /// A VRA that was known by its id alone told its name.
+        VraNamed = "VraNamed",
         /// A new key for encrypted journals is in use.
         SiteKeyRotated = "SiteKeyRotated",
         /// Disks of a VM are served by a VRA.

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use uuid::Uuid;
 use vra::api::vpg::{
     JOURNAL_LIMIT_BYTES, JournalSize, Priority, Takeover, VmDefinition, VolumeDefinition, VpgDefinition,
 };
@@ -32,6 +33,9 @@ pub struct Vpg {
     pub created_us: TimeUs,
     /// When all disks of a test of it were last open.
     pub last_test_us: Option<TimeUs>,
+    /// Another one for each revision; none of one that an older manager made.
+    #[serde(default)]
+    pub stamp: Option<Uuid>,
     /// Everything that the user chose.
     pub settings: VpgSettings,
     /// How it goes, while it is being deleted.
@@ -215,6 +219,13 @@ impl Vpg {
         self.settings.vms.iter().flat_map(|member| [member.source, member.target]).collect()
     }
 
+    /// Whether a definition of this revision and stamp was made by the manager with another database: a newer one, or one with other content under
+    /// the same revision.
+    pub fn is_other_than(&self, revision: u64, stamp: Option<Uuid>) -> bool {
+        let has_other_stamp = || self.stamp.zip(stamp).is_some_and(|(own, told)| own != told);
+        revision > self.revision || revision == self.revision && has_other_stamp()
+    }
+
     /// The VRAs that hold its journals.
     pub fn targets(&self) -> BTreeSet<VraId> {
         self.settings.vms.iter().map(|member| member.target).collect()
@@ -299,6 +310,7 @@ impl Vpg {
                 priority: settings.priority,
                 rpo_target_s: Some(settings.rpo_target_s),
                 created_us: Some(self.created_us),
+                stamp: self.stamp,
                 settings: KeptSettings::of(settings).to_json(),
             }),
             coordinators: self.coordinators(),

@@ -54,7 +54,17 @@ pub struct EnrolToken {
     pub used: Option<(TimeUs, VraId)>,
 }
 
+/// Stands for the serial number of a certificate that was never seen.
+pub fn unknown_serial(vra: VraId) -> String {
+    format!("unknown-{vra}")
+}
+
 impl Vra {
+    /// Whether only other VRAs have told of it: its name is made of its id, and its certificate isn't known.
+    pub fn is_known_by_id_alone(&self) -> bool {
+        self.certificate_serial == unknown_serial(self.id)
+    }
+
     /// The way to it, as definitions carry it.
     pub fn endpoint(&self) -> VraEndpoint {
         VraEndpoint { id: self.id, address: self.address.clone() }

@@ -2,15 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use uuid::Uuid;
+use vra::api::volume::MAX_NAME_BYTES;
 use vra::api::vpg::VraEndpoint;
 use vra::api::{TimeUs, VpgDefinition, VpgId, VraId};
 
-use super::{Found, Unrestored, trust_of};
-use crate::api::defaults;
+use super::{Found, Unrestored, trust_of, vpg_of};
 use crate::authority::Issued;
 use crate::model::kept::KeptSettings;
-use crate::model::vpg::{JournalBounds, Member, Vpg, VpgSettings, VpgState};
-use crate::model::vra::{Vra, VraState};
+use crate::model::vpg::Vpg;
+use crate::model::vra::{Vra, VraState, unknown_serial};
 use crate::reconcile::Leftover;
 
 /// All that was told, put together.
@@ -23,23 +24,37 @@ pub(super) struct World {
     pub(super) silent: Vec<(VraEndpoint, String)>,
     pub(super) renamed: Vec<(String, String)>,
     pub(super) unrestored: Vec<Unrestored>,
+    /// Groups that were restored though VRAs that answered don't know them, and the names of these.
+    pub(super) incomplete: Vec<(String, Vec<String>)>,
     /// Groups whose own settings of the manager couldn't be read, with the reason.
     pub(super) unread: Vec<(String, String)>,
 }
 
 impl World {
-    /// Of these answers, and those that didn't answer.
-    pub(super) fn of(found: &[Found], silent: Vec<(VraEndpoint, String)>, now_us: TimeUs) -> Self {
+    /// Of these answers, and those that didn't answer. Groups of `restore` are restored whoever doesn't know them.
+    pub(super) fn of(
+        found: &[Found],
+        silent: Vec<(VraEndpoint, String)>,
+        now_us: TimeUs,
+        restore: &[VpgId],
+    ) -> Self {
         let (mut vpgs, mut unrestored, mut leftovers) = (Vec::new(), Vec::new(), Vec::new());
-        let mut unread = Vec::new();
+        let (mut unread, mut incomplete) = (Vec::new(), Vec::new());
         for (id, newest) in newest_definitions(found) {
             let (knows, lacks): (Vec<&Found>, Vec<_>) = found
                 .iter()
                 .filter(|vra| newest.has_member_at(vra.hello.vra))
                 .partition(|vra| vra.vpgs.iter().any(|vpg| vpg.id == id));
-            if lacks.is_empty() {
+            if restore.contains(&id) || lacks.iter().all(|vra| is_new_in(newest, vra.hello.vra)) {
                 let all = knows.iter().flat_map(|vra| &vra.vpgs).filter(|vpg| vpg.id == id);
                 let applied_revision = all.map(|vpg| vpg.revision).min().unwrap_or_default();
+                let not_everywhere = newest.revision.saturating_sub(u64::from(!lacks.is_empty()));
+                let applied_revision =
+                    applied_revision.min(not_everywhere).min(heard_by_former(newest, found));
+                if !lacks.is_empty() {
+                    let lacking = lacks.iter().map(|vra| vra.hello.name.clone()).collect();
+                    incomplete.push((newest.name.clone(), lacking));
+                }
                 let kept = newest.notes.as_ref().map(|notes| KeptSettings::from_json(&notes.settings));
                 let kept = kept.unwrap_or_else(|| Ok(KeptSettings::default())).unwrap_or_else(|error| {
                     unread.push((newest.name.clone(), error.to_string()));
@@ -63,8 +78,22 @@ impl World {
         });
         let trust_version = (trust.version + u64::from(!is_known)).max(1);
         let vras = vras_of(found, &silent, now_us);
-        Self { vras, vpgs, leftovers, trust_version, silent, renamed, unrestored, unread }
+        Self { vras, vpgs, leftovers, trust_version, silent, renamed, unrestored, incomplete, unread }
     }
+}
+
+/// The newest revision from before which all targets of former VMs have surely heard that these left.
+fn heard_by_former(newest: &VpgDefinition, found: &[Found]) -> u64 {
+    let has_answered = |vra: VraId| found.iter().any(|answered| answered.hello.vra == vra);
+    let unheard = newest.former.iter().filter(|former| !has_answered(former.target));
+    unheard.map(|former| former.revision.saturating_sub(1)).min().unwrap_or(newest.revision)
+}
+
+/// Whether all VMs of a VRA came into a group that others were in before: if it doesn't know the group, it was never told of it.
+fn is_new_in(newest: &VpgDefinition, vra: VraId) -> bool {
+    let first_set = newest.vms.iter().map(|vm| vm.member_since).min();
+    let mut here = newest.vms.iter().filter(|vm| vm.source.id == vra || vm.target.id == vra);
+    here.all(|vm| Some(vm.member_since) > first_set)
 }
 
 /// Each VRA once; one that is revoked is that, whatever else is known of it.
@@ -138,10 +167,13 @@ fn tell_vpgs_apart(vpgs: &mut [Vpg]) -> Vec<(String, String)> {
     let (mut names, mut renamed) = (BTreeSet::new(), Vec::new());
     for vpg in vpgs {
         if !names.insert(vpg.name.clone()) {
-            let name = format!("{}-{}", vpg.name, vpg.id.to_string().chars().take(8).collect::<String>());
+            let suffix = format!("-{}", vpg.id.to_string().chars().take(8).collect::<String>());
+            let kept = vpg.name.floor_char_boundary(MAX_NAME_BYTES - suffix.len());
+            let name = format!("{}{suffix}", vpg.name[..kept].trim_end());
             renamed.push((std::mem::replace(&mut vpg.name, name.clone()), name.clone()));
             // Its VRAs have another definition of that revision.
             vpg.revision += 1;
+            vpg.stamp = Some(Uuid::new_v4());
             names.insert(name);
         }
     }
@@ -175,75 +207,15 @@ fn vra_of(id: VraId, address: &str, name: &str, state: VraState, issued: &Issued
 
 /// Stands for one that isn't known: its VRA is known by its id.
 fn unknown_certificate(id: VraId) -> Issued {
-    Issued { pem: String::new(), serial: format!("unknown-{id}"), not_after_us: 0 }
+    Issued { pem: String::new(), serial: unknown_serial(id), not_after_us: 0 }
 }
 
 fn short(id: VraId) -> String {
     id.to_string().chars().take(8).collect()
 }
 
-/// The newest definition of a group, as settings.
-fn vpg_of(
-    newest: &VpgDefinition,
-    mut kept: KeptSettings,
-    applied_revision: u64,
-    now_us: TimeUs,
-) -> Option<Vpg> {
-    let first = newest.vms.first()?;
-    let notes = newest.notes.clone().unwrap_or_default();
-    let vms = newest.vms.iter().map(|vm| (vm, kept.vms.remove(&vm.id).unwrap_or_default()));
-    let vms = vms.map(|(vm, own)| Member {
-        vm: vm.id,
-        name: vm.name.clone(),
-        journal: vm.journal,
-        member_since: vm.member_since,
-        source: vm.source.id,
-        takeover: vm.takeover,
-        target: vm.target.id,
-        datastore: vm.datastore.clone(),
-        journal_size: JournalBounds {
-            limit_bytes: vm.journal_limit_bytes,
-            limit_percent: vm.journal_limit_percent,
-            warning: vm.journal_warning,
-            minimum_bytes: vm.journal_minimum_bytes,
-        },
-        volumes: vm.volumes.clone(),
-        excluded: own.excluded,
-        recovery: own.recovery,
-    });
-    let vms = vms.collect();
-    Some(Vpg {
-        id: newest.id,
-        name: newest.name.clone(),
-        state: VpgState::Active,
-        revision: newest.revision,
-        applied_revision,
-        created_us: notes.created_us.unwrap_or(now_us),
-        last_test_us: None,
-        settings: VpgSettings {
-            description: notes.description,
-            priority: notes.priority,
-            member_set_version: newest.member_set_version,
-            checkpoint_interval_ms: newest.checkpoint_interval_ms,
-            hold_deadline_ms: newest.hold_deadline_ms,
-            history_s: first.history_s,
-            rpo_target_s: notes.rpo_target_s.unwrap_or_else(defaults::rpo_target_s),
-            give_up_history: first.give_up_history,
-            encrypt: newest.encrypt,
-            paused: newest.paused,
-            test_reminder_days: kept.test_reminder_days,
-            new_disks: kept.new_disks,
-            recovery: kept.recovery,
-            vms,
-            former: newest.former.clone(),
-        },
-        removal: None,
-    })
-}
-
 #[cfg(test)]
 mod tests {
-    use uuid::Uuid;
     use vra::api::vpg::Priority;
     use vra::api::{FormerVm, HelloReply, MemberSince, PROTOCOL_VERSION, SetTrust};
     use vra::pki::{Identity, PeerCertificate};
@@ -292,7 +264,7 @@ mod tests {
         let shop = group(1, "shop", 2, (1, "a:1"), 2);
         let silent = VraEndpoint { id: id(1), address: "a:1".into() };
         let found = [answered(2, "b:1", &[1], std::slice::from_ref(&shop))];
-        let world = World::of(&found, vec![(silent, "no answer".into())], TimeUs(5));
+        let world = World::of(&found, vec![(silent, "no answer".into())], TimeUs(5), &[]);
         let states: Vec<_> = world.vras.iter().map(|(vra, _)| (vra.id, vra.state)).collect();
         assert_eq!(states, [(id(1), VraState::Revoked), (id(2), VraState::Enrolled)]);
         assert_eq!((world.trust_version, world.vpgs.len()), (3, 1));
@@ -302,19 +274,48 @@ mod tests {
     fn a_group_that_a_member_lacks_is_listed_and_not_restored() {
         let shop = group(1, "shop", 2, (1, "a:1"), 2);
         let found = [answered(1, "a:1", &[], &[]), answered(2, "b:1", &[], std::slice::from_ref(&shop))];
-        let world = World::of(&found, Vec::new(), TimeUs(5));
+        let world = World::of(&found, Vec::new(), TimeUs(5), &[]);
         let expected = Unrestored { id: shop.id, name: "shop".into(), known_at: vec!["vra-2".to_owned()] };
         assert_eq!((world.vpgs.len(), world.unrestored), (0, vec![expected]));
+    }
+
+    #[test]
+    fn a_group_that_a_vm_was_being_added_to_is_restored_and_goes_to_the_new_vms_host() {
+        let mut shop = group(1, "shop", 9, (1, "a:1"), 2);
+        let mut added = group(9, "shop", 9, (3, "c:1"), 2).vms.remove(0);
+        (shop.member_set_version, added.member_since) = (4, MemberSince(4));
+        shop.vms.push(added);
+        let knows = std::slice::from_ref(&shop);
+        let found =
+            [answered(1, "a:1", &[], knows), answered(2, "b:1", &[], knows), answered(3, "c:1", &[], &[])];
+        let world = World::of(&found, Vec::new(), TimeUs(5), &[]);
+        assert_eq!((world.vpgs.len(), world.unrestored.len()), (1, 0));
+        let vpg = &world.vpgs[0];
+        assert_eq!((vpg.revision, vpg.applied_revision, vpg.settings.vms.len()), (9, 8, 2));
+        assert_eq!(world.incomplete, [("shop".to_owned(), vec!["vra-3".to_owned()])]);
+    }
+
+    #[test]
+    fn a_group_that_a_member_lacks_is_restored_if_it_is_named() {
+        let shop = group(1, "shop", 2, (1, "a:1"), 2);
+        let found = [answered(1, "a:1", &[], &[]), answered(2, "b:1", &[], std::slice::from_ref(&shop))];
+        let world = World::of(&found, Vec::new(), TimeUs(5), &[shop.id]);
+        assert_eq!((world.vpgs[0].applied_revision, world.unrestored.len()), (1, 0));
     }
 
     #[test]
     fn the_older_of_two_groups_with_one_name_gets_another_and_a_new_revision() {
         let (older, newer) = (group(1, "shop", 2, (1, "a:1"), 2), group(2, "shop", 4, (1, "a:1"), 2));
         let found = [answered(2, "b:1", &[], &[older, newer])];
-        let world = World::of(&found, Vec::new(), TimeUs(5));
+        let world = World::of(&found, Vec::new(), TimeUs(5), &[]);
         let told: Vec<_> = world.vpgs.iter().map(|vpg| (vpg.name.as_str(), vpg.revision)).collect();
         assert_eq!(told, [("shop", 4), ("shop-00000001", 3)]);
         assert_eq!(world.renamed, [("shop".to_owned(), "shop-00000001".to_owned())]);
+        // Names have their limit.
+        let long = "é".repeat(64);
+        let (older, newer) = (group(1, &long, 2, (1, "a:1"), 2), group(2, &long, 4, (1, "a:1"), 2));
+        let world = World::of(&[answered(2, "b:1", &[], &[older, newer])], Vec::new(), TimeUs(5), &[]);
+        assert_eq!(world.renamed[0].1, format!("{}-00000001", "é".repeat(59)));
     }
 
     #[test]
@@ -333,7 +334,7 @@ mod tests {
                 answered(1, "a:1", &[], std::slice::from_ref(shop)),
                 answered(2, "b:1", &[], std::slice::from_ref(shop)),
             ];
-            let world = World::of(&found, Vec::new(), TimeUs(5));
+            let world = World::of(&found, Vec::new(), TimeUs(5), &[]);
             (world.vpgs[0].settings.clone(), world.unread)
         };
         assert_eq!(restored(&shop).0.test_reminder_days, None, "as an older manager wrote it");
@@ -353,10 +354,10 @@ mod tests {
     fn the_newest_definition_gives_the_addresses() {
         let (old, new) = (group(1, "shop", 2, (1, "old:1"), 2), group(1, "shop", 3, (1, "new:1"), 2));
         let found = [answered(2, "given:1", &[], &[new]), answered(1, "given:2", &[], &[old])];
-        let world = World::of(&found, Vec::new(), TimeUs(5));
+        let world = World::of(&found, Vec::new(), TimeUs(5), &[]);
         let addresses: Vec<_> = world.vras.iter().map(|(vra, _)| vra.address.as_str()).collect();
         assert_eq!((addresses, world.vpgs[0].applied_revision), (vec!["new:1", "b:1"], 2));
-        let world = World::of(&[answered(3, "given:3", &[], &[])], Vec::new(), TimeUs(5));
+        let world = World::of(&[answered(3, "given:3", &[], &[])], Vec::new(), TimeUs(5), &[]);
         assert_eq!(world.vras[0].0.address, "given:3", "no group names it");
     }
 
@@ -382,11 +383,14 @@ mod tests {
             answered(2, "b:1", &[], newest),
             answered(3, "c:1", &[], std::slice::from_ref(&old)),
         ];
-        let world = World::of(&found, Vec::new(), TimeUs(5));
+        let world = World::of(&found, Vec::new(), TimeUs(5), &[]);
         let vpg = &world.vpgs[0];
         assert_eq!(vpg.settings.vms[0].member_since, MemberSince(3));
         assert_eq!((vpg.applied_revision, &vpg.settings.former), (5, &vec![former]));
         assert_eq!(world.leftovers, [Leftover { vpg: shop.id, vra: id(3), keep_files: false }]);
+        // One that doesn't answer may not have heard of it.
+        let world = World::of(&found[..2], Vec::new(), TimeUs(5), &[]);
+        assert_eq!(world.vpgs[0].applied_revision, 3);
         // One that nothing is said of keeps what it has.
         let mut silent = shop.clone();
         silent.former.clear();
@@ -395,7 +399,7 @@ mod tests {
             answered(2, "b:1", &[], &[silent]),
             answered(3, "c:1", &[], &[old]),
         ];
-        let world = World::of(&found, Vec::new(), TimeUs(5));
+        let world = World::of(&found, Vec::new(), TimeUs(5), &[]);
         assert_eq!(world.leftovers, [Leftover { vpg: shop.id, vra: id(3), keep_files: true }]);
     }
 }

@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 
 use vra::api::VraId;
 
+use super::Reconciler;
+use super::site_keys::has_site_keys;
 use super::world::Observed;
-use super::{Reconciler, has_site_keys};
 use crate::model::vpg::Vpg;
 
 impl Reconciler {

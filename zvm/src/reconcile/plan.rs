@@ -77,6 +77,8 @@ pub enum Transition {
     VpgRefused {
         /// The group.
         vpg: VpgId,
+        /// The revision that was refused.
+        revision: u64,
         /// Who refused.
         vra: VraId,
         /// Why.

@@ -87,5 +87,16 @@ pub struct LastStatus {
     pub status: VraStatus,
 }
 
+/// VRAs that have a definition of a group that the manager's database doesn't, which is an older one: a newer one, or another one of the same
+/// revision. And its revision.
+pub fn newer_at(vpg: &Vpg, observed: &Observed) -> BTreeMap<VraId, u64> {
+    let newer = |seen: &Seen| {
+        let status = &seen.last.as_ref()?.status;
+        let told = status.vpgs.iter().find(|status| status.vpg == vpg.id)?;
+        vpg.is_other_than(told.revision, told.stamp).then_some(told.revision)
+    };
+    observed.iter().filter_map(|(vra, seen)| Some((*vra, newer(seen)?))).collect()
+}
+
 /// What was seen of all VRAs.
 pub type Observed = BTreeMap<VraId, Seen>;

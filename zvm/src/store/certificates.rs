@@ -1,6 +1,7 @@
 //! Certificates given to VRAs, and the list of those that no longer count.
 
 use vra::api::{SetTrust, TimeUs, VraId};
+use vra::pki::PeerCertificate;
 
 use super::{Connection, Reader, StoreError, int, site};
 use crate::authority::Issued;
@@ -18,6 +19,24 @@ pub async fn insert(
         .bind(vra.to_string())
         .bind(int(now_us.0))
         .bind(int(issued.not_after_us))
+        .execute(db)
+        .await?;
+    Ok(())
+}
+
+/// Notes which certificate it is that another serial number stood for.
+pub async fn recognise(
+    db: &mut Connection,
+    vra: VraId,
+    former_serial: &str,
+    certificate: &PeerCertificate,
+) -> Result<(), StoreError> {
+    let query = "UPDATE vra_certificate SET serial = $3, ends_us = $4 WHERE vra_id = $1 AND serial = $2";
+    sqlx::query(query)
+        .bind(vra.to_string())
+        .bind(former_serial)
+        .bind(&certificate.serial)
+        .bind(int(certificate.ends_us.0))
         .execute(db)
         .await?;
     Ok(())

@@ -149,6 +149,7 @@ fn migrator() -> Migrator {
         step(3, "last_test", include_str!("../../migrations/0003_last_test.sql")),
         step(4, "sources", include_str!("../../migrations/0004_sources.sql")),
         step(5, "leaving_standbys", include_str!("../../migrations/0005_leaving_standbys.sql")),
+        step(6, "definition_stamp", include_str!("../../migrations/0006_definition_stamp.sql")),
     ])
 }
 

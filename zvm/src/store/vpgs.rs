@@ -1,14 +1,15 @@
 //! Groups.
 
 use sqlx::sqlite::SqliteRow;
-use vra::api::{TimeUs, VpgId};
+use uuid::Uuid;
+use vra::api::{TimeUs, VpgId, VraId};
 
 use super::{Connection, Reader, StoreError, int, to_json};
 use crate::model::vpg::{Removal, Vpg, VpgSettings, VpgState};
 
 /// All of them, by name.
 pub async fn list(db: &mut Connection) -> Result<Vec<Vpg>, StoreError> {
-    let query = "SELECT id, name, state, revision, applied_revision, created_us, last_test_us, settings, removal \
+    let query = "SELECT id, name, state, revision, applied_revision, created_us, last_test_us, stamp, settings, removal \
                  FROM vpg ORDER BY name";
     sqlx::query(query).fetch_all(db).await?.iter().map(read).collect()
 }
@@ -16,8 +17,8 @@ pub async fn list(db: &mut Connection) -> Result<Vec<Vpg>, StoreError> {
 /// Adds a group. [`StoreError::is_taken`] if its name is.
 pub async fn insert(db: &mut Connection, vpg: &Vpg) -> Result<(), StoreError> {
     sqlx::query(
-        "INSERT INTO vpg (id, name, state, revision, applied_revision, created_us, settings) \
-         VALUES ($1, $2, $3, $4, $5, $6, $7)",
+        "INSERT INTO vpg (id, name, state, revision, applied_revision, created_us, settings, stamp) \
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8)",
     )
     .bind(vpg.id.to_string())
     .bind(&vpg.name)
@@ -26,6 +27,7 @@ pub async fn insert(db: &mut Connection, vpg: &Vpg) -> Result<(), StoreError> {
     .bind(int(vpg.applied_revision))
     .bind(int(vpg.created_us.0))
     .bind(to_json(&vpg.settings))
+    .bind(vpg.stamp.map(|stamp| stamp.to_string()))
     .execute(db)
     .await?;
     Ok(())
@@ -78,11 +80,27 @@ pub async fn set_settings(
     revision: u64,
     settings: &VpgSettings,
 ) -> Result<bool, StoreError> {
-    let query = "UPDATE vpg SET settings = $3, revision = revision + 1 WHERE id = $1 AND revision = $2";
+    let query =
+        "UPDATE vpg SET settings = $3, revision = revision + 1, stamp = $4 WHERE id = $1 AND revision = $2";
     let changed = sqlx::query(query)
         .bind(vpg.to_string())
         .bind(int(revision))
         .bind(to_json(settings))
+        .bind(new_stamp())
+        .execute(db)
+        .await?;
+    Ok(changed.rows_affected() == 1)
+}
+
+/// Takes over the settings, revision and stamp of `adopted`; false if the group is another one by now.
+pub async fn adopt(db: &mut Connection, adopted: &Vpg, former_revision: u64) -> Result<bool, StoreError> {
+    let query = "UPDATE vpg SET settings = $4, revision = $3, stamp = $5 WHERE id = $1 AND revision = $2";
+    let changed = sqlx::query(query)
+        .bind(adopted.id.to_string())
+        .bind(int(former_revision))
+        .bind(int(adopted.revision))
+        .bind(to_json(&adopted.settings))
+        .bind(adopted.stamp.map(|stamp| stamp.to_string()))
         .execute(db)
         .await?;
     Ok(changed.rows_affected() == 1)
@@ -90,11 +108,30 @@ pub async fn set_settings(
 
 /// Raises the revision, so that the definition goes out again.
 pub async fn raise_revision(db: &mut Connection, vpg: VpgId) -> Result<(), StoreError> {
-    sqlx::query("UPDATE vpg SET revision = revision + 1 WHERE id = $1")
+    sqlx::query("UPDATE vpg SET revision = revision + 1, stamp = $2 WHERE id = $1")
         .bind(vpg.to_string())
+        .bind(new_stamp())
         .execute(db)
         .await?;
     Ok(())
+}
+
+/// Raises the revision of every group that a VRA has a part in and that `is_meant`.
+pub async fn raise_revisions_at(
+    db: &mut Connection,
+    vra: VraId,
+    is_meant: impl Fn(&Vpg) -> bool,
+) -> Result<(), StoreError> {
+    for vpg in list(db).await? {
+        if vpg.vras().contains(&vra) && is_meant(&vpg) {
+            raise_revision(db, vpg.id).await?;
+        }
+    }
+    Ok(())
+}
+
+fn new_stamp() -> String {
+    Uuid::new_v4().to_string()
 }
 
 /// Forgets a group.
@@ -113,6 +150,7 @@ fn read(row: &SqliteRow) -> Result<Vpg, StoreError> {
         applied_revision: read.number("applied_revision")?,
         created_us: TimeUs(read.number("created_us")?),
         last_test_us: read.optional_number("last_test_us")?.map(TimeUs),
+        stamp: read.optional_uuid("stamp")?,
         settings: read.json("settings")?,
         removal: read.optional_json("removal")?,
     })
@@ -146,6 +184,7 @@ mod tests {
         let store = Store::open(&path).await.expect("opened");
         let vpg = list(&mut store.read().await.expect("open")).await.expect("read").remove(0);
         assert_eq!((vpg.id, vpg.last_test_us, vpg.settings.test_reminder_days), (id, None, None));
+        assert_eq!(vpg.stamp, None);
         let mut tx = store.begin().await.expect("open");
         set_tested(&mut tx, id, TimeUs(9)).await.expect("noted");
         tx.commit().await.expect("noted");

@@ -52,6 +52,16 @@ pub async fn revoke(db: &mut Connection, vra: VraId, now_us: TimeUs) -> Result<(
     Ok(())
 }
 
+/// Changes what a VRA is called.
+pub async fn set_name(db: &mut Connection, vra: VraId, name: &str) -> Result<(), StoreError> {
+    sqlx::query("UPDATE vra SET name = $2 WHERE id = $1")
+        .bind(vra.to_string())
+        .bind(name)
+        .execute(db)
+        .await?;
+    Ok(())
+}
+
 /// Changes where a VRA is reached.
 pub async fn set_address(db: &mut Connection, vra: VraId, address: &str) -> Result<(), StoreError> {
     sqlx::query("UPDATE vra SET address = $2 WHERE id = $1")

@@ -1,8 +1,10 @@
 //! A VRA that only says that it does what it is told: the link, certificates and answers are real, disks and journals are not.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use ::vra::api::status::{
     HoldTimes, HostInfo, LastCheckpoint, Rpo, SourceMode, SourceVmStatus, TargetState, TargetVmStatus,
@@ -10,9 +12,9 @@ use ::vra::api::status::{
 };
 use ::vra::api::vpg::{CheckpointKind, CheckpointPlace, VmDefinition, VpgApplied};
 use ::vra::api::{
-    ApiError, CheckpointId, CheckpointInfo, CheckpointPage, ErrorCode, GenerationId, HelloReply,
-    ListCheckpoints, Request, Response, TimeUs, VmId, VolumeId, VolumeInfo, VpgDefinition, VpgId, VraId,
-    VraStatus,
+    ApiError, CheckpointId, CheckpointInfo, CheckpointPage, ErrorCode, GenerationId, GuestsFrozen,
+    HelloReply, ListCheckpoints, Request, Response, TimeUs, VmId, VolumeId, VolumeInfo, VpgDefinition, VpgId,
+    VraId, VraStatus,
 };
 use ::vra::control::{Caller, Handler, serve_stream};
 use ::vra::link::{Link, LinkSettings, StreamKind};
@@ -21,6 +23,19 @@ use ::vra::pki::{Credentials, Trust};
 /// Checkpoints that each group has.
 const CHECKPOINTS: u64 = 1_000;
 
+/// Asks for all checkpoints of a group that is to be named.
+const ALL: ListCheckpoints = ListCheckpoints {
+    vpg: VpgId(uuid::Uuid::nil()),
+    vm: None,
+    from_us: None,
+    to_us: None,
+    tagged: false,
+    newest_first: true,
+    by_cut: false,
+    after: None,
+    limit: 0,
+};
+
 /// One of them.
 pub(crate) struct SimulatedVra {
     id: VraId,
@@ -28,6 +43,10 @@ pub(crate) struct SimulatedVra {
     /// What it serves as a source.
     volumes: Vec<VolumeInfo>,
     vpgs: Mutex<BTreeMap<VpgId, VpgDefinition>>,
+    /// Checkpoints that it has locked.
+    locked: Mutex<BTreeSet<CheckpointId>>,
+    /// It locks checkpoints, and doesn't answer in time.
+    is_slow_to_lock: AtomicBool,
 }
 
 impl SimulatedVra {
@@ -49,7 +68,14 @@ impl SimulatedVra {
             shared: None,
         };
         let volumes = vms.iter().map(volume).collect();
-        Arc::new(Self { id, name: name.to_owned(), volumes, vpgs: Mutex::default() })
+        Arc::new(Self {
+            id,
+            name: name.to_owned(),
+            volumes,
+            vpgs: Mutex::default(),
+            locked: Mutex::default(),
+            is_slow_to_lock: AtomicBool::default(),
+        })
     }
 
     /// Answers the manager, for as long as the runtime is there. Must be called inside it.
@@ -70,6 +96,17 @@ impl SimulatedVra {
                 });
             }
         });
+    }
+
+    /// From now on it does what it is told with checkpoints' locks and says so too late, or in time again.
+    #[allow(dead_code, reason = "each test binary uses a part of it")]
+    pub(crate) fn be_slow_to_lock(&self, is_slow: bool) {
+        self.is_slow_to_lock.store(is_slow, Ordering::Relaxed);
+    }
+
+    /// Checkpoints that it has locked.
+    pub(crate) fn locked(&self) -> MutexGuard<'_, BTreeSet<CheckpointId>> {
+        self.locked.lock().expect("no code panics while it holds this lock")
     }
 
     fn vpgs(&self) -> MutexGuard<'_, BTreeMap<VpgId, VpgDefinition>> {
@@ -94,6 +131,7 @@ impl SimulatedVra {
             site: None,
             site_keys: Vec::new(),
             awaits_site_key: false,
+            guest_agents: Vec::new(),
             volumes: self.volumes.clone(),
             vpgs: vpgs.values().map(|vpg| vpg_status(vpg, now_us)).collect(),
             source_vms: members(|vm| vm.source.id).map(|(vpg, vm)| source_vm(vpg, vm)).collect(),
@@ -122,7 +160,8 @@ impl SimulatedVra {
             tag: None,
             member_set_version: 1,
             complete: true,
-            locked: false,
+            locked: self.locked().contains(&CheckpointId { nonce: 1, counter }),
+            partly_locked: false,
             vms: vms.iter().map(|vm| CheckpointPlace { vm: *vm, cut: counter }).collect(),
         };
         let checkpoints: Vec<CheckpointInfo> = all.map(info).collect();
@@ -155,6 +194,40 @@ impl Handler for SimulatedVra {
                 Response::Vpg(applied)
             }
             Request::ListCheckpoints(asked) => Response::Checkpoints(self.checkpoints(&asked)),
+            Request::LockCheckpoint(lock) => {
+                match lock.locked {
+                    true => _ = self.locked().insert(lock.checkpoint),
+                    false => _ = self.locked().remove(&lock.checkpoint),
+                }
+                if self.is_slow_to_lock.load(Ordering::Relaxed) {
+                    tokio::time::sleep(Duration::from_secs(60)).await;
+                }
+                let asked = ListCheckpoints { vpg: lock.vpg, limit: u32::MAX, ..ALL };
+                let found = self.checkpoints(&asked).checkpoints.into_iter();
+                let mut found = found.filter(|info| info.id == lock.checkpoint);
+                Response::Checkpoint(found.next().ok_or_else(|| {
+                    ApiError::new(ErrorCode::NotFound, format!("there is no checkpoint {}", lock.checkpoint))
+                })?)
+            }
+            // The first VM that it serves has an agent.
+            Request::FreezeGuests(_) | Request::ThawGuests(_) => {
+                let mut vms = self.volumes.iter().map(|volume| volume.vm);
+                Response::Guests(GuestsFrozen {
+                    frozen: vms.next().into_iter().collect(),
+                    without_agent: vms.collect(),
+                })
+            }
+            Request::TagCheckpoint(tag) => Response::Checkpoint(CheckpointInfo {
+                id: CheckpointId { nonce: 2, counter: 1 },
+                time_us: TimeUs::now(),
+                kind: if tag.application { CheckpointKind::Application } else { CheckpointKind::Tagged },
+                tag: Some(tag.tag),
+                member_set_version: 1,
+                complete: false,
+                locked: false,
+                partly_locked: false,
+                vms: Vec::new(),
+            }),
             Request::SetTrust(_) => Response::Done,
             _ => return Err(ApiError::new(ErrorCode::Unsupported, "a simulated VRA doesn't do that")),
         })
@@ -167,7 +240,9 @@ fn vpg_status(vpg: &VpgDefinition, now_us: TimeUs) -> VpgStatus {
         vpg: vpg.id,
         name: vpg.name.clone(),
         revision: vpg.revision,
+        stamp: vpg.stamp(),
         last_checkpoint: Some(LastCheckpoint { id, time_us: now_us, tag: None }),
+        held_checkpoint: Some(LastCheckpoint { id, time_us: now_us, tag: None }),
         checkpoint_count: CHECKPOINTS,
         aborted_epochs: 0,
         coordinator: None,

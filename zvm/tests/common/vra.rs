@@ -39,7 +39,7 @@ impl Vra {
         let run_dir = run_at.clone().unwrap_or_else(|| dir.join("run"));
         let port = free_udp_port();
         let config = format!(
-            "name = \"{name}\"\nlisten = \"127.0.0.1:{port}\"\nadvertise = \"127.0.0.1:{port}\"\n\
+            "name = \"host-of-{name}\"\nlisten = \"127.0.0.1:{port}\"\nadvertise = \"127.0.0.1:{port}\"\n\
              state_dir = \"{dir}/state\"\nrun_dir = \"{run_dir}\"\ndatastores = [\"{dir}/datastore\"]\n\
              [memory]\nlock = false\narena_mib = 64\nretained_per_vm_mib = 32\n",
             dir = dir.display(),
@@ -47,9 +47,16 @@ impl Vra {
         );
         std::fs::write(dir.join("vra.toml"), config).expect("configuration");
         let mut vra = Self { dir, name: name.into(), port, run_at, serve: None };
-        let token = vra.dir.join("token");
-        std::fs::write(&token, site.token(name).reveal()).expect("token");
-        let enrolled = vra.run(&[
+        vra.enrol(site);
+        vra.serve();
+        vra
+    }
+
+    /// Enrols it under its name, also once more.
+    pub(crate) fn enrol(&self, site: &Site) {
+        let token = self.dir.join("token");
+        std::fs::write(&token, site.token(&self.name).reveal()).expect("token");
+        let enrolled = self.run(&[
             "enroll",
             "--zvm",
             &format!("127.0.0.1:{}", site.port),
@@ -57,8 +64,17 @@ impl Vra {
             &token.display().to_string(),
         ]);
         assert_eq!(enrolled.code, 0, "{enrolled:?}");
-        vra.serve();
-        vra
+    }
+
+    /// Changes what its next enrolment says of where it is reached.
+    pub(crate) fn advertise(&self, address: &str) {
+        let path = self.dir.join("vra.toml");
+        let config = std::fs::read_to_string(&path).expect("configuration");
+        let change = |line: &str| match line.starts_with("advertise") {
+            true => format!("advertise = \"{address}\"\n"),
+            false => format!("{line}\n"),
+        };
+        std::fs::write(path, config.lines().map(change).collect::<String>()).expect("configuration");
     }
 
     /// Starts the process and waits until it answers.

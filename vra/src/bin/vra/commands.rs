@@ -9,8 +9,8 @@ use serde::Serialize;
 use vra::api::enroll::Token;
 use vra::api::view::ViewSubject;
 use vra::api::{
-    Attach, CheckpointId, CloseView, Detach, ListCheckpoints, LockCheckpoint, OpenView, Request, Response,
-    SetGuestAgent, TagCheckpoint, ViewMode, VmId, VolumeId, VpgId,
+    Attach, CheckpointId, CheckpointPage, CloseView, Detach, ListCheckpoints, LockCheckpoint, OpenView,
+    Request, Response, SetGuestAgent, TagCheckpoint, ViewMode, VmId, VolumeId, VpgId,
 };
 use vra::config::Config;
 use vra::control::{Client, ClientError};
@@ -99,9 +99,10 @@ impl Daemon<'_> {
         let folder = PkiDir::open(&self.config.pki_dir())?;
         let mut identity = vra::daemon::LocalIdentity::open(self.config)?;
         let advertise = self.config.advertise.clone();
-        let (credentials, zvm_id) =
+        let (credentials, reply) =
             enroll(&folder, zvm, &token, identity.vra(), &self.config.name, advertise).await?;
-        identity.set_zvm(zvm_id)?;
+        let zvm_id = reply.zvm;
+        identity.set_zvm(zvm_id, reply.name)?;
         if self.cli.json {
             let ends = credentials.own.ends_us;
             println!(
@@ -168,7 +169,7 @@ impl Daemon<'_> {
         let mut client = self.connect().await?;
         match command {
             CheckpointCommand::List { vpg, limit, tagged } => {
-                let list = ListCheckpoints {
+                let mut list = ListCheckpoints {
                     vpg: vpg_of(&mut client, vpg).await?,
                     vm: None,
                     from_us: None,
@@ -179,9 +180,15 @@ impl Daemon<'_> {
                     after: None,
                     limit: *limit,
                 };
-                let Response::Checkpoints(page) = client.call(Request::ListCheckpoints(list)).await? else {
-                    bail!(ClientError::Unexpected)
-                };
+                let mut page = page_of(&mut client, &list).await?;
+                // With many VMs fewer than were asked for fit into one answer.
+                while page.next.is_some() && page.checkpoints.len() < *limit as usize {
+                    list.after = page.next;
+                    list.limit = limit - u32::try_from(page.checkpoints.len())?;
+                    let more = page_of(&mut client, &list).await?;
+                    page.next = more.next;
+                    page.checkpoints.extend(more.checkpoints);
+                }
                 self.show(&page, show::checkpoints)
             }
             CheckpointCommand::Lock { vpg, checkpoint } => {
@@ -310,6 +317,13 @@ async fn volume_of_number(client: &mut Client, text: &str) -> anyhow::Result<Vol
             "no attached volume is \"{text}\": give its id, VM:NUMBER or its path, as `vra list` shows them"
         ),
         _ => bail!("\"{text}\" names several volumes: give the id"),
+    }
+}
+
+async fn page_of(client: &mut Client, list: &ListCheckpoints) -> anyhow::Result<CheckpointPage> {
+    match client.call(Request::ListCheckpoints(list.clone())).await? {
+        Response::Checkpoints(page) => Ok(page),
+        _ => bail!(ClientError::Unexpected),
     }
 }
 

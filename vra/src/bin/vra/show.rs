@@ -156,7 +156,7 @@ pub(crate) fn checkpoints(page: &CheckpointPage) {
                 checkpoint.id.to_string(),
                 checkpoint.kind.name().to_owned(),
                 if checkpoint.complete { "yes" } else { "no" }.to_owned(),
-                if checkpoint.locked { "yes" } else { "-" }.to_owned(),
+                checkpoint.lock_name().to_owned(),
                 checkpoint.tag.clone().unwrap_or_default(),
             ]
         })

@@ -82,6 +82,7 @@ impl World {
             applied_revision: 1,
             created_us: TimeUs(1),
             last_test_us: None,
+            stamp: None,
             settings,
             removal: None,
         };

@@ -1,13 +1,15 @@
 //! What a user changes of a group that there is.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use vra::api::vpg::JournalSize;
 use vra::api::{ApiError, ErrorCode};
 
 use super::{
-    Context, HISTORY_S, bad, check_journal, check_range, check_test_reminder, find_disk, find_member,
-    is_named, recovery, set_swap,
+    CHECKPOINT_INTERVAL_MS, Context, HISTORY_S, HOLD_DEADLINE_MS, RPO_TARGET_S, bad, check_description,
+    check_journal, check_range, check_sources, check_test_reminder, find_disk, find_member, is_named,
+    recovery, set_swap,
 };
 use crate::api::{DiskName, RecoveryEdit, VpgEdit};
 use crate::inventory::{Inventory, Vm};
@@ -16,16 +18,28 @@ use crate::model::vpg::{Member, Vpg, VpgSettings};
 /// A group's settings with what an edit changes.
 pub fn edited(vpg: &Vpg, edit: &VpgEdit, context: &Context<'_>) -> Result<VpgSettings, ApiError> {
     let mut settings = vpg.settings.clone();
+    check_scope(vpg, edit)?;
+    if let Some(description) = &edit.description {
+        check_description(description)?;
+        settings.description.clone_from(description);
+    }
     settings.priority = edit.priority.unwrap_or(settings.priority);
     check_test_reminder(edit.test_reminder_days)?;
     if edit.test_reminder_days.is_some() || edit.no_test_reminder {
         settings.test_reminder_days = edit.test_reminder_days;
     }
     settings.new_disks = edit.new_disks.unwrap_or(settings.new_disks);
-    if let Some(history_s) = edit.history_s {
-        check_range("history", history_s, &HISTORY_S, "s")?;
-        settings.history_s = history_s;
+    set(&mut settings.history_s, edit.history_s, "history", &HISTORY_S, "s")?;
+    set(&mut settings.rpo_target_s, edit.rpo_target_s, "the RPO target", &RPO_TARGET_S, "s")?;
+    let interval_ms = &mut settings.checkpoint_interval_ms;
+    set(interval_ms, edit.checkpoint_interval_ms, "the checkpoint interval", &CHECKPOINT_INTERVAL_MS, "ms")?;
+    let deadline_ms = &mut settings.hold_deadline_ms;
+    set(deadline_ms, edit.hold_deadline_ms, "the hold deadline", &HOLD_DEADLINE_MS, "ms")?;
+    if edit.checkpoint_interval_ms.is_some() || edit.hold_deadline_ms.is_some() {
+        let timing = (settings.checkpoint_interval_ms, settings.hold_deadline_ms);
+        check_sources(&vpg.name, timing, &settings.vms.iter().map(|member| member.source).collect())?;
     }
+    settings.give_up_history = edit.keep_history.map_or(settings.give_up_history, |keep| !keep);
     for name in &edit.vms {
         if !settings.vms.iter().any(|member| is_named(member, name)) {
             let message = format!("VPG {:?} has no VM {name:?}", vpg.name);
@@ -65,6 +79,43 @@ pub fn edited(vpg: &Vpg, edit: &VpgEdit, context: &Context<'_>) -> Result<VpgSet
         set_recovery(vpg, &mut settings, recovery, context)?;
     }
     Ok(settings)
+}
+
+/// Refuses what is the whole group's where VMs are named.
+fn check_scope(vpg: &Vpg, edit: &VpgEdit) -> Result<(), ApiError> {
+    let named = VpgEdit { vms: edit.vms.clone(), ..VpgEdit::default() };
+    let of_journals = VpgEdit {
+        journal_limit: edit.journal_limit,
+        journal_warning: edit.journal_warning,
+        no_journal_warning: edit.no_journal_warning,
+        journal_minimum_bytes: edit.journal_minimum_bytes,
+        ..named.clone()
+    };
+    if edit.vms.is_empty() || *edit == of_journals && of_journals != named {
+        return Ok(());
+    }
+    let message = format!(
+        "VMs of VPG {:?} are named, and only the sizes of their journals are a VM's own: history, priority and all else are the whole group's",
+        vpg.name
+    );
+    Err(bad(message).remedy(
+        "say --vm with --journal-limit, --journal-warning or --journal-minimum alone, and all else in an edit of its own without --vm",
+    ))
+}
+
+/// Changes a value, if another is given that is within limits.
+fn set<T: Copy + PartialOrd + std::fmt::Display>(
+    value: &mut T,
+    to: Option<T>,
+    what: &str,
+    range: &RangeInclusive<T>,
+    unit: &str,
+) -> Result<(), ApiError> {
+    if let Some(to) = to {
+        check_range(what, to, range, unit)?;
+        *value = to;
+    }
+    Ok(())
 }
 
 /// Notes that a disk which isn't protected isn't meant to be.
