@@ -1,6 +1,7 @@
 //! Discards, and the life of a protected disk.
 
 use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use anyhow::{Result, ensure};
@@ -44,6 +45,40 @@ pub(super) fn discard_zeroes(context: &mut Context) -> Result<()> {
     })
 }
 
+pub(super) fn grow(context: &mut Context) -> Result<()> {
+    const GROWN_BYTES: u64 = DISK_BYTES + 8 * MIB;
+    with_stand(context, &SITE, RawDisk::File, &["code=\"volume-grown\""], |stand| {
+        stand.fill()?;
+        stand.wait_until_streaming()?;
+        stand.checkpoint("before")?;
+        let copy = stand.copy_of_disk()?;
+        let generation = stand.source()?.generation;
+        let load = stand.start_load(Load { rounds: 2, pause_ms: 100 })?;
+        File::options().write(true).open(stand.raw_disk())?.set_len(GROWN_BYTES)?;
+        let device = stand.device()?.to_owned();
+        context.wait_for("the device to grow", PATIENCE_S, || {
+            let end = File::open(&device)?.seek(SeekFrom::End(0))?;
+            Ok((end == GROWN_BYTES).then_some(()))
+        })?;
+        direct(&device)?.write_all_at(&aligned(0x3c).0, GROWN_BYTES - 4096)?;
+        load.finish(PATIENCE_S)?;
+        ensure!(stand.source()?.generation == generation, "a growth needs no full sync");
+        stand.wait_until_streaming()?;
+        stand.checkpoint("after")?;
+        let disks = stand.site.start_test(VPG, "after", Door::Ublk)?;
+        let DiskAt::Ublk { path, .. } = &disks[0].at else { anyhow::bail!("not a ublk device") };
+        same_content(&path.to_string_lossy(), &stand.raw_disk(), GROWN_BYTES)?;
+        stand.site.stop_test(VPG)?;
+        stand.view_equals("before", Door::Ublk, &copy)?;
+
+        // A successor finds the device as large.
+        stand.site.stop_vra(Side::Source)?;
+        stand.site.start_vra(Side::Source)?;
+        direct(&device)?.write_all_at(&aligned(0x3d).0, GROWN_BYTES - 8192)?;
+        stand.wait_until_streaming().map(drop)
+    })
+}
+
 pub(super) fn detach_attach_delete(context: &mut Context) -> Result<()> {
     let expected = ["code=\"volumes-missing\"", "code=\"volume-not-served\"", "a volume can't be served"];
     with_stand(context, &SITE, RawDisk::File, &expected, |stand| {
@@ -64,13 +99,13 @@ pub(super) fn detach_attach_delete(context: &mut Context) -> Result<()> {
         stand.protect()?;
         stand.recovers("protected-again")?;
 
-        // A disk that was changed behind the VRA's back isn't served, and its device waits.
+        // A disk that was cut behind the VRA's back isn't served, and its device waits.
         stand.site.kill(Side::Source)?;
         let raw = File::options().write(true).open(stand.raw_disk())?;
-        raw.set_len(DISK_BYTES + MIB)?;
+        raw.set_len(DISK_BYTES - MIB)?;
         stand.site.start_vra(Side::Source)?;
         let status = stand.site.vra_status(Side::Source)?;
-        ensure!(status.volumes.iter().any(|volume| volume.problem.is_some()), "a changed disk is served");
+        ensure!(status.volumes.iter().any(|volume| volume.problem.is_some()), "a cut disk is served");
         stand.detach_by_force()?;
         raw.set_len(DISK_BYTES)?;
         stand.attach()?;

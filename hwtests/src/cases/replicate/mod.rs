@@ -102,6 +102,14 @@ pub(super) const CASES: &[Case] = &[
     .machine(MACHINE)
     .limit_s(600),
     Case::new(
+        "replicate-grow",
+        "A protected disk's file is made longer under load: its device grows without a full sync, what is written behind its former end is recovered, and the checkpoint from before is as it was.",
+        Body::Inside(changes::grow),
+    )
+    .needs(&[Need::Tool("vra"), Need::Tool("zvm"), Need::UblkFeature("UPDATE_SIZE")])
+    .machine(MACHINE)
+    .limit_s(600),
+    Case::new(
         "replicate-detach-attach-delete",
         "Detaching, attaching, deleting and protecting again leave no device, process or file behind, and the disk as the guest left it.",
         Body::Inside(changes::detach_attach_delete),
