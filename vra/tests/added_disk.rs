@@ -3,42 +3,21 @@
 
 mod common;
 
-use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 
 use ::vra::api::status::{SourceMode, TargetState};
 use ::vra::api::vpg::VolumeDefinition;
 use ::vra::api::{
-    Attach, CloseView, Detach, DoorRequest, ErrorCode, OpenView, PointInTime, Request, ViewInfo, ViewMode,
-    VmId, VraStatus,
+    Attach, CloseView, Detach, DoorRequest, ErrorCode, OpenView, PointInTime, Request, ViewMode, VmId,
+    VraStatus,
 };
 use common::TestCa;
 use common::pair::{
-    DISK_BYTES, apply, checkpoints, definition, door, open, open_view, overrun, pattern, tag,
-    wait_for_checkpoint,
+    DISK_BYTES, apply, checkpoints, definition, door, open, overrun, pattern, tag, wait_for_checkpoint,
 };
-use common::vra::{Vra, nbdcopy, qemu_io};
-
-async fn shown(target: &Vra, open: &OpenView) -> (ViewInfo, Vec<Vec<u8>>) {
-    let view = open_view(target, open).await;
-    let copy =
-        |number: usize| nbdcopy(&view.disks[number].door, &target.path("copy.raw")).expect("installed");
-    let disks = (0..view.disks.len()).map(copy).collect();
-    (view, disks)
-}
-
-/// The files in a folder's folders' folders.
-fn walk(folder: &Path) -> impl Iterator<Item = PathBuf> {
-    let entries = |folder: &Path| {
-        std::fs::read_dir(folder)
-            .into_iter()
-            .flatten()
-            .map(|entry| entry.expect("entry").path())
-            .collect::<Vec<_>>()
-    };
-    let vms: Vec<PathBuf> = entries(folder).iter().flat_map(|vpg| entries(vpg)).collect();
-    vms.into_iter().flat_map(move |vm| entries(&vm))
-}
+use common::recovered::{extract, lose_superblocks, shown, walk};
+use common::vra::{Vra, qemu_io};
 
 #[tokio::test]
 async fn a_disk_joins_a_vm_and_older_checkpoints_stay_as_they_were() {
@@ -122,31 +101,6 @@ async fn a_disk_joins_a_vm_and_older_checkpoints_stay_as_they_were() {
     lose_superblocks(&target);
     assert!(extract(&target, "before") == [first_then]);
     assert!(extract(&target, "after") == disks_after);
-}
-
-/// A VM's disks at a checkpoint, without any VRA.
-fn extract(target: &Vra, at: &str) -> Vec<Vec<u8>> {
-    let out = target.path(&format!("extracted-{at}"));
-    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_vra-journal"));
-    command.arg("extract").arg(target.path("datastore"));
-    command.args(["--vpg", "shop", "--quiet", "--at", at, "--out-dir"]).arg(&out);
-    let done = command.output().expect("vra-journal");
-    assert!(done.status.success(), "{done:?}");
-    let mut names: Vec<_> =
-        std::fs::read_dir(&out).expect("folder").map(|entry| entry.expect("entry").path()).collect();
-    names.sort();
-    let images = names.iter().map(|path| std::fs::read(path).expect("image")).collect();
-    std::fs::remove_dir_all(&out).expect("removed");
-    images
-}
-
-fn lose_superblocks(target: &Vra) {
-    let journal =
-        walk(&target.path("datastore")).find(|path| path.ends_with("journal.hfj")).expect("the journal");
-    let file = std::fs::OpenOptions::new().write(true).open(journal).expect("journal");
-    for offset_bytes in [0, 64 << 10] {
-        file.write_all_at(&[0; 4096], offset_bytes).expect("lost");
-    }
 }
 
 #[tokio::test]

@@ -5,8 +5,7 @@ mod common;
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use ::vra::api::status::{SourceMode, TargetState};
@@ -20,6 +19,7 @@ use common::pair::{
     DISK_BYTES, apply, checkpoints, door, open, open_view, overrun, pattern, streaming_pair, tag,
     wait_for_checkpoint,
 };
+use common::recovered::{copies, extract, lose_superblocks, walk};
 use common::vra::{PATIENCE, Vra, nbdcopy, qemu_io};
 
 const GROWN_BYTES: u64 = DISK_BYTES + (8 << 20);
@@ -70,9 +70,7 @@ async fn open_when_ready(target: &Vra, open: &OpenView) -> ViewInfo {
 async fn shown(target: &Vra, vpg: VpgId, at: &CheckpointInfo) -> Vec<Vec<u8>> {
     let at = open(vpg, PointInTime::Checkpoint { checkpoint: at.id }, ViewMode::Scratch);
     let view = open_when_ready(target, &OpenView { view: Some(ViewId::random()), ..at }).await;
-    let copy =
-        |number: usize| nbdcopy(&view.disks[number].door, &target.path("copy.raw")).expect("installed");
-    let disks = (0..view.disks.len()).map(copy).collect();
+    let disks = copies(target, &view);
     target.ask(Request::CloseView(CloseView { view: view.view })).await;
     disks
 }
@@ -86,33 +84,14 @@ async fn wait_until_gone(target: &Vra, vpg: VpgId, id: CheckpointId) {
     }
 }
 
-/// The disks of a checkpoint, without any VRA.
-fn extracted(target: &Vra, at: &str) -> Vec<Vec<u8>> {
-    let out = target.path(&format!("extracted-{at}"));
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vra-journal"));
-    command.arg("extract").arg(target.path("datastore"));
-    command.args(["--vpg", "shop", "--quiet", "--at", at, "--out-dir"]).arg(&out);
-    let done = command.output().expect("vra-journal");
-    assert!(done.status.success(), "{done:?}");
-    let mut names: Vec<PathBuf> =
-        std::fs::read_dir(&out).expect("folder").map(|entry| entry.expect("entry").path()).collect();
-    names.sort();
-    let images = names.iter().map(|path| std::fs::read(path).expect("image")).collect();
-    std::fs::remove_dir_all(&out).expect("removed");
-    images
+/// Length of the first disk's recovery disk, in bytes.
+fn recovery_disk_bytes(target: &Vra) -> u64 {
+    let disk = walk(&target.path("datastore")).find(|path| path.ends_with("disk-0.raw")).expect("the disk");
+    std::fs::metadata(disk).expect("disk").len()
 }
 
 fn files_of(volumes: &[VolumeInfo]) -> Vec<Vec<u8>> {
     volumes.iter().map(|volume| std::fs::read(&volume.path).expect("disk")).collect()
-}
-
-/// A file of the VM's folder in the target's datastore.
-fn file_at(target: &Vra, name: &str) -> PathBuf {
-    let inside = |folder: PathBuf| {
-        let mut entries = std::fs::read_dir(folder).expect("folder");
-        entries.next().expect("one").expect("entry").path()
-    };
-    inside(inside(target.path("datastore"))).join(name)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -141,7 +120,7 @@ async fn a_disk_grows_while_its_guest_writes_and_older_checkpoints_keep_its_size
     assert_eq!(refused.code, ErrorCode::Conflict, "more than the disk has: {refused:?}");
     group.vms[0].volumes[0].size_bytes = GROWN_BYTES;
     apply(&target, &group).await;
-    assert_eq!(std::fs::metadata(file_at(&target, "disk-0.raw")).expect("disk").len(), GROWN_BYTES);
+    assert_eq!(recovery_disk_bytes(&target), GROWN_BYTES);
     apply(&source, &group).await;
     wait_for_volume(&source, first, "grown", |info| info.size_bytes == GROWN_BYTES).await;
     source.wait_for("streaming", is_streaming).await;
@@ -170,17 +149,14 @@ async fn a_disk_grows_while_its_guest_writes_and_older_checkpoints_keep_its_size
         assert!(shown(&target, vpg, &after).await == disks_after, "restarted: {restarted}");
     }
     target.stop();
-    assert!(extracted(&target, "before") == disks_before, "without a VRA");
-    assert!(extracted(&target, "after") == disks_after, "without a VRA");
-    let journal = OpenOptions::new().write(true).open(file_at(&target, "journal.hfj")).expect("journal");
-    for offset_bytes in [0, 64 << 10] {
-        journal.write_all_at(&[0; 4096], offset_bytes).expect("lost");
-    }
+    assert!(extract(&target, "before") == disks_before, "without a VRA");
+    assert!(extract(&target, "after") == disks_after, "without a VRA");
+    lose_superblocks(&target);
     // What was its size then nothing tells any more: it reads zeroes behind that.
     let mut larger = disks_before;
     larger[0].resize(GROWN_BYTES as usize, 0);
-    assert!(extracted(&target, "before") == larger, "without superblocks");
-    assert!(extracted(&target, "after") == disks_after, "without superblocks");
+    assert!(extract(&target, "before") == larger, "without superblocks");
+    assert!(extract(&target, "after") == disks_after, "without superblocks");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -227,7 +203,7 @@ async fn what_is_kept_of_a_disk_before_it_grew_keeps_its_size_when_its_growth_is
         assert!(copy == disk_in_test, "restarted: {restarted}");
     }
     target.stop();
-    assert!(extracted(&target, "locked") == disks_then, "without a VRA");
+    assert!(extract(&target, "locked") == disks_then, "without a VRA");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -266,5 +242,5 @@ async fn what_a_disk_has_grown_by_is_promoted_and_survives_the_death_of_both_sid
     target.wait_for("journaling", |status| status.target_vms[0].state == TargetState::Journaling).await;
     assert!(shown(&target, vpg, &last).await == disks);
     target.stop();
-    assert!(extracted(&target, "last") == disks);
+    assert!(extract(&target, "last") == disks);
 }

@@ -6,6 +6,7 @@ pub mod guest_agent;
 pub mod nbd;
 pub mod network;
 pub mod pair;
+pub mod recovered;
 pub mod spanning;
 pub mod vra;
 
