@@ -51,7 +51,7 @@ pub(super) const CASES: &[Case] = &[
     .needs(NULL_BLK),
     Case::new(
         "ublk-recover-changed",
-        "A device is not recovered with a disk of another size.",
+        "A device is not recovered with a disk that was cut; with a longer one it is, and has what is new where the driver can do that.",
         Body::Inside(recover_changed),
     )
     .needs(OURS),
@@ -149,11 +149,16 @@ fn recover_changed(context: &mut Context) -> Result<()> {
     let file = context.path("disk.raw").to_string_lossy().into_owned();
     context.run(&["truncate", "-s", "16M", &file])?;
     let id = UblkServer::add(context, &["loop", &file])?.crash(context)?;
-    context.run(&["truncate", "-s", "32M", &file])?;
-    let changed = "its size was 16777216 bytes and is 33554432 bytes";
+    context.run(&["truncate", "-s", "8M", &file])?;
+    let changed = "its size was 16777216 bytes and is 8388608 bytes";
     refused(context, &["vra-ublk", "recover", &id.to_string(), "loop", &file], changed)?;
-    context.run(&["truncate", "-s", "16M", &file])?;
-    UblkServer::recover(context, id, &["loop", &file])?.delete(context)
+    context.run(&["truncate", "-s", "32M", &file])?;
+    let server = UblkServer::recover(context, id, &["loop", &file])?;
+    let features = context.run(&["vra-ublk", "features"])?;
+    let expected_bytes: u64 = if features.contains("UPDATE_SIZE") { 32 << 20 } else { 16 << 20 };
+    let sectors: u64 = server.sysfs(context, "size")?.trim().parse()?;
+    ensure!(sectors << 9 == expected_bytes, "the device has {} bytes", sectors << 9);
+    server.delete(context)
 }
 
 fn remedies(context: &mut Context) -> Result<()> {
