@@ -3,7 +3,7 @@
 use uuid::Uuid;
 use vra::api::{ApiError, ErrorCode, VpgDefinition};
 
-use super::{Manager, internal};
+use super::{Manager, changed_meanwhile, internal};
 use crate::api::VpgDetails;
 use crate::model::event::{Entity, EventKind};
 use crate::model::kept::KeptSettings;
@@ -64,8 +64,7 @@ impl Manager {
             Ok::<_, StoreError>(is_saved)
         };
         if !save.await.map_err(internal)? {
-            let message = format!("VPG {} was changed by somebody else meanwhile", vpg.name);
-            return Err(ApiError::new(ErrorCode::Conflict, message).remedy("look at it, and try again"));
+            return Err(changed_meanwhile(&vpg));
         }
         tracing::warn!(vpg = %vpg.id, name = vpg.name, from = vpg.revision, revision = after.revision, "{description}");
         self.wake.notify_one();

@@ -9,7 +9,7 @@ use vra::api::{
 };
 
 use super::engine::SLOW_ACTION_LIMIT;
-use super::{Manager, internal, spec};
+use super::{Manager, changed_meanwhile, internal, spec};
 use crate::api::{DiskName, VmSpec};
 use crate::model::event::{Entity, EventKind};
 use crate::model::task::{Task, TaskKind};
@@ -315,10 +315,7 @@ impl Manager {
         save.await.map_err(|unsaved| match unsaved {
             Unsaved::Tested => ApiError::new(ErrorCode::Busy, format!("VPG {} is being tested", vpg.name))
                 .remedy(format!("stop the test first: `zvm test stop {}`", vpg.name)),
-            Unsaved::ChangedMeanwhile => {
-                let message = format!("VPG {} was changed by somebody else meanwhile", vpg.name);
-                ApiError::new(ErrorCode::Conflict, message).remedy("look at it, and try again")
-            }
+            Unsaved::ChangedMeanwhile => changed_meanwhile(vpg),
             Unsaved::Store(error) => internal(error),
         })?;
         tracing::info!(vpg = %vpg.id, name = vpg.name, "{description}");

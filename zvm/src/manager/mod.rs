@@ -330,6 +330,12 @@ fn internal(error: StoreError) -> ApiError {
     ApiError::new(ErrorCode::Io, reason).remedy("check the disk of the manager's state folder, and its log")
 }
 
+/// A change that was made of what somebody else has changed since.
+fn changed_meanwhile(vpg: &Vpg) -> ApiError {
+    let message = format!("VPG {} was changed by somebody else meanwhile", vpg.name);
+    ApiError::new(ErrorCode::Conflict, message).remedy("look at it, and try again")
+}
+
 /// Refuses names that could not be a folder's, or that break tables.
 fn check_name(what: &str, name: &str) -> Result<(), ApiError> {
     let bad = name.is_empty()

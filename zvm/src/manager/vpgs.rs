@@ -2,7 +2,7 @@
 
 use vra::api::{ApiError, ErrorCode};
 
-use super::{Manager, internal, spec};
+use super::{Manager, changed_meanwhile, internal, spec};
 use crate::api::{VpgDetails, VpgEdit, VpgSpec};
 use crate::health;
 use crate::model::event::{Entity, EventKind};
@@ -86,8 +86,7 @@ impl Manager {
             Ok::<_, StoreError>(is_saved)
         };
         if !save.await.map_err(internal)? {
-            let message = format!("VPG {} was changed by somebody else meanwhile", vpg.name);
-            return Err(ApiError::new(ErrorCode::Conflict, message).remedy("look at it, and try again"));
+            return Err(changed_meanwhile(vpg));
         }
         tracing::info!(vpg = %vpg.id, name = vpg.name, "{description}");
         self.wake.notify_one();
