@@ -11,7 +11,7 @@ use ublk::serve::Disk;
 
 use super::sources::LiveSource;
 use super::state::State;
-use super::volumes::LiveVolume;
+use super::volumes::{LiveVolume, protects};
 use super::{Daemon, Finding, LOOK_EVERY, lock};
 use crate::api::vpg::VmDefinition;
 use crate::api::{Severity, VolumeId};
@@ -217,11 +217,11 @@ impl Daemon {
                     *id,
                     "device-not-grown",
                     format!(
-                        "its disk and its protection have {} bytes, its ublk device {}: this kernel can't make a device larger while it is there",
+                        "its disk and its protection have {} bytes, its ublk device {}: it can't be made larger while it is there, as it was made on a kernel before 6.16 or by an older release",
                         record.size_bytes,
                         size.bytes()
                     ),
-                    "stop the guest, then detach and attach the volume (`vra detach --force`, `vra attach`); or use kernel 6.16 or newer",
+                    "stop the guest, then detach and attach the volume (`vra detach --force`, `vra attach`)",
                 );
             }
         }
@@ -236,6 +236,5 @@ pub(super) fn defined_bytes(state: &State, id: VolumeId) -> u64 {
 }
 
 fn is_protected(state: &State, id: VolumeId) -> bool {
-    let vms = state.vpgs.values().flat_map(|vpg| &vpg.vms);
-    vms.flat_map(|vm| &vm.volumes).any(|volume| volume.id == id && !volume.left)
+    state.vpgs.values().any(|vpg| protects(vpg, id))
 }

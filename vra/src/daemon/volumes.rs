@@ -490,7 +490,8 @@ fn numbers_of(state: &State, vm: VmId) -> Vec<u16> {
     numbers
 }
 
-fn protects(vpg: &VpgDefinition, id: VolumeId) -> bool {
+/// Whether a VPG protects a volume now.
+pub(super) fn protects(vpg: &VpgDefinition, id: VolumeId) -> bool {
     vpg.vms.iter().flat_map(|vm| &vm.volumes).any(|volume| volume.id == id && !volume.left)
 }
 
